@@ -1,0 +1,1 @@
+"""Backends: support checks, layouts, tile plans and launches of each machine."""

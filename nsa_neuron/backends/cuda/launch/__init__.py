@@ -1,0 +1,1 @@
+"""Torch-side launchers of the Triton kernels, one module per op."""

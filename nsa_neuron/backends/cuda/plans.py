@@ -1,0 +1,76 @@
+"""Tile plans: which constants a kernel is launched with, as data per device.
+
+`plans/<device>/<op>.json` holds, per kernel of the op, rows that are tried in order; the first one
+whose bounds hold gives the constants:
+
+    {"forward": [{"max_dk": 128, "max_dv": 128, "dtypes": ["bfloat16"], "min_g": 8,
+                  "constants": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}}]}
+
+Bounds may be left out: `max_dk`, `max_dv` (inclusive), `dtypes`, `min_g`, `max_g` (inclusive).
+`tools/tune.py` measures on a GPU and writes these files; nothing is tuned at import or launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from nsa_neuron.errors import NsaError
+
+PLANS_FOLDER = Path(__file__).with_name("plans")
+DEVICES = ("h200", "interpret")
+
+Constants = dict[str, Any]
+Rows = dict[str, list[dict[str, Any]]]
+
+
+class PlanError(NsaError):
+    """No tile plan is shipped for a kernel, its head dims, dtype and group size."""
+
+
+@functools.cache
+def load(device: str, op: str) -> Rows:
+    """All plan rows of `op` on `device`, by kernel.
+
+    Raises:
+        PlanError: no such file.
+    """
+    path = PLANS_FOLDER / device / f"{op}.json"
+    if not path.is_file():
+        raise PlanError(f"no tile plans for op '{op}' on device '{device}': {path} does not exist")
+    rows: Rows = json.loads(path.read_text())
+    return rows
+
+
+def find(
+    device: str, op: str, *, dk: int, dv: int, dtype: str, group: int
+) -> dict[str, Constants]:
+    """The constants of every kernel of `op`, by kernel name.
+
+    Args:
+        device: `"h200"` or `"interpret"`.
+        dk, dv: head dims of keys and values. dtype: `"float32"`, `"float16"` or `"bfloat16"`.
+        group: query heads per kv head.
+
+    Raises:
+        PlanError: a kernel has no row for these arguments.
+    """
+    wanted = {"dk": dk, "dv": dv, "dtype": dtype, "group": group}
+    return {kernel: _first_fit(device, op, kernel, wanted) for kernel in load(device, op)}
+
+
+def _first_fit(device: str, op: str, kernel: str, wanted: dict[str, Any]) -> Constants:
+    for row in load(device, op)[kernel]:
+        if (
+            wanted["dk"] <= row.get("max_dk", wanted["dk"])
+            and wanted["dv"] <= row.get("max_dv", wanted["dv"])
+            and wanted["dtype"] in row.get("dtypes", [wanted["dtype"]])
+            and row.get("min_g", 1) <= wanted["group"] <= row.get("max_g", wanted["group"])
+        ):
+            return dict(row["constants"])
+    raise PlanError(
+        f"no tile plan for kernel '{kernel}' of op '{op}' on device '{device}' with {wanted}: "
+        f"add a row to {PLANS_FOLDER / device / (op + '.json')}"
+    )

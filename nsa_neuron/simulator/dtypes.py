@@ -271,13 +271,14 @@ def _f32_to_fp8(values: NDArray[np.float32], dtype: np.dtype[Any]) -> Array:
     """
     table = _FP8_OF_BF16.get(dtype)
     if table is None:
-        codes = np.arange(1 << 16, dtype=np.uint16).view(_BF16).astype(_FLOAT32)
+        every = np.arange(1 << 16, dtype=np.uint16).view(_BF16).astype(_FLOAT32)
         with np.errstate(all="ignore"):
-            table = codes.astype(dtype).view(np.uint8)
+            table = every.astype(dtype).view(np.uint8)
         _FP8_OF_BF16[dtype] = table
     word = np.ascontiguousarray(values).view(np.uint32)
-    index = (word >> 16) | ((word & 0xFFFF) != 0)
-    return table[index].view(dtype)
+    codes = table[(word >> 16) | ((word & 0xFFFF) != 0)]
+    rounded: Array = codes.view(dtype)
+    return rounded
 
 
 def round_tf32(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -365,6 +366,18 @@ def store(view: Array, values: Array, dtype: DType | None = None) -> None:
         view[...] = raw
     else:
         bits(view)[...] = bits(raw)
+
+
+def store_bits(view: Array, values: Array) -> None:
+    """Write the result of a bit operator: no conversion, only the pattern.
+
+    Args:
+        view: integer destination, any strides.
+        values: unsigned integers, as many elements; high bits that do not fit are dropped, missing
+            ones are zero (no document says which; the operators "do not cast").
+    """
+    raw = bits(view)
+    raw[...] = values.reshape(view.shape).astype(raw.dtype, copy=False)
 
 
 def quantise(values: Array, dtype: DType) -> NDArray[np.float32]:

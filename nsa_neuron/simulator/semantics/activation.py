@@ -70,7 +70,12 @@ def sigmoid(x: F32, out: Out = None) -> F32:
 
 def softplus(x: F32, out: Out = None) -> F32:
     """log(1 + exp(x)), without overflow for large x."""
-    return np.logaddexp(x, np.float32(0.0), out=out)
+    y: F32 = np.abs(x)
+    np.negative(y, out=y)
+    np.exp(y, out=y)
+    np.log1p(y, out=y)
+    y += np.maximum(x, np.float32(0.0))
+    return y
 
 
 def sin(x: F32, out: Out = None) -> F32:
@@ -100,8 +105,12 @@ def gelu(x: F32, out: Out = None) -> F32:
 
 def gelu_dx(x: F32, out: Out = None) -> F32:
     """Phi(x) + x phi(x), the derivative of gelu."""
-    bounded = np.clip(x, np.float32(-20.0), np.float32(20.0))  # x phi(x) is 0 beyond
-    return _normal_cdf(x) + bounded * (_INV_SQRT_2PI * np.exp(bounded * bounded * -_HALF))
+    bounded = np.clip(x, np.float32(-13.0), np.float32(13.0))  # x phi(x) < 1e-35 beyond
+    y: F32 = np.exp(bounded * bounded * -_HALF)
+    y *= _INV_SQRT_2PI
+    y *= bounded
+    y += _normal_cdf(x)
+    return y
 
 
 def gelu_apprx_tanh(x: F32, out: Out = None) -> F32:
@@ -132,8 +141,9 @@ def gelu_apprx_sigmoid(x: F32, out: Out = None) -> F32:
 def _gate_derivative(x: F32, slope: float) -> F32:
     """d/dx of x s(slope x): s + z s (1 - s) with z = slope x."""
     z = np.clip(x * np.float32(slope), np.float32(-100.0), np.float32(100.0))
-    gate = sigmoid(z)
-    return gate * (_ONE + z * sigmoid(-z))
+    y: F32 = _ONE + z * sigmoid(-z)
+    y *= sigmoid(z)
+    return y
 
 
 def gelu_apprx_sigmoid_dx(x: F32, out: Out = None) -> F32:

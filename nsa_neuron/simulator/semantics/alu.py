@@ -147,7 +147,7 @@ def like(other: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return other if other.shape == shape else other.reshape(shape)
 
 
-def apply(op: str, a: Operand, b: Operand | None, reverse: bool = False) -> F32:
+def apply(op: str, a: F32, b: Operand | None, reverse: bool = False, out: F32 | None = None) -> F32:
     """One arithmetic operator: ``a op b``, or ``b op a`` when reversed.
 
     Args:
@@ -155,11 +155,16 @@ def apply(op: str, a: Operand, b: Operand | None, reverse: bool = False) -> F32:
         a: fp32 tensor.
         b: fp32 tensor that broadcasts against ``a``, or a constant; ignored by unary operators.
         reverse: swap the operands; of unary operators, ignored.
+        out: scratch of the result's shape that may become the result; may be ``a``.
     """
     unary = UNARY.get(op)
     if unary is not None:
         return unary(a)
-    return BINARY[op](b, a) if reverse else BINARY[op](a, b)
+    function = BINARY[op]
+    left, right = (b, a) if reverse else (a, b)
+    if out is not None and isinstance(function, np.ufunc):
+        return function(left, right, out=out)  # type: ignore[no-any-return]
+    return function(left, right)
 
 
 def fold(op: str, x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:

@@ -52,9 +52,8 @@ def tensor_scalar(
     out = alu.apply(op0, data, first, reverse0)
     if op1 is None:
         return out
-    return alu.apply(
-        op1, out, alu.column(0.0 if operand1 is None else operand1, data.ndim), reverse1
-    )
+    second = alu.column(0.0 if operand1 is None else operand1, data.ndim)
+    return alu.apply(op1, out, second, reverse1, out=out)
 
 
 def tensor_scalar_bitvec(
@@ -101,7 +100,7 @@ def scalar_tensor_tensor(
         operand1: as many elements per partition as ``data``.
     """
     out = alu.apply(op0, data, alu.column(operand0, data.ndim), reverse0)
-    return alu.apply(op1, out, alu.like(operand1, out.shape), reverse1)
+    return alu.apply(op1, out, alu.like(operand1, out.shape), reverse1, out=out)
 
 
 def reciprocal(data: F32) -> F32:
@@ -193,4 +192,5 @@ _COMPARE: dict[str, np.ufunc] = {
 
 def _mask(predicate: NDArray[Any], shape: tuple[int, ...], reverse: bool) -> NDArray[np.bool_]:
     flags = alu.like(predicate, shape)
-    return np.equal(flags, 0) if reverse else np.not_equal(flags, 0)
+    mask: NDArray[np.bool_] = np.equal(flags, 0) if reverse else np.not_equal(flags, 0)
+    return mask

@@ -41,7 +41,8 @@ def iota(
     for step, num in pattern:
         row = (row[:, None] + step * np.arange(num, dtype=np.int64)).ravel()
     start = offset + channel_multiplier * np.arange(lanes, dtype=np.int64)
-    return (start[:, None] + row).astype(np.int32)
+    # Addition modulo 2**32 gives the same whether the terms are truncated before or after it.
+    return start.astype(np.int32)[:, None] + row.astype(np.int32)
 
 
 def affine_select(

@@ -151,12 +151,14 @@ def tensor_tensor_scan(
         return _running(op1, second, start).reshape(data0.shape)
     columns0, columns1 = np.ascontiguousarray(first.T), np.ascontiguousarray(second.T)
     out = np.empty(columns0.shape, np.float32)
-    inner, outer = alu.BINARY[op0], alu.BINARY[op1]
-    state: Any = start[:, 0]
-    for i, (a, b) in enumerate(zip(columns0, columns1, strict=True)):
-        step = inner(state, a) if reverse0 else inner(a, state)
-        state = outer(b, step) if reverse1 else outer(step, b)
-        out[i] = state
+    step = np.empty(lanes, np.float32)
+    state = start[:, 0]
+    for a, b, result in zip(columns0, columns1, out, strict=True):
+        inner = alu.apply(op0, a, state, reverse0, out=step)
+        outer = alu.apply(op1, inner, b, reverse1, out=result)
+        if outer is not result:
+            result[:] = outer
+        state = result
     return np.ascontiguousarray(out.T).reshape(data0.shape)
 
 

@@ -119,9 +119,7 @@ def forward(
     sequence = 0
     if PACKED:
         sequence, tile = packed_tile(tile, cu_q, num_seqs, G, BLOCK_M)
-    q_start, S, T, cmp_start, _ = sequence_bounds(
-        sequence, cu_q, cu_k, cu_cmp, S, T, 0, PACKED
-    )
+    q_start, S, T, cmp_start, _ = sequence_bounds(sequence, cu_q, cu_k, cu_cmp, S, T, 0, PACKED)
     first_row = tile * BLOCK_M
     if first_row < S * G:
         valid = first_row + tl.arange(0, BLOCK_M) < S * G
@@ -213,9 +211,7 @@ def backward_dq(
     sequence = 0
     if PACKED:
         sequence, tile = packed_tile(tile, cu_q, num_seqs, G, BLOCK_M)
-    q_start, S, T, cmp_start, _ = sequence_bounds(
-        sequence, cu_q, cu_k, cu_cmp, S, T, 0, PACKED
-    )
+    q_start, S, T, cmp_start, _ = sequence_bounds(sequence, cu_q, cu_k, cu_cmp, S, T, 0, PACKED)
     first_row = tile * BLOCK_M
     if first_row < S * G:
         valid = first_row + tl.arange(0, BLOCK_M) < S * G
@@ -321,9 +317,7 @@ def backward_dkv(
     sequence = 0
     if PACKED:
         sequence, tile = packed_tile(tile, cu_cmp, num_seqs, 1, BLOCK_N)
-    q_start, S, T, cmp_start, NC = sequence_bounds(
-        sequence, cu_q, cu_k, cu_cmp, S, T, NC, PACKED
-    )
+    q_start, S, T, cmp_start, NC = sequence_bounds(sequence, cu_q, cu_k, cu_cmp, S, T, NC, PACKED)
     first_key = tile * BLOCK_N
     if first_key < NC:
         key = first_key + tl.arange(0, BLOCK_N)

@@ -278,13 +278,14 @@ def _dkv_step(
     """Adds what the rows [first_row, first_row + BLOCK_M) give to dk (not yet scaled) and dv.
 
     Works on transposed logits [BLOCK_N, BLOCK_M], so that p and ds are left operands as they are.
+    Rows past the end have lse = +inf and so p = 0: they need no mask of the logits.
     """
     row = first_row + tl.arange(0, BLOCK_M)
     valid = row < S * G
     q_rows = group_rows(q_head, first_row, stride_qt, stride_qh, G, BLOCK_M)
     g_rows = group_rows(g_head, first_row, stride_gt, stride_gh, G, BLOCK_M)
-    q0, q1 = load_split(q_rows, valid, DK, D0, D1, MASK)
-    g0, g1 = load_split(g_rows, valid, DV, V0, V1, MASK)
+    q0, q1 = load_split(q_rows, valid, DK, D0, D1, True)
+    g0, g1 = load_split(g_rows, valid, DV, V0, V1, True)
     lse2 = load_base2_lse(group_rows(lse_head, first_row, HQ, 1, G, BLOCK_M), valid)
     delta_rows = group_rows(delta_head, first_row, HQ, 1, G, BLOCK_M)
     row_delta = tl.load(delta_rows, mask=valid, other=0.0)
@@ -320,7 +321,7 @@ def backward_dkv(
     """dk and dv of BLOCK_N keys of one kv head: a loop over the rows of all G heads that see them.
 
     Grid: (key tiles, Hkv, B); the first tiles have the most rows. Rows at the diagonal come first,
-    masked, then those that see every key of the tile, then (not with a window) the masked tail.
+    masked, then (not with a window) those that see every key of the tile.
 
     Args:
         dk: [B, T, Hkv, DK], dv: [B, T, Hkv, DV], contiguous; the others as `backward_dq`.
@@ -355,10 +356,8 @@ def backward_dkv(
         begin = tl.maximum(first_key - past, 0) * G // BLOCK_M * BLOCK_M
         full = tl.maximum(first_key + BLOCK_N - 1 - past, 0) * G
         full = tl.minimum((full + BLOCK_M - 1) // BLOCK_M * BLOCK_M, rows)
-        tail = tl.maximum(rows // BLOCK_M * BLOCK_M, full)
         if WINDOW > 0:
             full = tl.minimum(tl.maximum(first_key + BLOCK_N - 1 + WINDOW - past, 0) * G, rows)
-            tail = rows
         scale_log2 = scale * LOG2E
         dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
         dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else D0], tl.float32)
@@ -371,18 +370,11 @@ def backward_dkv(
                 G, DK, D0, D1, DV, V0, V1, WINDOW, True, BLOCK_M, UPCAST, PRECISION,
             )  # fmt: skip
         if WINDOW == 0:
-            for first_row in range(full, tail, BLOCK_M):
+            for first_row in range(full, rows, BLOCK_M):
                 dk0, dk1, dv0, dv1 = _dkv_step(
                     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, g_head, lse_head, delta_head,
                     stride_qt, stride_qh, stride_gt, stride_gh, HQ, first_row, S, T, key,
                     scale_log2, G, DK, D0, D1, DV, V0, V1, WINDOW, False, BLOCK_M, UPCAST,
-                    PRECISION,
-                )  # fmt: skip
-            for first_row in range(tail, rows, BLOCK_M):
-                dk0, dk1, dv0, dv1 = _dkv_step(
-                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, g_head, lse_head, delta_head,
-                    stride_qt, stride_qh, stride_gt, stride_gh, HQ, first_row, S, T, key,
-                    scale_log2, G, DK, D0, D1, DV, V0, V1, WINDOW, True, BLOCK_M, UPCAST,
                     PRECISION,
                 )  # fmt: skip
 

@@ -1,0 +1,134 @@
+"""Where an operand lies: interned layouts and the byte ranges that dependencies are made of."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .dtypes import DType
+    from .memory import Allocation
+
+Shape = tuple[int, ...]
+
+
+class Layout:
+    """Shape, strides and dtype of an operand, without its place; interned, so `is` is equality.
+
+    Attributes:
+        shape: dims; on chip dim 0 is the partition dim.
+        strides: elements of `dtype`; on chip strides[0] counts partitions times `pitch`.
+        dtype: element type.
+        pitch: elements of `dtype` per partition; 0 in HBM, which has no partitions.
+        partitions: shape[0] on chip, 1 in HBM.
+        free: elements per partition (all elements in HBM).
+        size: number of elements.
+        low, high: first and last element offset of the free pattern, relative to its start.
+        dense: True when the free pattern covers [low, high] exactly once.
+        step: distance in partitions between successive rows (0 for a broadcast).
+    """
+
+    __slots__ = ("dense", "dtype", "free", "high", "low", "partitions", "pitch", "shape", "size",
+                 "step", "strides")
+
+    def __init__(self, shape: Shape, strides: Shape, dtype: DType, pitch: int) -> None:
+        self.shape = shape
+        self.strides = strides
+        self.dtype = dtype
+        self.pitch = pitch
+        self.size = prod(shape)
+        self.partitions = shape[0] if pitch else 1
+        self.step = strides[0] // pitch if pitch else 0
+        inner = list(zip(shape, strides, strict=True))[1 if pitch else 0 :]
+        self.free = prod(n for n, _ in inner)
+        self.low = sum((n - 1) * s for n, s in inner if s < 0)
+        self.high = sum((n - 1) * s for n, s in inner if s > 0)
+        self.dense = self._is_dense(inner)
+
+    def _is_dense(self, inner: list[tuple[int, int]]) -> bool:
+        if self.high - self.low + 1 != self.free:
+            return False
+        expected = 1
+        for step, count in sorted((abs(s), n) for n, s in inner if n > 1):
+            if step != expected:
+                return False
+            expected *= count
+        return True
+
+
+_LAYOUTS: dict[tuple[Shape, Shape, DType, int], Layout] = {}
+
+
+def layout_of(shape: Shape, strides: Shape, dtype: DType, pitch: int) -> Layout:
+    """Return the interned layout of these dims."""
+    key = (shape, strides, dtype, pitch)
+    found = _LAYOUTS.get(key)
+    if found is None:
+        found = _LAYOUTS[key] = Layout(shape, strides, dtype, pitch)
+    return found
+
+
+class Access:
+    """One operand of one instruction: an allocation and the bytes of it that are touched.
+
+    Attributes:
+        allocation: metadata of the storage (no data).
+        layout: interned layout.
+        p0, p1: partition range [p0, p1) in the allocation; [0, 1) in HBM.
+        lo, hi: byte range [lo, hi) in each partition; in the whole tensor for HBM. Exact when
+            `layout.dense`, otherwise the hull of the pattern.
+        start: element offset of the view.
+        dynamic: True when the place came from a run-time index.
+        signature: what cached checks depend on.
+    """
+
+    __slots__ = ("allocation", "dynamic", "hi", "layout", "lo", "p0", "p1", "signature", "start")
+
+    def __init__(self, allocation: Allocation, layout: Layout, start: int, dynamic: bool) -> None:
+        self.allocation = allocation
+        self.layout = layout
+        self.start = start
+        self.dynamic = dynamic
+        itemsize = layout.dtype.itemsize
+        if layout.pitch:
+            p0, column = divmod(start, layout.pitch)
+            self.p0 = p0
+            self.p1 = p0 + (layout.partitions - 1) * layout.step + 1
+            self.lo = (column + layout.low) * itemsize
+            self.hi = (column + layout.high + 1) * itemsize
+            place = (p0 + allocation.partition, self.lo if allocation.buffer == "psum" else 0)
+        else:
+            self.p0, self.p1 = 0, 1
+            self.lo = (start + layout.low) * itemsize
+            self.hi = (start + layout.high + 1) * itemsize
+            place = (0, 0)
+        self.signature = (layout, allocation.buffer, place, dynamic)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes moved by this access."""
+        return self.layout.size * self.layout.dtype.itemsize
+
+    @property
+    def partition(self) -> int:
+        """First partition of the machine that is touched."""
+        return self.p0 + self.allocation.partition
+
+    def overlaps(self, other: Access) -> bool:
+        """Tell whether the byte ranges (hulls, for strided patterns) meet.
+
+        Addressed tensors of one memory are compared by machine address.
+        """
+        a, b = self.allocation, other.allocation
+        if a is b:
+            pa = pb = fa = fb = 0
+        elif a.buffer == b.buffer and a.address is not None and b.address is not None:
+            (pa, fa), (pb, fb) = a.address, b.address
+        else:
+            return False
+        return (
+            self.p0 + pa < other.p1 + pb
+            and other.p0 + pb < self.p1 + pa
+            and self.lo + fa < other.hi + fb
+            and other.lo + fb < self.hi + fa
+        )

@@ -1,0 +1,345 @@
+"""A NeuronCore: allocate tensors, issue instructions (check, execute, record)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import operands as ops
+from .access import Access
+from .checks import RULES
+from .context import STATE, call_site, violate, violation
+from .dtypes import resolve
+from .machine import Machine, machine_for
+from .memory import ON_CHIP, Allocation, Arena, Memory, Pool
+from .record import CoreTrace, Instruction
+from .registers import VirtualRegister
+from .tensor import NkiTensor, resolved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from .lnc import Launch
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a kernel is simulated.
+
+    Attributes:
+        target: machine name, "trn2".
+        data: False runs shape-only: no storage, no arithmetic, no data-dependent checks.
+        relax: ids of rules that are noted instead of raised.
+        precise: False is NKI_PRECISE_FP=0, narrow floats held as fp32.
+        unknown: in a shape-only run, gives the value of a register that data would have set;
+            called with the register.
+    """
+
+    target: str = "trn2"
+    data: bool = True
+    relax: frozenset[str] = frozenset()
+    precise: bool = True
+    unknown: Callable[[VirtualRegister], int] | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """The target's sizes and limits."""
+        return machine_for(self.target)
+
+    def validate(self) -> None:
+        """Refuse unknown targets and rule names.
+
+        Raises:
+            ValueError: naming what is known.
+        """
+        machine_for(self.target)
+        unknown = sorted(self.relax - RULES.keys())
+        if unknown:
+            raise ValueError(f"no rule is named {unknown[0]!r}; rules: {', '.join(sorted(RULES))}")
+
+
+# Checked plans by (target, relaxed rules); shared by all runs of the process.
+_PLANS: dict[tuple[str, frozenset[str]], dict[Any, ops.Plan]] = {}
+
+
+class NeuronCore:
+    """One simulated core.
+
+    Attributes:
+        index: 0 or 1 in a launch of two.
+        launch: what the cores of a launch share.
+        options, machine: how and what is simulated.
+        trace: the record being written.
+        accumulators: fp32 reduce registers per engine ("scalar", "vector"), [128] each, or None
+            while undefined.
+        state: scratch of instructions with state (random generators), by name.
+    """
+
+    def __init__(self, index: int, launch: Launch, options: Options) -> None:
+        self.index = index
+        self.launch = launch
+        self.options = options
+        self.machine = options.machine
+        self.data = options.data
+        self.trace = CoreTrace(index)
+        self.accumulators: dict[str, NDArray[np.float32] | None] = {}
+        self.state: dict[str, Any] = {}
+        self._pool = Pool()
+        self._arenas = {b: Arena(self.machine, b) for b in ON_CHIP}
+        self._plans = _PLANS.setdefault((options.target, options.relax), {})
+        self._fill = "uninitialized-read" in options.relax
+
+    # Tensors ----------------------------------------------------------------------------------
+
+    def allocate(
+        self,
+        shape: Any,
+        dtype: Any,
+        buffer: str,
+        name: str = "",
+        address: tuple[int, int] | None = None,
+        role: str = "scratch",
+    ) -> NkiTensor:
+        """Make a tensor with undefined contents.
+
+        Args:
+            shape: dims; dim 0 is the partition dim on chip.
+            dtype: anything `dtypes.resolve` takes.
+            buffer: "sbuf", "psum", "private_hbm" or "shared_hbm".
+            name: name in reports.
+            address: (partition, byte in the partition) on chip, or None: the compiler places it.
+            role: "scratch", "input" or "output".
+
+        Raises:
+            SimulationError: rules "shape", "on-chip-rank", "address", "partition-limit".
+        """
+        dims = ops.check_shape(shape, buffer, self.machine)
+        kind = resolve(dtype)
+        launch = self.launch
+        if buffer == "shared_hbm":
+            shared = launch.join_shared(self.index, dims, kind)
+            if shared is not None:
+                return NkiTensor(dims, kind, shared, name=name)
+        allocation = Allocation(
+            launch.next_id(), self.index, buffer, dims, kind, name, address,
+            len(self.trace.instructions), call_site(), role,
+        )
+        if address is not None:
+            ops.check_address(allocation, self.machine)
+        self.trace.allocations.append(allocation)
+        memory = self._memory(allocation)
+        if buffer == "shared_hbm":
+            launch.add_shared(self.index, memory)
+        if self._fill and self.data:
+            _fill_sentinel(memory)
+        return NkiTensor(dims, kind, memory, name=name)
+
+    def _memory(self, allocation: Allocation) -> Memory:
+        precise = self.options.precise
+        width = allocation.pitch_bytes
+        if not self.data:
+            return Memory(allocation, None, 0, width, precise)
+        if not precise:
+            itemsize = allocation.dtype.itemsize
+            width = width // itemsize * allocation.dtype.storage(False).itemsize
+        if allocation.address is None:
+            pool = self._pool
+            buffer = pool.take(allocation.partitions * width)
+            return Memory(allocation, buffer, 0, width, precise, pool=pool)
+        arena = self._arenas[allocation.buffer]
+        scale = 1 if precise else 4
+        row = arena.limit * scale
+        base = allocation.address[0] * row + allocation.address[1] * scale
+        memory = Memory(
+            allocation, arena.bytes(scale), base, row, precise, siblings=arena.memories
+        )
+        arena.memories.append(memory)
+        return memory
+
+    # Instructions -----------------------------------------------------------------------------
+
+    def issue(
+        self,
+        spec: ops.Spec,
+        writes: tuple[Any, ...],
+        reads: tuple[Any, ...],
+        params: tuple[Any, ...] = (),
+        name: str | None = None,
+        extra: Any = None,
+    ) -> Instruction:
+        """Check an instruction, execute it and write it down.
+
+        Args:
+            spec: the instruction.
+            writes, reads: operands in the order of the spec's roles: tensors, or for a read
+                operand a scalar, a register or None.
+            params: hashable compile-time parameters; part of the cached check's key by value,
+                whereas scalar operands enter by type only.
+            name: the kernel's `name=`.
+            extra: run-time facts for the record.
+        """
+        indices: list[Access] = []
+        outs: list[Access] = []
+        ins: list[Access] = []
+        key: list[Any] = [spec, params]
+        dynamic = False
+        for position, tensor in enumerate((*writes, *reads)):
+            if type(tensor) is not NkiTensor:
+                key.append(type(tensor))
+                continue
+            if tensor.dynamic is not None:
+                dynamic = True
+                continue
+            access = tensor._access or tensor.access()
+            key.append(access.signature)
+            (outs if position < len(writes) else ins).append(access)
+        if dynamic:
+            writes = tuple(self.static(t, spec, indices) for t in writes)
+            reads = tuple(self.static(t, spec, indices) for t in reads)
+            return self._issue_static(spec, writes, reads, params, name, extra, tuple(indices))
+        return self._finish(spec, writes, reads, params, name, extra, tuple(key), outs, ins)
+
+    def _issue_static(
+        self, spec: ops.Spec, writes: Any, reads: Any, params: Any, name: Any, extra: Any,
+        indices: tuple[Access, ...],
+    ) -> Instruction:
+        outs = [t.access() for t in writes if type(t) is NkiTensor]
+        ins = [t.access() for t in reads if type(t) is NkiTensor]
+        key = [spec, params]
+        key += [
+            t.access().signature if type(t) is NkiTensor else type(t) for t in (*writes, *reads)
+        ]
+        return self._finish(
+            spec, writes, reads, params, name, extra, tuple(key), outs, ins, indices
+        )
+
+    def _finish(
+        self, spec: ops.Spec, writes: Any, reads: Any, params: Any, name: Any, extra: Any,
+        key: Any, outs: list[Access], ins: list[Access], indices: tuple[Access, ...] = (),
+    ) -> Instruction:
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = ops.make_plan(spec, self, writes, reads, params)
+        if plan.violations:
+            self.trace.relaxed.extend(plan.violations)
+        trace = self.trace.instructions
+        index = len(trace)
+        for access in (*outs, *ins):
+            allocation = access.allocation
+            allocation.last_use = index
+            if access.lo < 0 or access.hi > allocation.pitch_bytes or (
+                access.p1 > allocation.partitions or access.p0 < 0
+            ):
+                ops.out_of_bounds(spec, access)
+        if self.data:
+            for tensor in () if spec.checks_itself else reads:
+                if type(tensor) is NkiTensor:
+                    memory = tensor.memory
+                    if not memory.written.full and not memory.readable(tensor.access()):
+                        ops.uninitialized(spec, writes, reads, tensor)
+            races = self.launch.races
+            if races is not None:
+                races.check(self.index, spec, outs, ins)
+            spec.run(self, plan.payload, writes, reads, params)
+            for tensor in writes:
+                if type(tensor) is NkiTensor and not spec.marks_itself:
+                    self.mark_written(tensor)
+        instruction = Instruction(
+            index, spec.opcode, plan.engine, tuple(outs), (*ins, *indices), params, name,
+            call_site(), extra,
+        )
+        trace.append(instruction)
+        return instruction
+
+    def mark_written(self, tensor: NkiTensor) -> None:
+        """Note that every element of a view was written, by something other than a matmul."""
+        memory = tensor.memory
+        access = tensor.access()
+        if not memory.written.full:
+            memory.written.add(access)
+        if access.allocation.buffer == "psum":
+            ops.mark_foreign(memory, access)
+
+    def static(self, tensor: Any, spec: ops.Spec, indices: list[Access], skip: bool = False) -> Any:
+        """The static view of a scalar-dynamic one; None where `skip` and the index is outside.
+
+        Args:
+            tensor: any operand; static ones are returned as they are.
+            spec: the instruction, for messages.
+            indices: receives the access of the index tensor.
+            skip: True for `oob_mode.skip`.
+        """
+        if type(tensor) is not NkiTensor or tensor.dynamic is None:
+            return tensor
+        dynamic = tensor.dynamic
+        if dynamic.kind != "scalar":
+            raise violation(
+                "view", "only DMA takes a vector_offset", instruction=spec.opcode,
+                operand=tensor.name, hint="dma_copy the rows to SBUF first",
+            )
+        value = self.index_value(dynamic.index, spec, indices)
+        view = resolved(tensor, value)
+        access = view.access()
+        access = view._access = Access(access.allocation, access.layout, access.start, True)
+        allocation = access.allocation
+        outside = access.lo < 0 or access.hi > allocation.pitch_bytes or (
+            access.p0 < 0 or access.p1 > allocation.partitions
+        )
+        if dynamic.count is not None and not 0 <= value < dynamic.count:
+            outside = True
+        if outside:
+            if skip:
+                return None
+            violate(
+                "oob", f"the run-time index {value} leaves the tensor {allocation.shape}",
+                instruction=spec.opcode, operand=tensor.name, value=value, limit=dynamic.count,
+            )
+        return view
+
+    def index_value(self, index: Any, spec: ops.Spec, indices: list[Access]) -> int:
+        """The value of a run-time index: register or (1, 1) tensor."""
+        if isinstance(index, VirtualRegister):
+            return index.read() if self.data or index.value is not None else 0
+        indices.append(index.access())
+        if not self.data:
+            return 0
+        self.require_readable(index, spec)
+        return int(index.array().reshape(-1)[0])
+
+    def require_readable(self, tensor: NkiTensor, spec: ops.Spec) -> None:
+        """Refuse a tensor of which some element was never written."""
+        if self.data and not tensor.memory.readable(tensor.access()):
+            ops.uninitialized(spec, (), (tensor,), tensor)
+
+    def unknown_register(self, register: VirtualRegister) -> int:
+        """The value of a register that a shape-only run cannot know.
+
+        Raises:
+            DataUnavailableError: the run was given no `unknown=` to ask.
+        """
+        if self.options.unknown is None:
+            raise violation(
+                "no-data", "control depends on a register whose value depends on data",
+                hint="simulate(kernel, data=False, unknown=lambda register: trip_count)",
+            )
+        return self.options.unknown(register)
+
+    def __enter__(self) -> NeuronCore:
+        self._previous = STATE.core
+        STATE.core = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        STATE.core = self._previous
+
+
+def _fill_sentinel(memory: Memory) -> None:
+    """NaN for floats and 4 for integers, as AWS's simulator shows unwritten memory."""
+    allocation = memory.allocation
+    shape = allocation.shape
+    tensor = NkiTensor(shape, allocation.dtype, memory)
+    tensor.array()[...] = np.nan if allocation.dtype.is_float else 4

@@ -1,0 +1,237 @@
+"""Calling a kernel: `nki.jit`, `kernel[lnc]`, `nki.simulate`; arguments in, results out."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import liveness
+from .arguments import Arguments, to_results
+from .context import current_core, locate, violate, violation
+from .core import NeuronCore, Options
+from .lnc import Launch
+from .record import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .registers import VirtualRegister
+
+# What `nki.simulate` and direct calls use; `activate` replaces it for a while.
+DEFAULTS: list[Options] = []
+
+
+def default_options() -> Options:
+    """Options of the innermost `activate`, else those of the environment."""
+    if DEFAULTS:
+        return DEFAULTS[-1]
+    return Options(
+        target=os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2"),
+        precise=os.environ.get("NKI_PRECISE_FP", "1") != "0",
+    )
+
+
+class Kernel:
+    """A function decorated with `nki.jit`.
+
+    Attributes:
+        fn: the function.
+        lnc: number of cores, 1 or 2.
+        schedule: ordering edges between named instructions.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], lnc: int = 1, schedule: tuple[Any, ...] = ()
+    ) -> None:
+        self.fn = fn
+        self.lnc = lnc
+        self.schedule = schedule
+        functools.update_wrapper(self, fn)
+
+    def __getitem__(self, lnc: Any) -> Kernel:
+        if isinstance(lnc, tuple) and len(lnc) == 1:
+            lnc = lnc[0]
+        if isinstance(lnc, bool) or not hasattr(lnc, "__index__") or int(lnc) not in (1, 2):
+            raise violation(
+                "lnc", "the launch bracket takes the number of cores, one integer",
+                instruction=self.fn.__name__, value=lnc, limit=(1, 2),
+                hint="kernel[2](...); SPMD grids of NKI 0.1 are gone: loop inside the kernel",
+            )
+        return Kernel(self.fn, int(lnc), self.schedule)
+
+    def with_schedule(self, edges: Iterable[Any]) -> Kernel:
+        """Add ordering edges [("later", "earlier"), ...] between named instructions."""
+        return Kernel(self.fn, self.lnc, (*self.schedule, *edges))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run inline inside another kernel, else simulate."""
+        if current_core() is not None:
+            return self.fn(*args, **kwargs)
+        return Simulated(self, default_options())(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<nki kernel {self.fn.__qualname__}[{self.lnc}]>"
+
+
+def jit(fn: Any = None, **kwargs: Any) -> Any:
+    """Decorate a kernel; `mode=` is ignored as documented, `platform_target=` is refused."""
+    if "platform_target" in kwargs:
+        raise violation("usage", "platform_target= was removed in NKI 0.3", instruction="nki.jit",
+                        hint="set NEURON_PLATFORM_TARGET_OVERRIDE=trn2")
+    if fn is None:
+        return functools.partial(jit, **kwargs)
+    if isinstance(fn, Kernel):
+        return fn
+    if not callable(fn):
+        raise violation("usage", "nki.jit decorates a function", instruction="nki.jit",
+                        value=type(fn).__name__)
+    return Kernel(fn)
+
+
+class Simulated:
+    """A kernel bound to the simulator; calling it runs the kernel.
+
+    Attributes:
+        kernel: what is run.
+        options: how.
+        run: record of the latest call, or None; set also when the call raised.
+    """
+
+    def __init__(self, kernel: Kernel, options: Options) -> None:
+        self.kernel = kernel
+        self.options = options
+        self.run: Run | None = None
+        functools.update_wrapper(self, kernel.fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the kernel on arrays, torch tensors or (shape-only) `ShapeDtype`s.
+
+        Returns:
+            Arrays of the kind that came in; inputs the kernel wrote are updated in place.
+
+        Raises:
+            SimulationError: the kernel breaks a rule.
+        """
+        kernel, options = self.kernel, self.options
+        launch = Launch(options, kernel.lnc)
+        cores = [NeuronCore(i, launch, options) for i in range(kernel.lnc)]
+        arguments = Arguments(launch, options)
+        bound = arguments.convert_call(kernel.fn, args, kwargs)
+        self.run = Run(
+            kernel.fn.__name__, kernel.lnc, [c.trace for c in cores],
+            [t.memory.allocation for t in arguments.tensors], options.data, target=options.target,
+        )
+
+        def body(core: NeuronCore) -> Any:
+            with core, np.errstate(all="ignore"):
+                return kernel.fn(*bound[0], **bound[1])
+
+        if launch.meeting is None:
+            results = [body(cores[0])]
+        else:
+            if launch.races is not None:
+                launch.meeting.on_meet.append(launch.races.clear)
+            bodies = [functools.partial(body, c) for c in cores]
+            results = launch.meeting.run(bodies)
+        with cores[0]:
+            _order(kernel.schedule, cores)
+            for core in cores:
+                self.run.peaks.append(liveness.check(core.trace, core.machine))
+            _check_results(self.run, kernel, results[0], arguments, options)
+        arguments.write_back()
+        return to_results(results[0], arguments, options)
+
+
+def simulate(
+    kernel: Any,
+    *,
+    data: bool | None = None,
+    relax: Iterable[str] | None = None,
+    target: str | None = None,
+    precise: bool | None = None,
+    unknown: Callable[[VirtualRegister], int] | None = None,
+) -> Simulated:
+    """Make a simulated version of a kernel.
+
+    Args:
+        kernel: decorated with `nki.jit`, `kernel[2]`, or a plain function, which is wrapped.
+        data: False runs shape-only.
+        relax: ids of rules to note instead of raise.
+        target: machine, "trn2".
+        precise: False holds narrow floats as fp32 (NKI_PRECISE_FP=0).
+        unknown: shape-only: value of a register that data would have set.
+
+    Raises:
+        UsageError: `kernel` is not callable.
+    """
+    if isinstance(kernel, Simulated):
+        kernel = kernel.kernel
+    if not isinstance(kernel, Kernel):
+        if not callable(kernel):
+            raise violation("usage", "simulate takes a kernel", instruction="nki.simulate",
+                            value=type(kernel).__name__, limit="a function or @nki.jit kernel")
+        kernel = Kernel(kernel)
+    changes = {
+        "data": data, "target": target, "precise": precise, "unknown": unknown,
+        "relax": None if relax is None else frozenset(relax),
+    }
+    options = replace(
+        default_options(), **{k: v for k, v in changes.items() if v is not None}  # type: ignore[arg-type]
+    )
+    options.validate()
+    return Simulated(kernel, options)
+
+
+def _check_results(
+    run: Run, kernel: Kernel, result: Any, arguments: Arguments, options: Options
+) -> None:
+    """Refuse results that the device cannot hand back."""
+    from .tensor import NkiTensor
+
+    code = kernel.fn.__code__ if hasattr(kernel.fn, "__code__") else None
+    where = locate((code, 0)) if code else None
+    tensors = list(result) if isinstance(result, tuple | list) else [result]
+    if result is None:
+        if arguments.any_written(run):
+            return
+        raise violation(
+            "output-kind", "the kernel returns nothing and writes none of its arguments",
+            instruction=kernel.fn.__name__, location=where,
+            hint="return the nl.shared_hbm tensor that holds the result",
+        )
+    for position, t in enumerate(tensors):
+        name = f"result {position}"
+        if not isinstance(t, NkiTensor):
+            raise violation("output-kind", f"is a {type(t).__name__}", operand=name, location=where,
+                            instruction=kernel.fn.__name__, limit="tensor or tuple of tensors")
+        allocation = t.memory.allocation
+        if allocation.on_chip:
+            violate("output-buffer", f"is in {allocation.buffer}", operand=name, location=where,
+                    instruction=kernel.fn.__name__, value=allocation.buffer, limit="shared_hbm",
+                    hint="dma_copy it to an nl.shared_hbm tensor and return that")
+        if options.data and not t.memory.readable(t.access()):
+            mask = t.memory.written.mask(t.access())
+            first = tuple(int(i[0]) for i in (~mask).nonzero())
+            violate(
+                "output-unwritten", f"{int((~mask).sum())} of {mask.size} elements were never "
+                f"written, first {first}", operand=name, instruction=kernel.fn.__name__,
+                value=first, location=locate(allocation.site) or where,
+            )
+
+
+def _order(schedule: tuple[Any, ...], cores: list[NeuronCore]) -> None:
+    """Add the edges of `with_schedule` to the record."""
+    for later, earlier in schedule:
+        names = (earlier,) if isinstance(earlier, str) else tuple(earlier)
+        for core in cores:
+            named = {i.name: i for i in core.trace.instructions if i.name}
+            missing = [n for n in (later, *names) if n not in named]
+            if missing:
+                raise violation("usage", f"no instruction is named {missing[0]!r}",
+                                instruction="with_schedule", value=missing[0],
+                                limit=sorted(named))
+            named[later].depends_on(*(named[n] for n in names))

@@ -1,0 +1,226 @@
+"""What the cores of one launch share: tensors in shared HBM, meeting points, race detection."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .context import call_site, locate, violate, violation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from .access import Access
+    from .core import Options
+    from .dtypes import DType
+    from .memory import Memory
+
+
+class Aborted(BaseException):
+    """Ends a core's thread after the other core failed."""
+
+
+class Launch:
+    """One call of a kernel on one or two cores.
+
+    Attributes:
+        lnc: number of cores.
+        races: detector of unsynchronised access to shared HBM, or None with one core.
+        meeting: where two cores meet, or None with one core.
+    """
+
+    def __init__(self, options: Options, lnc: int) -> None:
+        self.options = options
+        self.lnc = lnc
+        self.meeting = Meeting() if lnc > 1 else None
+        self.races = Races() if lnc > 1 and options.data else None
+        self._next = 0
+        self._shared: list[Memory] = []
+        self._made = [0] * lnc
+
+    def next_id(self) -> int:
+        """A fresh allocation id."""
+        self._next += 1
+        return self._next - 1
+
+    def join_shared(self, core: int, shape: tuple[int, ...], dtype: DType) -> Memory | None:
+        """The shared tensor the other core already made at this point of the program.
+
+        Both cores run the same program, so the k-th shared_hbm tensor of one is that of the other.
+        """
+        k = self._made[core]
+        if k >= len(self._shared):
+            return None
+        memory = self._shared[k]
+        a = memory.allocation
+        if a.shape != shape or a.dtype.name != dtype.name:
+            raise violation(
+                "lnc-sync", "the cores make different shared_hbm tensors at the same point",
+                value=(shape, dtype.name), limit=(a.shape, a.dtype.name),
+                hint="control flow must be identical on both cores",
+            )
+        self._made[core] += 1
+        return memory
+
+    def add_shared(self, core: int, memory: Memory) -> None:
+        """Register a shared tensor for the other core to join."""
+        if self.lnc > 1:
+            self._shared.append(memory)
+            self._made[core] += 1
+
+
+class Meeting:
+    """Runs two cores as threads, one at a time, switching where they synchronise.
+
+    One core runs until it must wait for the other; so runs are deterministic, and a deadlock is
+    seen at once: nobody can run and somebody waits.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._turn = 0
+        self._waiting: dict[int, tuple[Any, Any, str]] = {}
+        self._received: dict[int, Any] = {}
+        self._finished: set[int] = set()
+        self._failed: BaseException | None = None
+        self.on_meet: list[Callable[[], None]] = []
+
+    def run(self, bodies: list[Callable[[], Any]]) -> list[Any]:
+        """Run one body per core; return their results or raise the first failure."""
+        results: list[Any] = [None] * len(bodies)
+
+        def thread(core: int) -> None:
+            try:
+                self._await_turn(core)
+                results[core] = bodies[core]()
+            except Aborted:
+                pass
+            except BaseException as error:
+                with self._condition:
+                    self._failed = self._failed or error
+            finally:
+                self._finish(core)
+
+        threads = [
+            threading.Thread(target=thread, args=(c,), name=f"nki-core-{c}", daemon=True)
+            for c in range(len(bodies))
+        ]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if self._failed is not None:
+            raise self._failed
+        return results
+
+    def meet(self, core: int, key: Any, payload: Any, what: str) -> Any:
+        """Wait until the other core arrives with the same key; exchange payloads.
+
+        Args:
+            core: this core.
+            key: what both must agree on, such as ("sendrecv", pipe_id).
+            payload: handed to the other core.
+            what: description for the deadlock report.
+
+        Raises:
+            DeadlockError: the other core has ended or waits for something else.
+        """
+        other = 1 - core
+        with self._condition:
+            waiting = self._waiting.get(other)
+            if waiting is not None and waiting[0] == key:
+                del self._waiting[other]
+                self._received[other] = payload
+                for call in self.on_meet:
+                    call()
+                return waiting[1]
+            self._waiting[core] = (key, payload, f"core {core} waits in {what} at "
+                                   f"{locate(call_site())}")
+            if other in self._waiting or other in self._finished:
+                self._failed = self._failed or self._deadlock(other)
+                self._condition.notify_all()
+                raise Aborted
+            self._turn = other
+            self._condition.notify_all()
+            while core not in self._received or self._turn != core:
+                if self._failed is not None:
+                    raise Aborted
+                self._condition.wait()
+            return self._received.pop(core)
+
+    def _deadlock(self, other: int) -> BaseException:
+        lines = [w[2] for w in self._waiting.values()]
+        if other in self._finished:
+            lines.append(f"core {other} has ended")
+        return violation("lnc-deadlock", "; ".join(lines))
+
+    def _await_turn(self, core: int) -> None:
+        with self._condition:
+            while self._turn != core:
+                if self._failed is not None:
+                    raise Aborted
+                self._condition.wait()
+
+    def _finish(self, core: int) -> None:
+        other = 1 - core
+        with self._condition:
+            self._finished.add(core)
+            if self._failed is None and other in self._waiting:
+                self._failed = self._deadlock(core)
+            self._turn = other
+            self._condition.notify_all()
+
+
+# Bits of the race map: who did what since the cores last met.
+_READ, _WRITE = (1, 4), (2, 8)
+
+
+class Races:
+    """Finds elements of shared HBM that both cores touch, one of them writing, without meeting."""
+
+    def __init__(self) -> None:
+        self._maps: dict[int, NDArray[np.uint8]] = {}
+        self._touched: set[int] = set()
+
+    def clear(self) -> None:
+        """The cores met: what came before is ordered."""
+        for key in self._touched:
+            self._maps[key][...] = 0
+        self._touched.clear()
+
+    def check(self, core: int, spec: Any, outs: list[Access], ins: list[Access]) -> None:
+        """Note an instruction's accesses and refuse a race."""
+        for access in ins:
+            if access.allocation.buffer == "shared_hbm":
+                self._note(core, spec, access, _READ[core], _WRITE[1 - core])
+        for access in outs:
+            if access.allocation.buffer == "shared_hbm":
+                self._note(core, spec, access, _WRITE[core], _WRITE[1 - core] | _READ[1 - core])
+
+    def _note(self, core: int, spec: Any, access: Access, mine: int, theirs: int) -> None:
+        a = access.allocation
+        flags = self._maps.get(a.id)
+        if flags is None:
+            flags = self._maps[a.id] = np.zeros(a.pitch_bytes // a.dtype.itemsize, np.uint8)
+        layout = access.layout
+        size = a.dtype.itemsize
+        if layout.dtype.itemsize == size:
+            view = np.ndarray(layout.shape, np.uint8, flags, access.start, layout.strides)
+        else:
+            view = flags[access.lo // size : -(-access.hi // size)]
+        self._touched.add(a.id)
+        clash = (view & theirs) != 0
+        if clash.any():
+            where = tuple(int(i[0]) for i in clash.nonzero())
+            violate(
+                "lnc-race",
+                f"core {core} and core {1 - core} both touch shared tensor {a.name or a.shape} "
+                f"without meeting, first at {where} of this view",
+                instruction=spec.opcode, operand=a.name or "tensor", value=where,
+                hint="nisa.core_barrier(tensor, (0, 1)) between the two accesses",
+            )
+        view |= np.uint8(mine)

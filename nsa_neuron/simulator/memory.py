@@ -1,0 +1,246 @@
+"""Storage of HBM, SBUF and PSUM: metadata that a record keeps, bytes that live as long as used."""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .written import Written
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+    from numpy.typing import NDArray
+
+    from .access import Access
+    from .dtypes import DType
+    from .machine import Machine
+
+ON_CHIP = ("sbuf", "psum")
+
+
+class Allocation:
+    """What is known of one tensor's storage without its data.
+
+    Attributes:
+        id: number in the order of creation, per launch.
+        core: index of the owning core.
+        buffer: "sbuf", "psum", "private_hbm" or "shared_hbm".
+        shape: dims of the tensor as made; dim 0 is the partition dim on chip.
+        dtype: element type.
+        name: the kernel's name for it, or "".
+        address: (partition, byte) where the kernel chose it, else None.
+        created: index of the next instruction at the time it was made.
+        last_use: index of the last instruction that touched it, -1 before any.
+        site: code object and instruction offset of the kernel line that made it.
+        role: "input", "output" or "scratch".
+        pitch_bytes: bytes per partition on chip; of the whole tensor in HBM.
+    """
+
+    __slots__ = ("address", "buffer", "core", "created", "dtype", "id", "last_use", "name",
+                 "partitions", "pitch_bytes", "role", "shape", "site")
+
+    def __init__(
+        self,
+        id: int,
+        core: int,
+        buffer: str,
+        shape: tuple[int, ...],
+        dtype: DType,
+        name: str,
+        address: tuple[int, int] | None,
+        created: int,
+        site: tuple[CodeType, int] | None,
+        role: str,
+    ) -> None:
+        self.id = id
+        self.core = core
+        self.buffer = buffer
+        self.shape = shape
+        self.dtype = dtype
+        self.name = name
+        self.address = address
+        self.created = created
+        self.last_use = -1
+        self.site = site
+        self.role = role
+        on_chip = buffer in ON_CHIP
+        self.partitions = shape[0] if on_chip else 1
+        self.pitch_bytes = prod(shape[1:] if on_chip else shape) * dtype.itemsize
+
+    @property
+    def on_chip(self) -> bool:
+        """True for SBUF and PSUM."""
+        return self.buffer in ON_CHIP
+
+    @property
+    def partition(self) -> int:
+        """Start partition on the machine; 0 where the compiler chooses."""
+        return self.address[0] if self.address else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.partitions * self.pitch_bytes
+
+
+class Memory:
+    """The bytes of one allocation (or of a part of an arena) and what of them is written.
+
+    Attributes:
+        allocation: metadata.
+        buffer: flat uint8 array that owns the bytes; None in a shape-only run.
+        base: byte of `buffer` where partition 0 starts.
+        pitch: bytes of `buffer` from one partition to the next.
+        written: elements written so far.
+        matmul: elements whose last write was a matmul of the current group; PSUM only.
+        foreign: elements whose last write was not a matmul; PSUM only.
+        siblings: memories of one arena, whose bytes may be the same as these.
+    """
+
+    __slots__ = ("__weakref__", "allocation", "base", "buffer", "foreign", "matmul", "pitch",
+                 "pool", "precise", "siblings", "written")
+
+    def __init__(
+        self,
+        allocation: Allocation,
+        buffer: NDArray[np.uint8] | None,
+        base: int,
+        pitch: int,
+        precise: bool,
+        full: bool = False,
+        pool: Pool | None = None,
+        siblings: list[Memory] | None = None,
+    ) -> None:
+        self.allocation = allocation
+        self.buffer = buffer
+        self.base = base
+        self.pitch = pitch
+        self.precise = precise
+        self.pool = pool
+        self.siblings = siblings
+        shape, itemsize = allocation.shape, allocation.dtype.itemsize
+        if allocation.on_chip:
+            rows, width = shape[0], allocation.pitch_bytes
+        else:
+            width = (shape[-1] if shape else 1) * itemsize
+            rows = allocation.pitch_bytes // width if width else 0
+        self.written = Written(rows, width, itemsize, full)
+        self.matmul: Written | None = None
+        self.foreign: Written | None = None
+
+    def group(self) -> Written:
+        """The elements written by matmuls of the current accumulation group."""
+        if self.matmul is None:
+            self.matmul = Written(self.written.rows, self.written.width, self.written.granule)
+        return self.matmul
+
+    def array(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int, dtype: DType
+    ) -> NDArray[Any]:
+        """The elements of a view, without a copy.
+
+        Args:
+            shape: dims of the view.
+            strides: elements of `dtype`.
+            offset: elements of `dtype`.
+            dtype: element type of the view.
+        """
+        kind = dtype.storage(self.precise)
+        size = kind.itemsize
+        if self.allocation.on_chip:
+            width = self.allocation.pitch_bytes // dtype.itemsize
+            row, column = divmod(offset, width)
+            place = self.base + row * self.pitch + column * size
+            steps = (strides[0] // width * self.pitch, *(s * size for s in strides[1:]))
+        else:
+            place = self.base + offset * size
+            steps = tuple(s * size for s in strides)
+        return np.ndarray(shape, kind, self.buffer, place, steps)  # type: ignore[call-overload]
+
+    def readable(self, access: Access) -> bool:
+        """Tell whether all elements of an access were written, here or through an alias."""
+        if self.written.full or self.written.covers(access):
+            return True
+        if not self.siblings or self.allocation.address is None:
+            return False
+        mask = self.written.mask(access).copy()
+        for other in self.siblings:
+            if other is not self:
+                _mark_alias(mask, access, other)
+        return bool(mask.all())
+
+    def __del__(self) -> None:
+        if self.pool is not None and self.buffer is not None:
+            buffer, self.buffer = self.buffer, None
+            self.pool.give(buffer)
+
+
+def _mark_alias(mask: NDArray[np.bool_], access: Access, other: Memory) -> None:
+    """Set in `mask` the elements of `access` that another memory of the arena has written."""
+    here, there = access.allocation.address, other.allocation.address
+    assert here is not None and there is not None
+    layout, itemsize = access.layout, access.layout.dtype.itemsize
+    row, column = divmod(access.start, layout.pitch)
+    bytes_map = np.zeros((other.written.rows, other.written.width), np.bool_)
+    if other.written.full:
+        bytes_map[...] = True
+    elif not other.written.empty:
+        other.written._materialise()
+        assert other.written._map is not None
+        bytes_map[...] = np.repeat(other.written._map, other.written.granule, axis=1)
+    for index in np.argwhere(~mask):
+        p = here[0] + row + int(index[0]) * layout.step - there[0]
+        free = column + sum(
+            int(i) * s for i, s in zip(index[1:], layout.strides[1:], strict=True)
+        )
+        f = here[1] + free * itemsize - there[1]
+        if 0 <= p < bytes_map.shape[0] and 0 <= f and f + itemsize <= bytes_map.shape[1]:
+            mask[tuple(index)] = bytes_map[p, f : f + itemsize].all()
+
+
+class Pool:
+    """Freed byte buffers by size: a kernel makes the same few tile sizes thousands of times."""
+
+    def __init__(self, keep_bytes: int = 64 << 20) -> None:
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self._kept = 0
+        self._limit = keep_bytes
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return a buffer of exactly `nbytes` bytes with undefined contents."""
+        bucket = self._free.get(nbytes)
+        if bucket:
+            self._kept -= nbytes
+            return bucket.pop()
+        return np.empty(nbytes, np.uint8)
+
+    def give(self, buffer: NDArray[np.uint8]) -> None:
+        """Take a buffer back, unless somebody still sees it or enough is kept."""
+        # References: the caller's local, this argument, getrefcount's own argument.
+        if sys.getrefcount(buffer) <= 3 and self._kept + buffer.nbytes <= self._limit:
+            self._free.setdefault(buffer.nbytes, []).append(buffer)
+            self._kept += buffer.nbytes
+
+
+class Arena:
+    """One SBUF or PSUM that tensors with an explicit address share."""
+
+    def __init__(self, machine: Machine, buffer: str) -> None:
+        self.limit = machine.sbuf_bytes if buffer == "sbuf" else machine.psum_bytes
+        self.partitions = machine.partitions
+        self.memories: list[Memory] = []
+        self._bytes: NDArray[np.uint8] | None = None
+
+    def bytes(self, scale: int) -> NDArray[np.uint8]:
+        """The arena's bytes; pages are committed by the system as they are touched.
+
+        Args:
+            scale: host bytes per device byte: 1, or 4 where narrow floats are held as fp32.
+        """
+        if self._bytes is None:
+            self._bytes = np.zeros(self.partitions * self.limit * scale, np.uint8)
+        return self._bytes

@@ -1,0 +1,105 @@
+"""From the vendor's calls to specs: usage errors, operators, enums, loads and stores."""
+
+import functools
+import inspect
+
+from ..context import STATE, require_core, violation
+from ..dtypes import load_f32, round_tf32, store, tfloat32
+from ..registers import VirtualRegister
+from ..tensor import NkiTensor
+
+_REMOVED = {
+    "mask": "slice the operands to the valid range; masks went with NKI 0.1",
+    "dtype": "the dst tensor decides the dtype",
+    "psumAccumulateFlag": "accumulate=True/False",
+    "psum_accumulate_flag": "accumulate=True/False",
+    "is_moving_zero": "is_moving_onezero",
+    "dst_rmw_op": "nisa.dma_compute(dst, srcs, reduce_op=nl.add)",
+    "use_gpsimd_dma": "dma_engine=nisa.dma_engine.gpsimd_dma",
+}
+
+
+def instruction(function):
+    """Decorate a `nisa` function: a call that does not fit its signature says what to write."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            trace = error.__traceback__
+            if trace is None or trace.tb_next is not None:
+                raise
+            reason = str(error)
+        raise _misuse(function, args, kwargs, reason)
+
+    return call
+
+
+def _misuse(function, args, kwargs, reason):
+    signature = inspect.signature(function)
+    name = function.__name__
+    for key in kwargs:
+        if key not in signature.parameters and key in _REMOVED:
+            return violation("legacy-api", f"{key}= no longer exists", instruction=name,
+                             operand=key, hint=_REMOVED[key])
+    hint = f"nisa.{name}{signature}"
+    if "dst" in signature.parameters and "dst" not in kwargs and "'dst'" in reason:
+        return violation(
+            "legacy-api", "instructions write into dst= since NKI 0.2 and return no tile",
+            instruction=name, operand="dst", hint=hint,
+        )
+    return violation("usage", reason, instruction=name, hint=hint)
+
+
+def core_of(name):
+    """The current core, or an error that names the instruction."""
+    return STATE.core or require_core(f"nisa.{name}")
+
+
+def op_name(op, instruction_name, role):
+    """Name of an operator object such as `nl.add`.
+
+    Raises:
+        UsageError: `op` is none.
+    """
+    name = getattr(op, "nki_op", None)
+    if name is None:
+        given = getattr(op, "__name__", repr(op))
+        raise violation("operator", "is not an operator of nki.language", operand=role,
+                        instruction=instruction_name, value=given, limit="nl.add, nl.exp, ...",
+                        hint="pass nl.<operator>, not a NumPy or Python function")
+    return name
+
+
+def enum_of(kind, value, instruction_name, role):
+    """A member of an enum; strings of its values are accepted, integers are not (NKI 0.3)."""
+    if type(value) is kind:
+        return value
+    if isinstance(value, str):
+        for member in kind:
+            if value == member.name:
+                return member
+    raise violation("usage", f"must be a member of nisa.{kind.__name__}", operand=role,
+                    instruction=instruction_name, value=value,
+                    limit=", ".join(f"nisa.{kind.__name__}.{m.name}" for m in kind))
+
+
+def load(tensor):
+    """The elements of a view as fp32."""
+    values = load_f32(tensor.array())
+    return round_tf32(values) if tensor.dtype is tfloat32 else values
+
+
+def load_scalar(operand):
+    """A scalar operand: Python number, register's value, or a (P, 1) tensor as fp32."""
+    if type(operand) is NkiTensor:
+        return load(operand)
+    if isinstance(operand, VirtualRegister):
+        return operand.read()
+    return operand
+
+
+def save(core, tensor, values):
+    """Store an instruction's result into a view, rounding to its dtype."""
+    store(tensor.array(), values, tensor.dtype if core.options.precise else None)

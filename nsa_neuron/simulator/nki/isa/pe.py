@@ -1,0 +1,226 @@
+"""Tensor Engine: nc_matmul, nc_transpose."""
+
+import numpy as np
+
+from ... import dtypes as dt
+from ...operands import Spec
+from ...semantics import pe as semantics
+from ..binding import core_of, enum_of, instruction, save
+from .constants import engine as engines
+from .constants import matmul_perf_mode
+
+_INPUTS = (dt.float8_e4m3, dt.float8_e5m2, dt.bfloat16, dt.float16, dt.tfloat32, dt.float32)
+_WIDE = ("float32", "tfloat32")
+
+
+def _check_matmul(c):
+    transpose, accumulate, position, size, perf, _, _ = c.params
+    c.tensors("stationary", "moving")
+    c.buffers("stationary", "sbuf")
+    c.buffers("moving", "sbuf")
+    c.buffers("dst", "psum")
+    st, mv, dst = c["stationary"], c["moving"], c["dst"]
+    if not transpose:
+        c.dtypes("stationary", _INPUTS)
+        c.dtypes("moving", _INPUTS)
+        c.dtypes("dst", (dt.float32,))
+    wide = (st.dtype.name in _WIDE, mv.dtype.name in _WIDE)
+    c.require(wide[0] == wide[1], "dtype-match", "fp32 and tf32 pair only with fp32 and tf32",
+              "moving", value=f"{st.dtype} x {mv.dtype}")
+    c.same_partitions("stationary", "moving")
+    double = perf is matmul_perf_mode.double_row
+    pair = 2 if double else 1
+    if double:
+        for o in (st, mv):
+            c.require(o.dtype.is_fp8, "dtype", "double_row takes fp8", o.role, value=o.dtype.name)
+            c.require(len(o.shape) >= 3 and o.shape[1] == 2, "shape",
+                      "double_row takes [K, 2, free]", o.role, value=o.shape, limit="(K, 2, free)")
+    rows, columns = _check_tile(c, position, size, double)
+    m, n = st.n // pair, mv.n // pair
+    c.require(st.p <= rows, "tile-size", f"contracts over {st.p} partitions", "stationary",
+              value=st.p, limit=rows)
+    c.require(m <= columns, "tile-size", f"has {m} columns", "stationary", value=m, limit=columns)
+    c.require(n <= c.machine.moving_free, "tile-size", f"has {n} elements per partition", "moving",
+              value=n, limit=c.machine.moving_free)
+    c.require(dst.p == m, "partition-match", f"has {dst.p} partitions, stationary {m} columns",
+              "dst", value=dst.p, limit=m)
+    c.require(dst.n == n, "element-count", f"has {dst.n} elements per partition, moving {n}",
+              "dst", value=dst.n, limit=n)
+    _check_bank(c)
+    overlapping = any(s == 0 for s in dst.layout.strides[1:]) or _self_overlaps(dst.layout)
+    return "tensor", (double, overlapping)
+
+
+def _check_bank(c):
+    bank = c.machine.psum_bank_bytes
+    access = c["dst"].access
+    base = access.allocation.address[1] if access.allocation.address else 0
+    first, last = (base + access.lo) // bank, (base + access.hi - 1) // bank
+    c.require(first == last, "psum-bank", f"spans banks {first}..{last}", "dst",
+              value=access.hi - access.lo, limit=f"{bank} bytes in one bank")
+
+
+def _check_tile(c, position, size, double):
+    m = c.machine
+    if not position and not size:
+        return m.partitions, m.stationary_free
+    ok = len(position) == 2 and len(size) == 2
+    c.require(ok, "tile-position", "set both tile_position and tile_size, two integers each",
+              value=(position, size))
+    (row, column), (rows, columns) = position, size
+    for name, start, extent in (("row", row, rows), ("column", column, columns)):
+        c.require(extent in (32, 64, 128), "tile-position", f"{name} size", value=extent,
+                  limit=(32, 64, 128))
+        c.require(start % extent == 0 and 0 <= start and start + extent <= m.partitions,
+                  "tile-position", f"{name} position", value=start, limit=f"multiple of {extent}")
+    c.require(not (double and (column or columns != 128)), "tile-position",
+              "double_row excludes column tiling", value=(position, size))
+    return rows, columns
+
+
+def _self_overlaps(layout):
+    """True when the free pattern visits an element twice."""
+    step = 1
+    for stride, count in sorted(
+        (abs(s), n) for s, n in zip(layout.strides[1:], layout.shape[1:], strict=True) if n > 1
+    ):
+        if stride < step:
+            return True
+        step = stride * (count - 1) + step
+    return False
+
+
+def _run_matmul(core, payload, writes, reads, params):
+    transpose, accumulate = params[:2]
+    double, overlapping = payload
+    (dst,), (stationary, moving) = writes, reads
+    mv = semantics.operand(moving.array(), moving.dtype)
+    out = dst.array()
+    if transpose:
+        raw = semantics.transpose_mode(stationary.array(), mv)
+        save(core, dst, raw.reshape(dst.shape))
+        core.mark_written(dst)
+        return
+    st = semantics.operand(stationary.array(), stationary.dtype)
+    memory, access = dst.memory, dst.access()
+    group = memory.group()
+    if overlapping:
+        product = (semantics.matmul_double_row if double else semantics.matmul)(st, mv)
+        _overlapping(core, dst, product, accumulate)
+        return
+    known = True if group.full else group.covers(access)
+    if accumulate is None:
+        accumulate = known if known or not group.touches(access) else None
+    elif accumulate and not known:
+        _unopened(core, dst)
+    if accumulate is not False and memory.foreign is not None:
+        _foreign(core, dst)
+    if accumulate is False and out.flags.c_contiguous:
+        k = st.shape[0] * (2 if double else 1)
+        np.matmul(st.reshape(k, -1).T, mv.reshape(k, -1), out=out.reshape(out.shape[0], -1))
+    else:
+        product = (semantics.matmul_double_row if double else semantics.matmul)(st, mv)
+        product = product.reshape(out.shape)
+        if accumulate is None:
+            out[...] = np.where(group.mask(access), out + product, product)
+        elif accumulate:
+            out += product
+        else:
+            out[...] = product
+    if not group.full:
+        group.add(access)
+    if not memory.written.full:
+        memory.written.add(access)
+    if accumulate is False and memory.foreign is not None:
+        memory.foreign.remove(access)
+
+
+def _overlapping(core, dst, product, accumulate):
+    """A destination that visits elements more than once: the flat rows are updated in order."""
+    memory, access = dst.memory, dst.access()
+    group = memory.group()
+    width = memory.allocation.pitch_bytes // dst.dtype.itemsize
+    rows = dst._view((dst.shape[0], width), (width, 1), access.p0 * width)
+    column = access.start - access.p0 * width
+    index = np.array(column)
+    for size, stride in zip(dst.shape[1:], dst.strides[1:], strict=True):
+        index = index[..., None] + np.arange(size) * stride
+    index = index.ravel()
+    array = rows.array()
+    known = np.array(group.mask(rows.access()))
+    for row in range(array.shape[0]):
+        semantics.psum_update_overlapping(array[row], index, product[row], accumulate, known[row])
+    group.add(access)
+    memory.written.add(access)
+
+
+def _unopened(core, dst):
+    from ...context import violate
+
+    violate("psum-accumulate", "accumulate=True, but no matmul has written this location",
+            instruction="nc_matmul", operand="dst", table=(repr(dst),),
+            hint="accumulate=(i > 0), or leave accumulate out")
+
+
+def _foreign(core, dst):
+    from ...context import violate
+
+    if dst.memory.foreign.touches(dst.access()) and dst.memory.group().touches(dst.access()):
+        violate("psum-foreign", "the location was written by memset, copy or transpose before",
+                instruction="nc_matmul", operand="dst", table=(repr(dst),),
+                hint="accumulate=False for the first matmul of the group")
+
+
+MATMUL = Spec("nc_matmul", ("dst",), ("stationary", "moving"), _check_matmul, _run_matmul,
+              marks_itself=True)
+
+
+@instruction
+def nc_matmul(dst, stationary, moving, is_stationary_onezero=False, is_moving_onezero=False,
+              is_transpose=False, accumulate=None, tile_position=(), tile_size=(),
+              perf_mode=matmul_perf_mode.none, name=None):
+    """dst[M, N] (+)= stationary[K, M].T @ moving[K, N] on the Tensor Engine."""
+    core = core_of("nc_matmul")
+    if type(perf_mode) is not matmul_perf_mode:
+        perf_mode = enum_of(matmul_perf_mode, perf_mode, "nc_matmul", "perf_mode")
+    params = (bool(is_transpose), accumulate, tuple(tile_position or ()), tuple(tile_size or ()),
+              perf_mode, bool(is_stationary_onezero), bool(is_moving_onezero))
+    return core.issue(MATMUL, (dst,), (stationary, moving), params, name)
+
+
+def _check_transpose(c):
+    c.tensors("data")
+    dst, data = c["dst"], c["data"]
+    c.require(dst.dtype.name == data.dtype.name or data.dtype.is_fp8, "dtype-match",
+              f"is {dst.dtype}, data is {data.dtype}", "dst", value=dst.dtype.name,
+              limit=data.dtype.name)
+    c.require((dst.p, dst.n) == (data.n, data.p), "shape", "must be data transposed", "dst",
+              value=dst.shape, limit=(data.n, data.p))
+    asked = c.params[0]
+    default = "tensor" if dst.buffer == "psum" and data.buffer == "sbuf" else "vector"
+    chosen = c.choose_engine(asked, default, "tensor", "vector")
+    limit = 128 if chosen == "tensor" else 32
+    c.require(data.p <= limit and data.n <= limit, "tile-size",
+              f"is [{data.p}, {data.n}]", "data", value=(data.p, data.n), limit=(limit, limit))
+    if chosen == "tensor":
+        c.buffers("data", "sbuf")
+        c.buffers("dst", "psum")
+    return chosen
+
+
+def _run_transpose(core, payload, writes, reads, params):
+    (dst,), (data,) = writes, reads
+    raw = semantics.transpose(data.array())
+    out = dst.array()
+    if out.dtype.itemsize != raw.dtype.itemsize:
+        raw = semantics.widen_fp8(raw).view(out.dtype)
+    save(core, dst, raw.reshape(dst.shape))
+
+
+TRANSPOSE = Spec("nc_transpose", ("dst",), ("data",), _check_transpose, _run_transpose)
+
+
+@instruction
+def nc_transpose(dst, data, engine=engines.unknown, name=None):
+    """dst[F, P] = data[P, F], bit-exact, on the Tensor or Vector Engine."""
+    return core_of("nc_transpose").issue(TRANSPOSE, (dst,), (data,), (engine,), name)

@@ -1,0 +1,5 @@
+"""`nki.meta.tensor`: annotation of an HBM argument."""
+
+from .typing import tensor
+
+__all__ = ["tensor"]

@@ -1,0 +1,367 @@
+"""Instruction specs, and the checks that depend only on what an operand looks like.
+
+A spec's `check` runs once per signature (shapes, strides, dtypes, buffers, start partitions,
+parameters); its result, the plan, is reused by every later instruction of that signature.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .context import STATE, locate, violate, violation
+from .tensor import NkiTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .access import Access, Layout
+    from .core import NeuronCore
+    from .dtypes import DType
+    from .errors import SimulationError
+    from .machine import Machine
+    from .memory import Allocation, Memory
+
+
+class Spec:
+    """What an instruction is.
+
+    Attributes:
+        opcode: its `nisa` name.
+        writes, reads: roles of the operands, in the order `issue` gets them.
+        check: `check(c: Checker) -> engine` or `-> (engine, payload)`; raises through `c`.
+        run: `run(core, payload, writes, reads, params)`: the arithmetic and the store.
+        dma: True where operands are not bound by partition rules.
+        marks_itself: True where `run` notes what it wrote (masked or partial writes).
+        optional: roles in `writes` that may be None.
+        checks_itself: True where `run` looks for unwritten elements itself (indirect reads).
+    """
+
+    __slots__ = ("check", "checks_itself", "dma", "marks_itself", "opcode", "optional", "reads",
+                 "run", "writes")
+
+    def __init__(
+        self,
+        opcode: str,
+        writes: tuple[str, ...],
+        reads: tuple[str, ...],
+        check: Callable[[Checker], Any],
+        run: Callable[..., None],
+        dma: bool = False,
+        marks_itself: bool = False,
+        checks_itself: bool = False,
+        optional: tuple[str, ...] = (),
+    ) -> None:
+        self.opcode = opcode
+        self.writes = writes
+        self.reads = reads
+        self.check = check
+        self.run = run
+        self.dma = dma
+        self.marks_itself = marks_itself
+        self.checks_itself = checks_itself
+        self.optional = optional
+
+
+class Plan:
+    """The result of checking a signature: engine, anything precomputed, relaxed violations."""
+
+    __slots__ = ("engine", "payload", "violations")
+
+    def __init__(self, engine: str, payload: Any, violations: list[SimulationError]) -> None:
+        self.engine = engine
+        self.payload = payload
+        self.violations = violations
+
+
+class Operand:
+    """One operand during a check.
+
+    Attributes:
+        role: its name in the signature.
+        tensor: the view, or None for a scalar, register or missing operand.
+        value: what was passed.
+        p: partitions (1 in HBM); n: elements per partition; p0: start partition on the machine.
+    """
+
+    __slots__ = ("access", "layout", "n", "p", "p0", "role", "tensor", "value")
+
+    def __init__(self, role: str, value: Any) -> None:
+        self.role = role
+        self.value = value
+        self.tensor = value if type(value) is NkiTensor else None
+        if self.tensor is not None:
+            self.access: Access = self.tensor.access()
+            self.layout: Layout = self.access.layout
+            self.p, self.n = self.layout.partitions, self.layout.free
+            self.p0 = self.access.partition
+
+    def __bool__(self) -> bool:
+        return self.tensor is not None
+
+    @property
+    def dtype(self) -> DType:
+        """Element type; tensors only."""
+        return self.layout.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dims; tensors only."""
+        return self.layout.shape
+
+    @property
+    def buffer(self) -> str:
+        """Memory; "" for a scalar."""
+        return self.access.allocation.buffer if self.tensor is not None else ""
+
+    def describe(self) -> str:
+        """One line of the operand table."""
+        if self.tensor is None:
+            return f"{self.role} = {self.value!r}"
+        a = self.access.allocation
+        place = f" partitions {self.p0}..{self.p0 + self.p - 1}" if a.on_chip else ""
+        made = locate(a.site)
+        at = f", made at {made.filename}:{made.lineno}" if made else ""
+        name = f" {self.tensor.name!r}" if self.tensor.name else ""
+        return f"{self.role}{name}: {list(self.shape)} {self.dtype} in {a.buffer}{place}{at}"
+
+
+class Checker:
+    """The view a spec's check has of an instruction; indexing by role gives the operand."""
+
+    def __init__(
+        self, spec: Spec, core: NeuronCore, writes: Any, reads: Any, params: tuple[Any, ...]
+    ) -> None:
+        self.spec = spec
+        self.machine = core.machine
+        self.params = params
+        self.relax = core.options.relax
+        self.violations: list[SimulationError] = []
+        self.operands = {
+            role: Operand(role, value)
+            for role, value in zip(
+                (*spec.writes, *spec.reads), (*writes, *reads), strict=True
+            )
+        }
+
+    def __getitem__(self, role: str) -> Operand:
+        return self.operands[role]
+
+    def fail(self, rule: str, message: str, operand: str = "", **details: Any) -> None:
+        """Break a rule: raise, or note it where it is relaxed."""
+        error = violation(
+            rule, message, instruction=self.spec.opcode, operand=operand or None,
+            table=tuple(o.describe() for o in self.operands.values()), **details,
+        )
+        if rule not in self.relax:
+            raise error
+        self.violations.append(error)
+
+    def require(
+        self, condition: bool, rule: str, message: str, operand: str = "", **details: Any
+    ) -> None:
+        """Break a rule unless the condition holds."""
+        if not condition:
+            self.fail(rule, message, operand, **details)
+
+    def tensors(self, *roles: str) -> None:
+        """Require operands to be tensors."""
+        for role in roles:
+            o = self[role]
+            if not o:
+                given = "nothing" if o.value is None else type(o.value).__name__
+                hint = "nl.load or nisa.dma_copy it into an SBUF tensor first"
+                raise violation(
+                    "usage", f"must be a tensor, got {given}", instruction=self.spec.opcode,
+                    operand=role, value=given, limit="NkiTensor", hint=hint,
+                )
+
+    def buffers(self, role: str, *allowed: str) -> None:
+        """Require an operand (if it is a tensor) to be in one of these memories."""
+        o = self[role]
+        if o:
+            self.require(
+                o.buffer in allowed, "buffer",
+                f"cannot be in {o.buffer}", role, value=o.buffer, limit=allowed,
+            )
+
+    def dtypes(self, role: str, allowed: Iterable[DType]) -> None:
+        """Require an operand (if it is a tensor) to be of one of these dtypes."""
+        o = self[role]
+        if o:
+            names = tuple(d.name for d in allowed)
+            self.require(
+                o.dtype.name in names, "dtype", f"cannot be {o.dtype}", role,
+                value=o.dtype.name, limit=names,
+            )
+
+    def same_partitions(self, *roles: str) -> None:
+        """Require equal partition counts."""
+        first = self[roles[0]]
+        for role in roles[1:]:
+            o = self[role]
+            if o:
+                self.require(
+                    o.p == first.p, "partition-match",
+                    f"has {o.p} partitions, {first.role} has {first.p}", role,
+                    value=o.p, limit=first.p,
+                )
+
+    def same_elements(self, *roles: str) -> None:
+        """Require equal element counts per partition."""
+        first = self[roles[0]]
+        for role in roles[1:]:
+            o = self[role]
+            if o:
+                self.require(
+                    o.n == first.n, "element-count",
+                    f"has {o.n} elements per partition, {first.role} has {first.n}", role,
+                    value=o.n, limit=first.n,
+                )
+
+    def column(self, role: str) -> None:
+        """Require a tensor operand to be (P, 1) with the partitions of the first write."""
+        o = self[role]
+        if o:
+            self.require(o.n == 1, "shape", "must have one element per partition", role,
+                         value=o.shape, limit="(P, 1)")
+            self.same_partitions(self.spec.writes[0], role)
+
+    def choose_engine(self, asked: Any, default: str, *allowed: str) -> str:
+        """The engine of `engine=`, or `default` for unknown.
+
+        Args:
+            asked: member of `nisa.engine`.
+            default: engine of `engine.unknown`.
+            allowed: engines the instruction runs on.
+        """
+        name: str = getattr(asked, "name", str(asked))
+        if name == "unknown":
+            return default
+        self.require(name in allowed, "engine", f"does not run on {name}", value=name,
+                     limit=allowed)
+        return name
+
+
+def make_plan(
+    spec: Spec, core: NeuronCore, writes: Any, reads: Any, params: tuple[Any, ...]
+) -> Plan:
+    """Run the general checks and the spec's own; return the plan to reuse."""
+    checker = Checker(spec, core, writes, reads, params)
+    for role in spec.writes:
+        if role not in spec.optional or checker[role].value is not None:
+            checker.tensors(role)
+    if not spec.dma:
+        for operand in checker.operands.values():
+            if operand and operand.access.allocation.on_chip:
+                _check_placement(checker, operand)
+    result = spec.check(checker)
+    engine, payload = result if isinstance(result, tuple) else (result, None)
+    return Plan(engine, payload, checker.violations)
+
+
+def _check_placement(c: Checker, o: Operand) -> None:
+    """Partition count, step, start and free pattern of an on-chip operand."""
+    m = c.machine
+    c.require(1 <= o.p <= m.partitions, "partition-limit", f"uses {o.p} partitions", o.role,
+              value=o.p, limit=m.partitions)
+    c.require(o.p == 1 or o.layout.step == 1, "partition-step",
+              f"steps {o.layout.step} partitions", o.role, value=o.layout.step, limit=1)
+    step = m.quadrant if o.p <= m.quadrant else 2 * m.quadrant if o.p <= 2 * m.quadrant else (
+        m.partitions
+    )
+    allowed = tuple(range(0, m.partitions, step))
+    c.require(o.p0 in allowed, "start-partition",
+              f"{o.p} partitions cannot start at {o.p0}", o.role, value=o.p0, limit=allowed)
+    dims = _merged(o.layout)
+    c.require(len(dims) <= m.max_free_dims, "free-dims",
+              f"needs {len(dims)} free dims", o.role, value=len(dims), limit=m.max_free_dims)
+
+
+def _merged(layout: Layout) -> list[tuple[int, int]]:
+    """(count, stride) of the free dims after contiguous ones are merged and size 1 dropped."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(layout.shape[1:], layout.strides[1:], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == stride * size:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims
+
+
+def check_shape(shape: Any, buffer: str, machine: Machine) -> tuple[int, ...]:
+    """Return the dims of a new tensor as a tuple of positive ints."""
+    dims = (shape,) if isinstance(shape, int) else tuple(shape)
+    for d in dims:
+        if not hasattr(d, "__index__") or isinstance(d, bool) or int(d) < 1:
+            raise violation("shape", "dims are positive integers", operand="shape", value=dims)
+    dims = tuple(int(d) for d in dims)
+    if buffer in ("sbuf", "psum"):
+        if len(dims) < 2:
+            raise violation("on-chip-rank", f"a tensor in {buffer} has a partition and a free dim",
+                            operand="shape", value=dims, limit=">= 2 dims")
+        if dims[0] > machine.partitions:
+            violate("partition-limit", f"a tensor in {buffer} has at most 128 partitions",
+                    operand="shape", value=dims[0], limit=machine.partitions)
+    return dims
+
+
+def check_address(allocation: Allocation, machine: Machine) -> None:
+    """Refuse an explicit address that leaves the memory or starts inside a PSUM bank."""
+    if not allocation.on_chip:
+        raise violation("address", "only SBUF and PSUM tensors take an address",
+                        operand="address", value=allocation.address)
+    assert allocation.address is not None
+    partition, byte = allocation.address
+    limit = machine.sbuf_bytes if allocation.buffer == "sbuf" else machine.psum_bytes
+    inside = 0 <= partition and partition + allocation.partitions <= machine.partitions
+    if not inside or byte < 0 or byte + allocation.pitch_bytes > limit:
+        raise violation(
+            "address", f"{allocation.shape} {allocation.dtype} does not fit there",
+            operand="address", value=allocation.address,
+            limit=f"{machine.partitions} partitions, {limit} bytes",
+        )
+
+
+def out_of_bounds(spec: Spec, access: Access) -> None:
+    """Break rule "bounds" for an access that leaves its tensor."""
+    a = access.allocation
+    violate(
+        "bounds", "the access pattern leaves the tensor", instruction=spec.opcode,
+        operand=a.name or "operand",
+        value=f"partitions {access.p0}..{access.p1 - 1}, bytes {access.lo}..{access.hi - 1}",
+        limit=f"{a.partitions} partitions, {a.pitch_bytes} bytes",
+    )
+
+
+def uninitialized(spec: Spec, writes: Any, reads: Any, tensor: NkiTensor) -> None:
+    """Break rule "uninitialized-read": name the first element nothing wrote."""
+    roles = dict(zip((*spec.writes, *spec.reads), (*writes, *reads), strict=False))
+    role = next((r for r, t in roles.items() if t is tensor and r in spec.reads), tensor.name)
+    mask = tensor.memory.written.mask(tensor.access())
+    first = tuple(int(i[0]) for i in (~mask).nonzero())
+    made = locate(tensor.memory.allocation.site)
+    violate(
+        "uninitialized-read",
+        f"{int((~mask).sum())} of {mask.size} elements were never written, first {first}",
+        instruction=spec.opcode, operand=role or tensor.name, value=first,
+        table=(f"{tensor!r} made at {made}",),
+    )
+
+
+def mark_foreign(memory: Memory, access: Access) -> None:
+    """Note a PSUM write by another engine than PE: it ends the accumulation there."""
+    from .written import Written
+
+    if memory.matmul is not None:
+        memory.matmul.remove(access)
+    if memory.foreign is None:
+        w = memory.written
+        memory.foreign = Written(w.rows, w.width, memory.allocation.dtype.itemsize)
+    memory.foreign.add(access)
+
+
+def active() -> bool:
+    """True inside a simulated kernel."""
+    return STATE.core is not None

@@ -1,0 +1,611 @@
+"""NkiTensor: a view of a storage; making one never copies."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from . import views
+from .access import Access, layout_of
+from .context import current_core, violation
+from .dtypes import DType, resolve
+from .registers import VirtualRegister
+from .views import ViewError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from .memory import Memory
+
+
+class NKIObject:
+    """Base of the classes a kernel may use; arguments of this kind are copied in by `__dict__`."""
+
+    __slots__ = ()
+
+    def __init__(self, **kwargs: Any) -> None:
+        for key, value in kwargs.items():
+            setattr(self, key, value)
+
+
+class DynamicSlice:
+    """`nl.ds(start, size)`: elements start .. start + size - 1 of a dim."""
+
+    __slots__ = ("size", "start")
+
+    def __init__(self, start: Any, size: Any) -> None:
+        self.start = start
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"nl.ds({self.start}, {self.size})"
+
+
+class Dynamic:
+    """The run-time part of a view's address.
+
+    Attributes:
+        kind: "scalar" (one index for the view) or "vector" (one index per row).
+        index: the tensor or register that holds it.
+        stride: elements of the view's dtype that one step of the index moves.
+        dim: dim of the receiver that is indexed.
+        count: size of that dim, the exclusive bound of a legal index; None for `.ap`, whose
+            bound is the storage itself.
+    """
+
+    __slots__ = ("count", "dim", "index", "kind", "stride")
+
+    def __init__(self, kind: str, index: Any, stride: int, dim: int, count: int | None) -> None:
+        self.kind = kind
+        self.index = index
+        self.stride = stride
+        self.dim = dim
+        self.count = count
+
+
+class NkiTensor(NKIObject):
+    """A view of a tensor in SBUF, PSUM or HBM.
+
+    Element (i0, i1, ...) is element `offset + sum(strides[k] * ik)` of the storage, counted in
+    elements of `dtype`. On chip dim 0 is the partition dim and strides[0] is the storage's free
+    element count.
+
+    Attributes:
+        memory: the bytes, shared by all views.
+        shape: dims.
+        strides: elements of `dtype`.
+        offset: elements of `dtype` from the start of the storage.
+        dtype: element type.
+        name: name given when the tensor was made.
+        dynamic: run-time part of the address, or None.
+    """
+
+    __slots__ = ("_access", "_array", "dtype", "dynamic", "memory", "name", "offset", "shape",
+                 "strides")
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: DType,
+        storage: Memory,
+        buffer: Any = None,
+        name: str = "",
+        *,
+        strides: tuple[int, ...] | None = None,
+        offset: int = 0,
+        dynamic: Dynamic | None = None,
+    ) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.memory = storage
+        self.name = name
+        self.strides = views.row_major(self.shape) if strides is None else strides
+        self.offset = offset
+        self.dynamic = dynamic
+        self._access: Access | None = None
+        self._array: NDArray[Any] | None = None
+
+    @property
+    def buffer(self) -> Any:
+        """Memory region: `nl.sbuf`, `nl.psum`, `nl.private_hbm` or `nl.shared_hbm`."""
+        from .regions import REGIONS
+
+        return REGIONS[self.memory.allocation.buffer]
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def on_chip(self) -> bool:
+        """True in SBUF and PSUM."""
+        return self.memory.allocation.on_chip
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        a = self.memory.allocation
+        name = f" {self.name!r}" if self.name else ""
+        return f"NkiTensor({self.shape}, {self.dtype}, {a.buffer}{name}, offset={self.offset})"
+
+    def __iter__(self) -> Any:
+        raise self._error(ViewError("view", "a tensor cannot be iterated over; index it"))
+
+    def __bool__(self) -> bool:
+        raise self._error(
+            ViewError("view", "a tensor's value is not known at compile time; use a register")
+        )
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise self._error(
+            ViewError("legacy-api", "tensors are not assigned to: pass dst= to an instruction")
+        )
+
+    # Reading the view -------------------------------------------------------------------------
+
+    def access(self) -> Access:
+        """Where this view lies; computed once."""
+        found = self._access
+        if found is None:
+            allocation = self.memory.allocation
+            pitch = allocation.pitch_bytes // self.dtype.itemsize if allocation.on_chip else 0
+            layout = layout_of(self.shape, self.strides, self.dtype, pitch)
+            found = self._access = Access(allocation, layout, self.offset, False)
+        return found
+
+    def array(self) -> NDArray[Any]:
+        """The elements as a NumPy view of the storage; never a copy. Static views only."""
+        found = self._array
+        if found is None:
+            found = self._array = self.memory.array(
+                self.shape, self.strides, self.offset, self.dtype
+            )
+        return found
+
+    def is_contiguous(self) -> bool:
+        """True for a dense row-major view; the partition dim and size-1 dims are not looked at."""
+        step = 1
+        first = 1 if self.on_chip else 0
+        for size, stride in zip(self.shape[:first - 1 if first else None:-1],
+                                self.strides[:first - 1 if first else None:-1], strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
+
+    def get_pattern(self) -> list[list[int]]:
+        """The access pattern [[stride, count], ...] in the order of `shape`."""
+        return [[s, n] for s, n in zip(self.strides, self.shape, strict=True)]
+
+    def is_indirect(self) -> bool:
+        """True when part of the address is a run-time index."""
+        return self.dynamic is not None
+
+    # Views ------------------------------------------------------------------------------------
+
+    def _view(
+        self,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        offset: int | None = None,
+        dtype: DType | None = None,
+        dynamic: Dynamic | None = None,
+    ) -> NkiTensor:
+        new = NkiTensor.__new__(NkiTensor)
+        new.shape = shape
+        new.strides = strides
+        new.offset = self.offset if offset is None else offset
+        new.dtype = self.dtype if dtype is None else dtype
+        new.memory = self.memory
+        new.name = self.name
+        new.dynamic = self.dynamic if dynamic is None else dynamic
+        new._access = None
+        new._array = None
+        return new
+
+    def _error(self, error: ViewError, method: str = "") -> Exception:
+        return violation(
+            error.rule, error.message, instruction=method or None, operand=self.name or "tensor",
+            value=error.value, limit=error.limit, table=(repr(self),),
+        )
+
+    def _fixed(self) -> bool:
+        """True when dim 0 must stay where it is: partitions, or rows of a vector select."""
+        return self.on_chip or (self.dynamic is not None and self.dynamic.kind == "vector")
+
+    def _free_dim(self, dim: Any, what: str) -> int:
+        index = views.normal_dim(dim, self.ndim)
+        if index == 0 and self._fixed():
+            raise ViewError("view", f"{what} cannot act on the partition dim", dim, "dim > 0")
+        return index
+
+    def __getitem__(self, key: Any) -> NkiTensor:
+        keys = key if type(key) is tuple else (key,)
+        try:
+            return self._getitem(keys)
+        except ViewError as error:
+            raise self._error(error, "[]") from None
+
+    def _getitem(self, keys: tuple[Any, ...]) -> NkiTensor:
+        shape, strides, offset = self.shape, self.strides, self.offset
+        ndim = len(shape)
+        if Ellipsis in keys if len(keys) < 8 else True:
+            keys = _expand(keys, ndim)
+        if len(keys) > ndim:
+            raise ViewError("index", "too many indices", len(keys), ndim)
+        fixed = self.on_chip
+        out_shape: list[int] = []
+        out_strides: list[int] = []
+        last_int = -1
+        for d, item in enumerate(keys):
+            size, stride = shape[d], strides[d]
+            kind = type(item)
+            if kind is slice:
+                if item.start is None and item.stop is None and item.step is None:
+                    out_shape.append(size)
+                    out_strides.append(stride)
+                    continue
+                first, step, count = views.slice_range(size, item.start, item.stop, item.step)
+            elif kind is DynamicSlice:
+                begin = views._integer(item.start, "start")
+                first, step, count = views.slice_range(size, begin, begin + item.size, 1)
+            elif isinstance(item, VirtualRegister | NkiTensor):
+                raise ViewError(
+                    "index", "a run-time index needs .select() or .ap(scalar_offset=...)",
+                    kind.__name__, "int",
+                )
+            else:
+                first = _index(item, size)
+                step, count = 1, 1
+                if not (d == 0 and fixed):
+                    self._guard(d)
+                    offset += first * stride
+                    last_int = d
+                    continue
+            if first or step != 1 or count != size:
+                self._guard(d)
+            offset += first * stride
+            out_shape.append(count)
+            out_strides.append(stride * step)
+        out_shape.extend(shape[len(keys):])
+        out_strides.extend(strides[len(keys):])
+        if len(out_shape) < (2 if fixed else 1):
+            out_shape.append(1)
+            out_strides.append(strides[last_int] if last_int >= 0 else 1)
+        return self._view(tuple(out_shape), tuple(out_strides), offset)
+
+    def _guard(self, dim: int) -> None:
+        """Refuse to slice or select the dim that a vector select froze."""
+        if self.dynamic is not None and self.dynamic.kind == "vector" and dim == 0:
+            raise ViewError("view", "the dim of a vector_select cannot be sliced or selected", dim)
+
+    def slice(self, dim: int, start: int, end: int, step: int = 1) -> NkiTensor:
+        """Elements start .. end - 1 of one dim, every `step`-th."""
+        try:
+            d = views.normal_dim(dim, self.ndim)
+            self._guard(d)
+            first, step, count = views.slice_range(self.shape[d], start, end, step)
+            stride = self.strides[d]
+            return self._view(
+                (*self.shape[:d], count, *self.shape[d + 1 :]),
+                (*self.strides[:d], stride * step, *self.strides[d + 1 :]),
+                self.offset + first * stride,
+            )
+        except ViewError as error:
+            raise self._error(error, "slice") from None
+
+    def select(self, dim: int, index: Any) -> NkiTensor:
+        """Drop one dim at a static or run-time index."""
+        try:
+            d = views.normal_dim(dim, self.ndim)
+            self._guard(d)
+            shape = self.shape[:d] + self.shape[d + 1 :]
+            strides = self.strides[:d] + self.strides[d + 1 :]
+            if isinstance(index, VirtualRegister | NkiTensor):
+                if self.dynamic is not None:
+                    raise ViewError("view", "one dynamic select per view", "second", 1)
+                if d == 0 and self.on_chip:
+                    raise ViewError("view", "a dynamic select cannot act on partitions", dim)
+                _scalar_index(index)
+                dynamic = Dynamic("scalar", index, self.strides[d], d, self.shape[d])
+                return self._view(shape or (1,), strides or (1,), dynamic=dynamic)
+            first = _index(index, self.shape[d])
+            if d == 0 and self.on_chip:
+                return self.slice(0, first, first + 1)
+            return self._view(shape or (1,), strides or (1,), self.offset + first * self.strides[d])
+        except ViewError as error:
+            raise self._error(error, "select") from None
+
+    def vector_select(self, dim: int, vector_offset: NkiTensor) -> NkiTensor:
+        """Row i of the result is row `vector_offset[i]` of this HBM tensor."""
+        try:
+            if dim != 0:
+                raise ViewError("view", "vector_select acts on dim 0 only", dim, 0)
+            if self.on_chip:
+                raise ViewError("view", "vector_select needs a tensor in HBM", self.buffer.name)
+            if self.dynamic is not None:
+                raise ViewError("view", "one dynamic select per view", "second", 1)
+            rows = _vector_index(vector_offset)
+            dynamic = Dynamic("vector", vector_offset, self.strides[0], 0, self.shape[0])
+            return self._view((rows, *self.shape[1:]), self.strides, dynamic=dynamic)
+        except ViewError as error:
+            raise self._error(error, "vector_select") from None
+
+    def permute(self, dims: Sequence[int]) -> NkiTensor:
+        """Reorder the dims."""
+        try:
+            return self._view(*views.permute(self.shape, self.strides, dims, self._fixed()))
+        except ViewError as error:
+            raise self._error(error, "permute") from None
+
+    def broadcast(self, dim: int, size: int) -> NkiTensor:
+        """Repeat a size-1 dim by a stride of 0."""
+        try:
+            d = self._free_dim(dim, "broadcast")
+            if self.shape[d] != 1:
+                raise ViewError("view", "only a dim of size 1 can be broadcast", self.shape[d], 1)
+            if size < 1:
+                raise ViewError("view", "the size must be positive", size, ">= 1")
+            return self._view(
+                (*self.shape[:d], size, *self.shape[d + 1 :]),
+                (*self.strides[:d], 0, *self.strides[d + 1 :]),
+            )
+        except ViewError as error:
+            raise self._error(error, "broadcast") from None
+
+    def expand_dim(self, dim: int) -> NkiTensor:
+        """Insert a dim of size 1."""
+        try:
+            ndim = self.ndim
+            if not isinstance(dim, int) or not -ndim - 1 <= dim <= ndim:
+                raise ViewError("view", "no such place for a dim", dim, f"0..{ndim}")
+            d = dim % (ndim + 1)
+            if d == 0 and self._fixed():
+                raise ViewError("view", "nothing goes before the partition dim", dim, "dim > 0")
+            step = self.strides[d] * self.shape[d] if d < ndim else 1
+            return self._view(
+                (*self.shape[:d], 1, *self.shape[d:]), (*self.strides[:d], step, *self.strides[d:])
+            )
+        except ViewError as error:
+            raise self._error(error, "expand_dim") from None
+
+    def squeeze_dim(self, dim: int) -> NkiTensor:
+        """Remove a dim of size 1."""
+        try:
+            d = self._free_dim(dim, "squeeze_dim")
+            if self.shape[d] != 1:
+                raise ViewError("view", "only a dim of size 1 can be removed", self.shape[d], 1)
+            return self._view(
+                self.shape[:d] + self.shape[d + 1 :], self.strides[:d] + self.strides[d + 1 :]
+            )
+        except ViewError as error:
+            raise self._error(error, "squeeze_dim") from None
+
+    def reshape_dim(self, dim: int, shape: Sequence[int]) -> NkiTensor:
+        """Split one dim; one size may be -1."""
+        try:
+            d = views.normal_dim(dim, self.ndim)
+            if d == 0 and self._fixed() and len(tuple(shape)) > 1:
+                raise ViewError("view", "the partition dim cannot be split", tuple(shape))
+            return self._view(*views.split(self.shape, self.strides, d, shape))
+        except ViewError as error:
+            raise self._error(error, "reshape_dim") from None
+
+    def flatten_dims(self, start_dim: int, end_dim: int) -> NkiTensor:
+        """Merge dims start_dim..end_dim, both included."""
+        try:
+            first = self._free_dim(start_dim, "flatten_dims")
+            last = views.normal_dim(end_dim, self.ndim)
+            if last < first:
+                raise ViewError("view", "end_dim is before start_dim", end_dim, f">= {first}")
+            return self._view(*views.merge(self.shape, self.strides, first, last))
+        except ViewError as error:
+            raise self._error(error, "flatten_dims") from None
+
+    def reshape(self, shape: Any, *more: int) -> NkiTensor:
+        """Show the same elements in another shape, without a copy."""
+        new = (shape, *more) if isinstance(shape, int) else tuple(shape)
+        try:
+            new = views.infer(new, self.size)
+            if self._fixed():
+                if new[0] != self.shape[0]:
+                    raise ViewError("view", "the partition dim must be kept", new, self.shape)
+                free = views.reshape(self.shape[1:], self.strides[1:], new[1:])
+                return self._view(new, (self.strides[0], *free))
+            return self._view(new, views.reshape(self.shape, self.strides, new))
+        except ViewError as error:
+            raise self._error(error, "reshape") from None
+
+    def rearrange(
+        self, src_pattern: Any, dst_pattern: Any, fixed_sizes: dict[str, int] | None = None
+    ) -> NkiTensor:
+        """Split, permute and merge dims by name."""
+        try:
+            shape, strides = views.rearrange(
+                self.shape, self.strides, src_pattern, dst_pattern, fixed_sizes or {}
+            )
+            if self._fixed() and (shape[0] != self.shape[0] or strides[0] != self.strides[0]):
+                raise ViewError("view", "the partition dim must stay outermost", shape, self.shape)
+            return self._view(shape, strides)
+        except ViewError as error:
+            raise self._error(error, "rearrange") from None
+
+    def view(self, dtype: Any) -> NkiTensor:
+        """The same bytes as another dtype."""
+        try:
+            new = resolve(dtype)
+            if self.dynamic is not None:
+                raise ViewError("view", "view(dtype) is not possible after a dynamic select")
+            _same_width(self, new)
+            shape, strides, offset = views.reinterpret(
+                self.shape, self.strides, self.offset, self.dtype.itemsize, new.itemsize,
+                self.on_chip,
+            )
+            return self._view(shape, strides, offset, new)
+        except ViewError as error:
+            raise self._error(error, "view") from None
+
+    reinterpret_cast = view
+
+    def indirect(self, index: NkiTensor, num_elem: int | None = None) -> NkiTensor:
+        """Tensor indirection exists from NeuronCore-v4 on."""
+        raise self._error(
+            ViewError("generation", ".indirect() needs NeuronCore-v4", "trn2", "trn3"), "indirect"
+        )
+
+    def ap(
+        self,
+        pattern: Any,
+        offset: int | None = None,
+        scalar_offset: Any = None,
+        vector_offset: NkiTensor | None = None,
+        indirect_dim: int = 0,
+        dtype: Any = None,
+    ) -> NkiTensor:
+        """An explicit access pattern [[step, count], ...] over the storage.
+
+        Args:
+            pattern: outermost first, in elements of `dtype`; on chip the first pair is the
+                partition pair.
+            offset: elements from the start of the storage; None keeps this view's.
+            scalar_offset: (1, 1) SBUF tensor or register; moves the start by its value times the
+                stride of `indirect_dim` of this tensor.
+            vector_offset: (P, 1) SBUF tensor of row numbers; HBM tensors and DMA only.
+            indirect_dim: dim of this tensor that the index counts.
+            dtype: reinterpret the storage.
+
+        Raises:
+            SimulationError: rules "view", "partition-step", "free-dims".
+        """
+        try:
+            return self._ap(pattern, offset, scalar_offset, vector_offset, indirect_dim, dtype)
+        except ViewError as error:
+            raise self._error(error, "ap") from None
+
+    def _ap(
+        self, pattern: Any, offset: Any, scalar: Any, vector: Any, indirect_dim: int, dtype: Any
+    ) -> NkiTensor:
+        new = self.dtype if dtype is None else resolve(dtype)
+        old_size, new_size = self.dtype.itemsize, new.itemsize
+        pairs = [tuple(p) for p in pattern]
+        if any(len(p) != 2 or p[1] < 1 for p in pairs) or not pairs:
+            raise ViewError("view", "a pattern is [[step, count], ...] with counts >= 1", pattern)
+        strides, shape = (tuple(x) for x in zip(*pairs, strict=True))
+        start = self.offset * old_size // new_size if offset is None else offset
+        if self.on_chip:
+            _same_width(self, new)
+            pitch = self.memory.allocation.pitch_bytes // new_size
+            if shape[0] > 1 and strides[0] != pitch:
+                raise ViewError(
+                    "partition-step",
+                    "the partition step must be the storage's free element count", strides[0], pitch,
+                )
+            if len(pairs) > 5:
+                raise ViewError("free-dims", "at most 5 pairs on chip", len(pairs), 5)
+            strides = (pitch, *strides[1:])
+        if scalar is not None and vector is not None:
+            raise ViewError("view", "scalar_offset and vector_offset exclude each other", "both")
+        dynamic = None
+        if scalar is not None or vector is not None:
+            d = views.normal_dim(indirect_dim, self.ndim)
+            step = self.strides[d] * old_size // new_size
+            if scalar is not None:
+                _scalar_index(scalar)
+                dynamic = Dynamic("scalar", scalar, step, d, None)
+            else:
+                if self.on_chip or d != 0:
+                    raise ViewError(
+                        "view", "vector_offset needs an HBM tensor and indirect_dim=0", d, 0
+                    )
+                rows = _vector_index(vector)
+                if rows < shape[0]:
+                    raise ViewError("view", "fewer indices than rows of the pattern", rows, shape[0])
+                dynamic = Dynamic("vector", vector, step, 0, None)
+        view = self._view(shape, strides, start, new)
+        view.dynamic = dynamic
+        return view
+
+
+def _expand(keys: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
+    """Replace one Ellipsis by full slices."""
+    places = [i for i, k in enumerate(keys) if k is Ellipsis]
+    if not places:
+        return keys
+    if len(places) > 1:
+        raise ViewError("index", "one Ellipsis per index", len(places), 1)
+    missing = ndim - (len(keys) - 1)
+    return keys[: places[0]] + (slice(None),) * missing + keys[places[0] + 1 :]
+
+
+def _index(item: Any, size: int) -> int:
+    try:
+        value = int(item.__index__())
+    except AttributeError:
+        raise ViewError(
+            "index", "an index is an int, a slice, nl.ds or Ellipsis", type(item).__name__, "int"
+        ) from None
+    if not -size <= value < size:
+        raise ViewError("index", "the index leaves the dim", value, f"0..{size - 1}")
+    return value % size
+
+
+def _scalar_index(index: Any) -> None:
+    if isinstance(index, VirtualRegister):
+        return
+    if not isinstance(index, NkiTensor):
+        raise ViewError("view", "an index is a register or a (1, 1) tensor", type(index).__name__)
+    if index.size != 1 or not index.dtype.is_integer or index.memory.allocation.buffer != "sbuf":
+        raise ViewError(
+            "view", "a scalar index is one integer in SBUF",
+            f"{index.shape} {index.dtype} {index.memory.allocation.buffer}", "(1, 1) integer sbuf",
+        )
+
+
+def _vector_index(index: Any) -> int:
+    if not isinstance(index, NkiTensor):
+        raise ViewError("view", "vector_offset is an SBUF tensor", type(index).__name__)
+    if not index.dtype.is_integer or index.memory.allocation.buffer != "sbuf":
+        raise ViewError(
+            "view", "vector_offset holds integers in SBUF",
+            f"{index.dtype} {index.memory.allocation.buffer}", "integer sbuf",
+        )
+    if prod(index.shape[1:]) != 1:
+        raise ViewError("view", "vector_offset has one index per partition", index.shape, "(P, 1)")
+    return index.shape[0]
+
+
+def _same_width(tensor: NkiTensor, new: DType) -> None:
+    """Under NKI_PRECISE_FP=0 narrow floats are held as fp32 and have no bits to look at."""
+    memory = tensor.memory
+    if memory.precise:
+        return
+    if any(d.storage(False).itemsize != d.itemsize for d in (tensor.dtype, new)) and (
+        new.name != tensor.dtype.name
+    ):
+        raise ViewError(
+            "view", "NKI_PRECISE_FP=0 holds narrow floats as fp32: no reinterpretation", new.name
+        )
+
+
+def resolved(tensor: NkiTensor, value: int) -> NkiTensor:
+    """The static view that a scalar-dynamic view denotes for one index value."""
+    assert tensor.dynamic is not None
+    view = tensor._view(
+        tensor.shape, tensor.strides, tensor.offset + value * tensor.dynamic.stride
+    )
+    view.dynamic = None
+    return view
+
+
+def is_current() -> bool:
+    """True inside a simulated kernel."""
+    return current_core() is not None

@@ -23,8 +23,6 @@ import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
@@ -198,11 +196,6 @@ def resolve(spec: object) -> DType:
         f"{spec!r} is not an NKI dtype.{hint} Expected one of nl.{', nl.'.join(ALL)}, "
         "or the NumPy, ml_dtypes or torch dtype of the same name."
     )
-
-
-def is_any(dtype: DType, choices: Iterable[DType]) -> bool:
-    """True when ``dtype`` is one of ``choices``, by identity (faster than ``in``)."""
-    return any(dtype is c for c in choices)
 
 
 def bits(view: Array) -> Array:

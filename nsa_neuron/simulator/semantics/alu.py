@@ -97,7 +97,15 @@ BITVEC_BINARY: dict[str, Binary] = {
 BITVEC = frozenset({*BITVEC_BINARY, "invert"})
 """Names of all bit operators: raw bits in and out, no conversion."""
 
-COMPARISONS = frozenset({"equal", "not_equal", "greater", "greater_equal", "less", "less_equal"})
+COMPARE: dict[str, np.ufunc] = {
+    "equal": np.equal,
+    "not_equal": np.not_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "less": np.less,
+    "less_equal": np.less_equal,
+}
+"""Comparison operators as predicates (boolean result)."""
 
 GEN4_ONLY = frozenset({"abs_max", "abs_min", "square", "relu"})
 """ALU operators of NeuronCore-v4 (``square`` and ``relu`` exist on gen3 as ACT functions)."""

@@ -175,19 +175,9 @@ def range_select(
     """
     count = on_true[0].size
     index = (np.float32(range_start) + np.arange(count, dtype=np.float32)).reshape(1, count)
-    keep = _COMPARE[comp_op0](index, bound0.reshape(-1, 1))
-    keep &= _COMPARE[comp_op1](index, bound1.reshape(-1, 1))
+    keep = alu.COMPARE[comp_op0](index, bound0.reshape(-1, 1))
+    keep &= alu.COMPARE[comp_op1](index, bound1.reshape(-1, 1))
     return np.where(keep.reshape(on_true.shape), on_true, np.float32(on_false_value))
-
-
-_COMPARE: dict[str, np.ufunc] = {
-    "equal": np.equal,
-    "not_equal": np.not_equal,
-    "less": np.less,
-    "less_equal": np.less_equal,
-    "greater": np.greater,
-    "greater_equal": np.greater_equal,
-}
 
 
 def _mask(predicate: NDArray[Any], shape: tuple[int, ...], reverse: bool) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..dtypes import bits, convert
-from .elementwise import _COMPARE
+from . import alu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,7 @@ def affine_select(
         array of ``on_true``'s type and shape.
     """
     value = iota(on_true.shape[0], pattern, offset, channel_multiplier)
-    keep = _COMPARE[cmp_op](value, 0).reshape(on_true.shape)
+    keep = alu.COMPARE[cmp_op](value, 0).reshape(on_true.shape)
     fill = convert(np.full(1, on_false_value, np.float32), on_true.dtype)
     return np.where(keep, on_true, fill)
 

@@ -8,11 +8,12 @@ Bound by matrix products: 2 * (Dk + Dv) FLOP per visible (query, block) pair and
 compressed keys and values are 1 / STRIDE of the raw ones and stay in the L2 cache (2.6 MB per kv
 head at 64K tokens), so bytes do not matter.
 
-Design: a tile of queries holds (token, head) pairs of one group, as in `attention`. Backward is two
-kernels: dq with a query tile outside (6 / 5 of the fused FLOPs, but the fused form needs atomics for
-dq), and dk, dv with a key tile outside. There are few key tiles (64 per kv head at 64K tokens), the
-first of which sees every query; so the queries of a tile are cut in SPLITS parts, whose float32 sums
-are added in a fixed order by `reduce_splits`: SPLITS * Nc * (Dk + Dv) * 4 bytes, megabytes.
+Design: a query tile holds (token, head) pairs of one group, as in `attention`. Backward is two
+kernels: dq with a query tile outside and dk, dv with a key tile outside, seven products where a
+fused form has five but needs atomics for dq. There are few key tiles (32 to 64 per kv head at 64K
+tokens), the first of which sees every query; so the queries of a tile are cut in SPLITS parts,
+whose float32 sums `reduce_splits` adds in a fixed order: SPLITS * Nc * Hkv * (Dk + Dv) * 4 bytes,
+84 MB at 64K tokens with 64/4/192/128 and 4 splits, 0.04 ms to write and read back.
 """
 
 import triton

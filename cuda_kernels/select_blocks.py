@@ -55,7 +55,7 @@ def _block_scores(
     offset = (index // RATIO) * R + index % RATIO
     key = first_block * R + offset
     inside = index % RATIO < R
-    k_rows = k_head + (first_block * R).to(tl.int64) * stride_kt + offset * stride_kt
+    k_rows = k_head + tl.cast(first_block * R, tl.int64) * stride_kt + offset * stride_kt
     if RATIO > R or MASK:
         k0, k1 = load_split(k_rows, inside & (key < end), DK, D0, D1, True)
     else:
@@ -68,14 +68,15 @@ def _block_scores(
 
     place = index % RATIO
     own = tl.where(inside, tl.minimum(A, R - place), 0).to(tl.float32)
-    over = tl.where(inside, tl.maximum(place + A - R, 0), 0).to(tl.float32)
-    own_sum = tl.sum(tl.reshape(p * own[:, None], [BLOCKS, RATIO, TOKENS]), 1)
-    over_sum = tl.sum(tl.reshape(p * over[:, None], [BLOCKS, RATIO, TOKENS]), 1)
-    block = tl.arange(0, BLOCKS)
-    is_next = (block[:, None] == block[None, :] + 1).to(tl.float32)
-    shifted = tl.sum(is_next[:, :, None] * over_sum[None, :, :], 1)
-    scores = own_sum + shifted + tl.where(block == 0, 1.0, 0.0)[:, None] * carry[None, :]
-    carry = tl.sum(tl.where(block == BLOCKS - 1, 1.0, 0.0)[:, None] * over_sum, 0)
+    scores = tl.sum(tl.reshape(p * own[:, None], [BLOCKS, RATIO, TOKENS]), 1)
+    if A > 1:
+        over = tl.where(inside, tl.maximum(place + A - R, 0), 0).to(tl.float32)
+        over = tl.sum(tl.reshape(p * over[:, None], [BLOCKS, RATIO, TOKENS]), 1)
+        block = tl.arange(0, BLOCKS)
+        is_next = (block[:, None] == block[None, :] + 1).to(tl.float32)
+        scores += tl.sum(is_next[:, :, None] * over[None, :, :], 1)
+        scores += tl.where(block == 0, 1.0, 0.0)[:, None] * carry[None, :]
+        carry = tl.sum(tl.where(block == BLOCKS - 1, 1.0, 0.0)[:, None] * over, 0)
     return scores, carry
 
 
@@ -189,7 +190,7 @@ def _select_tile(
 @triton.jit
 def forward(
     q, k_cmp, lse, block_indices, scores, carried_ids, cu_q, cu_k, cu_cmp, num_seqs,
-    S, T, HQ, tiles, scale,
+    S, T, HQ, HKV_B, tiles, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
@@ -199,11 +200,12 @@ def forward(
 ):  # fmt: skip
     """Ids of the N selected blocks of every query and kv head.
 
-    Grid: (programs,); program p takes tiles p, p + programs, ... of `tiles * Hkv * B`.
+    Grid: (programs,); program p takes items p, p + programs, ... of the `tiles * Hkv * B` there are.
 
     Args:
         q: [B, S, Hq, DK] and k_cmp: [B, Nc, Hkv, DK], last dim contiguous; lse: float32
-            [B, S, Hq], contiguous, of the compressed logits. tiles: query tiles per head.
+            [B, S, Hq], contiguous, of the compressed logits. HKV_B: Hkv * B. tiles: query tiles per
+            kv head and batch.
         block_indices: int32 [B, S, Hkv, N], contiguous.
         scores: float32 [programs, TOKENS, SLOTS]; carried_ids: int32 [programs, TOKENS, NP].
         GP: G rounded up to a power of two; columns with G <= head < GP count nothing.
@@ -214,12 +216,45 @@ def forward(
     program = tl.program_id(0).to(tl.int64)
     scores += program * TOKENS * SLOTS
     carried_ids += program * TOKENS * NP
-    heads = HKV.to(tl.int64)
-    batches = 1
-    work = tiles * heads
-    if PACKED == 0:
-        batches = tl.num_programs(1)
-        work = work * batches
+    scale_log2 = scale * LOG2E
     tokens = S
-    for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        pass
+    keys = T
+    for item in range(tl.program_id(0), tiles * HKV_B, tl.num_programs(0)):
+        tile = tiles - 1 - item // HKV_B
+        kv_head = tl.cast(item % HKV_B % HKV, tl.int64)
+        batch = tl.cast(item % HKV_B // HKV, tl.int64)
+        sequence = 0
+        if PACKED:
+            sequence, tile = packed_tile(tile, cu_q, num_seqs, 1, TOKENS)
+        q_start, S, T, cmp_start, _ = sequence_bounds(
+            sequence, cu_q, cu_k, cu_cmp, tokens, keys, 0, PACKED
+        )
+        first_token = tile * TOKENS
+        if first_token < S:
+            head = kv_head * G
+            token = first_token + tl.arange(0, TOKENS)
+            own = tl.where(token < S, (T - S + token) // SELECT, -1)
+            column = tl.arange(0, TOKENS * GP)
+            column_token = first_token + column // GP
+            valid = (column_token < S) & (column % GP < G)
+            limit = visible_blocks(T - S + column_token, BLOCK, STRIDE)
+            limit = tl.where(valid, limit, 0)
+            least = visible_blocks(T - S + first_token, BLOCK, STRIDE)
+            end = tl.max(limit, 0)
+
+            row_start = batch * tokens + q_start + first_token
+            q_head = q + batch * stride_qb + tl.cast(q_start + first_token, tl.int64) * stride_qt
+            q_rows = q_head + head * stride_qh
+            q_rows += (column // GP) * stride_qt + (column % GP) * stride_qh
+            q0, q1 = load_split(q_rows, valid, DK, D0, D1, True)
+            lse_rows = lse + row_start * HQ + head + (column // GP) * HQ + column % GP
+            lse2 = load_base2_lse(lse_rows, valid)
+            k_head = k_cmp + batch * stride_kb + cmp_start.to(tl.int64) * stride_kt
+            k_head += kv_head * stride_kh
+            out = block_indices + (row_start * HKV + kv_head) * N
+            _select_tile(
+                q0, q1, lse2, limit[None, :], least, end, tl.arange(0, TOKENS), token < S, own,
+                k_head, stride_kt, scores, carried_ids, out, HKV * N, scale_log2, GP, TOKENS,
+                DK, D0, D1, BLOCK, STRIDE, SELECT, N, NP, INITIAL, LOCAL, BLOCKS, RATIO, SLOTS,
+                UPCAST, PRECISION,
+            )  # fmt: skip

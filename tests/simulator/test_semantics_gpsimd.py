@@ -142,7 +142,7 @@ def test_sequence_bounds(ids):
         assert got[0, :, i].tolist() == want
 
 
-@pytest.mark.parametrize("start", [0, 32, 8])
+@pytest.mark.parametrize("start", [0, 32, 8, 20])
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_nonzero_with_count(start, dtype):
     src = np.random.default_rng(0).integers(0, 2, (40, 7)).astype(dtype)

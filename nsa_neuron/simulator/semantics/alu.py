@@ -89,8 +89,8 @@ BITVEC_BINARY: dict[str, Binary] = {
     "bitwise_and": np.bitwise_and,
     "bitwise_or": np.bitwise_or,
     "bitwise_xor": np.bitwise_xor,
-    "left_shift": lambda a, b: _shift(np.left_shift, a, b),
-    "right_shift": lambda a, b: _shift(np.right_shift, a, b),
+    "left_shift": np.left_shift,  # NumPy gives 0 for shifts by the width or more
+    "right_shift": np.right_shift,
 }
 """Bit operators of two operands, unsigned integers of one width."""
 
@@ -192,13 +192,6 @@ def fold(op: str, x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
     if op in ("logical_and", "logical_or", "logical_xor"):
         return np.asarray(out).astype(np.float32)
     return np.asarray(out)
-
-
-def _shift(ufunc: np.ufunc, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    width = a.dtype.itemsize * 8
-    small = np.less(b, width)
-    shifted = ufunc(a, np.where(small, b, 0).astype(a.dtype))
-    return np.where(small, shifted, np.zeros((), a.dtype))
 
 
 def bitvec(

@@ -33,7 +33,8 @@ class Spec:
         dma: True where operands are not bound by partition rules.
         marks_itself: True where `run` notes what it wrote (masked or partial writes).
         optional: roles in `writes` that may be None.
-        checks_itself: True where `run` looks for unwritten elements itself (indirect reads).
+        checks_itself: True where `run` looks for unwritten elements and races itself (indirect
+            operands, whose record covers more than they touch) or has none (barriers).
     """
 
     __slots__ = ("check", "checks_itself", "dma", "marks_itself", "opcode", "optional", "reads",

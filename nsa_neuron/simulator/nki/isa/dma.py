@@ -91,6 +91,7 @@ def _run_indirect(core, payload, writes, reads, params):
         return
     wanted = index[valid]
     rows_touched = [table[int(r) : int(r) + 1] for r in wanted]
+    _check_races(core, rows_touched, other, gather)
     if gather:
         for row in rows_touched:
             core.require_readable(row, DMA_INDIRECT)
@@ -109,6 +110,16 @@ def _run_indirect(core, payload, writes, reads, params):
         bits(table.array())[wanted] = bits(target)
         for row in rows_touched:
             core.mark_written(row)
+
+
+def _check_races(core, rows, other, gather):
+    """Look for races of the rows that are touched and of the other side."""
+    races = core.launch.races
+    if races is None:
+        return
+    touched, plain = [r.access() for r in rows], [other.access()]
+    outs, ins = (plain, touched) if gather else (touched, plain)
+    races.check(core.index, DMA_INDIRECT, outs, ins)
 
 
 def _save_rows(core, dst, values, valid, dtype):

@@ -1,0 +1,126 @@
+"""Two cores: shared tensors, meeting points, deadlocks, races."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nsa_neuron import simulator
+from nsa_neuron.simulator import DeadlockError, RaceError, SimulationError, nki
+from nsa_neuron.simulator.nki import isa as nisa
+from nsa_neuron.simulator.nki import language as nl
+
+X = np.arange(128 * 8, dtype=np.float32).reshape(128, 8)
+
+
+@nki.jit
+def halves(x):
+    """Each core doubles its half of the columns."""
+    n = x.shape[1] // nl.num_programs()
+    mine = nl.ds(nl.program_id(0) * n, n)
+    out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
+    tile = nl.load(x[:, mine])
+    nisa.tensor_scalar(tile, tile, nl.multiply, 2.0)
+    nl.store(out[:, mine], tile)
+    return out
+
+
+def exchange(x, first=0):
+    """Each core receives the other's number, meets it, and reads what it stored."""
+    me = nl.program_id(0)
+    mine, theirs = nl.full((4, 1), me, nl.float32), nl.ndarray((4, 1), nl.float32)
+    nisa.sendrecv(mine, theirs, 1 - me, 1 - me, pipe_id=0)
+    out = nl.ndarray((2, 4, 1), nl.float32, buffer=nl.shared_hbm)
+    nl.store(out[me], theirs)
+    nisa.core_barrier(out, (0, 1))
+    again = nl.load(out[1 - me])
+    nisa.core_barrier(out, (0, 1))
+    nl.store(out[me], again)
+    return out
+
+
+def test_both_cores_write_one_result():
+    for kernel in (halves, halves[1], halves[2]):
+        np.testing.assert_array_equal(kernel(X), 2 * X)
+    run = simulator.simulate(halves[2])
+    run(X)
+    assert [len(c.instructions) for c in run.run.cores] == [3, 3]
+
+
+def test_exchange_and_barrier():
+    result = nki.simulate(nki.jit(exchange)[2])(X)
+    assert result[0, 0, 0] == 0 and result[1, 0, 0] == 1
+
+
+def test_a_missing_partner_is_a_deadlock():
+    def alone(x):
+        if nl.program_id(0) == 0:
+            nisa.core_barrier(x, (0, 1))
+        nl.store(x[0:1], nl.load(x[0:1])) if nl.program_id(0) else None
+
+    with pytest.raises(DeadlockError, match="core 0 waits in core_barrier") as caught:
+        simulator.simulate(nki.jit(alone)[2])(X.copy())
+    assert "core 1 has ended" in str(caught.value)
+
+
+def test_waiting_for_different_things_is_a_deadlock():
+    def crossed(x):
+        me = nl.program_id(0)
+        tile = nl.zeros((4, 1), nl.float32)
+        if me:
+            nisa.core_barrier(x, (0, 1))
+        nisa.sendrecv(tile, tile, 1 - me, 1 - me, pipe_id=0)
+
+    with pytest.raises(DeadlockError, match="sendrecv"):
+        simulator.simulate(nki.jit(crossed)[2])(X.copy())
+
+
+@pytest.mark.parametrize("barrier", [False, True])
+def test_unsynchronised_reads_of_the_other_cores_data_are_races(barrier):
+    def kernel(x):
+        me = nl.program_id(0)
+        scratch = nl.ndarray((2, 4), nl.float32, buffer=nl.shared_hbm)
+        nl.store(scratch[me : me + 1], nl.full((1, 4), me, nl.float32))
+        if barrier:
+            nisa.core_barrier(scratch, (0, 1))
+        out = nl.ndarray((2, 4), nl.float32, buffer=nl.shared_hbm)
+        nl.store(out[me : me + 1], nl.load(scratch[1 - me : 2 - me]))
+        return out
+
+    run = simulator.simulate(nki.jit(kernel)[2])
+    if barrier:
+        np.testing.assert_array_equal(run(X)[:, 0], [1, 0])
+        return
+    with pytest.raises((RaceError, simulator.UninitializedReadError)):
+        run(X)
+
+
+def test_both_writing_one_element_is_a_race():
+    def kernel(x):
+        nl.store(x[0:1], nl.full((1, 8), 1.0, nl.float32))
+
+    with pytest.raises(RaceError) as caught:
+        simulator.simulate(nki.jit(kernel)[2])(X.copy())
+    assert caught.value.rule == "lnc-race" and caught.value.location.function == "kernel"
+
+
+def test_a_failing_core_ends_the_other():
+    def kernel(x):
+        if nl.program_id(0):
+            raise KeyError("core 1")
+        nisa.core_barrier(x, (0, 1))
+
+    with pytest.raises(KeyError, match="core 1"):
+        simulator.simulate(nki.jit(kernel)[2])(X.copy())
+
+
+@pytest.mark.parametrize("bracket", [3, 0, True, (2, 2), "2"])
+def test_bad_brackets(bracket):
+    with pytest.raises(SimulationError) as caught:
+        halves[bracket]
+    assert caught.value.rule == "lnc"
+
+
+def test_pair_instructions_need_a_pair():
+    with pytest.raises(SimulationError, match=r"kernel\[2\]"):
+        simulator.simulate(exchange)(X)

@@ -41,7 +41,8 @@ class TensorArg:
     Attributes:
         name: as in the signature.
         dims: symbols of its dimensions, such as `"B T Hkv Dk"`, or fixed sizes; several legal
-            forms are separated by `|`. The first argument with a symbol fixes its size, later ones must agree.
+            forms are separated by `|`. The first argument with a symbol fixes its size, later
+            ones must agree.
         dtype: `"float"` (the call's one floating dtype), `"stat"` (float32, or float64 in a
             float64 call: statistics such as lse), `"i32"`.
         optional: may be None.

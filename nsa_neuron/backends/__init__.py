@@ -1,1 +1,1 @@
-"""Backends: support checks, layouts, tile plans and launches of each machine."""
+"""Built-in backends; the registry imports each on first use."""

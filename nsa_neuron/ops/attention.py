@@ -22,10 +22,10 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    *,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Full causal attention; the queries are the last S of the T tokens.
 
@@ -56,10 +56,10 @@ def attention_backward(
     o: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None = None,
-    *,
-    scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    *,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention`: dq, dk, dv.
 
@@ -81,7 +81,7 @@ def _pairs(bound: Bound) -> int:
 
 SPEC = OpSpec(
     name="attention",
-    args=(*QKV, common.SCALE, *common.CU_SEQLENS),
+    args=(*QKV, *common.CU_SEQLENS, common.SCALE),
     returns=common.O_LSE,
     reference=attention,
     derive=derive_attention,

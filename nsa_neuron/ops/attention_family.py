@@ -62,8 +62,8 @@ def backward_spec(
     Its arguments are `grad_o`, the forward's tensors, `o`, `lse`, `grad_lse` (None: zero) and the
     forward's scalars; its results the gradients of the differentiable tensors, as `dq`, `dk`, ...
     """
-    keyword = {"cu_seqlens_q", "cu_seqlens_k"}
-    own = tuple(arg for arg in forward.args if arg.name not in keyword)
+    offsets = {"cu_seqlens_q", "cu_seqlens_k"}
+    own = tuple(arg for arg in forward.args if arg.name not in offsets)
     tensors = tuple(arg for arg in own if isinstance(arg, TensorArg))
     scalars = tuple(arg for arg in own if not isinstance(arg, TensorArg))
     wanted = [arg.name for arg in tensors if arg.differentiable]
@@ -88,8 +88,8 @@ def backward_spec(
             TensorArg("o", "B S Hq Dv"),
             TensorArg("lse", "B S Hq", "stat"),
             TensorArg("grad_lse", "B S Hq", "stat", optional=True),
+            *(arg for arg in forward.args if arg.name in offsets),
             *scalars,
-            *(arg for arg in forward.args if arg.name in keyword),
         ),
         returns=tuple(Return(f"d{name}", like=name) for name in wanted),
         reference=reference,

@@ -26,11 +26,11 @@ def compress(
     w2: Tensor | None = None,
     b2: Tensor | None = None,
     pe: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     method: str = "mean",
     block: int = 32,
     stride: int = 16,
-    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Compresses blocks of `block` tokens, one every `stride` tokens, to one token each.
 
@@ -118,11 +118,11 @@ def compress_backward(
     w2: Tensor | None = None,
     b2: Tensor | None = None,
     pe: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     method: str = "mean",
     block: int = 32,
     stride: int = 16,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `compress`: dx, dw1, db1, dw2, db2, dpe.
 
@@ -308,10 +308,10 @@ ARGS = (
     TensorArg("w2", "F D|Hkv F D", optional=True, differentiable=True),
     TensorArg("b2", "D|Hkv D", optional=True, differentiable=True),
     TensorArg("pe", "l D|Hkv l D", optional=True, differentiable=True),
+    common.CU_SEQLENS[1],
     ScalarArg("method", "str", choices=METHODS),
     common.BLOCK,
     common.STRIDE,
-    common.CU_SEQLENS[1],
 )
 GRADS = tuple(Return(f"d{name}", like=name) for name in ("x", "w1", "b1", "w2", "b2", "pe"))
 

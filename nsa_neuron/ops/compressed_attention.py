@@ -18,13 +18,13 @@ def compressed_attention(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     kv_len: int,
     block: int = 32,
     stride: int = 16,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to the compressed blocks that are complete at the query: i*d + l - 1 <= t.
 
@@ -59,13 +59,13 @@ def compressed_attention_backward(
     o: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     kv_len: int,
     block: int = 32,
     stride: int = 16,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `compressed_attention`: dq, dk_cmp, dv_cmp.
 
@@ -136,11 +136,11 @@ SPEC = OpSpec(
         TensorArg("q", "B S Hq Dk", differentiable=True),
         TensorArg("k_cmp", "B Nc Hkv Dk", differentiable=True),
         TensorArg("v_cmp", "B Nc Hkv Dv", differentiable=True),
+        *common.CU_SEQLENS,
         common.KV_LEN,
         common.BLOCK,
         common.STRIDE,
         common.SCALE,
-        *common.CU_SEQLENS,
     ),
     returns=common.O_LSE,
     reference=compressed_attention,

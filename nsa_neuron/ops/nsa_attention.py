@@ -27,6 +27,8 @@ def nsa_attention(
     k_win: Tensor,
     v_win: Tensor,
     gates: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     block: int = 32,
     stride: int = 16,
@@ -36,8 +38,6 @@ def nsa_attention(
     num_local: int = 2,
     window: int = 512,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Native Sparse Attention: gated sum of compressed, selected and window attention.
 
@@ -83,6 +83,8 @@ def nsa_attention_forward(
     k_win: Tensor,
     v_win: Tensor,
     gates: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     block: int = 32,
     stride: int = 16,
@@ -92,8 +94,6 @@ def nsa_attention_forward(
     num_local: int = 2,
     window: int = 512,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`nsa_attention` that also returns what its backward needs; used when training.
 
@@ -140,6 +140,8 @@ def nsa_attention_backward(
     lse_slc: Tensor,
     o_win: Tensor,
     lse_win: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     block: int = 32,
     stride: int = 16,
@@ -149,8 +151,6 @@ def nsa_attention_backward(
     num_local: int = 2,
     window: int = 512,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `nsa_attention`: dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates.
 
@@ -252,12 +252,12 @@ SAVED = (
     ("lse_win", "B S Hq", "stat"),
 )
 SCALARS = (
+    *common.CU_SEQLENS,
     common.BLOCK,
     common.STRIDE,
     *common.SELECTION,
     common.WINDOW,
     common.SCALE,
-    *common.CU_SEQLENS,
 )
 SMALL = {**select_blocks.SMALL, "window": 20}
 CASES = grid(

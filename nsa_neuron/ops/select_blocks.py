@@ -22,6 +22,8 @@ def select_blocks(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     kv_len: int,
     block: int = 32,
@@ -31,8 +33,6 @@ def select_blocks(
     num_initial: int = 1,
     num_local: int = 2,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Chooses each query's selection blocks by the importance of compressed attention.
 
@@ -193,12 +193,12 @@ SPEC = OpSpec(
         TensorArg("q", "B S Hq Dk"),
         TensorArg("k_cmp", "B Nc Hkv Dk"),
         TensorArg("lse", "B S Hq", "stat"),
+        *common.CU_SEQLENS,
         common.KV_LEN,
         common.BLOCK,
         common.STRIDE,
         *common.SELECTION,
         common.SCALE,
-        *common.CU_SEQLENS,
     ),
     returns=(Return("block_indices", "B S Hkv n", "i32"),),
     reference=select_blocks,

@@ -33,11 +33,11 @@ def selected_attention(
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     select_block: int = 64,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to those tokens of the selected blocks that are not after the query.
 
@@ -82,11 +82,11 @@ def selected_attention_backward(
     o: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     select_block: int = 64,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `selected_attention`: dq, dk, dv; the selection is a constant.
 
@@ -259,9 +259,9 @@ SPEC = OpSpec(
     args=(
         *QKV,
         TensorArg("block_indices", "B S Hkv n", "i32"),
+        *common.CU_SEQLENS,
         common.SELECT_BLOCK,
         common.SCALE,
-        *common.CU_SEQLENS,
     ),
     returns=common.O_LSE,
     reference=selected_attention,

@@ -21,11 +21,11 @@ def sliding_window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     window: int = 512,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention to tokens t-window+1 .. t.
 
@@ -58,11 +58,11 @@ def sliding_window_attention_backward(
     o: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     *,
     window: int = 512,
     scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `sliding_window_attention`: dq, dk, dv.
 
@@ -86,7 +86,7 @@ def _pairs(bound: Bound) -> int:
 
 SPEC = OpSpec(
     name="sliding_window_attention",
-    args=(*QKV, common.WINDOW, common.SCALE, *common.CU_SEQLENS),
+    args=(*QKV, *common.CU_SEQLENS, common.WINDOW, common.SCALE),
     returns=common.O_LSE,
     reference=sliding_window_attention,
     derive=derive_attention,

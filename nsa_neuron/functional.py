@@ -1,0 +1,72 @@
+"""The public functions: typed front doors of `torch.ops.nsa`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from nsa_neuron import library as _library
+from nsa_neuron import ops
+from nsa_neuron.errors import InvalidType
+from nsa_neuron.ops import attention as _attention
+from nsa_neuron.ops import compress as _compress
+from nsa_neuron.ops import compressed_attention as _compressed
+from nsa_neuron.ops import gated_sum as _gated_sum
+from nsa_neuron.ops import nsa_attention as _nsa_attention
+from nsa_neuron.ops import select_blocks as _select_blocks
+from nsa_neuron.ops import selected_attention as _selected
+from nsa_neuron.ops import sliding_window_attention as _sliding
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int, torch.SymInt),
+    "float": (float, int, torch.SymFloat, torch.SymInt),
+    "str": (str,),
+}
+
+
+def _public(reference: Callable[P, R]) -> Callable[P, R]:
+    """The function that calls the op of a reference: same signature, same documentation.
+
+    torch's dispatcher refuses wrong Python types with its own messages; they are refused here
+    first, by the spec, so that every bad argument gives the same kind of error.
+    """
+    spec = ops.get(reference.__name__)
+    op = getattr(getattr(torch.ops, _library.NAMESPACE), spec.name).default
+    kinds = {arg.name: _KINDS[arg.kind] for arg in spec.scalars}
+
+    @functools.wraps(reference)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        typed = all(x is None or isinstance(x, Tensor) for x in args)
+        for name, x in kwargs.items():
+            wanted = kinds.get(name, Tensor)
+            typed = typed and (x is None or (isinstance(x, wanted) and not isinstance(x, bool)))
+        if not typed:
+            _explain(args, kwargs)
+        result: R = op(*args, **kwargs)
+        return result
+
+    def _explain(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        given = inspect.signature(reference).bind(*args, **kwargs)
+        given.apply_defaults()
+        spec.bind(given.arguments)
+        raise InvalidType(spec.name, "*args", "of an unexpected type", "as documented")
+
+    return call
+
+
+compress = _public(_compress.compress)
+compressed_attention = _public(_compressed.compressed_attention)
+select_blocks = _public(_select_blocks.select_blocks)
+selected_attention = _public(_selected.selected_attention)
+sliding_window_attention = _public(_sliding.sliding_window_attention)
+attention = _public(_attention.attention)
+gated_sum = _public(_gated_sum.gated_sum)
+nsa_attention = _public(_nsa_attention.nsa_attention)

@@ -1,0 +1,150 @@
+"""Registers every spec as `torch.ops.nsa.<name>`: routing, fake outputs, autograd, vmap.
+
+One router serves every device: it binds and validates a call, asks the registry, runs the lowering
+and remembers the choice under the call's sizes. This module reads `OPS` and the registry only; it
+knows no concrete backend.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, infer_schema
+
+from nsa_neuron.autograd import register_autograd
+from nsa_neuron.errors import ContractViolation
+from nsa_neuron.ops import OPS, get
+from nsa_neuron.registry import REGISTRY, Selection, Target, requested
+from nsa_neuron.spec import Bound, OpSpec, TensorArg
+from nsa_neuron.vmap import register_vmap
+
+NAMESPACE = "nsa"
+LOWERED = "nsa_lowered"  # ops whose backend was chosen at compile time
+
+_library = Library(NAMESPACE, "DEF")
+_lowered = Library(LOWERED, "DEF")
+
+
+class Router:
+    """Runs calls of one op on whichever backend the policy chooses.
+
+    Args:
+        spec: the op.
+        policy: a fixed `name:mode`; None: what `use_backend`, `NSA_BACKEND` or the tensors' device
+            say at each call.
+    """
+
+    def __init__(self, spec: OpSpec, policy: str | None = None) -> None:
+        self.spec = spec
+        self._policy = policy
+        self._names = spec.names
+        self._position = {name: i for i, name in enumerate(spec.names)}
+        self._defaults = [spec.defaults.get(name) for name in spec.names]
+        self._tensors = sum(isinstance(arg, TensorArg) for arg in spec.args)
+        self._index_names = [arg.name for arg in spec.tensors if arg.dtype == "i32"]
+        self._calls: dict[Any, tuple[int, Bound, Selection]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        values = [*args, *self._defaults[len(args) :]]
+        for name, value in kwargs.items():
+            values[self._position[name]] = value
+        # Everything that validation and choice depend on; tensors come before scalars.
+        key: list[Any] = [self._policy or requested(), *values[self._tensors :]]
+        for x in values[: self._tensors]:
+            if x is None:
+                key.append(None)
+            else:
+                key += (x.shape, x.dtype, x.device)
+        frozen = tuple(key)
+        known = self._calls.get(frozen)
+        by_name = dict(zip(self._names, values, strict=True))
+        if known is None or known[0] != REGISTRY.generation:
+            return self._first(frozen, by_name)
+        if self._index_names:
+            self._check_values(known[1], by_name)
+        return known[2].lowered(**by_name)
+
+    def _first(self, key: Any, values: dict[str, Any]) -> Any:
+        """Binds, validates, chooses; checks what the backend returns, once per choice."""
+        bound = self.spec.bind(values)
+        self._check_values(bound, values)
+        selection = REGISTRY.select(bound, key[0])
+        results = selection.lowered(**values)
+        check_results(bound, results, selection.target)
+        self._calls[key] = (REGISTRY.generation, bound, selection)
+        return results
+
+    def _check_values(self, bound: Bound, values: dict[str, Any]) -> None:
+        """Refuses bad offsets and ids. On an accelerator that would wait for the device, so there
+        it happens only with NSA_CHECK_VALUES=1."""
+        if any(values[name] is not None for name in self._index_names) and (
+            bound.device.type == "cpu" or os.environ.get("NSA_CHECK_VALUES") == "1"
+        ):
+            self.spec.check_values(bound, values)
+
+    def fake(self, *args: Any, **kwargs: Any) -> Any:
+        """Empty results of the right sizes, dtypes and strides (always contiguous)."""
+        values = dict(zip(self._names, [*args, *self._defaults[len(args) :]], strict=True))
+        values.update(kwargs)
+        bound = self.spec.bind(values)
+        like = next(value for value in values.values() if isinstance(value, Tensor))
+        results = [like.new_empty(shape, dtype=dtype) for _, shape, dtype in bound.returns()]
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def check_results(bound: Bound, results: Any, target: Target) -> None:
+    """A backend must return what the fake promised.
+
+    Raises:
+        ContractViolation: naming the result.
+    """
+    given = results if isinstance(results, tuple) else (results,)
+    promised = bound.returns()
+    if len(given) != len(promised):
+        what = f"{len(given)} results, not {len(promised)}"
+        raise ContractViolation(f"{target} returned {what} for {bound.spec.name}")
+    for (name, shape, dtype), tensor in zip(promised, given, strict=True):
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            what = f"{tensor.dtype}{list(tensor.shape)}, not {dtype}{list(shape)}"
+            raise ContractViolation(f"{target} returned {name} of {bound.spec.name} as {what}")
+        if not tensor.is_contiguous():
+            raise ContractViolation(
+                f"{target} returned {name} of {bound.spec.name} with strides {tensor.stride()}; "
+                "results must be contiguous"
+            )
+
+
+def pinned(name: str, target: Target) -> torch._ops.OpOverload:
+    """The op `torch.ops.nsa_lowered.<name>__<backend>_<mode>`: one op fixed to one target.
+
+    Compiled graphs call it in place of `torch.ops.nsa.<name>` once a lowering has been chosen.
+    """
+    short = f"{name}__{target.backend}_{target.mode}".replace("-", "_")
+    namespace = getattr(torch.ops, LOWERED)
+    if not hasattr(namespace, short):
+        _define(_lowered, f"{LOWERED}::{short}", Router(get(name), str(target)))
+    overload: torch._ops.OpOverload = getattr(namespace, short).default
+    return overload
+
+
+def _define(library: Library, qualified: str, router: Router) -> None:
+    short = qualified.split("::")[1]
+    schema = infer_schema(router.spec.reference, mutates_args=())
+    library.define(short + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(short, router, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, router.fake, lib=library)
+
+
+def _register() -> None:
+    for spec in OPS:
+        qualified = f"{NAMESPACE}::{spec.name}"
+        _define(_library, qualified, Router(spec))
+        register_vmap(_library, qualified, spec)
+    for spec in OPS:
+        register_autograd(_library, spec, get(spec.backward) if spec.backward else None)
+
+
+_register()

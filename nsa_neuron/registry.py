@@ -1,0 +1,291 @@
+"""Which backend runs a call, and why.
+
+A backend says what it supports and makes callables ("lowerings"); the policy says whom to ask. An
+explicit request (`use_backend`, `NSA_BACKEND`) never falls back; the automatic choice may, and
+logs once why. Third parties add backends through the entry point group `nsa_neuron.backends`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from nsa_neuron.errors import BackendUnavailable, NoLowering, UnknownBackend
+
+if TYPE_CHECKING:
+    import torch
+
+    from nsa_neuron.spec import Bound
+
+log = logging.getLogger("nsa_neuron")
+
+ENTRY_POINTS = "nsa_neuron.backends"
+BUILT_IN = {
+    "reference": "nsa_neuron.backends.reference:BACKEND",
+    "cuda": "nsa_neuron.backends.cuda:BACKEND",
+    "neuron": "nsa_neuron.backends.neuron:BACKEND",
+}
+# Whom to ask for tensors of a device type, best first. CPU tensors never choose a simulator by
+# themselves: it is asked for by name.
+AUTOMATIC = {
+    "cuda": ("cuda:hw", "reference:eager"),
+    "neuron": ("neuron:hw", "reference:eager"),
+    "xla": ("neuron:hw", "reference:eager"),
+    "privateuseone": ("neuron:hw", "reference:eager"),
+}
+ANYWHERE = ("reference:eager",)
+
+Lowered = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Supported:
+    """A backend takes a call, by `plan` (its own data: tile sizes, variant)."""
+
+    plan: Any = None
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A backend refuses a call: the rule's name and a sentence that says why."""
+
+    rule: str
+    reason: str
+
+
+Verdict = Supported | Unsupported
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One way to run operations.
+
+    Attributes:
+        name: as in `use_backend(name)`.
+    """
+
+    name: str
+
+    def modes(self) -> Mapping[str, str]:
+        """Modes of this backend and what hinders each here: `{"hw": "no CUDA device", "sim": ""}`.
+
+        An empty string means that the mode can run.
+        """
+        ...
+
+    def supports(self, bound: Bound, mode: str) -> Verdict:
+        """Whether the backend takes a call in a mode; must not raise for legal calls."""
+        ...
+
+    def lower(self, bound: Bound, plan: Any) -> Lowered:
+        """The callable for a supported call; takes the spec's arguments by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend in a mode, written `name:mode`."""
+
+    backend: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.mode}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why one target did not get a call."""
+
+    target: Target
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of a choice.
+
+    Attributes:
+        target: who runs the call.
+        lowered: the callable.
+        rejected: whom else was asked before, and why they refused.
+    """
+
+    target: Target
+    lowered: Lowered
+    rejected: tuple[Refusal, ...] = ()
+
+
+class Registry:
+    """Backends by name, imported on first use."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, str | Backend] = dict(BUILT_IN)
+        self._loaded: dict[str, Backend] = {}
+        self._discovered = False
+        self.generation = 0  # grows when choices made so far no longer hold
+        self._fallbacks_told: set[tuple[str, str]] = set()
+
+    def register(self, backend: Backend) -> None:
+        """Adds a backend object (entry points do this without code).
+
+        Args:
+            backend: the object; its `name` is how people ask for it.
+
+        Raises:
+            UnknownBackend: another backend has that name.
+        """
+        if backend.name in self.names():
+            raise UnknownBackend(f"a backend named '{backend.name}' exists already")
+        self._sources[backend.name] = backend
+
+    def unregister(self, name: str) -> None:
+        """Removes a backend and every choice made so far."""
+        self._sources.pop(name, None)
+        self._loaded.pop(name, None)
+        self.generation += 1
+
+    def names(self) -> tuple[str, ...]:
+        """Every backend's name: built-in, from entry points, registered."""
+        if not self._discovered:
+            for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+                self._sources.setdefault(point.name, point.value)
+            self._discovered = True
+        return tuple(self._sources)
+
+    def get(self, name: str) -> Backend:
+        """The backend of a name.
+
+        Raises:
+            UnknownBackend: there is none.
+        """
+        if name not in self._loaded:
+            if name not in self.names():
+                raise UnknownBackend(f"no backend '{name}'; there are {', '.join(self.names())}")
+            source = self._sources[name]
+            if isinstance(source, str):
+                point = importlib.metadata.EntryPoint(name, source, ENTRY_POINTS)
+                backend: Backend = point.load()
+            else:
+                backend = source
+            if not isinstance(backend, Backend):
+                raise UnknownBackend(f"'{source}' is no backend: it lacks a member of the protocol")
+            self._loaded[name] = backend
+        return self._loaded[name]
+
+    def target(self, text: str) -> Target:
+        """Parses `name` or `name:mode`; without a mode, the first that can run here.
+
+        Raises:
+            UnknownBackend: no such backend or mode.
+            BackendUnavailable: no mode of it can run here.
+        """
+        name, _, mode = text.partition(":")
+        modes = self.get(name).modes()
+        if mode:
+            if mode not in modes:
+                known = ", ".join(modes)
+                raise UnknownBackend(f"backend '{name}' has no mode '{mode}'; it has {known}")
+            return Target(name, mode)
+        usable = next((m for m, hindrance in modes.items() if not hindrance), None)
+        if usable is None:
+            why = "; ".join(f"{m}: {hindrance}" for m, hindrance in modes.items())
+            raise BackendUnavailable(f"backend '{name}' cannot run here ({why})")
+        return Target(name, usable)
+
+    def ask(self, target: Target, bound: Bound) -> Verdict:
+        """A target's verdict on a call; a mode that cannot run here refuses with that reason."""
+        backend = self.get(target.backend)
+        modes = backend.modes()
+        if target.mode not in modes:
+            return Unsupported("mode", f"there is no mode '{target.mode}', only {', '.join(modes)}")
+        if modes[target.mode]:
+            return Unsupported("available", modes[target.mode])
+        return backend.supports(bound, target.mode)
+
+    def select(self, bound: Bound, policy: str | None) -> Selection:
+        """Chooses who runs a call.
+
+        Args:
+            bound: the call.
+            policy: `name` or `name:mode` to ask nobody else; None: the automatic choice.
+
+        Raises:
+            NoLowering: with every reason.
+        """
+        if policy is not None:
+            wanted: tuple[Target, ...] = (self.target(policy),)
+        else:
+            names = AUTOMATIC.get(bound.device.type, ANYWHERE)
+            wanted = tuple(Target(*name.split(":")) for name in names)
+        rejected: list[Refusal] = []
+        for target in wanted:
+            verdict = self.ask(target, bound)
+            if isinstance(verdict, Supported):
+                self._tell(bound, target, rejected)
+                lowered = self.get(target.backend).lower(bound, verdict.plan)
+                return Selection(target, lowered, tuple(rejected))
+            rejected.append(Refusal(target, verdict.rule, verdict.reason))
+        reasons = [(r.target.backend, r.target.mode, r.rule, r.reason) for r in rejected]
+        raise NoLowering(bound.spec.name, bound.describe(), reasons)
+
+    def forget(self) -> None:
+        """Makes every call choose again (after the environment changed)."""
+        self.generation += 1
+
+    def _tell(self, bound: Bound, target: Target, rejected: list[Refusal]) -> None:
+        """Logs an automatic fall-back once per op and reason."""
+        for refusal in rejected:
+            key = (bound.spec.name, refusal.reason)
+            if key not in self._fallbacks_told:
+                self._fallbacks_told.add(key)
+                log.warning(
+                    "%s runs on %s: %s refused by rule '%s': %s",
+                    bound.spec.name, target, refusal.target, refusal.rule, refusal.reason,
+                )  # fmt: skip
+
+
+REGISTRY = Registry()
+# `NSA_BACKEND` is read once, when this module is imported.
+_requested: ContextVar[str | None] = ContextVar(
+    "nsa_neuron_backend", default=os.environ.get("NSA_BACKEND") or None
+)
+requested = _requested.get
+"""The backend asked for here: `use_backend`, else `NSA_BACKEND`, else None (automatic)."""
+
+
+@contextmanager
+def use_backend(name: str, mode: str | None = None) -> Iterator[Target]:
+    """Runs every nsa op inside on one backend; a call that it refuses raises.
+
+    Args:
+        name: `"reference"`, `"cuda"`, `"neuron"`, a third party's, or `"name:mode"`.
+        mode: `"hw"`, `"sim"`, `"eager"`; default: the first that can run here.
+
+    Raises:
+        UnknownBackend: no such backend or mode.
+        BackendUnavailable: it cannot run here.
+    """
+    target = REGISTRY.target(f"{name}:{mode}" if mode else name)
+    hindrance = REGISTRY.get(target.backend).modes()[target.mode]
+    if hindrance:
+        raise BackendUnavailable(f"{target} cannot run here: {hindrance}")
+    token = _requested.set(str(target))
+    try:
+        yield target
+    finally:
+        _requested.reset(token)
+
+
+def same_device(device: torch.device, *types: str) -> Unsupported | None:
+    """The refusal of a backend whose kernels read tensors of certain device types only."""
+    if device.type in types:
+        return None
+    return Unsupported("device", f"tensors are on '{device}', not on {' or '.join(types)}")

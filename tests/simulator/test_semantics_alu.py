@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nsa_neuron.simulator import dtypes
-from nsa_neuron.simulator.semantics import alu, elementwise
+from nsa_neuron.simulator.semantics import activation, alu, elementwise
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -293,3 +293,46 @@ def test_fold_subtract_and_logical():
     assert alu.fold("subtract", x, (1,)).tolist() == [2, -3]
     assert alu.fold("logical_and", x, (1,)).tolist() == [1, 0]
     assert alu.fold("logical_xor", x, (1,)).tolist() == [1, 1]
+
+
+def _tensor_scalar(d, o, out):
+    return elementwise.tensor_scalar(d, "multiply", 2.0, False, "add", o[:, :1], out=out)
+
+
+def _scalar_tensor_tensor(d, o, out):
+    return elementwise.scalar_tensor_tensor(d, "subtract", d[:, :1], "multiply", o, out=out)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda d, o, out: elementwise.tensor_tensor(d, o, "subtract", out),
+        lambda d, o, out: elementwise.tensor_tensor(d, o, "less", out),
+        lambda d, o, out: elementwise.reciprocal(d, out),
+        lambda d, o, out: elementwise.tensor_scalar(d, "add", o[:, :1], out=out),
+        _tensor_scalar,
+        _scalar_tensor_tensor,
+        *(
+            lambda d, o, out, op=op: activation.activation(op, d, o[:, :1], 0.5, out)
+            for op in ("exp", "sigmoid", "gelu", "copy", "erf_dx", "softplus")
+        ),
+        lambda d, o, out: activation.activation("tanh", d, o[:, :1], 1.0, out),
+        lambda d, o, out: activation.activation("tanh", d, None, d[:, 1:2], out),
+        lambda d, o, out: activation.activation("sigmoid", d, out=out),
+    ],
+)
+@pytest.mark.parametrize("alias", ["none", "data", "other", "shifted"])
+def test_out_changes_where_the_result_goes_and_nothing_else(call, alias):
+    """A destination may overlap any operand: the result is that of separate memory."""
+    pool = tile((4, 9), 20, 0.5, 2.0)
+    data, other = tile((4, 6), 21, 0.5, 2.0), tile((4, 6), 22, 0.5, 2.0)
+    if alias == "shifted":
+        data = pool[:, :6]
+    want = call(data.copy(), other.copy(), None)
+    out = {"none": pool[:, 3:], "data": data, "other": other, "shifted": pool[:, 3:]}[alias]
+    inside = {id(data), id(other)} & {id(out)}
+    kept = other.copy()
+    got = call(data, other, out)
+    np.testing.assert_array_equal(got, want)
+    if not inside:
+        assert np.array_equal(other, kept)

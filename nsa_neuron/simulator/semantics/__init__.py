@@ -12,6 +12,9 @@ returns. Conventions shared by all modules:
 * Operator names are those of ``nki.language``: ``"add"``, ``"logical_shift_right"`` is
   ``"right_shift"``, and so on.
 * Accumulator registers are fp32 arrays ``[P, 1]``, passed in and returned.
+* Functions on the hot path take ``out``: an fp32 array of the result's shape, best the destination
+  itself when it is a dense fp32 tile. It may become the result (then nothing is left to store) or
+  stay unused; it may share memory with any operand.
 * Infinities and NaN follow IEEE 754. Call under ``np.errstate(all="ignore")``: entering it once
   per kernel is cheaper than once per instruction.
 """

@@ -233,7 +233,13 @@ VALID_RANGE: dict[str, tuple[float, float]] = {
 """Documented input range of functions that have one (of ``reciprocal``: of the magnitude)."""
 
 
-def activation(op: str, data: F32, bias: Operand | None = None, scale: Operand = 1.0) -> F32:
+def activation(
+    op: str,
+    data: F32,
+    bias: Operand | None = None,
+    scale: Operand = 1.0,
+    out: F32 | None = None,
+) -> F32:
     """``op(data * scale + bias)`` in fp32.
 
     The optional sum over the free axes is ``reduction.accumulate("add", ...)`` on the result,
@@ -244,6 +250,7 @@ def activation(op: str, data: F32, bias: Operand | None = None, scale: Operand =
         data: ``[P, *free]`` fp32.
         bias: constant, ``[P, 1]``, or None.
         scale: constant or ``[P, 1]``.
+        out: see the package's conventions.
 
     Returns:
         fp32 of ``data``'s shape; for ``copy`` without scale and bias, ``data`` itself.
@@ -251,15 +258,16 @@ def activation(op: str, data: F32, bias: Operand | None = None, scale: Operand =
     scaled = isinstance(scale, np.ndarray) or scale != 1.0
     shifted = bias is not None and (isinstance(bias, np.ndarray) or bias != 0.0)
     if not scaled and not shifted:
-        result: F32 = FUNCTIONS[op](data)
+        result: F32 = FUNCTIONS[op](data, out=out)
         return result
     if scaled:
-        work = np.multiply(data, alu.column(scale, data.ndim))
+        free = alu.scratch(out, bias)
+        work = np.multiply(data, alu.column(scale, data.ndim), out=free)
         if shifted:
             assert bias is not None
             work += alu.column(bias, data.ndim)
     else:
         assert bias is not None
-        work = np.add(data, alu.column(bias, data.ndim))
+        work = np.add(data, alu.column(bias, data.ndim), out=out)
     result = FUNCTIONS[op](work, out=work)
     return result

@@ -163,7 +163,7 @@ def apply(op: str, a: F32, b: Operand | None, reverse: bool = False, out: F32 | 
         a: fp32 tensor.
         b: fp32 tensor that broadcasts against ``a``, or a constant; ignored by unary operators.
         reverse: swap the operands; of unary operators, ignored.
-        out: scratch of the result's shape that may become the result; may be ``a``.
+        out: array of the result's shape that may become the result; may overlap the operands.
     """
     unary = UNARY.get(op)
     if unary is not None:
@@ -173,6 +173,13 @@ def apply(op: str, a: F32, b: Operand | None, reverse: bool = False, out: F32 | 
     if out is not None and isinstance(function, np.ufunc):
         return function(left, right, out=out)  # type: ignore[no-any-return]
     return function(left, right)
+
+
+def scratch(out: F32 | None, *later: Any) -> F32 | None:
+    """``out`` if a first step may write to it while ``later`` operands are still to be read."""
+    if out is None or any(isinstance(x, np.ndarray) and np.may_share_memory(out, x) for x in later):
+        return None
+    return out
 
 
 def fold(op: str, x: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:

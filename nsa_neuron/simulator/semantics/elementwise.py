@@ -17,15 +17,16 @@ FP32_MIN = np.float32(np.finfo(np.float32).min)
 """-3.4028235e38, the only legal ``on_false_value`` of ``range_select``."""
 
 
-def tensor_tensor(data1: F32, data2: F32, op: str) -> F32:
+def tensor_tensor(data1: F32, data2: F32, op: str, out: F32 | None = None) -> F32:
     """``data1 op data2`` in fp32, element by element.
 
     Args:
         data1: ``[P, *free]`` fp32.
         data2: as many elements per partition.
         op: arithmetic operator. Bit operators: ``alu.bitvec``; exact 32-bit: ``alu.integer``.
+        out: see the package's conventions.
     """
-    return alu.apply(op, data1, alu.like(data2, data1.shape))
+    return alu.apply(op, data1, alu.like(data2, data1.shape), out=out)
 
 
 def tensor_scalar(
@@ -36,6 +37,7 @@ def tensor_scalar(
     op1: str | None = None,
     operand1: Operand | None = None,
     reverse1: bool = False,
+    out: F32 | None = None,
 ) -> F32:
     """``(data op0 operand0) op1 operand1`` in fp32.
 
@@ -47,13 +49,14 @@ def tensor_scalar(
         op1: second operator or None.
         operand1: constant or ``[P, 1]``.
         reverse1: ``operand1 op1 (...)``.
+        out: see the package's conventions.
     """
     first = alu.column(0.0 if operand0 is None else operand0, data.ndim)
-    out = alu.apply(op0, data, first, reverse0)
     if op1 is None:
-        return out
+        return alu.apply(op0, data, first, reverse0, out=out)
     second = alu.column(0.0 if operand1 is None else operand1, data.ndim)
-    return alu.apply(op1, out, second, reverse1, out=out)
+    step = alu.apply(op0, data, first, reverse0, out=alu.scratch(out, second))
+    return alu.apply(op1, step, second, reverse1, out=step)
 
 
 def tensor_scalar_bitvec(
@@ -91,6 +94,7 @@ def scalar_tensor_tensor(
     operand1: F32,
     reverse0: bool = False,
     reverse1: bool = False,
+    out: F32 | None = None,
 ) -> F32:
     """``(data op0 operand0) op1 operand1`` in fp32, ``operand1`` a tensor.
 
@@ -98,14 +102,17 @@ def scalar_tensor_tensor(
         data: ``[P, *free]`` fp32.
         operand0: constant or ``[P, 1]``.
         operand1: as many elements per partition as ``data``.
+        out: see the package's conventions.
     """
-    out = alu.apply(op0, data, alu.column(operand0, data.ndim), reverse0)
-    return alu.apply(op1, out, alu.like(operand1, out.shape), reverse1, out=out)
+    other = alu.like(operand1, data.shape)
+    first = alu.column(operand0, data.ndim)
+    step = alu.apply(op0, data, first, reverse0, out=alu.scratch(out, other))
+    return alu.apply(op1, step, other, reverse1, out=step)
 
 
-def reciprocal(data: F32) -> F32:
+def reciprocal(data: F32, out: F32 | None = None) -> F32:
     """``1 / data`` in fp32 (DVE); 1/0 = inf with the sign of the zero."""
-    return np.divide(np.float32(1.0), data)
+    return np.divide(np.float32(1.0), data, out=out)
 
 
 def tensor_copy_predicated(

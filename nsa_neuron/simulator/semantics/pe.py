@@ -24,18 +24,19 @@ def operand(view: NDArray[Any], dtype: DType) -> F32:
     return round_tf32(values) if dtype is tfloat32 else values
 
 
-def matmul(stationary: F32, moving: F32) -> F32:
+def matmul(stationary: F32, moving: F32, out: F32 | None = None) -> F32:
     """``stationary.T @ moving`` over the partition axis.
 
     Args:
         stationary: ``[K, *free]`` fp32, free axes flattened to M in row-major order.
         moving: ``[K, *free]`` fp32, free axes flattened to N.
+        out: ``[M, N]`` fp32 that receives the product; apart from both operands.
 
     Returns:
-        ``[M, N]`` fp32, new.
+        ``[M, N]`` fp32: ``out``, or new.
     """
     k = stationary.shape[0]
-    return stationary.reshape(k, -1).T @ moving.reshape(k, -1)
+    return np.matmul(stationary.reshape(k, -1).T, moving.reshape(k, -1), out=out)
 
 
 def matmul_double_row(stationary: F32, moving: F32) -> F32:

@@ -91,19 +91,31 @@ def dot_split(a0, a1, b0, b1, D1: tl.constexpr, UPCAST: tl.constexpr, PRECISION:
 
 
 @triton.jit
+def token_group_rows(
+    base, first_token, stride_token, stride_head, G: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Pointers [BLOCK_M] to the (token, head) rows from the first head of `first_token` on.
+
+    The offsets inside the tile do not depend on where it starts, so they leave loops.
+    """
+    inside = tl.arange(0, BLOCK_M)
+    offsets = (inside // G) * stride_token + (inside % G) * stride_head
+    return base + tl.cast(first_token, tl.int64) * stride_token + offsets
+
+
+@triton.jit
 def group_rows(
     base, first_row, stride_token, stride_head, G: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """Pointers [BLOCK_M] to the rows `first_row + i` of a group: token `row // G`, head `row % G`.
 
     base: pointer to token 0 of the sequence, first head of the group.
+    first_row: a multiple of BLOCK_M.
     """
     if BLOCK_M % G == 0:
-        # A tile starts on a token when its start is a multiple of BLOCK_M: the offsets inside do
-        # not depend on the tile and leave the loops.
-        inside = tl.arange(0, BLOCK_M)
-        offsets = (inside // G) * stride_token + (inside % G) * stride_head
-        pointers = base + tl.cast(first_row // G, tl.int64) * stride_token + offsets
+        pointers = token_group_rows(
+            base, first_row // G, stride_token, stride_head, G, BLOCK_M
+        )
     else:
         rows = first_row + tl.arange(0, BLOCK_M)
         tokens = (rows // G).to(tl.int64)

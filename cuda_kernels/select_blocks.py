@@ -73,9 +73,9 @@ def _block_scores(
         over = tl.where(inside, tl.maximum(place + A - R, 0), 0).to(tl.float32)
         over = tl.sum(tl.reshape(p * over[:, None], [BLOCKS, RATIO, TOKENS]), 1)
         block = tl.arange(0, BLOCKS)
-        is_next = (block[:, None] == block[None, :] + 1).to(tl.float32)
-        scores += tl.sum(is_next[:, :, None] * over[None, :, :], 1)
-        scores += tl.where(block == 0, 1.0, 0.0)[:, None] * carry[None, :]
+        previous = tl.maximum(block - 1, 0)[:, None] + tl.zeros([BLOCKS, TOKENS], tl.int32)
+        shifted = tl.gather(over, previous, 0)
+        scores += tl.where(block[:, None] == 0, carry[None, :], shifted)
         carry = tl.sum(tl.where(block == BLOCKS - 1, 1.0, 0.0)[:, None] * over, 0)
     return scores, carry
 

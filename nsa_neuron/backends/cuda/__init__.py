@@ -1,1 +1,123 @@
-"""The `cuda` backend: Triton kernels on an NVIDIA GPU, or interpreted on the CPU."""
+"""The `cuda` backend: Triton kernels on an NVIDIA GPU (`hw`), or interpreted on the CPU (`sim`).
+
+Launchers (`launch/<op>.py`) allocate results and start kernels; tile plans (`plans/`) are data;
+this file decides only whether a call can be taken. The interpreter runs the same kernels on CPU
+tensors, slowly: it shows correctness, never speed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nsa_neuron.backends import composite
+from nsa_neuron.backends.cuda import plans
+from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
+from nsa_neuron.toolchain import KernelPackage, triton_interpreter
+
+if TYPE_CHECKING:
+    from nsa_neuron.registry import Lowered
+    from nsa_neuron.spec import Bound
+
+PACKAGE = "cuda_kernels"
+LAUNCHERS = "nsa_neuron.backends.cuda.launch"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+PLANS_OF_MODE = {"hw": "h200", "sim": "interpret"}
+DEVICE_OF_MODE = {"hw": "cuda", "sim": "cpu"}
+# The ops that have kernels, by stem; `nsa_attention` is made of them.
+FORWARD_ONLY = ("select_blocks",)
+STEMS = (
+    "attention",
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
+)
+
+
+class CudaBackend:
+    """Triton kernels. See the module docstring."""
+
+    name = "cuda"
+
+    def modes(self) -> dict[str, str]:
+        if importlib.util.find_spec("triton") is None:
+            missing = "the package 'triton' is not installed"
+            return {"hw": missing, "sim": missing}
+        return {"hw": _hardware_hindrance(), "sim": ""}
+
+    def supports(self, bound: Bound, mode: str) -> Verdict:
+        if bound.spec.name in composite.WHOLE:
+            return composite.supports(bound, lambda part: self.supports(part, mode))
+        stem = bound.spec.name.removesuffix("_backward")
+        if stem not in STEMS:
+            return Unsupported("kernel", f"there is no Triton kernel for {bound.spec.name} yet")
+        if refusal := same_device(bound.device, DEVICE_OF_MODE[mode]):
+            return refusal
+        if bound.dtype not in DTYPES:
+            known = "float32, float16, bfloat16"
+            return Unsupported("dtype", f"{bound.dtype} is not one of {known}")
+        for symbol in ("Dk", "Dv", "D"):
+            if symbol in bound.sizes and bound[symbol] > MAX_HEAD_DIM:
+                return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
+        try:
+            plan = _plan(bound, stem, PLANS_OF_MODE[mode])
+        except plans.PlanError as error:
+            return Unsupported("plan", str(error))
+        return Supported((mode, plan))
+
+    def lower(self, bound: Bound, plan: Any) -> Lowered:
+        if bound.spec.name in composite.WHOLE:
+            return composite.lower(bound, plan, self.lower)
+        mode, constants = plan
+        stem = bound.spec.name.removesuffix("_backward")
+        launcher = importlib.import_module(f"{LAUNCHERS}.{stem}")
+        kernels = kernel_package(mode).load(stem)
+        direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
+        launch = functools.partial(getattr(launcher, direction), kernels, constants)
+        return _with_scale(launch) if "scale" in bound.scalars else launch
+
+
+@functools.cache
+def kernel_package(mode: str) -> KernelPackage:
+    """The private copy of `cuda_kernels` of a mode."""
+    if mode == "sim":
+        return KernelPackage(PACKAGE, triton_interpreter)
+    return KernelPackage(PACKAGE)
+
+
+def _with_scale(launch: Lowered) -> Lowered:
+    """Fills in the default scale; launchers take a number."""
+
+    def call(**values: Any) -> Any:
+        if values["scale"] is None:
+            values["scale"] = values["q"].shape[-1] ** -0.5
+        return launch(**values)
+
+    return call
+
+
+def _plan(bound: Bound, stem: str, device: str) -> Any:
+    dk = bound.sizes.get("Dk", bound.sizes.get("D", 1))
+    dv = bound.sizes.get("Dv", dk)
+    group = bound.group if "Hq" in bound.sizes and "Hkv" in bound.sizes else 1
+    dtype = str(bound.dtype).removeprefix("torch.")
+    return plans.find(device, stem, dk=dk, dv=dv, dtype=dtype, group=group)
+
+
+def _hardware_hindrance() -> str:
+    """Why kernels cannot run on a GPU here; empty: they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (9, 0):
+        return f"the GPU is sm_{major}{minor}; the tile plans are for sm_90 (H100, H200) and newer"
+    return ""
+
+
+BACKEND = CudaBackend()

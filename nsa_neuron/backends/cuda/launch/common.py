@@ -25,15 +25,16 @@ def split_head_dim(dim: int) -> tuple[int, int]:
     192 gives (128, 64), 80 gives (64, 16), 128 gives (128, 0). Two tiles are used only where they
     are narrower than the next power of two.
     """
-    single = max(16, _next_power_of_two(dim))
+    single = max(16, next_power_of_two(dim))
     first = single // 2
     if dim <= first or first < 16:
         return single, 0
-    second = max(16, _next_power_of_two(dim - first))
+    second = max(16, next_power_of_two(dim - first))
     return (first, second) if first + second < single else (single, 0)
 
 
-def _next_power_of_two(value: int) -> int:
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two >= value (1 for 0)."""
     return 1 << max(0, value - 1).bit_length()
 
 

@@ -28,8 +28,24 @@ from .machine import TRN2, Machine
 from .record import Instruction, Run
 
 __all__ = [
-    "TRN2", "Activation", "CapacityError", "ConstraintError", "DataUnavailableError",
-    "DeadlockError", "Instruction", "Kernel", "Machine", "Options", "OutOfBoundsError",
-    "RaceError", "Run", "ShapeDtype", "Simulated", "SimulationError", "UninitializedReadError",
-    "UsageError", "activate", "simulate",
+    "TRN2",
+    "Activation",
+    "CapacityError",
+    "ConstraintError",
+    "DataUnavailableError",
+    "DeadlockError",
+    "Instruction",
+    "Kernel",
+    "Machine",
+    "Options",
+    "OutOfBoundsError",
+    "RaceError",
+    "Run",
+    "ShapeDtype",
+    "Simulated",
+    "SimulationError",
+    "UninitializedReadError",
+    "UsageError",
+    "activate",
+    "simulate",
 ]

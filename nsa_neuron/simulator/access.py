@@ -28,8 +28,19 @@ class Layout:
         step: distance in partitions between successive rows (0 for a broadcast).
     """
 
-    __slots__ = ("dense", "dtype", "free", "high", "low", "partitions", "pitch", "shape", "size",
-                 "step", "strides")
+    __slots__ = (
+        "dense",
+        "dtype",
+        "free",
+        "high",
+        "low",
+        "partitions",
+        "pitch",
+        "shape",
+        "size",
+        "step",
+        "strides",
+    )
 
     def __init__(self, shape: Shape, strides: Shape, dtype: DType, pitch: int) -> None:
         self.shape = shape

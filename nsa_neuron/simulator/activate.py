@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 _FACADE = f"{__package__}.nki"
 _NAMES = (
-    "nki", "nki.language", "nki.isa", "nki.isa.constants", "nki.collectives", "nki.typing",
+    "nki",
+    "nki.language",
+    "nki.isa",
+    "nki.isa.constants",
+    "nki.collectives",
+    "nki.typing",
     "nki.meta",
 )
 
@@ -29,7 +34,8 @@ class _RefuseOldApi(importlib.abc.MetaPathFinder):
         if fullname == "neuronxcc" or fullname.startswith("neuronxcc."):
             raise ImportError(
                 f"{fullname} is the NKI 0.1 API; write `import nki`, `import nki.language as nl`, "
-                "`import nki.isa as nisa` (SDK nki/migration/index.rst)", name=fullname,
+                "`import nki.isa as nisa` (SDK nki/migration/index.rst)",
+                name=fullname,
             )
 
 

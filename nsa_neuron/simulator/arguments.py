@@ -76,11 +76,14 @@ class Arguments:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise violation("usage", f"{error}; signature is {fn.__name__}{signature}",
-                            instruction=fn.__name__, location=self._where) from None
+            raise violation(
+                "usage",
+                f"{error}; signature is {fn.__name__}{signature}",
+                instruction=fn.__name__,
+                location=self._where,
+            ) from None
         names = {id(v): k for k, v in bound.arguments.items()}
-        converted = [self.convert(a, names.get(id(a), f"argument {i}"))
-                     for i, a in enumerate(args)]
+        converted = [self.convert(a, names.get(id(a), f"argument {i}")) for i, a in enumerate(args)]
         return converted, {k: self.convert(v, k) for k, v in kwargs.items()}
 
     def convert(self, value: Any, name: str) -> Any:
@@ -108,8 +111,13 @@ class Arguments:
                 raise self._refuse(name, "dictionary keys are strings", bad[0], "str")
             return {k: self.convert(v, f"{name}[{k!r}]") for k, v in value.items()}
         if isinstance(value, list):
-            raise self._refuse(name, "lists are not kernel arguments (NKI 0.3)", "list", "tuple",
-                               hint="pass a tuple")
+            raise self._refuse(
+                name,
+                "lists are not kernel arguments (NKI 0.3)",
+                "list",
+                "tuple",
+                hint="pass a tuple",
+            )
         if isinstance(value, NKIObject):
             return self._object(value, name)
         if find(value) is not None:
@@ -117,13 +125,22 @@ class Arguments:
         if callable(value):
             return value
         raise self._refuse(
-            name, f"a {type(value).__name__} is not a kernel argument", type(value).__name__,
+            name,
+            f"a {type(value).__name__} is not a kernel argument",
+            type(value).__name__,
             "tensor, None, bool, int, float, str, dtype, enum, tuple, dict, NKIObject, function",
         )
 
     def _refuse(self, name: str, message: str, value: Any, limit: Any, hint: str = "") -> Exception:
-        return violation("argument-kind", message, operand=name, value=value, limit=limit,
-                         hint=hint, location=self._where)
+        return violation(
+            "argument-kind",
+            message,
+            operand=name,
+            value=value,
+            limit=limit,
+            hint=hint,
+            location=self._where,
+        )
 
     def _object(self, value: Any, name: str) -> Any:
         new = copy.copy(value)
@@ -205,8 +222,9 @@ def torch_to_numpy(tensor: Any) -> NDArray[Any]:
     dtype = resolve(tensor.dtype)
     tensor = tensor.detach()
     if tensor.device.type != "cpu":
-        raise violation("argument-kind", "a tensor must be on the CPU", value=str(tensor.device),
-                        limit="cpu")
+        raise violation(
+            "argument-kind", "a tensor must be on the CPU", value=str(tensor.device), limit="cpu"
+        )
     if dtype.is_float and dtype.itemsize < 4 and dtype.name != "float16":
         bits = torch.int16 if dtype.itemsize == 2 else torch.uint8
         array: NDArray[Any] = tensor.view(bits).numpy().view(dtype.numpy)

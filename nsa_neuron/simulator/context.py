@@ -42,8 +42,10 @@ def require_core(what: str) -> NeuronCore:
     core = STATE.core
     if core is None:
         raise violation(
-            "usage", "called outside a kernel", instruction=what,
-            hint="decorate the function with @nki.jit and call it through nki.simulate(kernel)(...)",
+            "usage",
+            "called outside a kernel",
+            instruction=what,
+            hint="decorate the function with @nki.jit; call it through nki.simulate(kernel)(...)",
         )
     return core
 

@@ -40,8 +40,9 @@ def _iterate(lower: int, upper: int, step: int) -> Iterator[VirtualRegister]:
         trace.loops.append(LoopMark(loop, iteration, first, len(trace.instructions)))
 
 
-def fori_loop(lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], None],
-              step: int = 1) -> None:
+def fori_loop(
+    lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], Any], step: int = 1
+) -> None:
     """Call `body_fun(i)` for i in range(lower, upper, step); i is a register by value.
 
     Raises:
@@ -52,8 +53,12 @@ def fori_loop(lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], None
     for register in _iterate(scalar(lower), scalar(upper), step):
         result = body_fun(VirtualRegister(register.value))
         if result is not None:
-            raise violation("loop", "the body of fori_loop must return None",
-                            instruction="fori_loop", value=type(result).__name__)
+            raise violation(
+                "loop",
+                "the body of fori_loop must return None",
+                instruction="fori_loop",
+                value=type(result).__name__,
+            )
 
 
 def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]) -> None:
@@ -70,9 +75,13 @@ def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]
     iteration = 0
     while True:
         if not isinstance(register, VirtualRegister):
-            raise violation("loop", "the condition of while_loop must be a register",
-                            instruction="while_loop", value=type(register).__name__,
-                            hint="return the register that holds the next condition")
+            raise violation(
+                "loop",
+                "the condition of while_loop must be a register",
+                instruction="while_loop",
+                value=type(register).__name__,
+                hint="return the register that holds the next condition",
+            )
         if not register:
             return
         first = len(trace.instructions)
@@ -99,5 +108,10 @@ def _refuse_in_no_reorder(core: Any) -> None:
 
 def _check_step(step: Any) -> None:
     if not isinstance(step, int) or step < 1:
-        raise violation("loop", "the step is a compile-time positive integer", operand="step",
-                        value=step if isinstance(step, int) else type(step).__name__, limit=">= 1")
+        raise violation(
+            "loop",
+            "the step is a compile-time positive integer",
+            operand="step",
+            value=step if isinstance(step, int) else type(step).__name__,
+            limit=">= 1",
+        )

@@ -125,8 +125,16 @@ class NeuronCore:
             if shared is not None:
                 return NkiTensor(dims, kind, shared, name=name)
         allocation = Allocation(
-            launch.next_id(), self.index, buffer, dims, kind, name, address,
-            len(self.trace.instructions), call_site(), role,
+            launch.next_id(),
+            self.index,
+            buffer,
+            dims,
+            kind,
+            name,
+            address,
+            len(self.trace.instructions),
+            call_site(),
+            role,
         )
         if address is not None:
             ops.check_address(allocation, self.machine)
@@ -154,9 +162,7 @@ class NeuronCore:
         scale = 1 if precise else 4
         row = arena.limit * scale
         base = allocation.address[0] * row + allocation.address[1] * scale
-        memory = Memory(
-            allocation, arena.bytes(scale), base, row, precise, siblings=arena.memories
-        )
+        memory = Memory(allocation, arena.bytes(scale), base, row, precise, siblings=arena.memories)
         arena.memories.append(memory)
         return memory
 
@@ -204,7 +210,13 @@ class NeuronCore:
         return self._finish(spec, writes, reads, params, name, extra, tuple(key), outs, ins)
 
     def _issue_static(
-        self, spec: ops.Spec, writes: Any, reads: Any, params: Any, name: Any, extra: Any,
+        self,
+        spec: ops.Spec,
+        writes: Any,
+        reads: Any,
+        params: Any,
+        name: Any,
+        extra: Any,
         indices: tuple[Access, ...],
     ) -> Instruction:
         outs = [t.access() for t in writes if type(t) is NkiTensor]
@@ -218,8 +230,17 @@ class NeuronCore:
         )
 
     def _finish(
-        self, spec: ops.Spec, writes: Any, reads: Any, params: Any, name: Any, extra: Any,
-        key: Any, outs: list[Access], ins: list[Access], indices: tuple[Access, ...] = (),
+        self,
+        spec: ops.Spec,
+        writes: Any,
+        reads: Any,
+        params: Any,
+        name: Any,
+        extra: Any,
+        key: Any,
+        outs: list[Access],
+        ins: list[Access],
+        indices: tuple[Access, ...] = (),
     ) -> Instruction:
         plan = self._plans.get(key)
         if plan is None:
@@ -231,8 +252,10 @@ class NeuronCore:
         for access in (*outs, *ins):
             allocation = access.allocation
             allocation.last_use = index
-            if access.lo < 0 or access.hi > allocation.pitch_bytes or (
-                access.p1 > allocation.partitions or access.p0 < 0
+            if (
+                access.lo < 0
+                or access.hi > allocation.pitch_bytes
+                or (access.p1 > allocation.partitions or access.p0 < 0)
             ):
                 ops.out_of_bounds(spec, access)
         if self.data:
@@ -249,8 +272,15 @@ class NeuronCore:
                 if type(tensor) is NkiTensor and not spec.marks_itself:
                     self.mark_written(tensor)
         instruction = Instruction(
-            index, spec.opcode, plan.engine, tuple(outs), (*ins, *indices), params, name,
-            call_site(), extra,
+            index,
+            spec.opcode,
+            plan.engine,
+            tuple(outs),
+            (*ins, *indices),
+            params,
+            name,
+            call_site(),
+            extra,
         )
         trace.append(instruction)
         return instruction
@@ -278,16 +308,21 @@ class NeuronCore:
         dynamic = tensor.dynamic
         if dynamic.kind != "scalar":
             raise violation(
-                "view", "only DMA takes a vector_offset", instruction=spec.opcode,
-                operand=tensor.name, hint="dma_copy the rows to SBUF first",
+                "view",
+                "only DMA takes a vector_offset",
+                instruction=spec.opcode,
+                operand=tensor.name,
+                hint="dma_copy the rows to SBUF first",
             )
         value = self.index_value(dynamic.index, spec, indices)
         view = resolved(tensor, value)
         access = view.access()
         access = view._access = Access(access.allocation, access.layout, access.start, True)
         allocation = access.allocation
-        outside = access.lo < 0 or access.hi > allocation.pitch_bytes or (
-            access.p0 < 0 or access.p1 > allocation.partitions
+        outside = (
+            access.lo < 0
+            or access.hi > allocation.pitch_bytes
+            or (access.p0 < 0 or access.p1 > allocation.partitions)
         )
         if dynamic.count is not None and not 0 <= value < dynamic.count:
             outside = True
@@ -295,8 +330,12 @@ class NeuronCore:
             if skip:
                 return None
             violate(
-                "oob", f"the run-time index {value} leaves the tensor {allocation.shape}",
-                instruction=spec.opcode, operand=tensor.name, value=value, limit=dynamic.count,
+                "oob",
+                f"the run-time index {value} leaves the tensor {allocation.shape}",
+                instruction=spec.opcode,
+                operand=tensor.name,
+                value=value,
+                limit=dynamic.count,
             )
         return view
 
@@ -323,7 +362,8 @@ class NeuronCore:
         """
         if self.options.unknown is None:
             raise violation(
-                "no-data", "control depends on a register whose value depends on data",
+                "no-data",
+                "control depends on a register whose value depends on data",
                 hint="simulate(kernel, data=False, unknown=lambda register: trip_count)",
             )
         return self.options.unknown(register)

@@ -57,8 +57,11 @@ class Kernel:
             lnc = lnc[0]
         if isinstance(lnc, bool) or not hasattr(lnc, "__index__") or int(lnc) not in (1, 2):
             raise violation(
-                "lnc", "the launch bracket takes the number of cores, one integer",
-                instruction=self.fn.__name__, value=lnc, limit=(1, 2),
+                "lnc",
+                "the launch bracket takes the number of cores, one integer",
+                instruction=self.fn.__name__,
+                value=lnc,
+                limit=(1, 2),
                 hint="kernel[2](...); SPMD grids of NKI 0.1 are gone: loop inside the kernel",
             )
         return Kernel(self.fn, int(lnc), self.schedule)
@@ -80,15 +83,20 @@ class Kernel:
 def jit(fn: Any = None, **kwargs: Any) -> Any:
     """Decorate a kernel; `mode=` is ignored as documented, `platform_target=` is refused."""
     if "platform_target" in kwargs:
-        raise violation("usage", "platform_target= was removed in NKI 0.3", instruction="nki.jit",
-                        hint="set NEURON_PLATFORM_TARGET_OVERRIDE=trn2")
+        raise violation(
+            "usage",
+            "platform_target= was removed in NKI 0.3",
+            instruction="nki.jit",
+            hint="set NEURON_PLATFORM_TARGET_OVERRIDE=trn2",
+        )
     if fn is None:
         return functools.partial(jit, **kwargs)
     if isinstance(fn, Kernel):
         return fn
     if not callable(fn):
-        raise violation("usage", "nki.jit decorates a function", instruction="nki.jit",
-                        value=type(fn).__name__)
+        raise violation(
+            "usage", "nki.jit decorates a function", instruction="nki.jit", value=type(fn).__name__
+        )
     return Kernel(fn)
 
 
@@ -122,8 +130,12 @@ class Simulated:
         arguments = Arguments(launch, options)
         bound = arguments.convert_call(kernel.fn, args, kwargs)
         self.run = Run(
-            kernel.fn.__name__, kernel.lnc, [c.trace for c in cores],
-            [t.memory.allocation for t in arguments.tensors], options.data, target=options.target,
+            kernel.fn.__name__,
+            kernel.lnc,
+            [c.trace for c in cores],
+            [t.memory.allocation for t in arguments.tensors],
+            options.data,
+            target=options.target,
         )
 
         def body(core: NeuronCore) -> Any:
@@ -172,15 +184,24 @@ def simulate(
         kernel = kernel.kernel
     if not isinstance(kernel, Kernel):
         if not callable(kernel):
-            raise violation("usage", "simulate takes a kernel", instruction="nki.simulate",
-                            value=type(kernel).__name__, limit="a function or @nki.jit kernel")
+            raise violation(
+                "usage",
+                "simulate takes a kernel",
+                instruction="nki.simulate",
+                value=type(kernel).__name__,
+                limit="a function or @nki.jit kernel",
+            )
         kernel = Kernel(kernel)
     changes = {
-        "data": data, "target": target, "precise": precise, "unknown": unknown,
+        "data": data,
+        "target": target,
+        "precise": precise,
+        "unknown": unknown,
         "relax": None if relax is None else frozenset(relax),
     }
     options = replace(
-        default_options(), **{k: v for k, v in changes.items() if v is not None}  # type: ignore[arg-type]
+        default_options(),
+        **{k: v for k, v in changes.items() if v is not None},  # type: ignore[arg-type]
     )
     options.validate()
     return Simulated(kernel, options)
@@ -199,27 +220,45 @@ def _check_results(
         if arguments.any_written(run):
             return
         raise violation(
-            "output-kind", "the kernel returns nothing and writes none of its arguments",
-            instruction=kernel.fn.__name__, location=where,
+            "output-kind",
+            "the kernel returns nothing and writes none of its arguments",
+            instruction=kernel.fn.__name__,
+            location=where,
             hint="return the nl.shared_hbm tensor that holds the result",
         )
     for position, t in enumerate(tensors):
         name = f"result {position}"
         if not isinstance(t, NkiTensor):
-            raise violation("output-kind", f"is a {type(t).__name__}", operand=name, location=where,
-                            instruction=kernel.fn.__name__, limit="tensor or tuple of tensors")
+            raise violation(
+                "output-kind",
+                f"is a {type(t).__name__}",
+                operand=name,
+                location=where,
+                instruction=kernel.fn.__name__,
+                limit="tensor or tuple of tensors",
+            )
         allocation = t.memory.allocation
         if allocation.on_chip:
-            violate("output-buffer", f"is in {allocation.buffer}", operand=name, location=where,
-                    instruction=kernel.fn.__name__, value=allocation.buffer, limit="shared_hbm",
-                    hint="dma_copy it to an nl.shared_hbm tensor and return that")
+            violate(
+                "output-buffer",
+                f"is in {allocation.buffer}",
+                operand=name,
+                location=where,
+                instruction=kernel.fn.__name__,
+                value=allocation.buffer,
+                limit="shared_hbm",
+                hint="dma_copy it to an nl.shared_hbm tensor and return that",
+            )
         if options.data and not t.memory.readable(t.access()):
             mask = t.memory.written.mask(t.access())
             first = tuple(int(i[0]) for i in (~mask).nonzero())
             violate(
-                "output-unwritten", f"{int((~mask).sum())} of {mask.size} elements were never "
-                f"written, first {first}", operand=name, instruction=kernel.fn.__name__,
-                value=first, location=locate(allocation.site) or where,
+                "output-unwritten",
+                f"{int((~mask).sum())} of {mask.size} elements were never written, first {first}",
+                operand=name,
+                instruction=kernel.fn.__name__,
+                value=first,
+                location=locate(allocation.site) or where,
             )
 
 
@@ -231,7 +270,11 @@ def _order(schedule: tuple[Any, ...], cores: list[NeuronCore]) -> None:
             named = {i.name: i for i in core.trace.instructions if i.name}
             missing = [n for n in (later, *names) if n not in named]
             if missing:
-                raise violation("usage", f"no instruction is named {missing[0]!r}",
-                                instruction="with_schedule", value=missing[0],
-                                limit=sorted(named))
+                raise violation(
+                    "usage",
+                    f"no instruction is named {missing[0]!r}",
+                    instruction="with_schedule",
+                    value=missing[0],
+                    limit=sorted(named),
+                )
             named[later].depends_on(*(named[n] for n in names))

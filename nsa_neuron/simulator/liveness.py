@@ -79,8 +79,12 @@ def check(trace: CoreTrace, machine: Machine) -> dict[str, int]:
                 for a in live[:8]
             )
             violate(
-                f"{buffer}-capacity", f"{len(live)} tensors are live at once", value=peaks[buffer],
-                limit=limit, table=rows, location=locate(live[0].site),
+                f"{buffer}-capacity",
+                f"{len(live)} tensors are live at once",
+                value=peaks[buffer],
+                limit=limit,
+                table=rows,
+                location=locate(live[0].site),
             )
         _check_overlap(trace, buffer)
     return peaks
@@ -92,9 +96,7 @@ def _check_overlap(trace: CoreTrace, buffer: str) -> None:
     Tensors at the very same address with the same extent are aliases on purpose only when their
     lifetimes do not meet; a partial overlap while both live is refused too.
     """
-    placed = [
-        a for a in trace.allocations if a.buffer == buffer and a.address and a.last_use >= 0
-    ]
+    placed = [a for a in trace.allocations if a.buffer == buffer and a.address and a.last_use >= 0]
     placed.sort(key=lambda a: a.created)
     active: list[Allocation] = []
     for a in placed:
@@ -105,7 +107,8 @@ def _check_overlap(trace: CoreTrace, buffer: str) -> None:
                     "address-overlap",
                     f"{a.name or a.shape} at {a.address} overlaps {b.name or b.shape} at "
                     f"{b.address}, which is still used later",
-                    value=a.address, location=locate(a.site),
+                    value=a.address,
+                    location=locate(a.site),
                     table=(f"the other was made at {locate(b.site)}",),
                 )
         active.append(a)

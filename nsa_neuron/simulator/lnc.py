@@ -10,7 +10,7 @@ import numpy as np
 from .context import call_site, locate, violate, violation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -59,8 +59,10 @@ class Launch:
         a = memory.allocation
         if a.shape != shape or a.dtype.name != dtype.name:
             raise violation(
-                "lnc-sync", "the cores make different shared_hbm tensors at the same point",
-                value=(shape, dtype.name), limit=(a.shape, a.dtype.name),
+                "lnc-sync",
+                "the cores make different shared_hbm tensors at the same point",
+                value=(shape, dtype.name),
+                limit=(a.shape, a.dtype.name),
                 hint="control flow must be identical on both cores",
             )
         self._made[core] += 1
@@ -89,7 +91,7 @@ class Meeting:
         self._failed: BaseException | None = None
         self.on_meet: list[Callable[[], None]] = []
 
-    def run(self, bodies: list[Callable[[], Any]]) -> list[Any]:
+    def run(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run one body per core; return their results or raise the first failure."""
         results: list[Any] = [None] * len(bodies)
 
@@ -138,8 +140,11 @@ class Meeting:
                 for call in self.on_meet:
                     call()
                 return waiting[1]
-            self._waiting[core] = (key, payload, f"core {core} waits in {what} at "
-                                   f"{locate(call_site())}")
+            self._waiting[core] = (
+                key,
+                payload,
+                f"core {core} waits in {what} at {locate(call_site())}",
+            )
             if other in self._waiting or other in self._finished:
                 self._failed = self._failed or self._deadlock(other)
                 self._condition.notify_all()
@@ -220,7 +225,9 @@ class Races:
                 "lnc-race",
                 f"core {core} and core {1 - core} both touch shared tensor {a.name or a.shape} "
                 f"without meeting, first at {where} of this view",
-                instruction=spec.opcode, operand=a.name or "tensor", value=where,
+                instruction=spec.opcode,
+                operand=a.name or "tensor",
+                value=where,
                 hint="nisa.core_barrier(tensor, (0, 1)) between the two accesses",
             )
         view |= np.uint8(mine)

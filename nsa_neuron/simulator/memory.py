@@ -40,8 +40,21 @@ class Allocation:
         pitch_bytes: bytes per partition on chip; of the whole tensor in HBM.
     """
 
-    __slots__ = ("address", "buffer", "core", "created", "dtype", "id", "last_use", "name",
-                 "partitions", "pitch_bytes", "role", "shape", "site")
+    __slots__ = (
+        "address",
+        "buffer",
+        "core",
+        "created",
+        "dtype",
+        "id",
+        "last_use",
+        "name",
+        "partitions",
+        "pitch_bytes",
+        "role",
+        "shape",
+        "site",
+    )
 
     def __init__(
         self,
@@ -101,8 +114,19 @@ class Memory:
         siblings: memories of one arena, whose bytes may be the same as these.
     """
 
-    __slots__ = ("__weakref__", "allocation", "base", "buffer", "foreign", "matmul", "pitch",
-                 "pool", "precise", "siblings", "written")
+    __slots__ = (
+        "__weakref__",
+        "allocation",
+        "base",
+        "buffer",
+        "foreign",
+        "matmul",
+        "pitch",
+        "pool",
+        "precise",
+        "siblings",
+        "written",
+    )
 
     def __init__(
         self,
@@ -159,7 +183,7 @@ class Memory:
         else:
             place = self.base + offset * size
             steps = tuple(s * size for s in strides)
-        return np.ndarray(shape, kind, self.buffer, place, steps)  # type: ignore[call-overload]
+        return np.ndarray(shape, kind, self.buffer, place, steps)
 
     def readable(self, access: Access) -> bool:
         """Tell whether all elements of an access were written, here or through an alias."""
@@ -194,9 +218,7 @@ def _mark_alias(mask: NDArray[np.bool_], access: Access, other: Memory) -> None:
         bytes_map[...] = np.repeat(other.written._map, other.written.granule, axis=1)
     for index in np.argwhere(~mask):
         p = here[0] + row + int(index[0]) * layout.step - there[0]
-        free = column + sum(
-            int(i) * s for i, s in zip(index[1:], layout.strides[1:], strict=True)
-        )
+        free = column + sum(int(i) * s for i, s in zip(index[1:], layout.strides[1:], strict=True))
         f = here[1] + free * itemsize - there[1]
         if 0 <= p < bytes_map.shape[0] and 0 <= f and f + itemsize <= bytes_map.shape[1]:
             mask[tuple(index)] = bytes_map[p, f : f + itemsize].all()

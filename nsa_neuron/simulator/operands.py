@@ -37,8 +37,17 @@ class Spec:
             operands, whose record covers more than they touch) or has none (barriers).
     """
 
-    __slots__ = ("check", "checks_itself", "dma", "marks_itself", "opcode", "optional", "reads",
-                 "run", "writes")
+    __slots__ = (
+        "check",
+        "checks_itself",
+        "dma",
+        "marks_itself",
+        "opcode",
+        "optional",
+        "reads",
+        "run",
+        "writes",
+    )
 
     def __init__(
         self,
@@ -139,9 +148,7 @@ class Checker:
         self.violations: list[SimulationError] = []
         self.operands = {
             role: Operand(role, value)
-            for role, value in zip(
-                (*spec.writes, *spec.reads), (*writes, *reads), strict=True
-            )
+            for role, value in zip((*spec.writes, *spec.reads), (*writes, *reads), strict=True)
         }
 
     def __getitem__(self, role: str) -> Operand:
@@ -150,8 +157,12 @@ class Checker:
     def fail(self, rule: str, message: str, operand: str = "", **details: Any) -> None:
         """Break a rule: raise, or note it where it is relaxed."""
         error = violation(
-            rule, message, instruction=self.spec.opcode, operand=operand or None,
-            table=tuple(o.describe() for o in self.operands.values()), **details,
+            rule,
+            message,
+            instruction=self.spec.opcode,
+            operand=operand or None,
+            table=tuple(o.describe() for o in self.operands.values()),
+            **details,
         )
         if rule not in self.relax:
             raise error
@@ -172,8 +183,13 @@ class Checker:
                 given = "nothing" if o.value is None else type(o.value).__name__
                 hint = "nl.load or nisa.dma_copy it into an SBUF tensor first"
                 raise violation(
-                    "usage", f"must be a tensor, got {given}", instruction=self.spec.opcode,
-                    operand=role, value=given, limit="NkiTensor", hint=hint,
+                    "usage",
+                    f"must be a tensor, got {given}",
+                    instruction=self.spec.opcode,
+                    operand=role,
+                    value=given,
+                    limit="NkiTensor",
+                    hint=hint,
                 )
 
     def buffers(self, role: str, *allowed: str) -> None:
@@ -181,8 +197,12 @@ class Checker:
         o = self[role]
         if o:
             self.require(
-                o.buffer in allowed, "buffer",
-                f"cannot be in {o.buffer}", role, value=o.buffer, limit=allowed,
+                o.buffer in allowed,
+                "buffer",
+                f"cannot be in {o.buffer}",
+                role,
+                value=o.buffer,
+                limit=allowed,
             )
 
     def dtypes(self, role: str, allowed: Iterable[DType]) -> None:
@@ -191,8 +211,12 @@ class Checker:
         if o:
             names = tuple(d.name for d in allowed)
             self.require(
-                o.dtype.name in names, "dtype", f"cannot be {o.dtype}", role,
-                value=o.dtype.name, limit=names,
+                o.dtype.name in names,
+                "dtype",
+                f"cannot be {o.dtype}",
+                role,
+                value=o.dtype.name,
+                limit=names,
             )
 
     def same_partitions(self, *roles: str) -> None:
@@ -202,9 +226,12 @@ class Checker:
             o = self[role]
             if o:
                 self.require(
-                    o.p == first.p, "partition-match",
-                    f"has {o.p} partitions, {first.role} has {first.p}", role,
-                    value=o.p, limit=first.p,
+                    o.p == first.p,
+                    "partition-match",
+                    f"has {o.p} partitions, {first.role} has {first.p}",
+                    role,
+                    value=o.p,
+                    limit=first.p,
                 )
 
     def same_elements(self, *roles: str) -> None:
@@ -214,17 +241,26 @@ class Checker:
             o = self[role]
             if o:
                 self.require(
-                    o.n == first.n, "element-count",
-                    f"has {o.n} elements per partition, {first.role} has {first.n}", role,
-                    value=o.n, limit=first.n,
+                    o.n == first.n,
+                    "element-count",
+                    f"has {o.n} elements per partition, {first.role} has {first.n}",
+                    role,
+                    value=o.n,
+                    limit=first.n,
                 )
 
     def column(self, role: str) -> None:
         """Require a tensor operand to be (P, 1) with the partitions of the first write."""
         o = self[role]
         if o:
-            self.require(o.n == 1, "shape", "must have one element per partition", role,
-                         value=o.shape, limit="(P, 1)")
+            self.require(
+                o.n == 1,
+                "shape",
+                "must have one element per partition",
+                role,
+                value=o.shape,
+                limit="(P, 1)",
+            )
             self.same_partitions(self.spec.writes[0], role)
 
     def choose_engine(self, asked: Any, default: str, *allowed: str) -> str:
@@ -238,8 +274,9 @@ class Checker:
         name: str = getattr(asked, "name", str(asked))
         if name == "unknown":
             return default
-        self.require(name in allowed, "engine", f"does not run on {name}", value=name,
-                     limit=allowed)
+        self.require(
+            name in allowed, "engine", f"does not run on {name}", value=name, limit=allowed
+        )
         return name
 
 
@@ -263,19 +300,47 @@ def make_plan(
 def _check_placement(c: Checker, o: Operand) -> None:
     """Partition count, step, start and free pattern of an on-chip operand."""
     m = c.machine
-    c.require(1 <= o.p <= m.partitions, "partition-limit", f"uses {o.p} partitions", o.role,
-              value=o.p, limit=m.partitions)
-    c.require(o.p == 1 or o.layout.step == 1, "partition-step",
-              f"steps {o.layout.step} partitions", o.role, value=o.layout.step, limit=1)
-    step = m.quadrant if o.p <= m.quadrant else 2 * m.quadrant if o.p <= 2 * m.quadrant else (
-        m.partitions
+    c.require(
+        1 <= o.p <= m.partitions,
+        "partition-limit",
+        f"uses {o.p} partitions",
+        o.role,
+        value=o.p,
+        limit=m.partitions,
+    )
+    c.require(
+        o.p == 1 or o.layout.step == 1,
+        "partition-step",
+        f"steps {o.layout.step} partitions",
+        o.role,
+        value=o.layout.step,
+        limit=1,
+    )
+    step = (
+        m.quadrant
+        if o.p <= m.quadrant
+        else 2 * m.quadrant
+        if o.p <= 2 * m.quadrant
+        else (m.partitions)
     )
     allowed = tuple(range(0, m.partitions, step))
-    c.require(o.p0 in allowed, "start-partition",
-              f"{o.p} partitions cannot start at {o.p0}", o.role, value=o.p0, limit=allowed)
+    c.require(
+        o.p0 in allowed,
+        "start-partition",
+        f"{o.p} partitions cannot start at {o.p0}",
+        o.role,
+        value=o.p0,
+        limit=allowed,
+    )
     dims = _merged(o.layout)
-    c.require(len(dims) <= m.max_free_dims, "free-dims",
-              f"needs {len(dims)} free dims", o.role, value=len(dims), limit=m.max_free_dims)
+    c.require(
+        len(dims) <= m.max_free_dims,
+        "free-dims",
+        f"needs {len(dims)} free dims",
+        o.role,
+        value=len(dims),
+        limit=m.max_free_dims,
+    )
 
 
 def _merged(layout: Layout) -> list[tuple[int, int]]:
@@ -300,27 +365,43 @@ def check_shape(shape: Any, buffer: str, machine: Machine) -> tuple[int, ...]:
     dims = tuple(int(d) for d in dims)
     if buffer in ("sbuf", "psum"):
         if len(dims) < 2:
-            raise violation("on-chip-rank", f"a tensor in {buffer} has a partition and a free dim",
-                            operand="shape", value=dims, limit=">= 2 dims")
+            raise violation(
+                "on-chip-rank",
+                f"a tensor in {buffer} has a partition and a free dim",
+                operand="shape",
+                value=dims,
+                limit=">= 2 dims",
+            )
         if dims[0] > machine.partitions:
-            violate("partition-limit", f"a tensor in {buffer} has at most 128 partitions",
-                    operand="shape", value=dims[0], limit=machine.partitions)
+            violate(
+                "partition-limit",
+                f"a tensor in {buffer} has at most 128 partitions",
+                operand="shape",
+                value=dims[0],
+                limit=machine.partitions,
+            )
     return dims
 
 
 def check_address(allocation: Allocation, machine: Machine) -> None:
     """Refuse an explicit address that leaves the memory or starts inside a PSUM bank."""
     if not allocation.on_chip:
-        raise violation("address", "only SBUF and PSUM tensors take an address",
-                        operand="address", value=allocation.address)
+        raise violation(
+            "address",
+            "only SBUF and PSUM tensors take an address",
+            operand="address",
+            value=allocation.address,
+        )
     assert allocation.address is not None
     partition, byte = allocation.address
     limit = machine.sbuf_bytes if allocation.buffer == "sbuf" else machine.psum_bytes
     inside = 0 <= partition and partition + allocation.partitions <= machine.partitions
     if not inside or byte < 0 or byte + allocation.pitch_bytes > limit:
         raise violation(
-            "address", f"{allocation.shape} {allocation.dtype} does not fit there",
-            operand="address", value=allocation.address,
+            "address",
+            f"{allocation.shape} {allocation.dtype} does not fit there",
+            operand="address",
+            value=allocation.address,
             limit=f"{machine.partitions} partitions, {limit} bytes",
         )
 
@@ -329,7 +410,9 @@ def out_of_bounds(spec: Spec, access: Access) -> None:
     """Break rule "bounds" for an access that leaves its tensor."""
     a = access.allocation
     violate(
-        "bounds", "the access pattern leaves the tensor", instruction=spec.opcode,
+        "bounds",
+        "the access pattern leaves the tensor",
+        instruction=spec.opcode,
         operand=a.name or "operand",
         value=f"partitions {access.p0}..{access.p1 - 1}, bytes {access.lo}..{access.hi - 1}",
         limit=f"{a.partitions} partitions, {a.pitch_bytes} bytes",
@@ -346,7 +429,9 @@ def uninitialized(spec: Spec, writes: Any, reads: Any, tensor: NkiTensor) -> Non
     violate(
         "uninitialized-read",
         f"{int((~mask).sum())} of {mask.size} elements were never written, first {first}",
-        instruction=spec.opcode, operand=role or tensor.name, value=first,
+        instruction=spec.opcode,
+        operand=role or tensor.name,
+        value=first,
         table=(f"{tensor!r} made at {made}",),
     )
 

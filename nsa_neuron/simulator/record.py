@@ -30,8 +30,18 @@ class Instruction:
         extra: what only the run knows (DMA rows moved, loop iteration, partner core), or None.
     """
 
-    __slots__ = ("after", "engine", "extra", "index", "name", "opcode", "params", "reads", "site",
-                 "writes")
+    __slots__ = (
+        "after",
+        "engine",
+        "extra",
+        "index",
+        "name",
+        "opcode",
+        "params",
+        "reads",
+        "site",
+        "writes",
+    )
 
     def __init__(
         self,

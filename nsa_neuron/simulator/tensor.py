@@ -82,8 +82,17 @@ class NkiTensor(NKIObject):
         dynamic: run-time part of the address, or None.
     """
 
-    __slots__ = ("_access", "_array", "dtype", "dynamic", "memory", "name", "offset", "shape",
-                 "strides")
+    __slots__ = (
+        "_access",
+        "_array",
+        "dtype",
+        "dynamic",
+        "memory",
+        "name",
+        "offset",
+        "shape",
+        "strides",
+    )
 
     def __init__(
         self,
@@ -175,8 +184,11 @@ class NkiTensor(NKIObject):
         """True for a dense row-major view; the partition dim and size-1 dims are not looked at."""
         step = 1
         first = 1 if self.on_chip else 0
-        for size, stride in zip(self.shape[:first - 1 if first else None:-1],
-                                self.strides[:first - 1 if first else None:-1], strict=True):
+        for size, stride in zip(
+            self.shape[: first - 1 if first else None : -1],
+            self.strides[: first - 1 if first else None : -1],
+            strict=True,
+        ):
             if size != 1 and stride != step:
                 return False
             step *= size
@@ -214,8 +226,13 @@ class NkiTensor(NKIObject):
 
     def _error(self, error: ViewError, method: str = "") -> Exception:
         return violation(
-            error.rule, error.message, instruction=method or None, operand=self.name or "tensor",
-            value=error.value, limit=error.limit, table=(repr(self),),
+            error.rule,
+            error.message,
+            instruction=method or None,
+            operand=self.name or "tensor",
+            value=error.value,
+            limit=error.limit,
+            table=(repr(self),),
         )
 
     def _fixed(self) -> bool:
@@ -260,8 +277,10 @@ class NkiTensor(NKIObject):
                 first, step, count = views.slice_range(size, begin, begin + item.size, 1)
             elif isinstance(item, VirtualRegister | NkiTensor):
                 raise ViewError(
-                    "index", "a run-time index needs .select() or .ap(scalar_offset=...)",
-                    kind.__name__, "int",
+                    "index",
+                    "a run-time index needs .select() or .ap(scalar_offset=...)",
+                    kind.__name__,
+                    "int",
                 )
             else:
                 first = _index(item, size)
@@ -276,8 +295,8 @@ class NkiTensor(NKIObject):
             offset += first * stride
             out_shape.append(count)
             out_strides.append(stride * step)
-        out_shape.extend(shape[len(keys):])
-        out_strides.extend(strides[len(keys):])
+        out_shape.extend(shape[len(keys) :])
+        out_strides.extend(strides[len(keys) :])
         if len(out_shape) < (2 if fixed else 1):
             out_shape.append(1)
             out_strides.append(strides[last_int] if last_int >= 0 else 1)
@@ -447,7 +466,11 @@ class NkiTensor(NKIObject):
                 raise ViewError("view", "view(dtype) is not possible after a dynamic select")
             _same_width(self, new)
             shape, strides, offset = views.reinterpret(
-                self.shape, self.strides, self.offset, self.dtype.itemsize, new.itemsize,
+                self.shape,
+                self.strides,
+                self.offset,
+                self.dtype.itemsize,
+                new.itemsize,
                 self.on_chip,
             )
             return self._view(shape, strides, offset, new)
@@ -507,7 +530,9 @@ class NkiTensor(NKIObject):
             if shape[0] > 1 and strides[0] != pitch:
                 raise ViewError(
                     "partition-step",
-                    "the partition step must be the storage's free element count", strides[0], pitch,
+                    "the partition step must be the storage's free element count",
+                    strides[0],
+                    pitch,
                 )
             if len(pairs) > 5:
                 raise ViewError("free-dims", "at most 5 pairs on chip", len(pairs), 5)
@@ -528,7 +553,9 @@ class NkiTensor(NKIObject):
                     )
                 rows = _vector_index(vector)
                 if rows < shape[0]:
-                    raise ViewError("view", "fewer indices than rows of the pattern", rows, shape[0])
+                    raise ViewError(
+                        "view", "fewer indices than rows of the pattern", rows, shape[0]
+                    )
                 dynamic = Dynamic("vector", vector, step, 0, None)
         view = self._view(shape, strides, start, new)
         view.dynamic = dynamic
@@ -565,8 +592,10 @@ def _scalar_index(index: Any) -> None:
         raise ViewError("view", "an index is a register or a (1, 1) tensor", type(index).__name__)
     if index.size != 1 or not index.dtype.is_integer or index.memory.allocation.buffer != "sbuf":
         raise ViewError(
-            "view", "a scalar index is one integer in SBUF",
-            f"{index.shape} {index.dtype} {index.memory.allocation.buffer}", "(1, 1) integer sbuf",
+            "view",
+            "a scalar index is one integer in SBUF",
+            f"{index.shape} {index.dtype} {index.memory.allocation.buffer}",
+            "(1, 1) integer sbuf",
         )
 
 
@@ -575,8 +604,10 @@ def _vector_index(index: Any) -> int:
         raise ViewError("view", "vector_offset is an SBUF tensor", type(index).__name__)
     if not index.dtype.is_integer or index.memory.allocation.buffer != "sbuf":
         raise ViewError(
-            "view", "vector_offset holds integers in SBUF",
-            f"{index.dtype} {index.memory.allocation.buffer}", "integer sbuf",
+            "view",
+            "vector_offset holds integers in SBUF",
+            f"{index.dtype} {index.memory.allocation.buffer}",
+            "integer sbuf",
         )
     if prod(index.shape[1:]) != 1:
         raise ViewError("view", "vector_offset has one index per partition", index.shape, "(P, 1)")
@@ -599,9 +630,7 @@ def _same_width(tensor: NkiTensor, new: DType) -> None:
 def resolved(tensor: NkiTensor, value: int) -> NkiTensor:
     """The static view that a scalar-dynamic view denotes for one index value."""
     assert tensor.dynamic is not None
-    view = tensor._view(
-        tensor.shape, tensor.strides, tensor.offset + value * tensor.dynamic.stride
-    )
+    view = tensor._view(tensor.shape, tensor.strides, tensor.offset + value * tensor.dynamic.stride)
     view.dynamic = None
     return view
 

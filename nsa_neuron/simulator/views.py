@@ -125,9 +125,8 @@ def merge(shape: Dims, strides: Dims, first: int, last: int) -> tuple[Dims, Dims
             )
         size *= shape[d]
     step = strides[last] if stride is None else stride
-    return shape[:first] + (size,) + shape[last + 1 :], (
-        strides[:first] + (step,) + strides[last + 1 :]
-    )
+    new_strides = (*strides[:first], step, *strides[last + 1 :])
+    return (*shape[:first], size, *shape[last + 1 :]), new_strides
 
 
 def reshape(shape: Dims, strides: Dims, new: Dims) -> Dims:
@@ -162,8 +161,10 @@ def reshape(shape: Dims, strides: Dims, new: Dims) -> Dims:
                 size, stride = old[i]
                 if last != stride * size:
                     raise ViewError(
-                        "view", "the layout cannot express that shape without a copy",
-                        f"{shape} with strides {strides}", new,
+                        "view",
+                        "the layout cannot express that shape without a copy",
+                        f"{shape} with strides {strides}",
+                        new,
                     )
                 last = stride
                 run *= size
@@ -205,9 +206,7 @@ def rearrange(
     out_shape = tuple(flat_shape[d] for d in order)
     out_strides = tuple(flat_strides[d] for d in order)
     for position, group in enumerate(groups):
-        out_shape, out_strides = merge(
-            out_shape, out_strides, position, position + len(group) - 1
-        )
+        out_shape, out_strides = merge(out_shape, out_strides, position, position + len(group) - 1)
     return out_shape, out_strides
 
 
@@ -228,8 +227,10 @@ def reinterpret(
     ratio = new // old
     if shape[-1] % ratio or offset % ratio or any(s % ratio for s in strides[:-1]):
         raise ViewError(
-            "view", "the last dim, offset and strides must be multiples of the size ratio",
-            shape[-1], f"multiple of {ratio}",
+            "view",
+            "the last dim, offset and strides must be multiples of the size ratio",
+            shape[-1],
+            f"multiple of {ratio}",
         )
     steps = tuple(s // ratio for s in strides[:-1])
     return (*shape[:-1], shape[-1] // ratio), (*steps, 1), offset // ratio

@@ -127,7 +127,9 @@ class Written:
         if self.full:
             return np.ones(access.layout.shape, np.bool_)
         mask = self._view(access)
-        return mask if mask.shape == access.layout.shape else mask.all(axis=-1)
+        if mask.shape != access.layout.shape:
+            mask = np.asarray(mask.all(axis=-1))
+        return mask
 
     def _add_rect(self, rect: Rect) -> None:
         rects = self._rects

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nsa_neuron.simulator.core import NeuronCore, Options
 from nsa_neuron.simulator.lnc import Launch
-from nsa_neuron.simulator.tensor import NkiTensor
+
+if TYPE_CHECKING:
+    from nsa_neuron.simulator.tensor import NkiTensor
 
 
 def make_core(**options: Any) -> NeuronCore:

@@ -134,9 +134,16 @@ def _in_order(r):
 
 @pytest.mark.parametrize(
     ("body", "rule"),
-    [(_arithmetic, "register"), (_index, "register"), (_frozen, "register"),
-     (_returning, "loop"), (_no_register, "loop"), (_step, "loop"), (_unloaded, "register"),
-     (_in_order, "loop")],
+    [
+        (_arithmetic, "register"),
+        (_index, "register"),
+        (_frozen, "register"),
+        (_returning, "loop"),
+        (_no_register, "loop"),
+        (_step, "loop"),
+        (_unloaded, "register"),
+        (_in_order, "loop"),
+    ],
 )
 def test_refused_uses_of_registers_and_loops(body, rule):
     def kernel(x):

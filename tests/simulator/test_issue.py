@@ -30,8 +30,10 @@ def out_of(tile):
     return out
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16,
-                                   ml_dtypes.float8_e4m3, ml_dtypes.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype",
+    [np.float32, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3, ml_dtypes.float8_e5m2],
+)
 @pytest.mark.parametrize("shape", [(128, 128, 512), (32, 7, 33), (1, 1, 1)])
 def test_matmul_accumulates_over_k(dtype, shape):
     k, m, n = shape
@@ -178,8 +180,12 @@ BROKEN = [
     ("partition-step", lambda t: nisa.tensor_copy(t[0:64], t[0:128:2])),
     ("partition-match", lambda t: nisa.tensor_copy(t[0:32], t[0:64])),
     ("element-count", lambda t: nisa.tensor_copy(t[:, 0:8], t)),
-    ("free-dims", lambda t: nisa.tensor_copy(sb(128, 32), t.ap(
-        [[64, 128], [3, 2], [5, 2], [1, 2], [7, 2], [2, 2]][:5] + [[9, 2]]))),
+    (
+        "free-dims",
+        lambda t: nisa.tensor_copy(
+            sb(128, 32), t.ap([*[[64, 128], [3, 2], [5, 2], [1, 2], [7, 2], [2, 2]][:5], [9, 2]])
+        ),
+    ),
     ("buffer", lambda t: nisa.tensor_copy(t, nl.ndarray((128, 64), nl.float32, buffer=nl.hbm))),
     ("buffer", lambda t: nisa.dma_copy(t, ps(128, 64))),
     ("buffer", lambda t: nisa.tensor_copy(ps(128, 64), t, engine=nisa.engine.gpsimd)),
@@ -198,8 +204,10 @@ BROKEN = [
     ("generation", lambda t: nisa.tensor_tensor(t, t, t, nl.abs_max)),
     ("axis", lambda t: nisa.tensor_reduce(t[:, 0:1], nl.add, t, axis=0)),
     ("value", lambda t: nisa.memset(sb(4, 4, dtype=nl.int32), 1.5)),
-    ("dge", lambda t: nisa.dma_copy(sb(128, 64, dtype=nl.bfloat16), t,
-                                    dge_mode=nisa.dge_mode.hwdge)),
+    (
+        "dge",
+        lambda t: nisa.dma_copy(sb(128, 64, dtype=nl.bfloat16), t, dge_mode=nisa.dge_mode.hwdge),
+    ),
     ("generation", lambda t: nisa.dma_copy(t, t, priority=1)),
     ("tile-position", lambda t: matmul(ps(64, 64), t, t, tile_position=(0, 0))),
     ("bounds", lambda t: nisa.tensor_copy(t, t.ap([[64, 128], [1, 64]], offset=1))),
@@ -210,7 +218,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "body"), BROKEN, ids=[f"{i}-{b[0]}" for i, b in enumerate(BROKEN)])
+@pytest.mark.parametrize(
+    ("rule", "body"), BROKEN, ids=[f"{i}-{b[0]}" for i, b in enumerate(BROKEN)]
+)
 def test_broken_rules(rule, body):
     def kernel(x):
         body(nl.load(x))
@@ -231,6 +241,13 @@ def test_messages_hold_what_is_needed():
     with pytest.raises(SimulationError) as caught:
         run(kernel, X)
     text = str(caught.value)
-    for part in ("tensor_copy.src", "64 partitions", "got 64, allowed 32", "rule partition-match",
-                 "test_issue.py", "nisa.tensor_copy(dst=tile[0:32], src=tile[0:64])", "[64, 64]"):
+    for part in (
+        "tensor_copy.src",
+        "64 partitions",
+        "got 64, allowed 32",
+        "rule partition-match",
+        "test_issue.py",
+        "nisa.tensor_copy(dst=tile[0:32], src=tile[0:64])",
+        "[64, 64]",
+    ):
         assert part in text

@@ -79,7 +79,9 @@ def test_the_same_array_twice_is_one_tensor():
 
 
 def test_import_takes_no_torch():
-    code = "import sys, nsa_neuron.simulator, nsa_neuron.simulator.nki; print('torch' in sys.modules)"
+    code = (
+        "import sys, nsa_neuron.simulator, nsa_neuron.simulator.nki; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -118,7 +120,9 @@ def test_argument_kinds():
 
     @nki.jit
     def kernel(x, flag, number, text, kind, pair, named, config, function, nothing=None):
-        seen.append((flag, number, text, kind, pair, named["k"], config.scale, function(2), nothing))
+        seen.append(
+            (flag, number, text, kind, pair, named["k"], config.scale, function(2), nothing)
+        )
         assert isinstance(config.table, nl.NkiTensor) and isinstance(pair[1], nl.NkiTensor)
         nl.store(x, nl.load(config.table))
 
@@ -132,8 +136,14 @@ def test_argument_kinds():
 
 @pytest.mark.parametrize(
     ("value", "match"),
-    [([1], "tuple"), ({1: 2}, "str"), (2**40, "32-bit"), (object(), "not a kernel argument"),
-     (np.zeros(3), "64-bit"), (np.zeros((0, 3), np.float32), "no elements")],
+    [
+        ([1], "tuple"),
+        ({1: 2}, "str"),
+        (2**40, "32-bit"),
+        (object(), "not a kernel argument"),
+        (np.zeros(3), "64-bit"),
+        (np.zeros((0, 3), np.float32), "no elements"),
+    ],
 )
 def test_refused_arguments(value, match):
     @nki.jit
@@ -165,8 +175,12 @@ def _number(a):
 
 @pytest.mark.parametrize(
     ("fn", "rule"),
-    [(_nothing, "output-kind"), (_chip, "output-buffer"), (_half, "output-unwritten"),
-     (_number, "output-kind")],
+    [
+        (_nothing, "output-kind"),
+        (_chip, "output-buffer"),
+        (_half, "output-unwritten"),
+        (_number, "output-kind"),
+    ],
 )
 def test_refused_results(fn, rule):
     with pytest.raises(SimulationError) as caught:
@@ -281,8 +295,12 @@ def test_shape_only_records_the_same_instructions():
 
     def facts(run):
         return [
-            (i.opcode, i.engine, [(w.p0, w.p1, w.lo, w.hi) for w in (*i.writes, *i.reads)],
-             i.location)
+            (
+                i.opcode,
+                i.engine,
+                [(w.p0, w.p1, w.lo, w.hi) for w in (*i.writes, *i.reads)],
+                i.location,
+            )
             for i in run.instructions
         ]
 
@@ -311,3 +329,12 @@ def test_capacity_names_the_largest_live_tensors():
     run = simulator.simulate(frees)
     run(np.ones((128, 4), np.float32))
     assert run.run.peaks[0]["sbuf"] == 8192 * 4
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (5000,), (300, 2049)])
+def test_filled_hbm_tensors(shape):
+    def kernel():
+        return nl.full(shape, 3, nl.bfloat16, buffer=nl.shared_hbm)
+
+    result = simulator.simulate(kernel)()
+    assert result.shape == shape and (result.astype(np.float32) == 3).all()

@@ -30,7 +30,9 @@ def as_strided(tensor: Any, storage: np.ndarray) -> np.ndarray:
 def step(draw: Any, tensor: Any, expected: np.ndarray) -> tuple[Any, np.ndarray]:
     """Apply one random view method to both."""
     free = [d for d in range(tensor.ndim) if d or not tensor.on_chip]
-    kind = draw(st.sampled_from(["slice", "permute", "expand", "split", "flat", "bcast", "squeeze"]))
+    kind = draw(
+        st.sampled_from(["slice", "permute", "expand", "split", "flat", "bcast", "squeeze"])
+    )
     if kind == "slice":
         d = draw(st.integers(0, tensor.ndim - 1))
         size = tensor.shape[d]

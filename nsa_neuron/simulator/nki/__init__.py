@@ -13,5 +13,15 @@ def simulate(kernel):
     return _simulate(kernel)
 
 
-__all__ = ["Kernel", "collectives", "dtype", "isa", "jit", "language", "meta", "simulate", "tensor",
-           "typing"]
+__all__ = [
+    "Kernel",
+    "collectives",
+    "dtype",
+    "isa",
+    "jit",
+    "language",
+    "meta",
+    "simulate",
+    "tensor",
+    "typing",
+]

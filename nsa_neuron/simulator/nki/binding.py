@@ -41,13 +41,21 @@ def _misuse(function, args, kwargs, reason):
     name = function.__name__
     for key in kwargs:
         if key not in signature.parameters and key in _REMOVED:
-            return violation("legacy-api", f"{key}= no longer exists", instruction=name,
-                             operand=key, hint=_REMOVED[key])
+            return violation(
+                "legacy-api",
+                f"{key}= no longer exists",
+                instruction=name,
+                operand=key,
+                hint=_REMOVED[key],
+            )
     hint = f"nisa.{name}{signature}"
     if "dst" in signature.parameters and "dst" not in kwargs and "'dst'" in reason:
         return violation(
-            "legacy-api", "instructions write into dst= since NKI 0.2 and return no tile",
-            instruction=name, operand="dst", hint=hint,
+            "legacy-api",
+            "instructions write into dst= since NKI 0.2 and return no tile",
+            instruction=name,
+            operand="dst",
+            hint=hint,
         )
     return violation("usage", reason, instruction=name, hint=hint)
 
@@ -66,9 +74,15 @@ def op_name(op, instruction_name, role):
     name = getattr(op, "nki_op", None)
     if name is None:
         given = getattr(op, "__name__", repr(op))
-        raise violation("operator", "is not an operator of nki.language", operand=role,
-                        instruction=instruction_name, value=given, limit="nl.add, nl.exp, ...",
-                        hint="pass nl.<operator>, not a NumPy or Python function")
+        raise violation(
+            "operator",
+            "is not an operator of nki.language",
+            operand=role,
+            instruction=instruction_name,
+            value=given,
+            limit="nl.add, nl.exp, ...",
+            hint="pass nl.<operator>, not a NumPy or Python function",
+        )
     return name
 
 
@@ -80,9 +94,14 @@ def enum_of(kind, value, instruction_name, role):
         for member in kind:
             if value == member.name:
                 return member
-    raise violation("usage", f"must be a member of nisa.{kind.__name__}", operand=role,
-                    instruction=instruction_name, value=value,
-                    limit=", ".join(f"nisa.{kind.__name__}.{m.name}" for m in kind))
+    raise violation(
+        "usage",
+        f"must be a member of nisa.{kind.__name__}",
+        operand=role,
+        instruction=instruction_name,
+        value=value,
+        limit=", ".join(f"nisa.{kind.__name__}.{m.name}" for m in kind),
+    )
 
 
 def load(tensor):

@@ -16,17 +16,35 @@ def _check_activation(c):
     on_chip(c, "dst", "data", "bias", "scale", "reduce_res")
     c.same_partitions("dst", "data")
     c.same_elements("dst", "data")
-    c.require(op in functions.FUNCTIONS, "operator", f"{op} is no function of the Scalar Engine",
-              "op", value=op, limit=sorted(functions.FUNCTIONS))
+    c.require(
+        op in functions.FUNCTIONS,
+        "operator",
+        f"{op} is no function of the Scalar Engine",
+        "op",
+        value=op,
+        limit=sorted(functions.FUNCTIONS),
+    )
     for role in ("bias", "scale", "reduce_res"):
         c.column(role)
     if c["scale"]:
-        c.require(c["scale"].dtype.name == "float32", "dtype", "a scale tile is float32", "scale",
-                  value=c["scale"].dtype.name, limit="float32")
+        c.require(
+            c["scale"].dtype.name == "float32",
+            "dtype",
+            "a scale tile is float32",
+            "scale",
+            value=c["scale"].dtype.name,
+            limit="float32",
+        )
     if c["bias"]:
         c.require(c["bias"].dtype.name != "tfloat32", "dtype", "a bias tile is not tf32", "bias")
-    c.require(reduce_op in (None, "add"), "operator", "reduces by add only", "reduce_op",
-              value=reduce_op, limit="add")
+    c.require(
+        reduce_op in (None, "add"),
+        "operator",
+        "reduces by add only",
+        "reduce_op",
+        value=reduce_op,
+        limit="add",
+    )
     c.require(command != "load_reduce", "value", "activation has no load_reduce", "reduce_cmd")
     return "scalar"
 
@@ -52,13 +70,28 @@ def _run_activation(core, payload, writes, reads, params):
         save(core, result, registers[p0 : p0 + p].reshape(result.shape))
 
 
-ACTIVATION = Spec("activation", ("dst", "reduce_res"), ("data", "bias", "scale"),
-                  _check_activation, _run_activation, optional=("reduce_res",))
+ACTIVATION = Spec(
+    "activation",
+    ("dst", "reduce_res"),
+    ("data", "bias", "scale"),
+    _check_activation,
+    _run_activation,
+    optional=("reduce_res",),
+)
 
 
 @instruction
-def activation(dst, op, data, bias=None, scale=1.0, reduce_op=None, reduce_res=None,
-               reduce_cmd=commands.idle, name=None):
+def activation(
+    dst,
+    op,
+    data,
+    bias=None,
+    scale=1.0,
+    reduce_op=None,
+    reduce_res=None,
+    reduce_cmd=commands.idle,
+    name=None,
+):
     """dst = op(data * scale + bias), with an optional running sum per partition."""
     core = core_of("activation")
     command = enum_of(commands, reduce_cmd, "activation", "reduce_cmd").name
@@ -70,5 +103,6 @@ def activation(dst, op, data, bias=None, scale=1.0, reduce_op=None, reduce_res=N
 @instruction
 def activation_reduce(dst, op, data, reduce_op, reduce_res, bias=None, scale=1.0, name=None):
     """`activation` that also sums its outputs of each partition into reduce_res."""
-    return activation(dst, op, data, bias, scale, reduce_op, reduce_res, commands.reset_reduce,
-                      name)
+    return activation(
+        dst, op, data, bias, scale, reduce_op, reduce_res, commands.reset_reduce, name
+    )

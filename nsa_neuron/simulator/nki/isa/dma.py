@@ -21,19 +21,45 @@ def _check_copy(c):
     dst, src = c["dst"], c["src"]
     c.buffers("dst", *REACH)
     c.buffers("src", *REACH)
-    c.require(dst.layout.size == src.layout.size, "element-count",
-              f"src has {src.layout.size} elements, dst {dst.layout.size}", "src",
-              value=src.shape, limit=dst.shape)
-    c.require(priority is None, "generation", "priority exists from NeuronCore-v4 on", "priority",
-              value=priority)
+    c.require(
+        dst.layout.size == src.layout.size,
+        "element-count",
+        f"src has {src.layout.size} elements, dst {dst.layout.size}",
+        "src",
+        value=src.shape,
+        limit=dst.shape,
+    )
+    c.require(
+        priority is None,
+        "generation",
+        "priority exists from NeuronCore-v4 on",
+        "priority",
+        value=priority,
+    )
     if dge is dge_modes.hwdge:
-        c.require(dst.dtype.name == src.dtype.name, "dge", "hwdge moves bytes: dtypes must match",
-                  "dst", value=dst.dtype.name, limit=src.dtype.name)
-        c.require(engine.name in ("unknown", "sync", "scalar"), "dge",
-                  "hwdge is triggered by sync or scalar", "engine", value=engine.name)
+        c.require(
+            dst.dtype.name == src.dtype.name,
+            "dge",
+            "hwdge moves bytes: dtypes must match",
+            "dst",
+            value=dst.dtype.name,
+            limit=src.dtype.name,
+        )
+        c.require(
+            engine.name in ("unknown", "sync", "scalar"),
+            "dge",
+            "hwdge is triggered by sync or scalar",
+            "engine",
+            value=engine.name,
+        )
     else:
-        c.require(engine is engines.unknown, "dge", "engine= goes with dge_mode.hwdge", "engine",
-                  value=engine.name)
+        c.require(
+            engine is engines.unknown,
+            "dge",
+            "engine= goes with dge_mode.hwdge",
+            "engine",
+            value=engine.name,
+        )
     return "dma"
 
 
@@ -47,8 +73,13 @@ DMA_COPY = Spec("dma_copy", ("dst",), ("src",), _check_copy, _run_copy, dma=True
 
 def _check_indirect(c):
     _check_copy(c)
-    c.require(c.params[1] in (dge_modes.unknown, dge_modes.swdge), "dge",
-              "gather and scatter need swdge", "dge_mode", value=c.params[1].name)
+    c.require(
+        c.params[1] in (dge_modes.unknown, dge_modes.swdge),
+        "dge",
+        "gather and scatter need swdge",
+        "dge_mode",
+        value=c.params[1].name,
+    )
     return "dma"
 
 
@@ -78,15 +109,25 @@ def _run_indirect(core, payload, writes, reads, params):
     valid = (index >= 0) & (index < count)
     if not valid.all() and not skip:
         bad = int(np.argmin(valid))
-        violate("oob", f"index {bad} is {int(index[bad])}, the tensor has {count} rows",
-                instruction="dma_copy", operand="src" if gather else "dst",
-                value=int(index[bad]), limit=f"0..{count - 1}",
-                hint="oob_mode=nisa.oob_mode.skip leaves such rows alone")
+        violate(
+            "oob",
+            f"index {bad} is {int(index[bad])}, the tensor has {count} rows",
+            instruction="dma_copy",
+            operand="src" if gather else "dst",
+            value=int(index[bad]),
+            limit=f"0..{count - 1}",
+            hint="oob_mode=nisa.oob_mode.skip leaves such rows alone",
+        )
     everything = bool(valid.all())
     other = dst if gather else src
     if not everything and other.shape[0] != rows:
-        raise violation("shape", "rows can be skipped only where both sides have the same rows",
-                        instruction="dma_copy", value=other.shape, limit=view.shape)
+        raise violation(
+            "shape",
+            "rows can be skipped only where both sides have the same rows",
+            instruction="dma_copy",
+            value=other.shape,
+            limit=view.shape,
+        )
     if not valid.any():
         return
     wanted = index[valid]
@@ -138,8 +179,16 @@ def _save_rows(core, dst, values, valid, dtype):
         core.mark_written(one)
 
 
-DMA_INDIRECT = Spec("dma_copy", ("dst",), ("src", "index"), _check_indirect, _run_indirect,
-                    dma=True, marks_itself=True, checks_itself=True)
+DMA_INDIRECT = Spec(
+    "dma_copy",
+    ("dst",),
+    ("src", "index"),
+    _check_indirect,
+    _run_indirect,
+    dma=True,
+    marks_itself=True,
+    checks_itself=True,
+)
 
 
 def _anywhere(view):
@@ -153,15 +202,23 @@ def _anywhere(view):
 
 
 @instruction
-def dma_copy(dst, src, priority=None, oob_mode=oob_modes.error, dge_mode=dge_modes.unknown,
-             engine=engines.unknown, name=None):
+def dma_copy(
+    dst,
+    src,
+    priority=None,
+    oob_mode=oob_modes.error,
+    dge_mode=dge_modes.unknown,
+    engine=engines.unknown,
+    name=None,
+):
     """dst = src between HBM and SBUF, casting through fp32; gathers and scatters rows."""
     core = core_of("dma_copy")
     skip = enum_of(oob_modes, oob_mode, "dma_copy", "oob_mode") is oob_modes.skip
     dge = enum_of(dge_modes, dge_mode, "dma_copy", "dge_mode")
     params = (priority, dge, enum_of(engines, engine, "dma_copy", "engine"), skip)
     vector = [
-        t for t in (dst, src)
+        t
+        for t in (dst, src)
         if type(t) is NkiTensor and t.dynamic is not None and t.dynamic.kind == "vector"
     ]
     if not vector:
@@ -171,16 +228,27 @@ def dma_copy(dst, src, priority=None, oob_mode=oob_modes.error, dge_mode=dge_mod
                 return None
         return core.issue(DMA_COPY, (dst,), (src,), params, name)
     if len(vector) == 2:
-        raise violation("dge", "only one side of a transfer can be indirect",
-                        instruction="dma_copy", operand="src")
-    view = vector[0]
+        raise violation(
+            "dge",
+            "only one side of a transfer can be indirect",
+            instruction="dma_copy",
+            operand="src",
+        )
+    (view,) = vector
+    assert view.dynamic is not None
     gather = view is src
     index = view.dynamic.index
     core.require_readable(index, DMA_INDIRECT)
     core.state["indirect"] = (gather, view)
     out, source = (dst, _anywhere(view)) if gather else (_anywhere(view), src)
-    return core.issue(DMA_INDIRECT, (out,), (source, index), params, name,
-                      {"rows": view.shape[0], "indirect": "gather" if gather else "scatter"})
+    return core.issue(
+        DMA_INDIRECT,
+        (out,),
+        (source, index),
+        params,
+        name,
+        {"rows": view.shape[0], "indirect": "gather" if gather else "scatter"},
+    )
 
 
 def _check_sendrecv(c):
@@ -189,14 +257,25 @@ def _check_sendrecv(c):
     dst, src = c["dst"], c["src"]
     c.buffers("dst", "sbuf")
     c.buffers("src", "sbuf")
-    c.require(dst.shape == src.shape and dst.dtype.name == src.dtype.name, "shape",
-              "src and dst must have the same shape and dtype", "dst",
-              value=(dst.shape, dst.dtype.name), limit=(src.shape, src.dtype.name))
+    c.require(
+        dst.shape == src.shape and dst.dtype.name == src.dtype.name,
+        "shape",
+        "src and dst must have the same shape and dtype",
+        "dst",
+        value=(dst.shape, dst.dtype.name),
+        limit=(src.shape, src.dtype.name),
+    )
     if mover is dma_engines.gpsimd_dma:
         limit = {4: 1024, 2: 512, 1: 256}[src.dtype.itemsize]
         used = src.n * src.dtype.itemsize
-        c.require(used <= limit, "tile-size", f"gpsimd_dma moves {limit} bytes per partition",
-                  "src", value=used, limit=limit)
+        c.require(
+            used <= limit,
+            "tile-size",
+            f"gpsimd_dma moves {limit} bytes per partition",
+            "src",
+            value=used,
+            limit=limit,
+        )
     return "dma" if mover is dma_engines.dma else "gpsimd"
 
 
@@ -213,15 +292,21 @@ SENDRECV = Spec("sendrecv", ("dst",), ("src",), _check_sendrecv, _run_sendrecv, 
 
 
 @instruction
-def sendrecv(src, dst, send_to_rank, recv_from_rank, pipe_id, dma_engine=dma_engines.dma,
-             name=None):
+def sendrecv(
+    src, dst, send_to_rank, recv_from_rank, pipe_id, dma_engine=dma_engines.dma, name=None
+):
     """Send src to the other core of the pair and receive its tensor into dst."""
     core = core_of("sendrecv")
     _need_pair(core, "sendrecv")
     other = 1 - core.index
     if (send_to_rank, recv_from_rank) != (other, other):
-        raise violation("lnc-sync", "ranks name the other core", instruction="sendrecv",
-                        value=(send_to_rank, recv_from_rank), limit=(other, other))
+        raise violation(
+            "lnc-sync",
+            "ranks name the other core",
+            instruction="sendrecv",
+            value=(send_to_rank, recv_from_rank),
+            limit=(other, other),
+        )
     mover = enum_of(dma_engines, dma_engine, "sendrecv", "dma_engine")
     params = (send_to_rank, recv_from_rank, pipe_id, mover)
     return core.issue(SENDRECV, (dst,), (src,), params, name)
@@ -229,8 +314,14 @@ def sendrecv(src, dst, send_to_rank, recv_from_rank, pipe_id, dma_engine=dma_eng
 
 def _need_pair(core, name):
     if core.launch.meeting is None:
-        raise violation("lnc-sync", "needs two cores", instruction=name, value=1, limit=2,
-                        hint="launch with kernel[2](...)")
+        raise violation(
+            "lnc-sync",
+            "needs two cores",
+            instruction=name,
+            value=1,
+            limit=2,
+            hint="launch with kernel[2](...)",
+        )
 
 
 def _check_barrier(c):
@@ -243,8 +334,9 @@ def _run_barrier(core, payload, writes, reads, params):
     core.launch.meeting.meet(core.index, ("core_barrier",), None, "core_barrier")
 
 
-BARRIER = Spec("core_barrier", (), ("data",), _check_barrier, _run_barrier, dma=True,
-               checks_itself=True)
+BARRIER = Spec(
+    "core_barrier", (), ("data",), _check_barrier, _run_barrier, dma=True, checks_itself=True
+)
 
 
 @instruction
@@ -253,6 +345,12 @@ def core_barrier(data, cores, engine=engines.gpsimd, name=None):
     core = core_of("core_barrier")
     _need_pair(core, "core_barrier")
     if tuple(cores) != (0, 1):
-        raise violation("lnc-sync", "cores must be (0, 1)", instruction="core_barrier",
-                        operand="cores", value=tuple(cores), limit=(0, 1))
+        raise violation(
+            "lnc-sync",
+            "cores must be (0, 1)",
+            instruction="core_barrier",
+            operand="cores",
+            value=tuple(cores),
+            limit=(0, 1),
+        )
     return core.issue(BARRIER, (), (data,), (tuple(cores), engine), name)

@@ -56,8 +56,14 @@ def tensor_copy(dst, src, engine=engines.unknown, name=None):
 def _check_memset(c):
     on_chip(c, "dst")
     integer = isinstance(c["value"].value, int)
-    c.require(integer or not c["dst"].dtype.is_integer, "value",
-              "an integer tensor takes an integer", "value", value=c["value"].value, limit="int")
+    c.require(
+        integer or not c["dst"].dtype.is_integer,
+        "value",
+        "an integer tensor takes an integer",
+        "value",
+        value=c["value"].value,
+        limit="int",
+    )
     return engine_for(c, c.params[0], "vector", "vector", "gpsimd")
 
 
@@ -84,24 +90,34 @@ def _check_tensor_tensor(c):
     c.same_partitions("dst", "data1", "data2")
     c.same_elements("dst", "data1", "data2")
     one_psum_input(c, "data1", "data2")
-    c.require(op in alu.BINARY or op in alu.BITVEC_BINARY, "operator",
-              f"{op} does not take two tensors", "op", value=op)
-    c.require(op not in alu.GEN4_ONLY, "generation", f"{op} exists from NeuronCore-v4 on", "op",
-              value=op)
+    c.require(
+        op in alu.BINARY or op in alu.BITVEC_BINARY,
+        "operator",
+        f"{op} does not take two tensors",
+        "op",
+        value=op,
+    )
+    c.require(
+        op not in alu.GEN4_ONLY, "generation", f"{op} exists from NeuronCore-v4 on", "op", value=op
+    )
     operands = (c["dst"], c["data1"], c["data2"])
     if op in alu.BITVEC:
         for o in operands:
-            c.require(o.dtype.is_integer, "dtype", f"{op} works on integers", o.role,
-                      value=o.dtype.name)
+            c.require(
+                o.dtype.is_integer, "dtype", f"{op} works on integers", o.role, value=o.dtype.name
+            )
         return engine_for(c, asked, "vector", "vector"), "bits"
     exact = all(o.dtype.name in ("int32", "uint32") for o in operands) and op in (
-        "add", "subtract", "multiply"
+        "add",
+        "subtract",
+        "multiply",
     )
     sbuf = all(o.buffer == "sbuf" for o in operands)
     default = "gpsimd" if op == "power" or (exact and sbuf) else "vector"
     chosen = engine_for(c, asked, default, "vector", "gpsimd")
-    c.require(op != "power" or chosen == "gpsimd", "engine", "power runs on gpsimd", "op",
-              value=chosen)
+    c.require(
+        op != "power" or chosen == "gpsimd", "engine", "power runs on gpsimd", "op", value=chosen
+    )
     return chosen, "integer" if exact and chosen == "gpsimd" else "fp32"
 
 
@@ -118,8 +134,9 @@ def _run_tensor_tensor(core, how, writes, reads, params):
         save(core, dst, alu.bitvec(op, x, y.reshape(x.shape)).view(dst.array().dtype))
 
 
-TENSOR_TENSOR = Spec("tensor_tensor", ("dst",), ("data1", "data2"), _check_tensor_tensor,
-                     _run_tensor_tensor)
+TENSOR_TENSOR = Spec(
+    "tensor_tensor", ("dst",), ("data1", "data2"), _check_tensor_tensor, _run_tensor_tensor
+)
 
 
 @instruction
@@ -130,7 +147,7 @@ def tensor_tensor(dst, data1, data2, op, engine=engines.unknown, name=None):
 
 
 def _check_tensor_scalar(c):
-    op0, reverse0, op1, reverse1, asked = c.params
+    op0, _reverse0, op1, _reverse1, asked = c.params
     c.tensors("data")
     on_chip(c, "dst", "data", "operand0", "operand1")
     c.same_partitions("dst", "data")
@@ -141,20 +158,37 @@ def _check_tensor_scalar(c):
     for op in (op0, op1):
         known = op is None or op in alu.BINARY or op in alu.UNARY or op in alu.BITVEC
         c.require(known, "operator", "is not a tensor_scalar operator", "op0", value=op)
-        c.require(op not in alu.GEN4_ONLY, "generation", f"{op} exists from NeuronCore-v4 on",
-                  "op0", value=op)
-    c.require(len(set(kinds)) == 1, "operator", "op0 and op1 are both bitvec or both arithmetic",
-              "op1", value=(op0, op1))
+        c.require(
+            op not in alu.GEN4_ONLY,
+            "generation",
+            f"{op} exists from NeuronCore-v4 on",
+            "op0",
+            value=op,
+        )
+    c.require(
+        len(set(kinds)) == 1,
+        "operator",
+        "op0 and op1 are both bitvec or both arithmetic",
+        "op1",
+        value=(op0, op1),
+    )
     if kinds[0]:
         for o in (c["dst"], c["data"]):
-            c.require(o.dtype.is_integer, "dtype", f"{op0} works on integers", o.role,
-                      value=o.dtype.name)
+            c.require(
+                o.dtype.is_integer, "dtype", f"{op0} works on integers", o.role, value=o.dtype.name
+            )
         return engine_for(c, asked, "vector", "vector"), "bits"
     for role in ("operand0", "operand1"):
         o = c[role]
         if o:
-            c.require(o.dtype.name == "float32", "dtype", "a (P, 1) operand is float32", role,
-                      value=o.dtype.name, limit="float32")
+            c.require(
+                o.dtype.name == "float32",
+                "dtype",
+                "a (P, 1) operand is float32",
+                role,
+                value=o.dtype.name,
+                limit="float32",
+            )
     default = "gpsimd" if "power" in (op0, op1) else "vector"
     allowed = ["vector"]
     if (op0, op1) in (("multiply", "add"), ("multiply", None), ("add", None)):
@@ -168,8 +202,9 @@ def _run_tensor_scalar(core, how, writes, reads, params):
     (dst,), (data, a, b) = writes, reads
     op0, reverse0, op1, reverse1, _ = params
     if how == "fp32":
-        values = elementwise.tensor_scalar(load(data), op0, load_scalar(a), reverse0, op1,
-                                           load_scalar(b), reverse1)
+        values = elementwise.tensor_scalar(
+            load(data), op0, load_scalar(a), reverse0, op1, load_scalar(b), reverse1
+        )
         save(core, dst, values)
         return
     a, b = (o.array() if hasattr(o, "array") else o for o in (a, b))
@@ -178,13 +213,28 @@ def _run_tensor_scalar(core, how, writes, reads, params):
     save(core, dst, values.view(out.dtype) if values.itemsize == out.itemsize else values)
 
 
-TENSOR_SCALAR = Spec("tensor_scalar", ("dst",), ("data", "operand0", "operand1"),
-                     _check_tensor_scalar, _run_tensor_scalar)
+TENSOR_SCALAR = Spec(
+    "tensor_scalar",
+    ("dst",),
+    ("data", "operand0", "operand1"),
+    _check_tensor_scalar,
+    _run_tensor_scalar,
+)
 
 
 @instruction
-def tensor_scalar(dst, data, op0, operand0, reverse0=False, op1=None, operand1=None,
-                  reverse1=False, engine=engines.unknown, name=None):
+def tensor_scalar(
+    dst,
+    data,
+    op0,
+    operand0,
+    reverse0=False,
+    op1=None,
+    operand1=None,
+    reverse1=False,
+    engine=engines.unknown,
+    name=None,
+):
     """dst = (data op0 operand0) op1 operand1 with constants or (P, 1) operands."""
     second = None if op1 is None else op_name(op1, "tensor_scalar", "op1")
     params = (op_name(op0, "tensor_scalar", "op0"), bool(reverse0), second, bool(reverse1), engine)
@@ -193,7 +243,7 @@ def tensor_scalar(dst, data, op0, operand0, reverse0=False, op1=None, operand1=N
 
 
 def _check_tensor_reduce(c):
-    op, axis, negate, keepdims = c.params
+    op, axis, negate, _keepdims = c.params
     c.tensors("data")
     on_chip(c, "dst", "data")
     c.same_partitions("dst", "data")
@@ -201,18 +251,41 @@ def _check_tensor_reduce(c):
     rank = len(data.shape)
     axes = tuple(sorted(a % rank for a in axis if -rank <= a < rank))
     trailing = axes == tuple(range(rank - len(axes), rank)) and len(axes) == len(axis)
-    c.require(bool(axes) and 0 not in axes and trailing, "axis",
-              "reduces trailing free axes only", "axis", value=axis, limit=f"1..{rank - 1}")
-    c.require(op in alu.REDUCTIONS, "operator", f"{op} does not reduce", "op", value=op,
-              limit=sorted(alu.REDUCTIONS))
+    c.require(
+        bool(axes) and 0 not in axes and trailing,
+        "axis",
+        "reduces trailing free axes only",
+        "axis",
+        value=axis,
+        limit=f"1..{rank - 1}",
+    )
+    c.require(
+        op in alu.REDUCTIONS,
+        "operator",
+        f"{op} does not reduce",
+        "op",
+        value=op,
+        limit=sorted(alu.REDUCTIONS),
+    )
     if op in alu.BITVEC:
-        c.require(data.dtype.is_integer and not negate, "dtype", f"{op} works on integers", "data",
-                  value=data.dtype.name)
+        c.require(
+            data.dtype.is_integer and not negate,
+            "dtype",
+            f"{op} works on integers",
+            "data",
+            value=data.dtype.name,
+        )
     kept = 1
     for size in data.shape[1 : rank - len(axes)]:
         kept *= size
-    c.require(c["dst"].n == kept, "element-count", f"must hold {kept} elements per partition",
-              "dst", value=c["dst"].n, limit=kept)
+    c.require(
+        c["dst"].n == kept,
+        "element-count",
+        f"must hold {kept} elements per partition",
+        "dst",
+        value=c["dst"].n,
+        limit=kept,
+    )
     return "vector", axes
 
 

@@ -14,7 +14,7 @@ _WIDE = ("float32", "tfloat32")
 
 
 def _check_matmul(c):
-    transpose, accumulate, position, size, perf, _, _ = c.params
+    transpose, _accumulate, position, size, perf, _, _ = c.params
     c.tensors("stationary", "moving")
     c.buffers("stationary", "sbuf")
     c.buffers("moving", "sbuf")
@@ -25,27 +25,62 @@ def _check_matmul(c):
         c.dtypes("moving", _INPUTS)
         c.dtypes("dst", (dt.float32,))
     wide = (st.dtype.name in _WIDE, mv.dtype.name in _WIDE)
-    c.require(wide[0] == wide[1], "dtype-match", "fp32 and tf32 pair only with fp32 and tf32",
-              "moving", value=f"{st.dtype} x {mv.dtype}")
+    c.require(
+        wide[0] == wide[1],
+        "dtype-match",
+        "fp32 and tf32 pair only with fp32 and tf32",
+        "moving",
+        value=f"{st.dtype} x {mv.dtype}",
+    )
     c.same_partitions("stationary", "moving")
     double = perf is matmul_perf_mode.double_row
     pair = 2 if double else 1
     if double:
         for o in (st, mv):
             c.require(o.dtype.is_fp8, "dtype", "double_row takes fp8", o.role, value=o.dtype.name)
-            c.require(len(o.shape) >= 3 and o.shape[1] == 2, "shape",
-                      "double_row takes [K, 2, free]", o.role, value=o.shape, limit="(K, 2, free)")
+            c.require(
+                len(o.shape) >= 3 and o.shape[1] == 2,
+                "shape",
+                "double_row takes [K, 2, free]",
+                o.role,
+                value=o.shape,
+                limit="(K, 2, free)",
+            )
     rows, columns = _check_tile(c, position, size, double)
     m, n = st.n // pair, mv.n // pair
-    c.require(st.p <= rows, "tile-size", f"contracts over {st.p} partitions", "stationary",
-              value=st.p, limit=rows)
+    c.require(
+        st.p <= rows,
+        "tile-size",
+        f"contracts over {st.p} partitions",
+        "stationary",
+        value=st.p,
+        limit=rows,
+    )
     c.require(m <= columns, "tile-size", f"has {m} columns", "stationary", value=m, limit=columns)
-    c.require(n <= c.machine.moving_free, "tile-size", f"has {n} elements per partition", "moving",
-              value=n, limit=c.machine.moving_free)
-    c.require(dst.p == m, "partition-match", f"has {dst.p} partitions, stationary {m} columns",
-              "dst", value=dst.p, limit=m)
-    c.require(dst.n == n, "element-count", f"has {dst.n} elements per partition, moving {n}",
-              "dst", value=dst.n, limit=n)
+    c.require(
+        n <= c.machine.moving_free,
+        "tile-size",
+        f"has {n} elements per partition",
+        "moving",
+        value=n,
+        limit=c.machine.moving_free,
+    )
+    c.require(
+        dst.p == m,
+        "partition-match",
+        f"has {dst.p} partitions, stationary {m} columns",
+        "dst",
+        value=dst.p,
+        limit=m,
+    )
+    c.require(
+        dst.n == n,
+        "element-count",
+        f"has {dst.n} elements per partition, moving {n}",
+        "dst",
+        value=dst.n,
+        limit=n,
+    )
     _check_bank(c)
     overlapping = any(s == 0 for s in dst.layout.strides[1:]) or _self_overlaps(dst.layout)
     return "tensor", (double, overlapping)
@@ -56,8 +91,14 @@ def _check_bank(c):
     access = c["dst"].access
     base = access.allocation.address[1] if access.allocation.address else 0
     first, last = (base + access.lo) // bank, (base + access.hi - 1) // bank
-    c.require(first == last, "psum-bank", f"spans banks {first}..{last}", "dst",
-              value=access.hi - access.lo, limit=f"{bank} bytes in one bank")
+    c.require(
+        first == last,
+        "psum-bank",
+        f"spans banks {first}..{last}",
+        "dst",
+        value=access.hi - access.lo,
+        limit=f"{bank} bytes in one bank",
+    )
 
 
 def _check_tile(c, position, size, double):
@@ -65,16 +106,34 @@ def _check_tile(c, position, size, double):
     if not position and not size:
         return m.partitions, m.stationary_free
     ok = len(position) == 2 and len(size) == 2
-    c.require(ok, "tile-position", "set both tile_position and tile_size, two integers each",
-              value=(position, size))
+    c.require(
+        ok,
+        "tile-position",
+        "set both tile_position and tile_size, two integers each",
+        value=(position, size),
+    )
     (row, column), (rows, columns) = position, size
     for name, start, extent in (("row", row, rows), ("column", column, columns)):
-        c.require(extent in (32, 64, 128), "tile-position", f"{name} size", value=extent,
-                  limit=(32, 64, 128))
-        c.require(start % extent == 0 and 0 <= start and start + extent <= m.partitions,
-                  "tile-position", f"{name} position", value=start, limit=f"multiple of {extent}")
-    c.require(not (double and (column or columns != 128)), "tile-position",
-              "double_row excludes column tiling", value=(position, size))
+        c.require(
+            extent in (32, 64, 128),
+            "tile-position",
+            f"{name} size",
+            value=extent,
+            limit=(32, 64, 128),
+        )
+        c.require(
+            start % extent == 0 and 0 <= start and start + extent <= m.partitions,
+            "tile-position",
+            f"{name} position",
+            value=start,
+            limit=f"multiple of {extent}",
+        )
+    c.require(
+        not (double and (column or columns != 128)),
+        "tile-position",
+        "double_row excludes column tiling",
+        value=(position, size),
+    )
     return rows, columns
 
 
@@ -157,51 +216,96 @@ def _overlapping(core, dst, product, accumulate):
 def _unopened(core, dst):
     from ...context import violate
 
-    violate("psum-accumulate", "accumulate=True, but no matmul has written this location",
-            instruction="nc_matmul", operand="dst", table=(repr(dst),),
-            hint="accumulate=(i > 0), or leave accumulate out")
+    violate(
+        "psum-accumulate",
+        "accumulate=True, but no matmul has written this location",
+        instruction="nc_matmul",
+        operand="dst",
+        table=(repr(dst),),
+        hint="accumulate=(i > 0), or leave accumulate out",
+    )
 
 
 def _foreign(core, dst):
     from ...context import violate
 
     if dst.memory.foreign.touches(dst.access()) and dst.memory.group().touches(dst.access()):
-        violate("psum-foreign", "the location was written by memset, copy or transpose before",
-                instruction="nc_matmul", operand="dst", table=(repr(dst),),
-                hint="accumulate=False for the first matmul of the group")
+        violate(
+            "psum-foreign",
+            "the location was written by memset, copy or transpose before",
+            instruction="nc_matmul",
+            operand="dst",
+            table=(repr(dst),),
+            hint="accumulate=False for the first matmul of the group",
+        )
 
 
-MATMUL = Spec("nc_matmul", ("dst",), ("stationary", "moving"), _check_matmul, _run_matmul,
-              marks_itself=True)
+MATMUL = Spec(
+    "nc_matmul", ("dst",), ("stationary", "moving"), _check_matmul, _run_matmul, marks_itself=True
+)
 
 
 @instruction
-def nc_matmul(dst, stationary, moving, is_stationary_onezero=False, is_moving_onezero=False,
-              is_transpose=False, accumulate=None, tile_position=(), tile_size=(),
-              perf_mode=matmul_perf_mode.none, name=None):
+def nc_matmul(
+    dst,
+    stationary,
+    moving,
+    is_stationary_onezero=False,
+    is_moving_onezero=False,
+    is_transpose=False,
+    accumulate=None,
+    tile_position=(),
+    tile_size=(),
+    perf_mode=matmul_perf_mode.none,
+    name=None,
+):
     """dst[M, N] (+)= stationary[K, M].T @ moving[K, N] on the Tensor Engine."""
     core = core_of("nc_matmul")
     if type(perf_mode) is not matmul_perf_mode:
         perf_mode = enum_of(matmul_perf_mode, perf_mode, "nc_matmul", "perf_mode")
-    params = (bool(is_transpose), accumulate, tuple(tile_position or ()), tuple(tile_size or ()),
-              perf_mode, bool(is_stationary_onezero), bool(is_moving_onezero))
+    params = (
+        bool(is_transpose),
+        accumulate,
+        tuple(tile_position or ()),
+        tuple(tile_size or ()),
+        perf_mode,
+        bool(is_stationary_onezero),
+        bool(is_moving_onezero),
+    )
     return core.issue(MATMUL, (dst,), (stationary, moving), params, name)
 
 
 def _check_transpose(c):
     c.tensors("data")
     dst, data = c["dst"], c["data"]
-    c.require(dst.dtype.name == data.dtype.name or data.dtype.is_fp8, "dtype-match",
-              f"is {dst.dtype}, data is {data.dtype}", "dst", value=dst.dtype.name,
-              limit=data.dtype.name)
-    c.require((dst.p, dst.n) == (data.n, data.p), "shape", "must be data transposed", "dst",
-              value=dst.shape, limit=(data.n, data.p))
+    c.require(
+        dst.dtype.name == data.dtype.name or data.dtype.is_fp8,
+        "dtype-match",
+        f"is {dst.dtype}, data is {data.dtype}",
+        "dst",
+        value=dst.dtype.name,
+        limit=data.dtype.name,
+    )
+    c.require(
+        (dst.p, dst.n) == (data.n, data.p),
+        "shape",
+        "must be data transposed",
+        "dst",
+        value=dst.shape,
+        limit=(data.n, data.p),
+    )
     asked = c.params[0]
     default = "tensor" if dst.buffer == "psum" and data.buffer == "sbuf" else "vector"
     chosen = c.choose_engine(asked, default, "tensor", "vector")
     limit = 128 if chosen == "tensor" else 32
-    c.require(data.p <= limit and data.n <= limit, "tile-size",
-              f"is [{data.p}, {data.n}]", "data", value=(data.p, data.n), limit=(limit, limit))
+    c.require(
+        data.p <= limit and data.n <= limit,
+        "tile-size",
+        f"is [{data.p}, {data.n}]",
+        "data",
+        value=(data.p, data.n),
+        limit=(limit, limit),
+    )
     if chosen == "tensor":
         c.buffers("data", "sbuf")
         c.buffers("dst", "psum")

@@ -11,11 +11,22 @@ from ..binding import core_of, instruction, save
 def _check_iota(c):
     pattern, _ = c.params
     c.buffers("dst", "sbuf")
-    c.require(1 <= len(pattern) <= 4 and all(len(p) == 2 for p in pattern), "value",
-              "is up to four [step, count] pairs", "pattern", value=pattern)
+    c.require(
+        1 <= len(pattern) <= 4 and all(len(p) == 2 for p in pattern),
+        "value",
+        "is up to four [step, count] pairs",
+        "pattern",
+        value=pattern,
+    )
     count = prod(p[1] for p in pattern)
-    c.require(count == c["dst"].n, "element-count", f"makes {count} elements", "pattern",
-              value=count, limit=c["dst"].n)
+    c.require(
+        count == c["dst"].n,
+        "element-count",
+        f"makes {count} elements",
+        "pattern",
+        value=count,
+        limit=c["dst"].n,
+    )
     return "gpsimd"
 
 

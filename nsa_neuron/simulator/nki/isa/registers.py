@@ -27,22 +27,39 @@ def register_move(dst, src):
         dst.write(src.value)
         return
     if not isinstance(src, int) or not -(2**31) <= src < 2**32:
-        raise violation("register", "src is a 32-bit integer or a register", operand="src",
-                        instruction="register_move", value=src)
+        raise violation(
+            "register",
+            "src is a 32-bit integer or a register",
+            operand="src",
+            instruction="register_move",
+            value=src,
+        )
     dst.write(src)
 
 
 def _register(value, name):
     if not isinstance(value, VirtualRegister):
-        raise violation("register", "must be a register", instruction=name, operand="dst",
-                        value=type(value).__name__, hint="nisa.register_alloc()")
+        raise violation(
+            "register",
+            "must be a register",
+            instruction=name,
+            operand="dst",
+            value=type(value).__name__,
+            hint="nisa.register_alloc()",
+        )
 
 
 def _check_load(c):
     c.tensors("src")
     src = c["src"]
-    c.require(src.layout.size == 1 and src.dtype.itemsize <= 4, "register",
-              "must be one element of at most 32 bits", "src", value=src.shape, limit="(1, 1)")
+    c.require(
+        src.layout.size == 1 and src.dtype.itemsize <= 4,
+        "register",
+        "must be one element of at most 32 bits",
+        "src",
+        value=src.shape,
+        limit="(1, 1)",
+    )
     return "sync"
 
 
@@ -68,8 +85,14 @@ def register_load(dst, src):
 
 def _check_store(c):
     dst = c["dst"]
-    c.require(dst.layout.size == 1 and dst.dtype.itemsize <= 4, "register",
-              "must be one element of at most 32 bits", "dst", value=dst.shape, limit="(1, 1)")
+    c.require(
+        dst.layout.size == 1 and dst.dtype.itemsize <= 4,
+        "register",
+        "must be one element of at most 32 bits",
+        "dst",
+        value=dst.shape,
+        limit="(1, 1)",
+    )
     return "sync"
 
 

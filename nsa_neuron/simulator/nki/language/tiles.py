@@ -60,8 +60,13 @@ def is_on_chip(buffer):
 def _region(buffer):
     if isinstance(buffer, MemoryRegion):
         return buffer.value
-    raise violation("usage", "buffer= takes a region object (strings went with NKI 0.3)",
-                    operand="buffer", value=buffer, limit="nl.sbuf, nl.psum, nl.hbm, ...")
+    raise violation(
+        "usage",
+        "buffer= takes a region object (strings went with NKI 0.3)",
+        operand="buffer",
+        value=buffer,
+        limit="nl.sbuf, nl.psum, nl.hbm, ...",
+    )
 
 
 def ndarray(shape, dtype, buffer=sbuf, name="", address=None):
@@ -77,13 +82,28 @@ def full(shape, fill_value, dtype, buffer=sbuf, name=""):
     tensor = ndarray(shape, dtype, buffer, name)
     value = int(fill_value) if tensor.dtype.is_integer else fill_value
     if not tensor.on_chip:
-        flat = tensor.reshape((-1,))
-        tile = ndarray((1, tensor.size), dtype)
-        memset(tile, value)
-        dma_copy(flat, tile)
+        _fill_hbm(tensor, value, dma_copy, memset)
         return tensor
     memset(tensor, value)
     return tensor
+
+
+def _fill_hbm(tensor, value, dma_copy, memset):
+    """Fill an HBM tensor from one SBUF tile of at most 128 x 8 KiB."""
+    size = tensor.size
+    columns = min(size, 8192 // tensor.dtype.itemsize)
+    rows = min(tile_size.pmax, size // columns)
+    tile = ndarray((rows, columns), tensor.dtype)
+    memset(tile, value)
+    flat = tensor.reshape((size,))
+    start = 0
+    while start < size:
+        count = min((size - start) // columns, rows)
+        width = columns if count else size - start
+        count = count or 1
+        part = flat.slice(0, start, start + count * width).reshape((count, width))
+        dma_copy(part, tile[0:count, 0:width])
+        start += count * width
 
 
 def zeros(shape, dtype, buffer=sbuf, name=""):
@@ -133,5 +153,3 @@ def device_print(print_prefix, tensor):
         print(print_prefix, np.asarray(tensor.array()))
     else:
         print(print_prefix, tensor)
-
-

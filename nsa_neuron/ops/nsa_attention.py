@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -105,22 +105,8 @@ def nsa_attention_forward(
     Returns:
         o, block_indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win.
     """
-    kv_len = k_slc.shape[1]
-    shared: dict[str, Any] = {
-        "scale": scale, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
-    }  # fmt: skip
-    geometry: dict[str, Any] = {"kv_len": kv_len, "block": block, "stride": stride, **shared}
-    o_cmp, lse_cmp = compressed_attention.compressed_attention(q, k_cmp, v_cmp, **geometry)
-    ids = select_blocks.select_blocks(
-        q, k_cmp, lse_cmp, select_block=select_block, num_selected=num_selected,
-        num_initial=num_initial, num_local=num_local, **geometry,
-    )  # fmt: skip
-    o_slc, lse_slc = selected.selected_attention(
-        q, k_slc, v_slc, ids, select_block=select_block, **shared
-    )
-    o_win, lse_win = sliding.sliding_window_attention(q, k_win, v_win, window=window, **shared)
-    o = gated_sum.gated_sum(o_cmp, o_slc, o_win, gates)
-    return o, ids, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win
+    values = dict(locals())
+    return compose_forward(_reference, values)
 
 
 def nsa_attention_backward(
@@ -161,26 +147,106 @@ def nsa_attention_backward(
             given to `nsa_attention_forward`.
         block_indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win: what it returned.
     """
-    shared: dict[str, Any] = {
-        "scale": scale, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
-    }  # fmt: skip
-    do_cmp, do_slc, do_win, dgates = gated_sum.gated_sum_backward(
-        grad_o, o_cmp, o_slc, o_win, gates
+    values = dict(locals())
+    return compose_backward(_reference, values)
+
+
+Part = Callable[[str], Callable[..., Any]]
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def compose_forward(part: Part, values: Mapping[str, Any]) -> Eight:
+    """`nsa_attention_forward` out of the single ops.
+
+    Args:
+        part: gives the implementation of an op by name; called with the op's arguments by name.
+        values: the arguments of `nsa_attention_forward` by name.
+    """
+    v = _Values(values)
+    o_cmp, lse_cmp = part("compressed_attention")(**v.compressed, v_cmp=values["v_cmp"])
+    ids = part("select_blocks")(**v.compressed, lse=lse_cmp, **v.selection)
+    o_slc, lse_slc = part("selected_attention")(**v.branch("slc"), block_indices=ids, **v.block)
+    o_win, lse_win = part("sliding_window_attention")(**v.branch("win"), **v.window)
+    gates = values["gates"]
+    o = part("gated_sum")(o_cmp=o_cmp, o_slc=o_slc, o_win=o_win, gates=gates)
+    return o, ids, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win
+
+
+def compose_backward(part: Part, values: Mapping[str, Any]) -> Eight:
+    """`nsa_attention_backward` out of the single ops; arguments as for `compose_forward`."""
+    v = _Values(values)
+    do_cmp, do_slc, do_win, dgates = part("gated_sum_backward")(
+        **{name: values[name] for name in ("grad_o", "o_cmp", "o_slc", "o_win", "gates")}
     )
-    dq_cmp, dk_cmp, dv_cmp = compressed_attention.compressed_attention_backward(
-        do_cmp, q, k_cmp, v_cmp, o_cmp, lse_cmp,
-        kv_len=k_slc.shape[1], block=block, stride=stride, **shared,
-    )  # fmt: skip
-    dq_slc, dk_slc, dv_slc = selected.selected_attention_backward(
-        do_slc, q, k_slc, v_slc, block_indices, o_slc, lse_slc,
-        select_block=select_block, **shared,
-    )  # fmt: skip
-    dq_win, dk_win, dv_win = sliding.sliding_window_attention_backward(
-        do_win, q, k_win, v_win, o_win, lse_win, window=window, **shared
+    dq_cmp, dk_cmp, dv_cmp = part("compressed_attention_backward")(
+        **v.compressed, v_cmp=values["v_cmp"], **v.saved("cmp", do_cmp)
     )
+    dq_slc, dk_slc, dv_slc = part("selected_attention_backward")(
+        **v.branch("slc"),
+        block_indices=values["block_indices"],
+        **v.saved("slc", do_slc),
+        **v.block,
+    )
+    dq_win, dk_win, dv_win = part("sliding_window_attention_backward")(
+        **v.branch("win"), **v.saved("win", do_win), **v.window
+    )
+    q = values["q"]
     work = torch.promote_types(q.dtype, torch.float32)
     dq = (dq_cmp.to(work) + dq_slc.to(work) + dq_win.to(work)).to(q.dtype)
     return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
+
+
+class _Values:
+    """The arguments of `nsa_attention`, grouped as its parts take them."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        shared = self._some("q", "scale", "cu_seqlens_q", "cu_seqlens_k")
+        self._shared = shared
+        kv_len = values["k_slc"].shape[1]
+        self.compressed = {**shared, **self._some("k_cmp", "block", "stride"), "kv_len": kv_len}
+        self.selection = self._some("select_block", "num_selected", "num_initial", "num_local")
+        self.block = self._some("select_block")
+        self.window = self._some("window")
+
+    def branch(self, name: str) -> dict[str, Any]:
+        """q, k, v of a branch over raw keys."""
+        return {**self._shared, "k": self._values[f"k_{name}"], "v": self._values[f"v_{name}"]}
+
+    def saved(self, name: str, grad_o: Tensor) -> dict[str, Any]:
+        """What a branch's backward takes besides the forward's arguments."""
+        o, lse = self._values[f"o_{name}"], self._values[f"lse_{name}"]
+        return {"grad_o": grad_o, "o": o, "lse": lse, "grad_lse": None}
+
+    def _some(self, *names: str) -> dict[str, Any]:
+        return {name: self._values[name] for name in names}
+
+
+PART_SPECS = {
+    spec.name: spec
+    for module in (compressed_attention, select_blocks, selected, sliding, gated_sum)
+    for spec in (module.SPEC, getattr(module, "BACKWARD", None))
+    if spec is not None
+}
+PARTS = {
+    "forward": (
+        "compressed_attention",
+        "select_blocks",
+        "selected_attention",
+        "sliding_window_attention",
+        "gated_sum",
+    ),
+    "backward": (
+        "gated_sum_backward",
+        "compressed_attention_backward",
+        "selected_attention_backward",
+        "sliding_window_attention_backward",
+    ),
+}
+
+
+def _reference(name: str) -> Callable[..., Any]:
+    return PART_SPECS[name].reference
 
 
 def derive(bound: Bound) -> None:

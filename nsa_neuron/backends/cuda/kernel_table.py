@@ -14,12 +14,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nsa_neuron.backends.cuda.launch.common import head_dim_constants
+from nsa_neuron.backends.cuda.launch.common import head_dim_constants, query_tile_constants
 
-INTEGERS = frozenset({"num_seqs", "S", "T", "HQ", "rows", "heads", "tokens"})
+INTEGERS = frozenset(
+    {"num_seqs", "S", "T", "HQ", "KV_HEADS", "rows", "heads", "tokens", "num_rows", "num_blocks"}
+    | {"first_token", "blocks_per_head"}
+)
 FLOAT32_TENSORS = frozenset({"lse", "delta", "grad_lse"})
 
-Constants = Callable[[int, int, int], Mapping[str, Any]]
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled for: head dims, group size and the constants of its plan."""
+
+    dk: int
+    dv: int
+    group: int
+    planned: Mapping[str, Any]
+
+
+Derive = Callable[[Shape], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class KernelEntry:
     Attributes:
         op: whose plan file holds its constants. kernel: name of the function, and of its plan
             unless `plan` says otherwise. module: module inside `cuda_kernels`.
-        derive: constants from (dk, dv, G) that no plan holds.
+        derive: the constants that the launcher adds to those of the plan.
         types: Triton types of arguments that break the conventions; `"dtype"` stands for the
             compute dtype, as in `"*dtype"`.
         wants_wgmma: whether its matrix products must be warpgroup instructions.
@@ -39,15 +53,16 @@ class KernelEntry:
     op: str
     kernel: str
     module: str
-    derive: Constants
+    derive: Derive
     types: Mapping[str, str] = field(default_factory=dict)
     wants_wgmma: bool = True
     plan: str = ""
     min_group: int = 1
     max_group: int = 1 << 30
 
-    def constants(self, dk: int, dv: int, group: int) -> dict[str, Any]:
-        return dict(self.derive(dk, dv, group))
+    def constants(self, shape: Shape) -> dict[str, Any]:
+        """All constants of a launch: the plan's and the launcher's."""
+        return {**shape.planned, **self.derive(shape)}
 
     def type_of(self, name: str) -> str:
         """The Triton type of argument `name`, `dtype` standing for the compute dtype."""
@@ -66,27 +81,85 @@ class KernelEntry:
         return kind.startswith("*") or name.startswith("stride_")
 
 
-def _banded(window: int) -> Constants:
-    def constants(dk: int, dv: int, group: int) -> Mapping[str, Any]:
-        return {"G": group, "WINDOW": window, "PACKED": False, **head_dim_constants(dk, dv)}
-
-    return constants
+def _dims(shape: Shape) -> dict[str, int]:
+    return head_dim_constants(shape.dk, shape.dv)
 
 
-def _delta(dk: int, dv: int, group: int) -> Mapping[str, Any]:
-    dims = head_dim_constants(dk, dv)
+def _delta(shape: Shape) -> Mapping[str, Any]:
+    dims = _dims(shape)
     return {name: dims[name] for name in ("DV", "V0", "V1")} | {"HAS_GRAD_LSE": False}
 
 
+def _delta_entry(op: str) -> KernelEntry:
+    return KernelEntry(op, "backward_delta", op, _delta, wants_wgmma=False)
+
+
 def _flash(op: str, window: int) -> tuple[KernelEntry, ...]:
-    matmuls = ("forward", "backward_dq", "backward_dkv")
-    return (
-        *(KernelEntry(op, kernel, op, _banded(window)) for kernel in matmuls),
-        KernelEntry(op, "backward_delta", op, _delta, wants_wgmma=False),
-    )
+    def derive(shape: Shape) -> Mapping[str, Any]:
+        return {"G": shape.group, "WINDOW": window, "PACKED": False, **_dims(shape)}
+
+    kernels = ("forward", "backward_dq", "backward_dkv")
+    return (*(KernelEntry(op, kernel, op, derive) for kernel in kernels), _delta_entry(op))
+
+
+_SELECT_BLOCK, _NUM_SELECTED = 64, 16
+_SELECTED_TYPES = {
+    **dict.fromkeys(("block_indices", "entries", "counts", "queries"), "*i32"),
+    **dict.fromkeys(("item_block", "item_start", "slot_start"), "*i32"),
+    **dict.fromkeys(("order", "list_start"), "*i64"),
+    **dict.fromkeys(("partial_lse", "workspace"), "*fp32"),
+}
+
+
+def _by_query(shape: Shape) -> Mapping[str, Any]:
+    return {
+        **query_tile_constants(shape.planned, shape.group, _SELECT_BLOCK),
+        **_dims(shape),
+        "NUM_SELECTED": _NUM_SELECTED,
+        "SELECT_BLOCK": _SELECT_BLOCK,
+        "PACKED": False,
+    }
+
+
+def _by_block(shape: Shape) -> Mapping[str, Any]:
+    constants = {"SELECT_BLOCK": _SELECT_BLOCK, "PACKED": False, "G": shape.group, **_dims(shape)}
+    return {"BLOCK_N": _SELECT_BLOCK, **constants}
+
+
+def _reduce(shape: Shape) -> Mapping[str, Any]:
+    return {"SELECT_BLOCK": _SELECT_BLOCK, "PACKED": False, **_dims(shape)}
+
+
+def _union(shape: Shape) -> Mapping[str, Any]:
+    return {
+        "NUM_SELECTED": _NUM_SELECTED,
+        "SELECTED_POW2": _NUM_SELECTED,
+        "SELECT_BLOCK": _SELECT_BLOCK,
+        "QUERIES": 4,
+        "PACKED": False,
+    }
+
+
+def _combine(shape: Shape) -> Mapping[str, Any]:
+    dims = _dims(shape)
+    constants = {name: dims[name] for name in ("DV", "V0", "V1")}
+    return {"G": shape.group, "NUM_SELECTED": _NUM_SELECTED, **constants}
+
+
+def _selected(kernel: str, derive: Derive, **options: Any) -> KernelEntry:
+    op = "selected_attention"
+    return KernelEntry(op, kernel, op, derive, _SELECTED_TYPES, **options)
 
 
 KERNELS: tuple[KernelEntry, ...] = (
     *_flash("attention", 0),
     *_flash("sliding_window_attention", 512),
+    _selected("union_blocks", _union, wants_wgmma=False),
+    _selected("forward", _by_query, min_group=5),
+    _selected("forward_by_block", _by_block, max_group=4),
+    _selected("combine", _combine, wants_wgmma=False, max_group=4),
+    _selected("backward_dq", _by_query, min_group=5),
+    _selected("backward_dkv", _by_block),
+    _selected("reduce_dkv", _reduce, wants_wgmma=False),
+    _delta_entry("selected_attention"),
 )

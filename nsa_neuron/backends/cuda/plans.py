@@ -44,9 +44,7 @@ def load(device: str, op: str) -> Rows:
     return rows
 
 
-def find(
-    device: str, op: str, *, dk: int, dv: int, dtype: str, group: int
-) -> dict[str, Constants]:
+def find(device: str, op: str, *, dk: int, dv: int, dtype: str, group: int) -> dict[str, Constants]:
     """The constants of every kernel of `op`, by kernel name.
 
     Args:

@@ -45,6 +45,20 @@ def head_dim_constants(dk: int, dv: int) -> dict[str, int]:
     return {"DK": dk, "D0": d0, "D1": d1, "DV": dv, "V0": v0, "V1": v1}
 
 
+def key_tile(planned: int, select_block: int) -> int:
+    """The planned tile of keys, or a smaller one where a whole selection block is smaller."""
+    return min(planned, max(16, next_power_of_two(select_block)))
+
+
+def query_tile_constants(
+    planned: Mapping[str, Any], group: int, select_block: int
+) -> dict[str, Any]:
+    """The plan of a kernel over QUERIES tokens x G heads, with G, BLOCK_M and BLOCK_N filled in."""
+    rows = max(16, next_power_of_two(planned["QUERIES"] * group))
+    tile = key_tile(planned["BLOCK_N"], select_block)
+    return {**planned, "G": group, "BLOCK_M": rows, "BLOCK_N": tile}
+
+
 def addressable(x: Tensor) -> Tensor:
     """`x` [B, S, H, D] itself, or a contiguous copy where a kernel cannot address it as it is.
 

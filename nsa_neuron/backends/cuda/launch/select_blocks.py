@@ -40,8 +40,8 @@ def forward(
     Args:
         kernels: the module `cuda_kernels.select_blocks`, compiled or interpreted.
         plan: constants of the kernel `forward`, and of the launch: COLUMNS (queries times padded
-            heads per tile), KEYS (compressed blocks per tile), SLOTS (scores kept at a time) and
-            PROGRAMS (how many stay resident on the device).
+            heads per tile), KEYS (compressed blocks per tile), SCORES (block scores per tile that
+            are kept at a time) and PROGRAMS (how many stay resident on the device).
         q: [B, S, Hq, Dk]; k_cmp: [B, Nc, Hkv, Dk]; lse: float32 [B, S, Hq] of compressed attention.
         kv_len: T; block, stride, select_block: tokens. num_selected: n, the forced ones included.
 
@@ -50,7 +50,7 @@ def forward(
     """
     constants = dict(plan["forward"])
     columns, keys = constants.pop("COLUMNS"), constants.pop("KEYS")
-    slots, programs = constants.pop("SLOTS"), constants.pop("PROGRAMS")
+    capacity, programs = constants.pop("SCORES"), constants.pop("PROGRAMS")
     q, k_cmp, lse = addressable(q), addressable(k_cmp), lse.contiguous()
     batch, tokens, heads, dk = q.shape
     kv_heads = k_cmp.shape[2]
@@ -60,8 +60,8 @@ def forward(
     ratio = _next_power_of_two(select_block // stride)
     blocks = max(1, keys // ratio)
     kept = max(_next_power_of_two(num_selected), blocks)
-    slots = min(slots, _next_power_of_two(-(-kv_len // select_block) + kept))
-    slots = max(slots, 2 * kept)
+    slots = _next_power_of_two(-(-kv_len // select_block) + kept)
+    slots = max(min(slots, capacity // per_tile), 2 * kept)
 
     cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(cu_seqlens_q, cu_seqlens_k, block, stride, lse)
     tiles = count_tiles(tokens, 1, per_tile, num_seqs)

@@ -13,9 +13,11 @@ from nsa_neuron.backends.cuda.launch.common import (
     addressable,
     count_tiles,
     head_dim_constants,
+    key_tile,
     launch_delta,
     next_power_of_two,
     packed_args,
+    query_tile_constants,
     strides,
 )
 
@@ -93,7 +95,7 @@ def _forward_by_query(
     kernels: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor,
     o: Tensor, lse: Tensor, select_block: int, scale: float, cu: Lengths,
 ) -> None:  # fmt: skip
-    constants = _query_constants(plan["forward"], q, k, select_block)
+    constants = query_tile_constants(plan["forward"], q.shape[2] // k.shape[2], select_block)
     entries, counts, grid = _union(
         kernels, plan, block_indices, k.shape[1], select_block, constants["QUERIES"], cu
     )
@@ -144,7 +146,7 @@ def _backward_dq(
     select_block: int, scale: float, cu: Lengths,
 ) -> Tensor:  # fmt: skip
     q, k, v, grad_o, lse, delta = inputs
-    constants = _query_constants(plan["backward_dq"], q, k, select_block)
+    constants = query_tile_constants(plan["backward_dq"], q.shape[2] // k.shape[2], select_block)
     entries, counts, grid = _union(
         kernels, plan, block_indices, k.shape[1], select_block, constants["QUERIES"], cu
     )
@@ -165,7 +167,7 @@ def _backward_dkv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, grad_o, lse, delta = inputs
     constants = dict(plan["backward_dkv"])
-    constants["BLOCK_N"] = _key_tile(constants["BLOCK_N"], select_block)
+    constants["BLOCK_N"] = key_tile(constants["BLOCK_N"], select_block)
     lists = block_lists(
         block_indices, 0, q.shape[1], k.shape[1], select_block, constants["CHUNK"], *cu
     )
@@ -183,26 +185,12 @@ def _backward_dkv(
         G=q.shape[2] // kv_heads, **shared, **constants,
     )  # fmt: skip
     constants = dict(plan["reduce_dkv"])
-    constants["BLOCK_N"] = _key_tile(constants["BLOCK_N"], select_block)
+    constants["BLOCK_N"] = key_tile(constants["BLOCK_N"], select_block)
     kernels.reduce_dkv[(lists.blocks, -(-select_block // constants["BLOCK_N"]))](
         workspace, d_k, d_v, lists.item_start, lists.slot_start, cu_k, num_seqs, k.shape[1],
         lists.blocks_per_head, kv_heads, **shared, **constants,
     )  # fmt: skip
     return d_k, d_v
-
-
-def _key_tile(planned: int, select_block: int) -> int:
-    """The planned tile of keys, or a smaller one where a whole block is smaller."""
-    return min(planned, max(16, next_power_of_two(select_block)))
-
-
-def _query_constants(planned: Any, q: Tensor, k: Tensor, select_block: int) -> dict[str, Any]:
-    constants = dict(planned)
-    group = q.shape[2] // k.shape[2]
-    constants["G"] = group
-    constants["BLOCK_M"] = max(16, next_power_of_two(constants["QUERIES"] * group))
-    constants["BLOCK_N"] = _key_tile(constants["BLOCK_N"], select_block)
-    return constants
 
 
 def _union(

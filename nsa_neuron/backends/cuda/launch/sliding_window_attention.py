@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from nsa_neuron.backends.cuda.launch import attention
-from nsa_neuron.backends.cuda.launch.common import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nsa_neuron.backends.cuda.launch.common import Plan
 
 
 def forward(

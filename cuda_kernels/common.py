@@ -104,18 +104,14 @@ def token_group_rows(
 
 
 @triton.jit
-def group_rows(
-    base, first_row, stride_token, stride_head, G: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def group_rows(base, first_row, stride_token, stride_head, G: tl.constexpr, BLOCK_M: tl.constexpr):
     """Pointers [BLOCK_M] to the rows `first_row + i` of a group: token `row // G`, head `row % G`.
 
     base: pointer to token 0 of the sequence, first head of the group.
     first_row: a multiple of BLOCK_M.
     """
     if BLOCK_M % G == 0:
-        pointers = token_group_rows(
-            base, first_row // G, stride_token, stride_head, G, BLOCK_M
-        )
+        pointers = token_group_rows(base, first_row // G, stride_token, stride_head, G, BLOCK_M)
     else:
         rows = first_row + tl.arange(0, BLOCK_M)
         tokens = (rows // G).to(tl.int64)
@@ -148,7 +144,7 @@ def softmax_step(logits, maximum, total):
 
 @triton.jit
 def softmax_result(maximum, total):
-    """What an online softmax ends with: 1 / total (0 on dead rows), natural-log lse (-inf there)."""
+    """What an online softmax ends with: 1 / total and natural-log lse; 0 and -inf on dead rows."""
     dead = total == 0.0
     inverse = tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, total))
     lse = maximum * LN2 + tl.log(tl.where(dead, 1.0, total))

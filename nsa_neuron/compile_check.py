@@ -3,8 +3,8 @@
 What a GPU would refuse or slow down is visible in the machine code: more shared memory than a block
 may have, registers spilled to local memory inside a loop, matrix products that are not `wgmma`.
 `run()` compiles each kernel of `nsa_neuron.backends.cuda.kernel_table` for sm_90 with the plans of
-device `h200` and returns one `Row` per kernel and plan. Nothing is executed: this says that a kernel
-fits the machine, not how fast or how right it is.
+device `h200` and returns one `Row` per kernel and plan. Nothing is executed: this says that a
+kernel fits the machine, not how fast or how right it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_neuron.backends.cuda import plans
-from nsa_neuron.backends.cuda.kernel_table import KERNELS, KernelEntry
+from nsa_neuron.backends.cuda.kernel_table import KERNELS, KernelEntry, Shape
 from nsa_neuron.toolchain import KernelPackage
 
 SHARED_MEMORY_LIMIT = 232_448
@@ -27,7 +27,7 @@ capabilities: 227 KiB)."""
 
 HEAD_DIMS = ((128, 128), (192, 128))
 DTYPES = ("bfloat16",)
-GROUPS = (16,)
+GROUPS = (16, 1)
 
 _TRITON_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
@@ -104,14 +104,14 @@ def iterate(
                 continue
             found = plans.find(device, entry.op, dk=dk, dv=dv, dtype=dtype, group=group)
             constants = found[entry.plan or entry.kernel]
-            arguments = entry.constants(dk, dv, group) | constants
+            arguments = entry.constants(Shape(dk, dv, group, constants))
             key = (entry.op, entry.kernel, dtype, repr(sorted(arguments.items())))
             if key in seen:
                 continue
             seen.add(key)
             measured = compile_kernel(function, entry, arguments, dtype)
             yield Row(
-                entry.op, entry.kernel, dk, dv, group, dtype, dict(constants), **measured,
+                entry.op, entry.kernel, dk, dv, group, dtype, constants, **measured,
                 problems=_problems(entry, measured),
             )  # fmt: skip
 

@@ -137,7 +137,8 @@ def combine(
 ):  # fmt: skip
     """Merges the partial outputs of a query's blocks: `o = sum exp(lse_i - lse) o_i`.
 
-    Bytes bound; reads every partial output once. Grid: (tiles of BLOCK_M (token, query head) rows,).
+    Bytes bound; reads every partial output once. Grid: (tiles of BLOCK_M rows,), a row being a
+    (token, query head) pair.
 
     Args:
         partial_o: [B, tokens, Hkv, NUM_SELECTED, G, DV]; partial_lse: float32, base 2,

@@ -67,7 +67,7 @@ def union_blocks(
     batch = tl.program_id(2).to(tl.int64)
     kv_heads = tl.num_programs(1)
     tokens = S
-    q_start, S, k_start, T, first_token = _query_tile(
+    q_start, S, _, T, first_token = _query_tile(
         number, cu_q, cu_k, num_seqs, S, T, QUERIES, PACKED
     )
     stride_token = kv_heads * NUM_SELECTED
@@ -78,9 +78,7 @@ def union_blocks(
     flat = tl.arange(0, QUERIES * SELECTED_POW2)
     query = flat // SELECTED_POW2
     inside = (flat % SELECTED_POW2 < NUM_SELECTED) & (first_token + query < S)
-    own = tl.load(
-        ids + query * stride_token + flat % SELECTED_POW2, mask=inside, other=-1
-    )
+    own = tl.load(ids + query * stride_token + flat % SELECTED_POW2, mask=inside, other=-1)
     position = T - S + first_token + query
     own = tl.where(own.to(tl.int64) * SELECT_BLOCK <= position, own, -1)
     members = tl.zeros([QUERIES * SELECTED_POW2], tl.int32)

@@ -200,7 +200,7 @@ def forward(
 ):  # fmt: skip
     """Ids of the N selected blocks of every query and kv head.
 
-    Grid: (programs,); program p takes items p, p + programs, ... of the `tiles * Hkv * B` there are.
+    Grid: (programs,); program p takes items p, p + programs, ... of all `tiles * Hkv * B`.
 
     Args:
         q: [B, S, Hq, DK] and k_cmp: [B, Nc, Hkv, DK], last dim contiguous; lse: float32

@@ -68,7 +68,7 @@ def test_any_geometry_matches_rule_4(data):
     k = torch.randn(1, oracle.blocks_of(tokens, block, stride), kv_heads, 16, generator=gen)
     scores, lse = oracle_scores(q[0], k[0], tokens, block, stride, m, 0.3)
     ids = launch.forward(
-        KERNELS, plan(COLUMNS=16, KEYS=16, SLOTS=32), q, k, lse[None].float(), kv_len=tokens,
+        KERNELS, plan(COLUMNS=16, KEYS=16, SCORES=128), q, k, lse[None].float(), kv_len=tokens,
         block=block, stride=stride, select_block=m, num_selected=n, num_initial=initial,
         num_local=local, scale=0.3,
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_ties_take_the_lowest_index_and_underflow_is_not_a_future_block():
     scores, lse = oracle_scores(q[0].float(), k[0], tokens, 4, 4, 4, 1.0)
     scores = scores.float().double()
     ids = launch.forward(
-        KERNELS, plan(SLOTS=32, KEYS=16), q, k, lse[None].float(), kv_len=tokens, block=4,
+        KERNELS, plan(SCORES=2048, KEYS=16), q, k, lse[None].float(), kv_len=tokens, block=4,
         stride=4, select_block=4, num_selected=n, num_initial=1, num_local=1, scale=1.0,
     )  # fmt: skip
     for t in range(tokens):
@@ -116,7 +116,7 @@ def test_packed_sequences_and_poisoned_tail():
     ]
     lse = torch.cat([lse for _, lse in parts])[None].float()
     ids = launch.forward(
-        KERNELS, plan(COLUMNS=16, KEYS=16, SLOTS=32), q, k, lse, kv_len=sum(lengths_k), block=4,
+        KERNELS, plan(COLUMNS=16, KEYS=16, SCORES=128), q, k, lse, kv_len=sum(lengths_k), block=4,
         stride=2, select_block=4, num_selected=6, num_initial=1, num_local=2, scale=0.3,
         cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
     )  # fmt: skip
@@ -148,8 +148,9 @@ def test_a_million_tokens():
     q = torch.ones(1, 2, 1, 16)
     logits = (k[0, :, 0].double() @ q[0, :, 0].double().T).T
     logits[0, -1] = float("-inf")
+    lse = logits.logsumexp(1).view(1, 2, 1).float()
     ids = launch.forward(
-        KERNELS, plan(COLUMNS=2, KEYS=128, SLOTS=4096), q, k, logits.logsumexp(1).view(1, 2, 1).float(),
+        KERNELS, plan(COLUMNS=2, KEYS=128, SCORES=8192), q, k, lse,
         kv_len=tokens, block=64, stride=stride, select_block=m, num_selected=9, num_initial=1,
         num_local=2, scale=1.0,
     )  # fmt: skip

@@ -34,10 +34,20 @@ def _iterate(lower: int, upper: int, step: int) -> Iterator[VirtualRegister]:
     trace = core.trace
     loop = core.state["loops"] = core.state.get("loops", 0) + 1
     _refuse_in_no_reorder(core)
-    for iteration, value in enumerate(range(lower, upper, step)):
-        first = len(trace.instructions)
-        yield VirtualRegister(value, frozen=True)
-        trace.loops.append(LoopMark(loop, iteration, first, len(trace.instructions)))
+    made = len(trace.allocations)
+    try:
+        for iteration, value in enumerate(range(lower, upper, step)):
+            first = len(trace.instructions)
+            yield VirtualRegister(value, frozen=True)
+            trace.loops.append(LoopMark(loop, iteration, first, len(trace.instructions)))
+    finally:
+        _close(core, made)
+
+
+def _close(core: Any, made: int) -> None:
+    """Tensors made in the body of a hardware loop are invisible after it."""
+    for allocation in core.trace.allocations[made:]:
+        allocation.closed = True
 
 
 def fori_loop(
@@ -73,6 +83,7 @@ def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]
     trace = core.trace
     loop = core.state["loops"] = core.state.get("loops", 0) + 1
     iteration = 0
+    made = len(trace.allocations)
     while True:
         if not isinstance(register, VirtualRegister):
             raise violation(
@@ -83,6 +94,7 @@ def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]
                 hint="return the register that holds the next condition",
             )
         if not register:
+            _close(core, made)
             return
         first = len(trace.instructions)
         register = body_fun(VirtualRegister(register.value))

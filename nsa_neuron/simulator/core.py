@@ -252,6 +252,8 @@ class NeuronCore:
         for access in (*outs, *ins):
             allocation = access.allocation
             allocation.last_use = index
+            if allocation.closed:
+                ops.out_of_scope(spec, access)
             if (
                 access.lo < 0
                 or access.hi > allocation.pitch_bytes

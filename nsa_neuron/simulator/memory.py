@@ -35,6 +35,7 @@ class Allocation:
         address: (partition, byte) where the kernel chose it, else None.
         created: index of the next instruction at the time it was made.
         last_use: index of the last instruction that touched it, -1 before any.
+        closed: True after the hardware loop in whose body it was made.
         site: code object and instruction offset of the kernel line that made it.
         role: "input", "output" or "scratch".
         pitch_bytes: bytes per partition on chip; of the whole tensor in HBM.
@@ -43,6 +44,7 @@ class Allocation:
     __slots__ = (
         "address",
         "buffer",
+        "closed",
         "core",
         "created",
         "dtype",
@@ -78,6 +80,7 @@ class Allocation:
         self.address = address
         self.created = created
         self.last_use = -1
+        self.closed = False
         self.site = site
         self.role = role
         on_chip = buffer in ON_CHIP

@@ -419,6 +419,19 @@ def out_of_bounds(spec: Spec, access: Access) -> None:
     )
 
 
+def out_of_scope(spec: Spec, access: Access) -> None:
+    """Break rule "loop-scope" for a tensor made in the body of a hardware loop that has ended."""
+    a = access.allocation
+    made = locate(a.site)
+    violate(
+        "loop-scope",
+        f"the tensor was made in the body of a hardware loop, at {made}",
+        instruction=spec.opcode,
+        operand=a.name or "operand",
+        hint="make it before the loop",
+    )
+
+
 def uninitialized(spec: Spec, writes: Any, reads: Any, tensor: NkiTensor) -> None:
     """Break rule "uninitialized-read": name the first element nothing wrote."""
     roles = dict(zip((*spec.writes, *spec.reads), (*writes, *reads), strict=False))

@@ -209,3 +209,23 @@ def test_scalar_offset_in_compute_and_out_of_bounds():
     np.testing.assert_array_equal(simulate(kernel, TABLE, column), TABLE[:, 5:7])
     with pytest.raises(simulator.OutOfBoundsError):
         simulate(kernel, TABLE, np.array([[7]], np.int32))
+
+
+@pytest.mark.parametrize("loop", ["fori", "range"])
+def test_tensors_of_a_loop_body_are_invisible_outside(loop):
+    def kernel(x):
+        made = []
+
+        def body(i):
+            made.append(nl.zeros((4, 4), nl.float32))
+
+        if loop == "fori":
+            nl.fori_loop(0, 2, body)
+        else:
+            for i in nl.dynamic_range(2):
+                body(i)
+        nisa.tensor_copy(made[0], made[0])
+
+    with pytest.raises(SimulationError, match="body of a hardware loop") as caught:
+        simulate(kernel, TABLE)
+    assert caught.value.rule == "loop-scope"

@@ -46,7 +46,7 @@ def _kernel(spec: OpSpec, function: type[torch.autograd.Function]) -> Callable[.
     """The Autograd kernel: records a graph node only where a gradient can be asked for."""
     op = getattr(torch.ops.nsa, spec.name).default
     count = len(spec.tensors)
-    any_requires_grad = torch._C._any_requires_grad  # type: ignore[attr-defined]
+    any_requires_grad = torch._C._any_requires_grad
     below_autograd = torch._C._AutoDispatchBelowAutograd
 
     # When torch.func calls an Autograd kernel it has chosen the level already, so the node belongs
@@ -152,7 +152,7 @@ def _train_or_infer(*args: Any, **kwargs: Any) -> Tensor:
     """`nsa_attention` under autograd: training runs the op that keeps what backward needs."""
     if forward_ad._current_level >= 0:
         _refuse_tangents(get("nsa_attention"), args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):  # type: ignore[attr-defined]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         results: tuple[Tensor, ...] = torch.ops.nsa.nsa_attention_forward.default(*args, **kwargs)
         return results[0]
     with torch._C._AutoDispatchBelowAutograd():

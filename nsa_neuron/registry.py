@@ -181,24 +181,31 @@ class Registry:
         return self._loaded[name]
 
     def target(self, text: str) -> Target:
-        """Parses `name` or `name:mode`; without a mode, the first that can run here.
+        """Parses `name` or `name:mode`; without a mode, the backend's first (`hw`).
+
+        A simulator never stands in for hardware by itself: it is asked for by name.
 
         Raises:
             UnknownBackend: no such backend or mode.
-            BackendUnavailable: no mode of it can run here.
         """
         name, _, mode = text.partition(":")
         modes = self.get(name).modes()
-        if mode:
-            if mode not in modes:
-                known = ", ".join(modes)
-                raise UnknownBackend(f"backend '{name}' has no mode '{mode}'; it has {known}")
-            return Target(name, mode)
-        usable = next((m for m, hindrance in modes.items() if not hindrance), None)
-        if usable is None:
-            why = "; ".join(f"{m}: {hindrance}" for m, hindrance in modes.items())
-            raise BackendUnavailable(f"backend '{name}' cannot run here ({why})")
-        return Target(name, usable)
+        if mode and mode not in modes:
+            known = ", ".join(modes)
+            raise UnknownBackend(f"backend '{name}' has no mode '{mode}'; it has {known}")
+        return Target(name, mode or next(iter(modes)))
+
+    def usable(self, target: Target) -> None:
+        """Makes sure that a target can run here.
+
+        Raises:
+            BackendUnavailable: it cannot; says why, and which of its modes can.
+        """
+        modes = self.get(target.backend).modes()
+        if modes[target.mode]:
+            others = [f"'{target.backend}:{mode}'" for mode, why in modes.items() if not why]
+            hint = f"; {' and '.join(others)} can run here" if others else ""
+            raise BackendUnavailable(f"{target} cannot run here: {modes[target.mode]}{hint}")
 
     def ask(self, target: Target, bound: Bound) -> Verdict:
         """A target's verdict on a call; a mode that cannot run here refuses with that reason."""
@@ -267,16 +274,14 @@ def use_backend(name: str, mode: str | None = None) -> Iterator[Target]:
 
     Args:
         name: `"reference"`, `"cuda"`, `"neuron"`, a third party's, or `"name:mode"`.
-        mode: `"hw"`, `"sim"`, `"eager"`; default: the first that can run here.
+        mode: `"hw"`, `"sim"`, `"eager"`; default: the backend's first, which is the hardware.
 
     Raises:
         UnknownBackend: no such backend or mode.
         BackendUnavailable: it cannot run here.
     """
     target = REGISTRY.target(f"{name}:{mode}" if mode else name)
-    hindrance = REGISTRY.get(target.backend).modes()[target.mode]
-    if hindrance:
-        raise BackendUnavailable(f"{target} cannot run here: {hindrance}")
+    REGISTRY.usable(target)
     token = _requested.set(str(target))
     try:
         yield target

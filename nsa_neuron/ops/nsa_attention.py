@@ -224,9 +224,17 @@ class _Values:
 
 PART_SPECS = {
     spec.name: spec
-    for module in (compressed_attention, select_blocks, selected, sliding, gated_sum)
-    for spec in (module.SPEC, getattr(module, "BACKWARD", None))
-    if spec is not None
+    for spec in (
+        compressed_attention.SPEC,
+        compressed_attention.BACKWARD,
+        select_blocks.SPEC,
+        selected.SPEC,
+        selected.BACKWARD,
+        sliding.SPEC,
+        sliding.BACKWARD,
+        gated_sum.SPEC,
+        gated_sum.BACKWARD,
+    )
 }
 PARTS = {
     "forward": (

@@ -105,11 +105,11 @@ def ranked_scores(
     seen = softmax.Complete(block, stride)
     for seg, blocks in zip(segs, keys, strict=True):
         total = common.selection_blocks(seg.tokens, select_block)
-        weights = overlap(blocks.stop - blocks.start, total, block, stride, select_block)
-        weights = weights.to(device=q.device, dtype=softmax.work_dtype(q))
         sequence = [(seg.queries, blocks, seg.offset)]
         for tile in softmax.tiles(sequence, seen, q.shape[0] * q.shape[2], q.device):
-            scores = _importance(q, k_cmp, lse, tile, weights, blocks.start, scale)
+            p = _group_probabilities(q, k_cmp, lse, tile, scale)
+            scores = overlap_sum(p, total, block, stride, select_block)
+            scores = scores.permute(0, 2, 1, 3).contiguous()
             j = torch.arange(total, device=q.device)
             own = (tile.position // select_block)[:, None]
             forced = (j < num_initial) | (j > own - num_local)
@@ -118,32 +118,31 @@ def ranked_scores(
             yield tile.rows, scores
 
 
-def _importance(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    tile: softmax.Tile,
-    weights: Tensor,
-    first: int,
-    scale: float,
+def _group_probabilities(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, tile: softmax.Tile, scale: float
 ) -> Tensor:
-    """`[B, C, Hkv, Ns]` importance of a tile's queries, in the work dtype."""
+    """Compressed probabilities summed over each group's heads, `[B, Hkv, C, K]`, K <= Nc."""
     hkv, count = k_cmp.shape[2], len(tile.position)
     logits = softmax.masked_logits(q, k_cmp, tile, scale)
     row_lse = softmax.grouped(lse[..., None], tile.rows, hkv)[..., 0].to(logits.dtype)
     p = softmax.probabilities(logits, row_lse)
-    per_head = p.view(q.shape[0], hkv, count, q.shape[2] // hkv, p.shape[-1])
-    low = tile.keys.start - first
-    scores = per_head.sum(3) @ weights[low : low + p.shape[-1]]
-    return scores.permute(0, 2, 1, 3).contiguous()
+    return p.view(q.shape[0], hkv, count, q.shape[2] // hkv, p.shape[-1]).sum(3)
 
 
-def overlap(blocks: int, total: int, block: int, stride: int, select_block: int) -> Tensor:
-    """W `[Nc, Ns]`: tokens that compressed block i shares with selection block j, over stride."""
-    i = torch.arange(blocks, dtype=torch.float64)[:, None] * stride
-    j = torch.arange(total, dtype=torch.float64) * select_block
-    shared = torch.minimum(i + block, j + select_block) - torch.maximum(i, j)
-    return shared.clamp(min=0) / stride
+def overlap_sum(p: Tensor, total: int, block: int, stride: int, select_block: int) -> Tensor:
+    """`[..., K]` -> `[..., Ns]`: p_slc[j] = sum_i p[i] * |tokens(cmp i) ∩ tokens(sel j)| / stride.
+
+    Selection block j meets the compressed blocks from j*m/d - (l/d - 1) to (j+1)*m/d - 1, with
+    the same weights for every j; a dense W would not fit into memory for long sequences.
+    """
+    ratio, lead = select_block // stride, block // stride - 1
+    padded = torch.nn.functional.pad(p, (lead, total * ratio - p.shape[-1]))
+    scores = p.new_zeros(*p.shape[:-1], total)
+    for tap in range(lead + ratio):
+        start = (tap - lead) * stride
+        shared = min(start + block, select_block) - max(start, 0)
+        scores.add_(padded[..., tap::ratio][..., :total], alpha=shared / stride)
+    return scores
 
 
 def exact_scores(values: Mapping[str, Any]) -> Tensor:

@@ -171,7 +171,7 @@ class _RowTile:
 
     def logits(self, q: Tensor, scale: float) -> Tensor:
         """`[B, C, Hkv, G, n*m]` scaled logits, -inf where hidden."""
-        grouped = q.to(self.k.dtype).unflatten(2, (self.k.shape[2], -1))
+        grouped: Tensor = q.to(self.k.dtype).unflatten(2, (self.k.shape[2], -1))
         logits = (grouped @ self.k.transpose(-1, -2)).mul_(scale)
         return logits.masked_fill_(self.hidden, -torch.inf)
 
@@ -203,11 +203,11 @@ def _row_tiles(
         token = (ids[..., None] * m + within).flatten(-2)
         hidden = (token > t[None, :, None, None]) | (ids < 0).repeat_interleave(m, -1)
         ids = head + ids.masked_fill(ids < 0, blocked.count)
-        gathered = [
+        k, v = (
             x.index_select(0, ids.reshape(-1)).view(*ids.shape[:3], n * m, x.shape[-1])
             for x in (blocked.k, blocked.v)
-        ]
-        yield rows, _RowTile(ids, *gathered, hidden[:, :, :, None])
+        )
+        yield rows, _RowTile(ids, k, v, hidden[:, :, :, None])
 
 
 def check_values(bound: Bound, values: Mapping[str, Any]) -> None:

@@ -103,8 +103,8 @@ def _with_scale(launch: Lowered) -> Lowered:
 
 
 def _plan(bound: Bound, stem: str, device: str) -> Any:
-    dk = bound.sizes.get("Dk", bound.sizes.get("D", 1))
-    dv = bound.sizes.get("Dv", dk)
+    dv = bound.sizes["Dv" if "Dv" in bound.sizes else "Dk" if "Dk" in bound.sizes else "D"]
+    dk = bound.sizes["Dk" if "Dk" in bound.sizes else "Dv" if "Dv" in bound.sizes else "D"]
     group = bound.group if "Hq" in bound.sizes and "Hkv" in bound.sizes else 1
     dtype = str(bound.dtype).removeprefix("torch.")
     return plans.find(device, stem, dk=dk, dv=dv, dtype=dtype, group=group)

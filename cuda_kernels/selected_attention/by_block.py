@@ -245,11 +245,11 @@ def backward_dkv(
             seen = key[:, None] <= (past + query)[None, :]
             logits = tl.where(seen, logits, float("-inf"))
             p = tl.math.exp2(logits - lse2[None, :])
-            dp = dot_split(v0, v1, g0, g1, V1, UPCAST, PRECISION)
             p_low = p.to(g0.dtype)
             dv0 = dot(p_low, g0, dv0, UPCAST, PRECISION)
             if V1 > 0:
                 dv1 = dot(p_low, g1, dv1, UPCAST, PRECISION)
+            dp = dot_split(v0, v1, g0, g1, V1, UPCAST, PRECISION)
             ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
             dk0 = dot(ds, q0, dk0, UPCAST, PRECISION)
             if D1 > 0:

@@ -266,10 +266,11 @@ class NeuronCore:
                     memory = tensor.memory
                     if not memory.written.full and not memory.readable(tensor.access()):
                         ops.uninitialized(spec, writes, reads, tensor)
-            races = self.launch.races
-            if races is not None and not spec.checks_itself:
-                races.check(self.index, spec, outs, ins)
+            races = None if spec.checks_itself else self.launch.races
+            pending = races.begin(self.index, spec, writes, reads) if races is not None else None
             spec.run(self, plan.payload, writes, reads, params)
+            if races is not None and pending:
+                races.end(self.index, spec, pending)
             for tensor in writes:
                 if type(tensor) is NkiTensor and not spec.marks_itself:
                     self.mark_written(tensor)

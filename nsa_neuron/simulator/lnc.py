@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .context import call_site, locate, violate, violation
+from .dtypes import bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from .core import Options
     from .dtypes import DType
     from .memory import Memory
+
+
+# A racing write: its view, the racing elements and their bits before it.
+Pending = tuple[Any, Any, Any]
 
 
 class Aborted(BaseException):
@@ -197,37 +202,72 @@ class Races:
             self._maps[key][...] = 0
         self._touched.clear()
 
-    def check(self, core: int, spec: Any, outs: list[Access], ins: list[Access]) -> None:
-        """Note an instruction's accesses and refuse a race."""
-        for access in ins:
-            if access.allocation.buffer == "shared_hbm":
-                self._note(core, spec, access, _READ[core], _WRITE[1 - core])
-        for access in outs:
-            if access.allocation.buffer == "shared_hbm":
-                self._note(core, spec, access, _WRITE[core], _WRITE[1 - core] | _READ[1 - core])
+    def begin(
+        self, core: int, spec: Any, writes: Sequence[Any], reads: Sequence[Any]
+    ) -> list[Pending]:
+        """Note an instruction's accesses before it runs; refuse a racing read.
 
-    def _note(self, core: int, spec: Any, access: Access, mine: int, theirs: int) -> None:
+        A read of what this core wrote itself since the last meeting is no race. A write that
+        races is returned for `end`: storing what is there already (both cores doing the same
+        work) is harmless.
+
+        Args:
+            core: the core that issues it.
+            spec: the instruction.
+            writes, reads: static operands; anything but tensors in shared HBM is passed over.
+        """
+        other = 1 - core
+        for tensor in reads:
+            view = self._flags(tensor)
+            if view is not None:
+                clash = ((view & _WRITE[other]) != 0) & ((view & _WRITE[core]) == 0)
+                if clash.any():
+                    self._refuse(core, spec, tensor, clash)
+                view |= np.uint8(_READ[core])
+        pending: list[Pending] = []
+        for tensor in writes:
+            view = self._flags(tensor)
+            if view is not None:
+                clash = (view & (_WRITE[other] | _READ[other])) != 0
+                if clash.any():
+                    array = tensor.array()
+                    if clash.shape != array.shape:
+                        clash = np.ones(array.shape, np.bool_)
+                    pending.append((tensor, clash, bits(array)[clash]))
+                view |= np.uint8(_WRITE[core])
+        return pending
+
+    def end(self, core: int, spec: Any, pending: list[Pending]) -> None:
+        """Refuse racing writes that changed something."""
+        for tensor, clash, before in pending:
+            if not np.array_equal(bits(tensor.array())[clash], before):
+                self._refuse(core, spec, tensor, clash)
+
+    def _flags(self, tensor: Any) -> NDArray[np.uint8] | None:
+        """The race map as an operand sees it; its hull where the element size differs."""
+        memory = getattr(tensor, "memory", None)
+        if memory is None or memory.allocation.buffer != "shared_hbm":
+            return None
+        access: Access = tensor.access()
         a = access.allocation
         flags = self._maps.get(a.id)
         if flags is None:
             flags = self._maps[a.id] = np.zeros(a.pitch_bytes // a.dtype.itemsize, np.uint8)
-        layout = access.layout
-        size = a.dtype.itemsize
-        if layout.dtype.itemsize == size:
-            view = np.ndarray(layout.shape, np.uint8, flags, access.start, layout.strides)
-        else:
-            view = flags[access.lo // size : -(-access.hi // size)]
         self._touched.add(a.id)
-        clash = (view & theirs) != 0
-        if clash.any():
-            where = tuple(int(i[0]) for i in clash.nonzero())
-            violate(
-                "lnc-race",
-                f"core {core} and core {1 - core} both touch shared tensor {a.name or a.shape} "
-                f"without meeting, first at {where} of this view",
-                instruction=spec.opcode,
-                operand=a.name or "tensor",
-                value=where,
-                hint="nisa.core_barrier(tensor, (0, 1)) between the two accesses",
-            )
-        view |= np.uint8(mine)
+        layout, size = access.layout, a.dtype.itemsize
+        if layout.dtype.itemsize == size:
+            return np.ndarray(layout.shape, np.uint8, flags, access.start, layout.strides)
+        return flags[access.lo // size : -(-access.hi // size)]
+
+    def _refuse(self, core: int, spec: Any, tensor: Any, clash: NDArray[np.bool_]) -> None:
+        a = tensor.memory.allocation
+        where = tuple(int(i[0]) for i in clash.nonzero())
+        violate(
+            "lnc-race",
+            f"core {core} and core {1 - core} both touch shared tensor {a.name or a.shape} "
+            f"without meeting, first at {where} of this view",
+            instruction=spec.opcode,
+            operand=a.name or "tensor",
+            value=where,
+            hint="nisa.core_barrier(tensor, (0, 1)) between the two accesses",
+        )

@@ -97,7 +97,7 @@ def test_unsynchronised_reads_of_the_other_cores_data_are_races(barrier):
 
 def test_both_writing_one_element_is_a_race():
     def kernel(x):
-        nl.store(x[0:1], nl.full((1, 8), 1.0, nl.float32))
+        nl.store(x[0:1], nl.full((1, 8), nl.program_id(0), nl.float32))
 
     with pytest.raises(RaceError) as caught:
         simulator.simulate(nki.jit(kernel)[2])(X.copy())
@@ -124,3 +124,13 @@ def test_bad_brackets(bracket):
 def test_pair_instructions_need_a_pair():
     with pytest.raises(SimulationError, match=r"kernel\[2\]"):
         simulator.simulate(exchange)(X)
+
+
+def test_both_cores_doing_the_same_work_is_no_race():
+    def kernel(x):
+        out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
+        nl.store(out, nl.load(x))
+        nl.store(out, nl.load(out))
+        return out
+
+    np.testing.assert_array_equal(simulator.simulate(nki.jit(kernel)[2])(X), X)

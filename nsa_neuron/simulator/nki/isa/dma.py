@@ -4,6 +4,7 @@ import numpy as np
 
 from ...access import Access
 from ...context import violate, violation
+from ...dtypes import bits, load_f32, store
 from ...operands import Spec
 from ...tensor import NkiTensor
 from ..binding import core_of, enum_of, instruction, load, save
@@ -131,8 +132,11 @@ def _run_indirect(core, payload, writes, reads, params):
     if not valid.any():
         return
     wanted = index[valid]
-    rows_touched = [table[int(r) : int(r) + 1] for r in wanted]
-    _check_races(core, rows_touched, other, gather)
+    races = core.launch.races
+    tracked = races is not None or not view.memory.written.full
+    rows_touched = [table[int(r) : int(r) + 1] for r in wanted] if tracked else []
+    outs, ins = ((other,), rows_touched) if gather else (rows_touched, (other,))
+    pending = races.begin(core.index, DMA_INDIRECT, outs, ins) if races is not None else ()
     if gather:
         for row in rows_touched:
             core.require_readable(row, DMA_INDIRECT)
@@ -145,28 +149,16 @@ def _run_indirect(core, payload, writes, reads, params):
             values = load(src) if everything else load(src)[valid]
         shape = (len(wanted), *view.shape[1:])
         target = np.empty(shape, table.array().dtype)
-        from ...dtypes import bits, store
-
         store(target, values.reshape(shape), table.dtype if core.options.precise else None)
         bits(table.array())[wanted] = bits(target)
         for row in rows_touched:
             core.mark_written(row)
-
-
-def _check_races(core, rows, other, gather):
-    """Look for races of the rows that are touched and of the other side."""
-    races = core.launch.races
-    if races is None:
-        return
-    touched, plain = [r.access() for r in rows], [other.access()]
-    outs, ins = (plain, touched) if gather else (touched, plain)
-    races.check(core.index, DMA_INDIRECT, outs, ins)
+    if pending:
+        races.end(core.index, DMA_INDIRECT, pending)
 
 
 def _save_rows(core, dst, values, valid, dtype):
     """Store gathered rows; `valid` names the rows of dst that get one, None all."""
-    from ...dtypes import load_f32
-
     if dst.dtype is not dtype:
         values = load_f32(values)
     if valid is None:

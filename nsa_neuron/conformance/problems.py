@@ -1,0 +1,142 @@
+"""The problems of the suite and their solutions: inputs, float64 oracle, plain low-precision torch.
+
+Every op's own cases in every dtype, and one case of each op once more with non-contiguous inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_neuron import cases
+from nsa_neuron.errors import NsaError
+from nsa_neuron.ops import OPS, get
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that every backend is tried in; the reference is tried in float64 as well."""
+TAGS = ("smoke", "edge", "conform")
+SMALL = ("smoke", "edge")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case of an op in a dtype.
+
+    Attributes:
+        op: the op's name.
+        case: the case's name.
+        dtype: of floating tensors.
+        strided: inputs are not contiguous.
+    """
+
+    op: str
+    case: str
+    dtype: torch.dtype
+    strided: bool = False
+
+    @property
+    def label(self) -> str:
+        """The case's name as in reports."""
+        return f"{self.case}+strided" if self.strided else self.case
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.label}-{self.dtype_name}"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A problem's inputs and what they give; all on the CPU.
+
+    Attributes:
+        inputs: every argument by name.
+        oracle: results of the reference in float64 on the same numbers.
+        eager: results of the reference in the problem's dtype.
+    """
+
+    inputs: dict[str, Any]
+    oracle: tuple[Tensor, ...]
+    eager: tuple[Tensor, ...]
+
+
+def problems(
+    ops: Sequence[str] = (),
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    tags: Sequence[str] = TAGS,
+    case: str | None = None,
+) -> list[Problem]:
+    """Every problem of some ops (default: all), the problems of one case next to each other.
+
+    Args:
+        ops: names.
+        dtypes: floating dtypes.
+        tags: cases with any of these; `bench` cases are too large for the float64 reference.
+        case: this case only.
+
+    Raises:
+        NsaError: no such op or tag.
+    """
+    unknown = set(tags) - set(TAGS)
+    if unknown:
+        raise NsaError(f"no tag {', '.join(sorted(unknown))}; there are {', '.join(TAGS)}")
+    found = []
+    for spec in [get(name) for name in ops] or OPS:
+        chosen = [c for c in spec.cases if set(tags) & set(c.tags) and "bench" not in c.tags]
+        chosen = [c for c in chosen if case in (None, c.name)]
+        if not chosen:
+            continue
+        small = [c for c in chosen if "smoke" in c.tags] or chosen
+        for strided, c in [*((False, c) for c in chosen), (True, small[-1])]:
+            found += [Problem(spec.name, c.name, dtype, strided) for dtype in dtypes]
+    return found
+
+
+def solve(problem: Problem) -> Solution:
+    """The solution of a problem; shared by the targets that are tried on it one after the other."""
+    return _solve(problem.op, problem.case, problem.dtype)
+
+
+@lru_cache(maxsize=16)
+def _solve(op: str, case_name: str, dtype: torch.dtype) -> Solution:
+    spec = get(op)
+    case = next(c for c in spec.cases if c.name == case_name)
+    inputs = cases.arguments(spec, case, dtype)
+    with torch.no_grad():
+        oracle = _results(spec.reference(**cases.cast(inputs, torch.float64, ())))
+        eager = oracle if dtype == torch.float64 else _results(spec.reference(**inputs))
+    return Solution(inputs, oracle, eager)
+
+
+def _results(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def place_inputs(inputs: Mapping[str, Any], device: str, strided: bool) -> dict[str, Any]:
+    """Copies of the inputs on a device, contiguous or with gaps and swapped axes."""
+    return {
+        name: _place(x, device, strided) if isinstance(x, Tensor) else x
+        for name, x in inputs.items()
+    }
+
+
+def _place(x: Tensor, device: str, strided: bool) -> Tensor:
+    x = x.to(device, copy=True).contiguous()
+    return scatter(x) if strided else x
+
+
+def scatter(x: Tensor) -> Tensor:
+    """The same tensor with axes 1 and 2 swapped in memory and poison between its elements."""
+    swapped = x.transpose(1, 2) if x.dim() > 2 else x
+    poison = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max
+    wide = x.new_full((*swapped.shape[:-1], 2 * swapped.shape[-1]), poison)
+    wide[..., ::2] = swapped
+    spread = wide[..., ::2]
+    return spread.transpose(1, 2) if x.dim() > 2 else spread

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.cases import Case, cast, exact_normal, packed_tensors
-from nsa_neuron.numerics import Budget
+from nsa_neuron.numerics import Budget, TopKSet
 from nsa_neuron.ops import common, compressed_attention, gated_sum, select_blocks
 from nsa_neuron.ops import selected_attention as selected
 from nsa_neuron.ops import sliding_window_attention as sliding
@@ -343,9 +343,22 @@ CASES = grid(
         bench_case(65536),
     ),
 )
+
+
+def selection_scores(values: Mapping[str, Any]) -> Tensor:
+    """Float64 ranked scores of a call, `[B, S, Hkv, Ns]`; see `select_blocks.exact_scores`."""
+    exact = cast(values, torch.float64, ())
+    names = ("block", "stride", "scale", "cu_seqlens_q", "cu_seqlens_k")
+    kv_len = exact["k_slc"].shape[1]
+    _, lse = compressed_attention.compressed_attention(
+        exact["q"], exact["k_cmp"], exact["v_cmp"], kv_len=kv_len,
+        **{name: exact[name] for name in names},
+    )  # fmt: skip
+    return select_blocks.exact_scores({**exact, "lse": lse, "kv_len": kv_len})
+
+
 COMPARE_SAVED = {
-    name: select_blocks.SPEC.compare["block_indices"] if kind == "i32" else Budget()
-    for name, _, kind in SAVED
+    name: TopKSet(selection_scores) if kind == "i32" else Budget() for name, _, kind in SAVED
 }
 
 
@@ -368,7 +381,7 @@ FORWARD = _spec(
     args=(*TENSORS, *SCALARS),
     returns=(Return("o", "B S Hq Dv"), *(Return(*row) for row in SAVED)),
     reference=nsa_attention_forward,
-    compare={"o": Budget()},
+    compare={"o": Budget(), **COMPARE_SAVED},
     inputs=inputs,
     cost=_cost(1),
     backward="nsa_attention_backward",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nsa_neuron.backends.cuda.launch.common import Plan
+if TYPE_CHECKING:
+    from nsa_neuron.backends.cuda.launch.common import Plan
 
 
 def forward(

@@ -1,0 +1,85 @@
+"""Try every op on every backend and judge the results against the float64 reference.
+
+Exit code: 0 no case fails, 1 some case fails, 2 wrong usage or nothing could be run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nsa_neuron import conformance
+from nsa_neuron.cli import FAILED, UNUSABLE, shared
+from nsa_neuron.conformance import text
+from nsa_neuron.conformance.gaps import load_gaps
+from nsa_neuron.conformance.problems import TAGS
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="NAME[:MODE]",
+        help="may be repeated; default: all there are",
+    )
+    parser.add_argument("--op", action="append", default=[], help="may be repeated; default: all")
+    parser.add_argument("--case", help="one case only, by name")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        type=shared.dtype,
+        help="may be repeated; default fp32, fp16, bf16, and fp64 on the reference",
+    )
+    parser.add_argument(
+        "--tag", action="append", choices=TAGS, help="may be repeated; default: all of them"
+    )
+    parser.add_argument("--device", help="where tensors must lie; default: the target's own")
+    parser.add_argument(
+        "--known-gaps",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="known gaps of a third party's backend",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
+    parser.add_argument("--verbose", action="store_true", help="every cell and every refusal")
+    shared.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    gaps = shared.pairs(args.known_gaps, "--known-gaps")
+    report = conformance.run(
+        args.backend,
+        ops=args.op,
+        dtypes=args.dtype,
+        tags=args.tag,
+        case=args.case,
+        gaps={name: load_gaps(path) for name, path in gaps.items()},
+        device=args.device,
+    )
+    if args.html:
+        args.html.write_text(report.to_html())
+    if args.json:
+        print(report.to_json())
+    else:
+        _print(report, args.verbose)
+    if not report.ok:
+        return FAILED
+    return 0 if report.rows and report.ran else UNUSABLE
+
+
+def _print(report: conformance.Report, verbose: bool) -> None:
+    if not report.rows:
+        print("no case matches")
+        return
+    print(report.matrix)
+    if verbose:
+        print(f"\n{report.table}\n\n{text.refusals(report)}")
+    if not report.ok:
+        print(f"\n{text.failures(report)}")
+    verdict = f"{len(report.failures)} of {report.ran} cases fail"
+    print(f"\n{verdict}" if report.ran else "\nnothing could be run here")

@@ -1,0 +1,139 @@
+"""What commands share: dtypes and sizes on the command line, calls of given sizes, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nsa_neuron.errors import NsaError
+from nsa_neuron.ops import common
+from nsa_neuron.spec import FLOATS, Bound, OpSpec
+
+ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+DEFAULT_SIZES = {"B": 1, "S": 8192, "Hq": 16, "Hkv": 1, "Dk": 128, "Dv": 128}
+# Weights that `compress` needs; other optional tensors are absent unless asked for.
+WEIGHTS = {"linear": ("w1",), "mlp": ("w1", "b1", "w2", "b2")}
+
+
+def dtype(text: str) -> torch.dtype:
+    """Parses a floating dtype: `bf16`, `bfloat16`, `torch.bfloat16`."""
+    name = text.removeprefix("torch.")
+    found = getattr(torch, ALIASES.get(name, name), None)
+    if found not in FLOATS:
+        raise argparse.ArgumentTypeError(f"no dtype '{text}'; there are {', '.join(ALIASES)}")
+    return found  # type: ignore[no-any-return]
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def add_call(parser: argparse.ArgumentParser) -> None:
+    """Options that describe a call's sizes."""
+    shown = " ".join(f"{name}={size}" for name, size in DEFAULT_SIZES.items())
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        default=[],
+        metavar="SYMBOL=N",
+        help=f"sizes by the contract's symbols (default {shown} T=S)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="ARG=VALUE",
+        help="scalar arguments, e.g. window=256",
+    )
+    parser.add_argument("--dtype", type=dtype, default=torch.bfloat16, help="default bf16")
+
+
+def pairs(words: Sequence[str], option: str) -> dict[str, str]:
+    """Parses `NAME=VALUE` words."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name or not value:
+            raise NsaError(f"{option}: '{word}' is not of the form NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def sizes_of(args: argparse.Namespace) -> dict[str, int]:
+    """Sizes from the command line, with defaults."""
+    given = {}
+    for name, text in pairs(args.size, "--size").items():
+        if not text.isdigit():
+            raise NsaError(f"--size: {name} is '{text}'; it must be a whole number")
+        given[name] = int(text)
+    sizes = {**DEFAULT_SIZES, **given}
+    sizes.setdefault("T", sizes["S"])
+    return sizes
+
+
+def bind(
+    spec: OpSpec, sizes: Mapping[str, int], scalars: Mapping[str, str], dtype: torch.dtype
+) -> Bound:
+    """A call of given sizes; allocates nothing.
+
+    Args:
+        spec: the op.
+        sizes: by symbol; what follows from others (`Nc`, `D`, weights) need not be given.
+        scalars: scalar arguments as text.
+        dtype: the call's floating dtype.
+
+    Raises:
+        NsaError: an unknown argument, or sizes that break the contract.
+    """
+    values: dict[str, Any] = {**dict.fromkeys(spec.names), **spec.defaults}
+    kinds = {arg.name: arg.kind for arg in spec.scalars}
+    for name, text in scalars.items():
+        if name not in kinds:
+            known = ", ".join(kinds) or "none"
+            raise NsaError(f"{spec.name} has no scalar argument '{name}'; it has {known}")
+        values[name] = _scalar(name, text, kinds[name])
+    full = dict(sizes)
+    full |= {a.symbol: values[a.name] for a in spec.scalars if a.symbol and values[a.name]}
+    values |= {a.name: full[a.symbol] for a in spec.scalars if a.symbol and values[a.name] is None}
+    _derive(full)
+    for arg in spec.tensors:
+        if not arg.optional or arg.name in WEIGHTS.get(str(values.get("method")), ()):
+            kind = {"float": dtype, "i32": torch.int32}.get(arg.dtype, _stat(dtype))
+            shape = [full[s] if s in full else int(s) for s in arg.forms[0]]
+            values[arg.name] = torch.empty(shape, dtype=kind, device="meta")
+    return spec.bind(values)
+
+
+def on_device(bound: Bound, device: str) -> Bound:
+    """The same call with its tensors on another device."""
+    return replace(bound, device=torch.device(device))
+
+
+def _scalar(name: str, text: str, kind: str) -> Any:
+    try:
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except ValueError:
+        raise NsaError(f"--set: {name} is '{text}'; it must be of type {kind}") from None
+
+
+def _stat(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _derive(sizes: dict[str, int]) -> None:
+    """Adds the symbols that follow from others."""
+    sizes.setdefault("D", sizes["Dk"])
+    sizes.setdefault("F", sizes["D"])
+    sizes.setdefault("n", 16)
+    if "l" in sizes:
+        sizes.setdefault("lD", sizes["l"] * sizes["D"])
+        sizes.setdefault("Nc", common.compressed_blocks(sizes["T"], sizes["l"], sizes["d"]))
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=1, default=str))

@@ -52,7 +52,8 @@ class Budget:
     magnitude (never below magnitude `floor`); float32 sums in another order need more of those
     units than 16-bit results, whose error is the final rounding. Root-mean-square errors are held
     to the same policy, so that a kernel cannot be wrong everywhere by less than the worst element.
-    Positions of -inf must agree exactly; NaN is always wrong.
+    Positions of -inf must agree exactly; NaN is always wrong. Where eager itself overflows it
+    grants nothing.
     """
 
     factor: float = 2.0
@@ -81,8 +82,8 @@ class Budget:
             return Diff(True, 0.0, 0.0)
         exact, mine, plain = exact[finite], mine[finite], plain[finite]
         band = self.band(got.dtype, float(exact.abs().max()))
-        error, own = mine - exact, plain - exact
-        worst, allowed = float(error.abs().max()), self.factor * float(own.abs().max()) + band
+        error, own = mine - exact, (plain - exact)[plain.isfinite()]
+        worst, allowed = float(error.abs().max()), self.factor * _max(own) + band
         rms, rms_allowed = _rms(error), self.factor * _rms(own) + band / 2
         if worst > allowed:
             return Diff(False, worst, allowed, f"largest error {worst:.3g} > {allowed:.3g}")
@@ -164,5 +165,9 @@ def _member(ids: Tensor, scores: Tensor) -> Tensor:
     return hit[..., :ns]
 
 
+def _max(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
 def _rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0

@@ -67,9 +67,7 @@ def union_blocks(
     batch = tl.program_id(2).to(tl.int64)
     kv_heads = tl.num_programs(1)
     tokens = S
-    q_start, S, _, T, first_token = _query_tile(
-        number, cu_q, cu_k, num_seqs, S, T, QUERIES, PACKED
-    )
+    q_start, S, _, T, first_token = _query_tile(number, cu_q, cu_k, num_seqs, S, T, QUERIES, PACKED)
     stride_token = kv_heads * NUM_SELECTED
     ids = block_indices + (batch * tokens + q_start + first_token) * stride_token
     ids += tl.program_id(1) * NUM_SELECTED

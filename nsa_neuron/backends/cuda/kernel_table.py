@@ -108,6 +108,7 @@ _SELECTED_TYPES = {
     **dict.fromkeys(("item_block", "item_start", "slot_start"), "*i32"),
     **dict.fromkeys(("order", "list_start"), "*i64"),
     **dict.fromkeys(("partial_lse", "workspace"), "*fp32"),
+    "used": "*i8",
 }
 
 
@@ -146,6 +147,12 @@ def _combine(shape: Shape) -> Mapping[str, Any]:
     return {"G": shape.group, "NUM_SELECTED": _NUM_SELECTED, **constants}
 
 
+def _sum_dq(shape: Shape) -> Mapping[str, Any]:
+    dims = _dims(shape)
+    constants = {name: dims[name] for name in ("DK", "D0", "D1")}
+    return {"G": shape.group, "NUM_SELECTED": _NUM_SELECTED, **constants}
+
+
 def _selected(kernel: str, derive: Derive, **options: Any) -> KernelEntry:
     op = "selected_attention"
     return KernelEntry(op, kernel, op, derive, _SELECTED_TYPES, **options)
@@ -159,6 +166,8 @@ KERNELS: tuple[KernelEntry, ...] = (
     _selected("forward_by_block", _by_block, max_group=4),
     _selected("combine", _combine, wants_wgmma=False, max_group=4),
     _selected("backward_dq", _by_query, min_group=5),
+    _selected("backward_dq_by_block", _by_block, max_group=4),
+    _selected("sum_dq", _sum_dq, wants_wgmma=False, max_group=4),
     _selected("backward_dkv", _by_block),
     _selected("reduce_dkv", _reduce, wants_wgmma=False),
     _delta_entry("selected_attention"),

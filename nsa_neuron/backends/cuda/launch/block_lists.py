@@ -23,6 +23,7 @@ class BlockLists:
     Attributes:
         queries: int32 [entries], token number of each entry; ascending within a block.
         order: int64 [entries], position of each entry in the flattened `block_indices`.
+        used: bool, shape of `block_indices`: the pairs that are in the lists.
         list_start: int64 [blocks + 1], first entry of each block.
         item_start: int32 [blocks + 1], first work item of each block; the last is their number.
         slot_start: int32 [blocks + 1], first workspace slot of each block of several items.
@@ -32,6 +33,7 @@ class BlockLists:
 
     queries: Tensor
     order: Tensor
+    used: Tensor
     list_start: Tensor
     item_start: Tensor
     slot_start: Tensor
@@ -100,8 +102,8 @@ def block_lists(
         out_int32=True,
     )
     return BlockLists(
-        queries, order, list_start, item_start, slot_start, item_block, blocks, blocks_per_head,
-        items, 2 * full_items,
+        queries, order, used, list_start, item_start, slot_start, item_block, blocks,
+        blocks_per_head, items, 2 * full_items,
     )  # fmt: skip
 
 

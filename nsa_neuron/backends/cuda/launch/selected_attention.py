@@ -83,7 +83,9 @@ def backward(
     cu = (cu_seqlens_q, cu_seqlens_k)
     delta = launch_delta(kernels, plan, grad_o, o, lse, grad_lse)
     inputs = (q, k, v, grad_o, lse, delta)
-    dq = _backward_dq(kernels, plan, inputs, block_indices, select_block, scale, cu)
+    by_block = plan["dispatch"]["strategy"] == "by_block"
+    run_dq = _backward_dq_by_block if by_block else _backward_dq
+    dq = run_dq(kernels, plan, inputs, block_indices, select_block, scale, cu)
     d_k, d_v = _backward_dkv(kernels, plan, inputs, block_indices, select_block, scale, cu)
     return dq, d_k, d_v
 
@@ -158,6 +160,39 @@ def _backward_dq(
         **head_dim_constants(q.shape[3], v.shape[3]), NUM_SELECTED=block_indices.shape[3],
         SELECT_BLOCK=select_block, PACKED=num_seqs > 0, **constants,
     )  # fmt: skip
+    return dq
+
+
+def _backward_dq_by_block(
+    kernels: Any, plan: Plan, inputs: tuple[Tensor, ...], block_indices: Tensor,
+    select_block: int, scale: float, cu: Lengths,
+) -> Tensor:  # fmt: skip
+    q, k, v, grad_o, lse, delta = inputs
+    constants = dict(plan["backward_dq_by_block"])
+    constants["BLOCK_N"] = max(16, next_power_of_two(select_block))
+    batch, tokens, heads, dk = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    dims = head_dim_constants(dk, v.shape[3])
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    cu_q, cu_k, num_seqs = packed_args(*cu, lse)
+    step = plan["dispatch"]["tokens_per_pass"]
+    for first in range(0, tokens, step):
+        ids = block_indices[:, first : first + step]
+        lists = block_lists(ids, first, tokens, k.shape[1], select_block, constants["CHUNK"], *cu)
+        partial_dq = q.new_empty(ids.numel() * group, dk)
+        kernels.backward_dq_by_block[(lists.items,)](
+            q, k, v, grad_o, lse, delta, partial_dq, lists.queries, lists.order, lists.item_block,
+            lists.item_start, lists.list_start, lists.blocks, cu_q, cu_k, num_seqs, tokens,
+            k.shape[1], lists.blocks_per_head, kv_heads, scale, *strides(q, k, v, grad_o),
+            G=group, SELECT_BLOCK=select_block, PACKED=num_seqs > 0, **dims, **constants,
+        )  # fmt: skip
+        total = dict(plan["sum_dq"])
+        rows = batch * ids.shape[1] * heads
+        kernels.sum_dq[(-(-rows // total["BLOCK_M"]),)](
+            partial_dq, lists.used.view(torch.int8), dq, ids.shape[1], first, tokens, kv_heads,
+            rows, G=group, DK=dk, D0=dims["D0"], D1=dims["D1"], NUM_SELECTED=ids.shape[3], **total,
+        )  # fmt: skip
     return dq
 
 

@@ -1,0 +1,263 @@
+"""Backward of selected attention with tiles of keys: dk and dv for all groups, dq for small ones.
+
+Work items as in `by_block`. Hot blocks: every query selects block 0, while the mean list has n * m
+entries. A list longer than CHUNK becomes several items; their dk, dv go to a float32 workspace and
+`reduce_dkv` adds them up in order. A block with one item writes its dk, dv itself. No atomics, and
+the same sum in every run; nothing of size G is written.
+
+dq by block writes a partial dq per (query, slot, head) and adds the slots up: for small G only, for
+the same reasons as the forward.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    LOG2E,
+    dot,
+    dot_split,
+    load_base2_lse,
+    load_split,
+    packed_tile,
+    store_split,
+    token_rows,
+)
+from .by_block import work_item
+
+
+@triton.jit
+def backward_dkv(
+    q, k, v, grad_o, lse, delta, dk, dv, workspace, queries, item_block, item_start, list_start,
+    slot_start, num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh,
+    G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys of one block from one item's queries, all G heads of them.
+
+    Grid: (bound of items, tiles of BLOCK_N keys in a block). Transposed logits [BLOCK_N, BLOCK_M],
+    so that p and ds are left operands as they are.
+
+    Args:
+        queries .. list_start: as `forward_by_block`; slot_start: int32 [num_blocks + 1], a block's
+            first slot in the workspace (blocks of a single item have none).
+        dk: [B, T, Hkv, DK]; dv: [B, T, Hkv, DV], contiguous.
+        workspace: float32 [slots, SELECT_BLOCK, DK + DV].
+        lse, delta: float32 [B, S, Hq], contiguous.
+    """
+    item = tl.program_id(0)
+    if item < tl.load(item_start + num_blocks):
+        tokens = S
+        keys = T
+        number, begin, end, batch, kv_head, q_start, S, k_start, T, first_key = work_item(
+            item, item_block, item_start, list_start, cu_q, cu_k, num_seqs, S, T,
+            blocks_per_head, KV_HEADS, SELECT_BLOCK, CHUNK, PACKED,
+        )  # fmt: skip
+        offset = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        key = first_key + offset
+        there = (offset < SELECT_BLOCK) & (key < T)
+        first_key += tl.program_id(1) * BLOCK_N
+        k_head = k + batch * stride_kb + k_start * stride_kt + kv_head * stride_kh
+        v_head = v + batch * stride_vb + k_start * stride_vt + kv_head * stride_vh
+        k_rows = token_rows(k_head, first_key, stride_kt, BLOCK_N)
+        v_rows = token_rows(v_head, first_key, stride_vt, BLOCK_N)
+        k0, k1 = load_split(k_rows, there, DK, D0, D1, True)
+        v0, v1 = load_split(v_rows, there, DV, V0, V1, True)
+        q_head = q + batch * stride_qb + kv_head * G * stride_qh
+        g_head = grad_o + batch * stride_gb + kv_head * G * stride_gh
+        stat = batch * tokens * KV_HEADS * G + kv_head * G
+        scale_log2 = scale * LOG2E
+        past = (T - S - q_start).to(tl.int32)
+        rows = (end - begin).to(tl.int32) * G
+        dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
+        dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else D0], tl.float32)
+        dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
+        dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else V0], tl.float32)
+        for first_row in range(0, rows, BLOCK_M):
+            row = first_row + tl.arange(0, BLOCK_M)
+            valid = row < rows
+            query = tl.load(queries + begin + row // G, mask=valid, other=0)
+            token = query.to(tl.int64)
+            q_rows = q_head + token * stride_qt + (row % G) * stride_qh
+            g_rows = g_head + token * stride_gt + (row % G) * stride_gh
+            stats = stat + token * (KV_HEADS * G) + row % G
+            q0, q1 = load_split(q_rows, valid, DK, D0, D1, True)
+            g0, g1 = load_split(g_rows, valid, DV, V0, V1, True)
+            lse2 = load_base2_lse(lse + stats, valid)
+            row_delta = tl.load(delta + stats, mask=valid, other=0.0)
+            logits = dot_split(k0, k1, q0, q1, D1, UPCAST, PRECISION) * scale_log2
+            seen = key[:, None] <= (past + query)[None, :]
+            logits = tl.where(seen, logits, float("-inf"))
+            p = tl.math.exp2(logits - lse2[None, :])
+            p_low = p.to(g0.dtype)
+            dv0 = dot(p_low, g0, dv0, UPCAST, PRECISION)
+            if V1 > 0:
+                dv1 = dot(p_low, g1, dv1, UPCAST, PRECISION)
+            dp = dot_split(v0, v1, g0, g1, V1, UPCAST, PRECISION)
+            ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
+            dk0 = dot(ds, q0, dk0, UPCAST, PRECISION)
+            if D1 > 0:
+                dk1 = dot(ds, q1, dk1, UPCAST, PRECISION)
+
+        first_item = tl.load(item_start + number)
+        if tl.load(item_start + number + 1) - first_item == 1:
+            first_out = (batch * keys + k_start) * KV_HEADS + kv_head
+            dk_rows = token_rows(dk + first_out * DK, first_key, KV_HEADS * DK, BLOCK_N)
+            dv_rows = token_rows(dv + first_out * DV, first_key, KV_HEADS * DV, BLOCK_N)
+            store_split(dk_rows, there, dk0 * scale, dk1 * scale, DK, D0, D1)
+            store_split(dv_rows, there, dv0, dv1, DV, V0, V1)
+        else:
+            slot = tl.load(slot_start + number) + item - first_item
+            out = slot.to(tl.int64) * SELECT_BLOCK + offset
+            out_rows = workspace + out * (DK + DV)
+            store_split(out_rows, there, dk0 * scale, dk1 * scale, DK, D0, D1)
+            store_split(out_rows + DK, there, dv0, dv1, DV, V0, V1)
+
+
+@triton.jit
+def reduce_dkv(
+    workspace, dk, dv, item_start, slot_start, cu_k, num_seqs, T, blocks_per_head, KV_HEADS,
+    DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds up the items of each block in order; zeros for the blocks that nobody selected.
+
+    Grid: (blocks over all heads, tiles of BLOCK_N keys in a block). Arguments as `backward_dkv`.
+    """
+    number = tl.program_id(0)
+    items = tl.load(item_start + number + 1) - tl.load(item_start + number)
+    if items != 1:
+        batch = (number // blocks_per_head // KV_HEADS).to(tl.int64)
+        kv_head = (number // blocks_per_head % KV_HEADS).to(tl.int64)
+        block = number % blocks_per_head
+        k_start = tl.full([], 0, tl.int64)
+        keys = T
+        if PACKED:
+            sequence, block = packed_tile(block, cu_k, num_seqs, 1, SELECT_BLOCK)
+            k_start = tl.load(cu_k + sequence).to(tl.int64)
+            T = (tl.load(cu_k + sequence + 1) - k_start).to(tl.int32)
+        offset = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_key = block * SELECT_BLOCK + tl.program_id(1) * BLOCK_N
+        there = (offset < SELECT_BLOCK) & (block * SELECT_BLOCK + offset < T)
+        slot = tl.load(slot_start + number)
+        dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
+        dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else D0], tl.float32)
+        dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
+        dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else V0], tl.float32)
+        for index in range(0, items):
+            rows = workspace + ((slot + index).to(tl.int64) * SELECT_BLOCK + offset) * (DK + DV)
+            k0, k1 = load_split(rows, there, DK, D0, D1, True)
+            v0, v1 = load_split(rows + DK, there, DV, V0, V1, True)
+            dk0 += k0
+            dv0 += v0
+            if D1 > 0:
+                dk1 += k1
+            if V1 > 0:
+                dv1 += v1
+        first_out = (batch * keys + k_start) * KV_HEADS + kv_head
+        dk_rows = token_rows(dk + first_out * DK, first_key, KV_HEADS * DK, BLOCK_N)
+        dv_rows = token_rows(dv + first_out * DV, first_key, KV_HEADS * DV, BLOCK_N)
+        store_split(dk_rows, there, dk0, dk1, DK, D0, D1)
+        store_split(dv_rows, there, dv0, dv1, DV, V0, V1)
+
+
+@triton.jit
+def backward_dq_by_block(
+    q, k, v, grad_o, lse, delta, partial_dq, queries, order, item_block, item_start, list_start,
+    num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh,
+    G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one block gives to dq of each query on its list.
+
+    Grid: (bound of items,). BLOCK_N is a power of two >= SELECT_BLOCK. Arguments as
+    `forward_by_block` and `backward_dkv`; partial_dq: [B * tokens * Hkv * n, G, DK], contiguous.
+    """
+    item = tl.program_id(0)
+    if item < tl.load(item_start + num_blocks):
+        tokens = S
+        _, begin, end, batch, kv_head, q_start, S, k_start, T, first_key = work_item(
+            item, item_block, item_start, list_start, cu_q, cu_k, num_seqs, S, T,
+            blocks_per_head, KV_HEADS, SELECT_BLOCK, CHUNK, PACKED,
+        )  # fmt: skip
+        offset = tl.arange(0, BLOCK_N)
+        key = first_key + offset
+        there = (offset < SELECT_BLOCK) & (key < T)
+        k_head = k + batch * stride_kb + k_start * stride_kt + kv_head * stride_kh
+        v_head = v + batch * stride_vb + k_start * stride_vt + kv_head * stride_vh
+        k_rows = token_rows(k_head, first_key, stride_kt, BLOCK_N)
+        v_rows = token_rows(v_head, first_key, stride_vt, BLOCK_N)
+        k0, k1 = load_split(k_rows, there, DK, D0, D1, True)
+        v0, v1 = load_split(v_rows, there, DV, V0, V1, True)
+        q_head = q + batch * stride_qb + kv_head * G * stride_qh
+        g_head = grad_o + batch * stride_gb + kv_head * G * stride_gh
+        stat = batch * tokens * KV_HEADS * G + kv_head * G
+        scale_log2 = scale * LOG2E
+        past = (T - S - q_start).to(tl.int32)
+        rows = (end - begin).to(tl.int32) * G
+        for first_row in range(0, rows, BLOCK_M):
+            row = first_row + tl.arange(0, BLOCK_M)
+            valid = row < rows
+            query = tl.load(queries + begin + row // G, mask=valid, other=0)
+            entry = tl.load(order + begin + row // G, mask=valid, other=0)
+            token = query.to(tl.int64)
+            q_rows = q_head + token * stride_qt + (row % G) * stride_qh
+            g_rows = g_head + token * stride_gt + (row % G) * stride_gh
+            stats = stat + token * (KV_HEADS * G) + row % G
+            q0, q1 = load_split(q_rows, valid, DK, D0, D1, True)
+            g0, g1 = load_split(g_rows, valid, DV, V0, V1, True)
+            lse2 = load_base2_lse(lse + stats, valid)
+            row_delta = tl.load(delta + stats, mask=valid, other=0.0)
+            logits = dot_split(q0, q1, k0, k1, D1, UPCAST, PRECISION) * scale_log2
+            seen = there[None, :] & (key[None, :] <= (past + query)[:, None])
+            p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[:, None])
+            dp = dot_split(g0, g1, v0, v1, V1, UPCAST, PRECISION)
+            ds = (p * (dp - row_delta[:, None])).to(k0.dtype)
+            dq0 = dot(ds, k0, tl.zeros([BLOCK_M, D0], tl.float32), UPCAST, PRECISION)
+            dq1 = dq0
+            if D1 > 0:
+                dq1 = dot(ds, k1, tl.zeros([BLOCK_M, D1], tl.float32), UPCAST, PRECISION)
+            out = partial_dq + (entry * G + row % G) * DK
+            store_split(out, valid, dq0 * scale, dq1 * scale, DK, D0, D1)
+
+
+@triton.jit
+def sum_dq(
+    partial_dq, used, dq, tokens, first_token, S, KV_HEADS, num_rows,
+    G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    NUM_SELECTED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Adds up the partial dq of a query's blocks in float32, in the order of its slots.
+
+    Grid: (tiles of BLOCK_M rows,), a row being a (token, query head) pair.
+
+    Args:
+        partial_dq: [B, tokens, Hkv, NUM_SELECTED, G, DK]; used: int8 [B, tokens, Hkv,
+            NUM_SELECTED], 0 where the slot is empty and its partial dq was never written.
+        dq: [B, S, Hq, DK], written for tokens [first_token, first_token + tokens).
+            num_rows: B * tokens * Hq.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < num_rows
+    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else D0], tl.float32)
+    for slot in range(0, NUM_SELECTED):
+        entry = (row // G) * NUM_SELECTED + slot
+        there = valid & (tl.load(used + entry, mask=valid, other=0) != 0)
+        rows = partial_dq + (entry * G + row % G) * DK
+        part0, part1 = load_split(rows, there, DK, D0, D1, True)
+        dq0 += part0.to(tl.float32)
+        if D1 > 0:
+            dq1 += part1.to(tl.float32)
+    heads = KV_HEADS * G
+    token = row // heads
+    out = ((token // tokens) * S + first_token + token % tokens) * heads + row % heads
+    store_split(dq + out * DK, valid, dq0, dq1, DK, D0, D1)

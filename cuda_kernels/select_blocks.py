@@ -119,6 +119,33 @@ def _winners(keys, N: tl.constexpr):
 
 
 @triton.jit
+def keep_winners(
+    score_rows, id_rows, values, ids, live, own, N: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+):  # fmt: skip
+    """Keeps the N best of the live candidates: their scores and ids, by ascending id.
+
+    Args:
+        score_rows, id_rows: pointers [TOKENS, SLOTS], all of a row alike, to where rank 0 goes;
+            may be where values and ids were read from.
+        values: float32, ids: int32 (ascending along live slots), live: bool, all [TOKENS, SLOTS].
+        own: int32 [TOKENS], the queries' own blocks: with LOCAL and INITIAL, what is forced.
+
+    Returns:
+        int32 [TOKENS], how many were kept.
+    """
+    forced = (ids < INITIAL) | (ids > own[:, None] - LOCAL)
+    keys = tl.maximum(values, 0.0).to(tl.int32, bitcast=True)
+    keys = tl.where(live, tl.where(forced, _INFINITY_BITS, keys), -1)
+    taken, rank, kept = _winners(keys, N)
+    tl.debug_barrier()
+    tl.store(score_rows + rank, values, mask=taken)
+    tl.store(id_rows + rank, ids, mask=taken)
+    tl.debug_barrier()
+    return kept
+
+
+@triton.jit
 def _select_tile(
     q0, q1, lse2, limit, least, end, token, valid, own, k_head, stride_kt, scores, carried_ids,
     out, stride_out, scale_log2,
@@ -172,15 +199,8 @@ def _select_tile(
         ids = tl.where(old, old_ids, chunk + slot[None, :] - NP)
         live = (ids <= own[:, None]) & (old_live | (old == 0))
         live = live & (ids < chunk_end)
-        forced = (ids < INITIAL) | (ids > own[:, None] - LOCAL)
         values = tl.load(score_rows + slot[None, :], mask=live, other=0.0)
-        keys = tl.maximum(values, 0.0).to(tl.int32, bitcast=True)
-        keys = tl.where(live, tl.where(forced, _INFINITY_BITS, keys), -1)
-        taken, rank, kept = _winners(keys, N)
-        tl.debug_barrier()
-        tl.store(score_rows + rank, values, mask=taken)
-        tl.store(id_rows + rank, ids, mask=taken)
-        tl.debug_barrier()
+        kept = keep_winners(score_rows, id_rows, values, ids, live, own, N, INITIAL, LOCAL)
     ids = tl.load(id_rows + candidate[None, :], mask=candidate[None, :] < kept[:, None], other=-1)
     target = out + token.to(tl.int64)[:, None] * stride_out + candidate[None, :]
     tl.store(target, ids, mask=valid[:, None] & (candidate < N)[None, :])

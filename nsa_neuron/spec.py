@@ -258,7 +258,8 @@ class OpSpec:
     def _scalar(self, arg: ScalarArg, value: Any) -> Any:
         if value is None and arg.optional:
             return None
-        if isinstance(value, bool) or not isinstance(value, _KINDS[arg.kind]):
+        right_type = isinstance(value, _KINDS[arg.kind])
+        if isinstance(value, bool) or not right_type:
             found = f"{value!r} ({type(value).__name__})"
             raise InvalidType(self.name, arg.name, found, f"of type {arg.kind}")
         if arg.minimum is not None and value < arg.minimum:

@@ -60,7 +60,7 @@ class Segment:
     @property
     def tokens(self) -> int:
         """T of this sequence."""
-        return self.keys.stop - self.keys.start
+        return int(self.keys.stop - self.keys.start)
 
 
 def segments(

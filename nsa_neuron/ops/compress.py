@@ -101,7 +101,7 @@ def _phi(
     dim: int,
 ) -> Tensor:
     if method == "mean":
-        return flat.unflatten(-1, (-1, dim)).mean(-2)
+        return flat.view(*flat.shape[:-1], -1, dim).mean(-2)
     assert w1 is not None
     hidden = _project(flat, w1, b1)
     if method == "linear":

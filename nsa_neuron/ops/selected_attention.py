@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -213,16 +214,16 @@ def _row_tiles(
 def check_values(bound: Bound, values: Mapping[str, Any]) -> None:
     """Offsets, and block ids in [-1, Ns) without repetition."""
     common.check_offsets(bound, values)
-    ids = values["block_indices"]
+    # NumPy: its calls cost a fifth of torch's on the few ids of a decode step.
+    ids = np.sort(values["block_indices"].numpy(force=True), -1)
     limit = common.selection_blocks(bound["T"], bound["m"])
-    low, high = (int(x) for x in torch.aminmax(ids))
+    low, high = int(ids[..., 0].min()), int(ids[..., -1].max())
     if low < -1 or high >= limit:
         found = f"with ids from {low} to {high}"
         raise bound.spec.refuse("block_indices", found, f"in [-1, {limit})")
-    if ids.shape[-1] > 1:
-        ordered = ids.sort(-1).values
-        if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
-            raise bound.spec.refuse("block_indices", "repeating an id in a row", "distinct per row")
+    following = ids[..., 1:]
+    if ((following == ids[..., :-1]) & (following >= 0)).any():
+        raise bound.spec.refuse("block_indices", "repeating an id in a row", "distinct per row")
 
 
 def inputs(case: Case, gen: torch.Generator) -> dict[str, Any]:

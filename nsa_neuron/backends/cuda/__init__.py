@@ -30,10 +30,11 @@ MAX_HEAD_DIM = 256
 PLANS_OF_MODE = {"hw": "h200", "sim": "interpret"}
 DEVICE_OF_MODE = {"hw": "cuda", "sim": "cpu"}
 # The ops that have kernels, by stem; `nsa_attention` is made of them.
-FORWARD_ONLY = ("select_blocks",)
 STEMS = (
     "attention",
+    "compress",
     "compressed_attention",
+    "gated_sum",
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",

@@ -8,7 +8,8 @@ knows no concrete backend.
 from __future__ import annotations
 
 import os
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.library import Library, infer_schema
 from nsa_neuron.autograd import register_autograd
 from nsa_neuron.errors import ContractViolation
 from nsa_neuron.ops import OPS, get
-from nsa_neuron.registry import REGISTRY, Selection, Target, requested
+from nsa_neuron.registry import REGISTRY, Lowered, Target, requested
 from nsa_neuron.spec import Bound, OpSpec, TensorArg
 from nsa_neuron.vmap import register_vmap
 
@@ -26,6 +27,22 @@ LOWERED = "nsa_lowered"  # ops whose backend was chosen at compile time
 
 _library = Library(NAMESPACE, "DEF")
 _lowered = Library(LOWERED, "DEF")
+
+
+class Choice(NamedTuple):
+    """What a router remembers about calls of one key.
+
+    Attributes:
+        generation: the registry's when the choice was made.
+        bound: the sizes.
+        lowered: the chosen callable.
+        index_names: tensors whose contents are checked at each call.
+    """
+
+    generation: int
+    bound: Bound
+    lowered: Lowered
+    index_names: tuple[str, ...]
 
 
 class Router:
@@ -44,8 +61,8 @@ class Router:
         self._position = {name: i for i, name in enumerate(spec.names)}
         self._defaults = [spec.defaults.get(name) for name in spec.names]
         self._tensors = sum(isinstance(arg, TensorArg) for arg in spec.args)
-        self._index_names = [arg.name for arg in spec.tensors if arg.dtype == "i32"]
-        self._calls: dict[Any, tuple[int, Bound, Selection]] = {}
+        self._calls: dict[Any, Choice] = {}
+        self._checked: tuple[Bound | None, list[tuple[Any, int]]] = (None, [])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         values = [*args, *self._defaults[len(args) :]]
@@ -60,30 +77,49 @@ class Router:
                 key += (x.shape, x.dtype, x.device)
         frozen = tuple(key)
         known = self._calls.get(frozen)
-        by_name = dict(zip(self._names, values, strict=True))
-        if known is None or known[0] != REGISTRY.generation:
+        by_name = dict(zip(self._names, values, strict=False))
+        if known is None or known.generation != REGISTRY.generation:
             return self._first(frozen, by_name)
-        if self._index_names:
-            self._check_values(known[1], by_name)
-        return known[2].lowered(**by_name)
+        if known.index_names:
+            self._check_values(known.bound, known.index_names, by_name)
+        return known.lowered(**by_name)
 
     def _first(self, key: Any, values: dict[str, Any]) -> Any:
         """Binds, validates, chooses; checks what the backend returns, once per choice."""
         bound = self.spec.bind(values)
-        self._check_values(bound, values)
+        index_names = self._to_check(bound)
+        if index_names:
+            self._check_values(bound, index_names, values)
         selection = REGISTRY.select(bound, key[0])
         results = selection.lowered(**values)
         check_results(bound, results, selection.target)
-        self._calls[key] = (REGISTRY.generation, bound, selection)
+        self._calls[key] = Choice(REGISTRY.generation, bound, selection.lowered, index_names)
         return results
 
-    def _check_values(self, bound: Bound, values: dict[str, Any]) -> None:
-        """Refuses bad offsets and ids. On an accelerator that would wait for the device, so there
-        it happens only with NSA_CHECK_VALUES=1."""
-        if any(values[name] is not None for name in self._index_names) and (
-            bound.device.type == "cpu" or os.environ.get("NSA_CHECK_VALUES") == "1"
+    def _to_check(self, bound: Bound) -> tuple[str, ...]:
+        """The given index tensors whose contents are checked at each call. On an accelerator that
+        would wait for the device, so there it happens only with NSA_CHECK_VALUES=1."""
+        if bound.device.type != "cpu" and os.environ.get("NSA_CHECK_VALUES") != "1":
+            return ()
+        names = (arg.name for arg in self.spec.tensors if arg.dtype == "i32")
+        return tuple(name for name in names if name in bound.shapes)
+
+    def _check_values(self, bound: Bound, names: tuple[str, ...], values: dict[str, Any]) -> None:
+        """Refuses bad offsets and ids.
+
+        Contents checked in the last call are not read again while torch's version counter says that
+        they are the same, so that the layers of a packed model check their offsets once.
+        """
+        last, seen = self._checked
+        if bound is last and all(
+            ref() is values[name] and values[name]._version == version
+            for name, (ref, version) in zip(names, seen, strict=True)
         ):
-            self.spec.check_values(bound, values)
+            return
+        self.spec.check_values(bound, values)
+        tensors = [values[name] for name in names]
+        if not any(x.is_inference() for x in tensors):  # those count no versions
+            self._checked = (bound, [(weakref.ref(x), x._version) for x in tensors])
 
     def fake(self, *args: Any, **kwargs: Any) -> Any:
         """Empty results of the right sizes, dtypes and strides (always contiguous)."""
@@ -107,6 +143,9 @@ def check_results(bound: Bound, results: Any, target: Target) -> None:
         what = f"{len(given)} results, not {len(promised)}"
         raise ContractViolation(f"{target} returned {what} for {bound.spec.name}")
     for (name, shape, dtype), tensor in zip(promised, given, strict=True):
+        if not isinstance(tensor, Tensor):
+            what = f"a {type(tensor).__name__}, not a tensor"
+            raise ContractViolation(f"{target} returned {name} of {bound.spec.name} as {what}")
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
             what = f"{tensor.dtype}{list(tensor.shape)}, not {dtype}{list(shape)}"
             raise ContractViolation(f"{target} returned {name} of {bound.spec.name} as {what}")

@@ -2,6 +2,7 @@
 
 from ...control import dynamic_range, fori_loop, no_reorder, static_range, while_loop
 from ...dtypes import (
+    DType,
     bfloat16,
     bool_,
     float4_e2m1fn_x4,
@@ -23,7 +24,25 @@ from ...dtypes import (
 )
 from ...regions import MemoryRegion
 from ...tensor import NKIObject, NkiTensor
+from ..typing import tensor
+from .composites import (
+    broadcast_to,
+    ceil,
+    cos,
+    dropout,
+    expand_dims,
+    floor,
+    negative,
+    rand,
+    random_seed,
+    rms_norm,
+    softmax,
+    tan,
+    trunc,
+    where,
+)
 from .operators import TABLE as _TABLE
+from .reductions import all, max, mean, min, prod, sum, var
 from .tiles import (
     device_print,
     ds,
@@ -47,28 +66,19 @@ from .tiles import (
     zeros,
     zeros_like,
 )
+from .transfers import (
+    gather_flattened,
+    load,
+    load_transpose2d,
+    matmul,
+    shared_constant,
+    shared_identity_matrix,
+    store,
+    transpose,
+)
 
 affine_range = sequential_range = static_range
 bool = bool_
 range = range
+dtype = str
 globals().update(_TABLE)
-
-
-def load(src, dtype=None):
-    """An SBUF copy of an HBM tensor."""
-    from ..isa import dma_copy
-
-    tile = ndarray(src.shape, dtype or src.dtype, sbuf)
-    dma_copy(tile, src)
-    return tile
-
-
-def store(dst, value):
-    """Copy a tile to HBM."""
-    from ..isa import dma_copy, tensor_copy
-
-    if value.buffer is psum:
-        tile = ndarray(value.shape, value.dtype, sbuf)
-        tensor_copy(tile, value)
-        value = tile
-    dma_copy(dst, value)

@@ -1,0 +1,41 @@
+"""`nl.divide`, `nl.mod`, `nl.fmod`: in simulation only, with no hardware lowering."""
+
+from ...context import require_core
+from ...operands import Spec
+from ...semantics import alu
+from ...tensor import NkiTensor
+from ..binding import load, load_scalar, save
+from .operators import broadcast_pair, new_tile, promote, require_tile
+
+
+def _check(c):
+    c.buffers("dst", "sbuf", "psum")
+    c.same_partitions("dst", "data1", "data2")
+    return "vector"
+
+
+def _run(core, payload, writes, reads, params):
+    a, b = (load(x) if isinstance(x, NkiTensor) else load_scalar(x) for x in reads)
+    save(core, writes[0], alu.BINARY[params[0]](a, b))
+
+
+SIMULATED = Spec("simulated_arithmetic", ("dst",), ("data1", "data2"), _check, _run)
+
+
+def binary(name, x, y, dtype):
+    """x op y of an operator no engine has, with a warning in the run's record."""
+    core = require_core(f"nl.{name}")
+    tiles = [t for t in (x, y) if isinstance(t, NkiTensor)]
+    for tile in tiles or (x,):
+        require_tile(tile, name, "x" if tile is x else "y")
+    if len(tiles) == 2:
+        x, y, shape = broadcast_pair(x, y, name)
+        kind = promote(x.dtype, y.dtype)
+    else:
+        shape, kind = tiles[0].shape, tiles[0].dtype
+    out = new_tile(shape, dtype or kind)
+    text = f"nl.{name} runs in simulation only: no engine has the operation"
+    if text not in core.trace.warnings:
+        core.trace.warnings.append(text)
+    core.issue(SIMULATED, (out,), (x, y), (name,))
+    return out

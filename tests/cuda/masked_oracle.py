@@ -113,6 +113,17 @@ def check(
         close(got, expect, tolerance)
 
 
+def far_apart(x: Tensor, token_stride: int = 2**21) -> Tensor:
+    """A float16 [1, T, H, D] copy whose tokens lie `token_stride` elements apart, past 2^31 from T = 1025.
+
+    Its storage is zero pages that the system hands out when touched: a few MB are.
+    """
+    # NumPy, because torch.zeros writes its zeros.
+    storage = torch.from_numpy(np.zeros(x.shape[1] * token_stride, np.float16))
+    spread = storage.as_strided(x.shape, (0, token_stride, x.shape[3], 1))
+    return spread.copy_(x)
+
+
 def sequences(
     lengths_q: Sequence[int], lengths_k: Sequence[int]
 ) -> tuple[Tensor, Tensor, list[tuple[slice, slice]]]:

@@ -81,7 +81,10 @@ class CudaBackend:
         kernels = kernel_package(mode).load(stem)
         direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
         launch = functools.partial(getattr(launcher, direction), kernels, constants)
-        return _with_scale(launch) if "scale" in bound.scalars else launch
+        if bound.spec.name == "compress_backward":
+            return _with_empty_gradients(launch)
+        takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
+        return _with_scale(launch) if takes_scale else launch
 
 
 @functools.cache
@@ -99,6 +102,16 @@ def _with_scale(launch: Lowered) -> Lowered:
         if values["scale"] is None:
             values["scale"] = values["q"].shape[-1] ** -0.5
         return launch(**values)
+
+    return call
+
+
+def _with_empty_gradients(launch: Lowered) -> Lowered:
+    """Gradients of absent inputs, which the launcher leaves out, as the spec's empty tensors."""
+
+    def call(**values: Any) -> Any:
+        empty = values["x"].new_empty
+        return tuple(empty(0) if grad is None else grad for grad in launch(**values))
 
     return call
 

@@ -180,7 +180,7 @@ def _backward_dq_by_block(
     for first in range(0, tokens, step):
         ids = block_indices[:, first : first + step]
         lists = block_lists(ids, first, tokens, k.shape[1], select_block, constants["CHUNK"], *cu)
-        partial_dq = q.new_empty(ids.numel() * group, dk)
+        partial_dq = q.new_empty(ids.numel() * group, dk, dtype=torch.float32)
         kernels.backward_dq_by_block[(lists.items,)](
             q, k, v, grad_o, lse, delta, partial_dq, lists.queries, lists.order, lists.item_block,
             lists.item_start, lists.list_start, lists.blocks, cu_q, cu_k, num_seqs, tokens,

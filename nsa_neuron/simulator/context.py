@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Site = "tuple[CodeType, int]"
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_INTERNAL: dict[Any, bool] = {}
+_INTERNAL: dict[str, bool] = {}
 
 
 class _State(threading.local):
@@ -56,9 +56,10 @@ def call_site() -> tuple[CodeType, int] | None:
     internal = _INTERNAL
     while frame is not None:
         code = frame.f_code
-        known = internal.get(code)
+        name = code.co_filename
+        known = internal.get(name)
         if known is None:
-            known = internal[code] = code.co_filename.startswith(_PACKAGE)
+            known = internal[name] = name.startswith(_PACKAGE)
         if not known:
             return code, frame.f_lasti
         frame = frame.f_back  # type: ignore[assignment]

@@ -28,6 +28,7 @@ class Instruction:
         site: code object and instruction offset of the kernel line.
         after: explicit producers (`depends_on`, schedules).
         extra: what only the run knows (DMA rows moved, loop iteration, partner core), or None.
+        plan: the checked signature, one object for all instructions that look the same.
     """
 
     __slots__ = (
@@ -38,6 +39,7 @@ class Instruction:
         "name",
         "opcode",
         "params",
+        "plan",
         "reads",
         "site",
         "writes",
@@ -54,6 +56,7 @@ class Instruction:
         name: str | None,
         site: tuple[CodeType, int] | None,
         extra: Any,
+        plan: Any = None,
     ) -> None:
         self.index = index
         self.opcode = opcode
@@ -65,6 +68,7 @@ class Instruction:
         self.site = site
         self.after: tuple[Instruction, ...] = ()
         self.extra = extra
+        self.plan = plan
 
     def depends_on(self, *producers: Instruction) -> Instruction:
         """Add ordering edges from `producers` to this instruction."""

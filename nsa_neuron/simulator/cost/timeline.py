@@ -134,9 +134,8 @@ class Timeline:
         if not len(index):
             return 0.0
         since, until = self.begin[index], np.maximum.accumulate(self.end[index])
-        return float(
-            np.sum(np.maximum(until[1:] - np.maximum(since[1:], until[:-1]), 0.0))
-        ) + float(until[0] - since[0])
+        later = np.maximum(until[1:] - np.maximum(since[1:], until[:-1]), 0.0)
+        return float(until[0] - since[0] + later.sum())
 
     def stalls(self, lane: str, core: int = 0) -> dict[Cause, float]:
         """Ns a lane stood still, by cause, largest first."""

@@ -1,0 +1,274 @@
+"""Every constant of the cycle model: unit, source, and low, central and high value.
+
+Two sets. `documented` holds what AWS publishes, for any generation where it says nothing of
+Trainium2. `measured-3p`, the default, replaces it where third parties published traces of Trainium2
+hardware, or where a published duration fixes a constant. Low is always the end that makes kernels
+faster. Nothing was measured by this project.
+
+Sources: "fact sheet n" is a section of docs/simulator-internals.md's fact sheet; SDK226 is the last
+AWS documentation with costs per instruction (2.26); "traces" are the profiles in the public
+repositories chenhzhu/ and chengli2003/asst4-trainium2 (trn2.3xlarge, compiler 2.21);
+"kernel-optimization" is AWS's tutorial of that name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+LEVELS = ("low", "central", "high")
+SETS = ("measured-3p", "documented")
+DEFAULT_SET = "measured-3p"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One published or inferred number.
+
+    Attributes:
+        unit: unit of the values.
+        source: where they come from.
+        values: low, central, high.
+        documented: the same in the set "documented", where it differs.
+        calibrated: the figure of `nsa profile --validate` that fixed it, or "".
+        guess: True where no source gives a number.
+    """
+
+    unit: str
+    source: str
+    values: tuple[float, float, float]
+    documented: tuple[float, float, float] | None = None
+    calibrated: str = ""
+    guess: bool = False
+
+    def at(self, set: str, level: str) -> float:
+        """The value in a set at a level."""
+        values = self.documented if set == "documented" and self.documented else self.values
+        return values[LEVELS.index(level)]
+
+
+def _same(value: float) -> tuple[float, float, float]:
+    return (value, value, value)
+
+
+def _constant(
+    unit: str,
+    source: str,
+    low: float,
+    central: float | None = None,
+    high: float | None = None,
+    documented: tuple[float, float, float] | float | None = None,
+    calibrated: str = "",
+    guess: bool = False,
+) -> Any:
+    central = low if central is None else central
+    values = (low, central, central if high is None else high)
+    if isinstance(documented, int | float):
+        documented = _same(documented)
+    constant = Constant(unit, source, values, documented, calibrated, guess)
+    return field(default=values[1], metadata={"constant": constant})
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """One value per constant; `load` makes them, `dataclasses.replace` changes them.
+
+    Cycles are cycles of the engine in the constant's name.
+    """
+
+    set: str = DEFAULT_SET
+    level: str = "central"
+
+    # Clocks
+    pe_clock: float = _constant("GHz", "SDK trainium2_arch.rst", 2.4)
+    vector_clock: float = _constant("GHz", "SDK trainium2_arch.rst", 0.96)
+    scalar_clock: float = _constant("GHz", "SDK trainium2_arch.rst", 1.2)
+    gpsimd_clock: float = _constant("GHz", "SDK trainium2_arch.rst", 1.2)
+
+    # Tensor Engine
+    pe_overhead: float = _constant(
+        "cycles per multiply", "traces: fp16 N=444, 420, 128", 4, 6, 8, documented=0
+    )
+    pe_minimum: float = _constant("cycles", "SDK226 nc_matmul; untested on Trn2", 32, 64, 64)
+    pe_latency: float = _constant(
+        "cycles from the end of the work to its result", "traces: 165 ns", 380, 396, 420
+    )
+    pe_fp32_passes: float = _constant(
+        "multiplies per fp32 nc_matmul", "traces; kernel-optimization", 2, documented=1
+    )
+    pe_fp32_rows: float = _constant(
+        "cycles per row and multiply, fp32", "traces: N=420 352.5 ns", 2, documented=4
+    )
+    pe_load_rate: float = _constant(
+        "cycles per stationary column",
+        "SDK nki_perf_guide: up to 4x faster than a multiply; traces: at most 1",
+        0.25,
+        0.5,
+        1.0,
+    )
+    pe_warm_up: float = _constant(
+        "ns at half rate after PE becomes busy", "traces: 3.0 to 6.2 us", 3000, 4600, 6200,
+        documented=0,
+    )  # fmt: skip
+    pe_cool_down: float = _constant(
+        "ns of idleness that end full rate", "traces: one whole window of 3413.3 ns",
+        6827, 5120, 3413, documented=1e12,
+    )  # fmt: skip
+
+    # Vector, Scalar, GpSimd Engines
+    minimum_interval: float = _constant("cycles", "SDK226 MIN_II", 64)
+    vector_overhead: float = _constant(
+        "cycles per instruction", "traces: II N + 56..72", 50, 60, 72, documented=0
+    )
+    vector_latency: float = _constant(
+        "cycles from issue to result, beyond the work", "traces: N + 135..152", 135, 152, 160,
+        documented=100,
+    )  # fmt: skip
+    vector_two_tensors: float = _constant(
+        "cycles per element, two SBUF inputs not all bf16", "traces: N + 65", 1, documented=2
+    )
+    vector_mode4: float = _constant(
+        "cycles per element, 16-bit SBUF copies and scalars, contiguous",
+        "SDK trainium2_arch.rst 4x mode; unmeasured", 0.25, 0.25, 1.0,
+    )  # fmt: skip
+    vector_mode2: float = _constant(
+        "cycles per element, 16-bit two-tensor, or one side in PSUM or strided",
+        "SDK trainium2_arch.rst 2x mode; unmeasured", 0.5, 0.5, 1.0,
+    )  # fmt: skip
+    vector_scan: float = _constant("cycles per element", "SDK226 tensor_tensor_scan", 1, 2, 2)
+    vector_reciprocal: float = _constant("cycles per element", "SDK226 reciprocal", 1, 8, 8)
+    vector_bn_aggr: float = _constant("cycles per element", "SDK226 bn_aggr, 13N/3", 13 / 3)
+    vector_predicated: float = _constant(
+        "cycles per element, both inputs in SBUF", "SDK226; gen2", 1, 2, 2
+    )
+    scalar_overhead: float = _constant(
+        "cycles per instruction", "traces: II N + 60", 50, 60, 72, documented=0
+    )
+    scalar_latency: float = _constant(
+        "cycles from issue to result, beyond the work", "traces: N + 190", 185, 190, 200,
+        documented=200,
+    )  # fmt: skip
+    scalar_table_load: float = _constant("cycles", "traces: 1283.3 ns, 17 of 17", 1540)
+    accumulator_read: float = _constant("cycles", "SDK226 activation, reduce_res", 64)
+    stride_penalty: float = _constant(
+        "factor on work where the innermost step exceeds 16 bytes",
+        "SDK226 (half bandwidth); traces 1.3 to 4", 1.3, 2, 4,
+    )  # fmt: skip
+    stride_limit: float = _constant("bytes", "SDK trainium_inferentia2_arch.rst", 16)
+    dynamic_minimum: float = _constant(
+        "cycles of an instruction with a run-time address", "SDK226 tensor_copy_dynamic", 64, 600,
+        600,
+    )  # fmt: skip
+    gpsimd_fixed: float = _constant("cycles per instruction", "SDK226 iota", 150)
+    gpsimd_affine: float = _constant("cycles per element", "SDK226 iota, affine_select", 1)
+    gpsimd_other: float = _constant(
+        "cycles per element of unpublished instructions", "none", 1, 2, 4, guess=True
+    )
+    gpsimd_rsqrt: float = _constant("cycles per element", "SDK: a quarter of ScalarE", 4)
+    gpsimd_across: float = _constant(
+        "cycles per element, reductions and gathers across partitions", "none", 2, 8, 32,
+        guess=True,
+    )  # fmt: skip
+    register_access: float = _constant(
+        "ns of a register load, store or loop branch", "none", 100, 500, 2000, guess=True
+    )
+    psum_bank_share: float = _constant(
+        "share of an overlap on one bank that serialises", "none; fact sheet 6.2", 0, 1, 1,
+        guess=True,
+    )  # fmt: skip
+
+    # Synchronisation
+    semaphore: float = _constant(
+        "ns from one compute engine's result to another's start",
+        "traces: transpose, TensorE end to ScalarE start 36.7 ns", 30, 37, 100, documented=100,
+        calibrated="transpose-semaphore",
+    )  # fmt: skip
+    dma_semaphore: float = _constant(
+        "ns from the last packet to a waiting engine", "traces: tail 250 + 94", 300, 344, 400,
+        documented=344,
+    )  # fmt: skip
+    core_meeting: float = _constant("ns", "none: core_barrier, sendrecv", 500, 2000, 4000, guess=True)
+
+    # DMA
+    dma_start: float = _constant(
+        "ns from trigger to first byte", "SDK nki-dma-overview; traces: 835, 819", 736, 820, 1011,
+        documented=(1000, 1300, 1300),
+    )  # fmt: skip
+    dma_start_hwdge: float = _constant(
+        "ns from trigger to first byte, descriptors made by hardware",
+        "SDK nki-dma-bandwidth-guide: 600 ns more per instruction", 736, 1000, 1435,
+    )  # fmt: skip
+    dma_trigger: float = _constant("ns of the triggering engine", "traces: 60 to 90", 60, 75, 90)
+    dma_trigger_swdge: float = _constant(
+        "ns of GpSimd per transfer whose descriptors it makes", "none", 100, 300, 1000, guess=True
+    )
+    dma_descriptor_swdge: float = _constant(
+        "ns of GpSimd per descriptor it makes", "none", 0, 5, 20, guess=True
+    )
+    dma_descriptor: float = _constant(
+        "ns per descriptor and DMA engine", "fit of packet time, fact sheet 6.5", 4, 8.8, 10,
+        documented=(0, 0, 0), calibrated="matmul v2 and v3 packet time",
+    )  # fmt: skip
+    dma_rate: float = _constant(
+        "bytes per ns and DMA engine", "fit of packet time; traces: 27.0 at most", 26.98, 24.4, 23,
+        documented=(27.2, 23, 23), calibrated="matmul v2 and v3 packet time",
+    )  # fmt: skip
+    dma_transfer: float = _constant(
+        "ns per transfer and DMA engine, between its packets and the next transfer's",
+        "kernel-optimization v3: DMA active less packet time, 28.12 ms - 25.13 ms", 41, 85, 112,
+        documented=(0, 0, 0), calibrated="matmul v3 DMA active",
+    )  # fmt: skip
+    dma_warm_up: float = _constant(
+        "ns before the first bytes of a kernel", "traces: 0 to 900", 0, 450, 900, documented=0
+    )
+    dma_packet: float = _constant("bytes in one descriptor at most", "SDK runtime guide", 65_536)
+    dma_transpose: float = _constant(
+        "share of copy rate, HBM to SBUF, friendly shape", "SDK: up to 90 %", 0.9, 0.9, 0.5
+    )
+    dma_transpose_sbuf: float = _constant(
+        "share of copy rate, SBUF to SBUF, friendly shape", "SDK: up to 50 %", 0.5, 0.5, 0.25
+    )
+    dma_transpose_other: float = _constant(
+        "share of copy rate, other shapes", "none", 0.5, 0.25, 0.05, guess=True
+    )
+    hbm_stack: float = _constant(
+        "bytes per ns of one HBM stack, which two cores share",
+        "SDK chip page 2.9 TB/s / 4; profiler 716", 750, 725, 716,
+    )  # fmt: skip
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Value, unit, band and source of every constant in use."""
+        return {
+            name: {
+                "value": getattr(self, name),
+                "unit": c.unit,
+                "low, central, high": [c.at(self.set, level) for level in LEVELS],
+                "source": c.source,
+                "calibrated on": c.calibrated,
+                "guess": c.guess,
+            }
+            for name, c in CONSTANTS.items()
+        }
+
+
+CONSTANTS: dict[str, Constant] = {
+    f.name: f.metadata["constant"] for f in fields(Parameters) if "constant" in f.metadata
+}
+
+
+def load(set: str = DEFAULT_SET, level: str = "central") -> Parameters:
+    """The constants of a set at one end of their band.
+
+    Args:
+        set: "measured-3p" or "documented".
+        level: "low" (fastest), "central" or "high".
+
+    Raises:
+        ValueError: naming what is known.
+    """
+    if set not in SETS:
+        raise ValueError(f"no parameter set is named {set!r}; there are {', '.join(SETS)}")
+    if level not in LEVELS:
+        raise ValueError(f"no level is named {level!r}; there are {', '.join(LEVELS)}")
+    values = {name: c.at(set, level) for name, c in CONSTANTS.items()}
+    return Parameters(set=set, level=level, **values)

@@ -284,6 +284,7 @@ class NeuronCore:
             name,
             call_site(),
             extra,
+            plan,
         )
         trace.append(instruction)
         return instruction

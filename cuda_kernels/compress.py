@@ -130,8 +130,8 @@ def mean_backward(
 
 @triton.jit
 def linear_forward(
-    x, w, bias, y, starts, total, NC, HKV, N, stride_xb, stride_xt, stride_xh, stride_wh, stride_bh,
-    D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    x, w, bias, y, starts, total, NC, HKV, stride_xb, stride_xt, stride_xh, stride_wh, stride_bh,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, GELU: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -159,10 +159,8 @@ def linear_forward(
         token = step // STEPS
         column = (step % STEPS) * BLOCK_K
         inside = inner < D - column
-        x_tile = tl.load(
-            x_rows + (token * stride_xt + column),
-            mask=valid[:, None] & inside[None, :], other=0.0,
-        )  # fmt: skip
+        x_mask = valid[:, None] & inside[None, :] if D % BLOCK_K else valid[:, None]
+        x_tile = tl.load(x_rows + (token * stride_xt + column), mask=x_mask, other=0.0)
         w_tile = tl.load(
             w_rows + tl.cast(token * D + column, tl.int64) * N,
             mask=inside[:, None] & (out < N)[None, :], other=0.0,
@@ -182,8 +180,8 @@ def linear_forward(
 
 @triton.jit
 def linear_backward_x(
-    grad_y, w, hidden, dx, cu_k, cu_cmp, num_seqs, T, NC, HKV, N, stride_wh,
-    D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    grad_y, w, hidden, dx, cu_k, cu_cmp, num_seqs, T, NC, HKV, stride_wh,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     GELU: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -235,9 +233,9 @@ def linear_backward_x(
 
 @triton.jit
 def linear_backward_w(
-    x, pe, grad_y, y_sum, dw, starts, total, B, NC, HKV, HEADS, N,
+    x, pe, grad_y, y_sum, dw, starts, total, B, NC, HKV, HEADS,
     stride_xb, stride_xt, stride_xh, stride_ph,
-    D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     HAS_PE: tl.constexpr, GELU: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -291,7 +289,8 @@ def linear_backward_w(
 
 @triton.jit
 def column_sum(
-    grad_y, partial, total, B, NC, HKV, N, SPLITS: tl.constexpr, PACKED: tl.constexpr,
+    grad_y, partial, total, B, NC, HKV,
+    N: tl.constexpr, SPLITS: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of grad_y [B, Nc, Hkv, N] over batch and blocks: float32 [SPLITS, Hkv, N].
@@ -322,7 +321,7 @@ def column_sum(
 
 @triton.jit
 def encoding_gradient(
-    w, y_sum, d_pe, HEADS, N, stride_wh, ROWS: tl.constexpr,
+    w, y_sum, d_pe, HEADS, stride_wh, N: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`d_pe[row] = sum over the HEADS heads that share pe, and n, of w[row, n] * y_sum[n]`.

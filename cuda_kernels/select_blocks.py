@@ -174,7 +174,8 @@ def _select_tile(
     id_rows = carried_ids + row[:, None] * NP
     carry = tl.zeros([TOKENS], tl.float32)
     kept = tl.zeros([TOKENS], tl.int32)
-    for chunk in range(0, last_own + 1, CHUNK):
+    # What the key tiles need would be hoisted over this loop and spilled there.
+    for chunk in tl.range(0, last_own + 1, CHUNK, disable_licm=True):
         chunk_end = tl.minimum(chunk + CHUNK, last_own + 1)
         full = tl.minimum(least // R, chunk_end)
         full = chunk + tl.maximum(full - chunk, 0) // BLOCKS * BLOCKS

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsa_neuron.backends.cuda.launch.common import head_dim_constants, query_tile_constants
+from nsa_neuron.backends.cuda.launch.select_blocks import tile_constants as select_tiles
 
 INTEGERS = frozenset(
     {"num_seqs", "S", "T", "HQ", "KV_HEADS", "rows", "heads", "tokens", "num_rows", "num_blocks"}
@@ -107,7 +108,7 @@ _SELECTED_TYPES = {
     **dict.fromkeys(("block_indices", "entries", "counts", "queries"), "*i32"),
     **dict.fromkeys(("item_block", "item_start", "slot_start"), "*i32"),
     **dict.fromkeys(("order", "list_start"), "*i64"),
-    **dict.fromkeys(("partial_lse", "workspace"), "*fp32"),
+    **dict.fromkeys(("partial_lse", "partial_dq", "workspace"), "*fp32"),
     "used": "*i8",
 }
 
@@ -158,6 +159,84 @@ def _selected(kernel: str, derive: Derive, **options: Any) -> KernelEntry:
     return KernelEntry(op, kernel, op, derive, _SELECTED_TYPES, **options)
 
 
+# Compression and the shapes that follow from it: l = 32, d = 16, 64K tokens.
+_COMPRESSION = {"BLOCK": 32, "STRIDE": 16}
+_SELECTABLE = 1024
+_FORCED = {"INITIAL": 1, "LOCAL": 2}
+_COMPRESSED_TYPES = {"NC": "i32", "elements": "i32", "partial": "*fp32"}
+_SELECT_TYPES = {
+    **dict.fromkeys(("HKV_B", "tiles"), "i32"),
+    **dict.fromkeys(("block_indices", "carried_ids"), "*i32"),
+    "scores": "*fp32",
+}
+_COMPRESS_TYPES = {
+    **dict.fromkeys(("B", "NC", "HKV", "HEADS", "elements"), "i32"),
+    **dict.fromkeys(("starts", "total"), "*i32"),
+    **dict.fromkeys(("hidden", "partial", "y_sum"), "*fp32"),
+}
+_DECODE_TYPES = {
+    **dict.fromkeys(("HKV", "MAX_TILES", "cmp_pages", "win_pages", "slc_pages"), "i32"),
+    **dict.fromkeys(("cmp_table", "win_table", "slc_table", "seqlens", "ids", "counters"), "*i32"),
+    **dict.fromkeys(("partial_o", "partial_ml", "importance", "over", "tile_maximum"), "*fp32"),
+    "id_scores": "*fp32",
+}
+
+
+def _compressed(shape: Shape) -> Mapping[str, Any]:
+    return {"G": shape.group, "PACKED": False, **_COMPRESSION, **_dims(shape)}
+
+
+def _select(shape: Shape) -> Mapping[str, Any]:
+    ratio = _SELECT_BLOCK // _COMPRESSION["STRIDE"]
+    tiles = select_tiles(shape.planned, shape.group, ratio, _NUM_SELECTED, _SELECTABLE)
+    fixed = {"PACKED": False, "SELECT": _SELECT_BLOCK, "N": _NUM_SELECTED}
+    return {**_compressed(shape), **fixed, **_FORCED, **tiles}
+
+
+def _compress(shape: Shape) -> Mapping[str, Any]:
+    flags = {"PACKED": False, "HAS_PE": True, "HAS_BIAS": True, "GELU": False}
+    width = 1 << (shape.dk - 1).bit_length()
+    rows = _COMPRESSION["BLOCK"] * shape.dk
+    return {"N": shape.dk, "D": shape.dk, "WIDTH": width, "ROWS": rows, **flags, **_COMPRESSION}
+
+
+def _gated(shape: Shape) -> Mapping[str, Any]:
+    return {"DV": shape.dv, "WIDTH": 1 << (shape.dv - 1).bit_length()}
+
+
+def _decode(shape: Shape) -> Mapping[str, Any]:
+    ratio = _SELECT_BLOCK // _COMPRESSION["STRIDE"]
+    group = 1 << (shape.group - 1).bit_length()
+    splits = {"CMP_SPLITS": 4, "WIN_SPLITS": 4, "SLC_SPLITS": _NUM_SELECTED}
+    return {
+        **_COMPRESSION, **_dims(shape), **_FORCED, **splits, "PLACES": sum(splits.values()),
+        "G": shape.group, "GP": max(16, group), "HEADS": min(16, group), "SELECT": _SELECT_BLOCK,
+        "N": _NUM_SELECTED, "NP": _NUM_SELECTED, "WINDOW": 512, "CMP_PAGE": 128, "WIN_PAGE": 128,
+        "SLC_PAGE": 128, "RATIO": ratio, "BLOCKS": shape.planned.get("KEYS", ratio) // ratio,
+        "BLOCK_N": _SELECT_BLOCK, **shape.planned,
+    }  # fmt: skip
+
+
+def _compressed_entries() -> tuple[KernelEntry, ...]:
+    op = "compressed_attention"
+    matmuls = ("forward", "backward_dq", "backward_dkv")
+    split = lambda shape: {"SPLITS": 4}  # noqa: E731
+    return (
+        *(KernelEntry(op, kernel, op, _compressed, _COMPRESSED_TYPES) for kernel in matmuls),
+        _delta_entry(op),
+        KernelEntry(op, "reduce_splits", op, split, _COMPRESSED_TYPES, wants_wgmma=False),
+    )
+
+
+def _compress_entries() -> tuple[KernelEntry, ...]:
+    matmuls = ("linear_forward", "linear_backward_x", "linear_backward_w")
+    others = ("mean_forward", "mean_backward", "column_sum", "encoding_gradient")
+    return tuple(
+        KernelEntry("compress", k, "compress", _compress, _COMPRESS_TYPES, wants_wgmma=k in matmuls)
+        for k in (*matmuls, *others)
+    )
+
+
 KERNELS: tuple[KernelEntry, ...] = (
     *_flash("attention", 0),
     *_flash("sliding_window_attention", 512),
@@ -171,4 +250,15 @@ KERNELS: tuple[KernelEntry, ...] = (
     _selected("backward_dkv", _by_block),
     _selected("reduce_dkv", _reduce, wants_wgmma=False),
     _delta_entry("selected_attention"),
+    *_compressed_entries(),
+    KernelEntry("select_blocks", "forward", "select_blocks", _select, _SELECT_TYPES),
+    *_compress_entries(),
+    *(
+        KernelEntry("gated_sum", kernel, "gated_sum", _gated, wants_wgmma=False)
+        for kernel in ("forward", "backward")
+    ),
+    *(
+        KernelEntry("decode", kernel, "decode", _decode, _DECODE_TYPES, wants_wgmma=False)
+        for kernel in ("score", "attend")
+    ),
 )

@@ -231,8 +231,8 @@ def _linear(
     kernels.linear_forward[_tiles(blocks.count, constants["BLOCK_I"]), heads * batch,
                            _tiles(width, constants["BLOCK_N"])](
         x, w.contiguous(), w if bias is None else bias.contiguous(), y, blocks.starts,
-        blocks.total, blocks.count, heads, width, *x.stride()[:3], _head_stride(w, 3),
-        0 if bias is None else _head_stride(bias, 2), D=dim, BLOCK=blocks.block,
+        blocks.total, blocks.count, heads, *x.stride()[:3], _head_stride(w, 3),
+        0 if bias is None else _head_stride(bias, 2), N=width, D=dim, BLOCK=blocks.block,
         STRIDE=blocks.stride, HAS_BIAS=bias is not None, GELU=gelu, PACKED=blocks.num_seqs > 0,
         **constants,
     )  # fmt: skip
@@ -262,7 +262,7 @@ def _input_gradient(
     columns = blocks.stride * _tiles(dim, constants["BLOCK_D"])
     kernels.linear_backward_x[(tiles, columns, heads * batch)](
         grad_y, w.contiguous(), grad_y if hidden is None else hidden, dx, blocks.cu_k,
-        blocks.cu_cmp, num_seqs, tokens, blocks.count, heads, width, _head_stride(w, 3), D=dim,
+        blocks.cu_cmp, num_seqs, tokens, blocks.count, heads, _head_stride(w, 3), N=width, D=dim,
         BLOCK=blocks.block, STRIDE=blocks.stride, GELU=hidden is not None, PACKED=num_seqs > 0,
         **constants,
     )  # fmt: skip
@@ -291,8 +291,8 @@ def _weight_gradient(
     rows = blocks.block * _tiles(dim, constants["BLOCK_D"])
     kernels.linear_backward_w[rows, _tiles(width, constants["BLOCK_N"]), heads // shared_by](
         x, x if pe is None else pe.contiguous(), grad_y, grad_y if sums is None else sums, dw,
-        blocks.starts, blocks.total, batch, blocks.count, heads, shared_by, width,
-        *x.stride()[:3], pe_stride, D=dim, BLOCK=blocks.block, STRIDE=blocks.stride,
+        blocks.starts, blocks.total, batch, blocks.count, heads, shared_by,
+        *x.stride()[:3], pe_stride, N=width, D=dim, BLOCK=blocks.block, STRIDE=blocks.stride,
         HAS_PE=pe is not None, GELU=gelu, PACKED=blocks.num_seqs > 0, **constants,
     )  # fmt: skip
     return dw
@@ -305,7 +305,7 @@ def _column_sum(kernels: Any, plan: Plan, grad_y: Tensor, blocks: _Blocks) -> Te
     splits = constants["SPLITS"]
     partial = torch.empty(splits, heads, width, dtype=torch.float32, device=grad_y.device)
     kernels.column_sum[(splits, heads, _tiles(width, constants["BLOCK_N"]))](
-        grad_y, partial, blocks.total, batch, blocks.count, heads, width,
+        grad_y, partial, blocks.total, batch, blocks.count, heads, N=width,
         PACKED=blocks.num_seqs > 0, **constants,
     )  # fmt: skip
     total = torch.empty(heads, width, dtype=torch.float32, device=grad_y.device)
@@ -323,7 +323,7 @@ def _encoding_gradient(kernels: Any, plan: Plan, w: Tensor, sums: Tensor, pe: Te
     d_pe = torch.empty(pe.shape, dtype=pe.dtype, device=pe.device)
     constants = dict(plan["encoding_gradient"])
     kernels.encoding_gradient[_tiles(w.shape[-2], constants["BLOCK_R"]), heads // shared_by](
-        w.contiguous(), sums, d_pe, shared_by, width, _head_stride(w, 3), ROWS=w.shape[-2],
+        w.contiguous(), sums, d_pe, shared_by, _head_stride(w, 3), N=width, ROWS=w.shape[-2],
         **constants,
     )  # fmt: skip
     return d_pe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from nsa_neuron.backends.cuda.launch.common import (
     strides,
 )
 from nsa_neuron.backends.cuda.launch.compressed_attention import packed_offsets
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_LAUNCH_CONSTANTS = ("COLUMNS", "KEYS", "SCORES", "PROGRAMS")
 
 
 def forward(
@@ -48,24 +53,19 @@ def forward(
     Returns:
         Block ids int32 [B, S, Hkv, n], ascending, -1 padded, local to the sequence.
     """
-    constants = dict(plan["forward"])
-    columns, keys = constants.pop("COLUMNS"), constants.pop("KEYS")
-    capacity, programs = constants.pop("SCORES"), constants.pop("PROGRAMS")
     q, k_cmp, lse = addressable(q), addressable(k_cmp), lse.contiguous()
     batch, tokens, heads, dk = q.shape
     kv_heads = k_cmp.shape[2]
     group = heads // kv_heads
-    padded_group = _next_power_of_two(group)
-    per_tile = max(1, columns // padded_group)
-    ratio = _next_power_of_two(select_block // stride)
-    blocks = max(1, keys // ratio)
-    kept = max(_next_power_of_two(num_selected), blocks)
-    slots = _next_power_of_two(-(-kv_len // select_block) + kept)
-    slots = max(min(slots, capacity // per_tile), 2 * kept)
+    selectable = -(-kv_len // select_block)
+    constants = tile_constants(
+        plan["forward"], group, select_block // stride, num_selected, selectable
+    )
+    per_tile, kept, slots = constants["TOKENS"], constants["NP"], constants["SLOTS"]
 
     cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(cu_seqlens_q, cu_seqlens_k, block, stride, lse)
     tiles = count_tiles(tokens, 1, per_tile, num_seqs)
-    programs = min(programs, tiles * kv_heads * batch)
+    programs = min(plan["forward"]["PROGRAMS"], tiles * kv_heads * batch)
     indices = q.new_empty(batch, tokens, kv_heads, num_selected, dtype=torch.int32)
     scores = q.new_empty(programs, per_tile, slots, dtype=torch.float32)
     carried_ids = q.new_empty(programs, per_tile, kept, dtype=torch.int32)
@@ -73,11 +73,31 @@ def forward(
     kernels.forward[(programs,)](
         q, k_cmp, lse, indices, scores, carried_ids, cu_q, cu_k, cu_cmp, num_seqs,
         tokens, kv_len, heads, kv_heads * batch, tiles, scale, *strides(q, k_cmp),
-        G=group, GP=padded_group, DK=dk, D0=d0, D1=d1, BLOCK=block, STRIDE=stride,
-        SELECT=select_block, N=num_selected, NP=kept, INITIAL=num_initial, LOCAL=num_local,
-        PACKED=num_seqs > 0, TOKENS=per_tile, BLOCKS=blocks, RATIO=ratio, SLOTS=slots, **constants,
+        DK=dk, D0=d0, D1=d1, BLOCK=block, STRIDE=stride, SELECT=select_block, N=num_selected,
+        INITIAL=num_initial, LOCAL=num_local, PACKED=num_seqs > 0, **constants,
     )  # fmt: skip
     return indices
+
+
+def tile_constants(
+    planned: Mapping[str, Any], group: int, ratio: int, num_selected: int, selectable: int
+) -> dict[str, Any]:
+    """The kernel's tile sizes, from the plan's COLUMNS, KEYS and SCORES.
+
+    Args:
+        group: query heads per kv head. ratio: strides per selection block.
+        selectable: selection blocks of the longest sequence.
+    """
+    passed = {k: v for k, v in planned.items() if k not in _LAUNCH_CONSTANTS}
+    padded_group, padded_ratio = _next_power_of_two(group), _next_power_of_two(ratio)
+    tokens = max(1, planned["COLUMNS"] // padded_group)
+    blocks = max(1, planned["KEYS"] // padded_ratio)
+    kept = max(_next_power_of_two(num_selected), blocks)
+    slots = min(_next_power_of_two(selectable + kept), planned["SCORES"] // tokens)
+    return {
+        "G": group, "GP": padded_group, "TOKENS": tokens, "BLOCKS": blocks, "RATIO": padded_ratio,
+        "NP": kept, "SLOTS": max(slots, 2 * kept), **passed,
+    }  # fmt: skip
 
 
 def _next_power_of_two(value: int) -> int:

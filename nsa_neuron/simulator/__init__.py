@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .launch import Kernel, Simulated, simulate
     from .machine import TRN2, Machine
+    from .ranks import PerRank
     from .record import Instruction, Run
 
 _HOMES = {
@@ -51,6 +52,7 @@ _HOMES = {
     ),
     "launch": ("Kernel", "Simulated", "simulate"),
     "machine": ("TRN2", "Machine"),
+    "ranks": ("PerRank",),
     "record": ("Instruction", "Run"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -67,6 +69,7 @@ __all__ = [
     "Machine",
     "Options",
     "OutOfBoundsError",
+    "PerRank",
     "RaceError",
     "Run",
     "ShapeDtype",

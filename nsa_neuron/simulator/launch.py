@@ -14,6 +14,7 @@ from .arguments import Arguments, to_results
 from .context import current_core, locate, violate, violation
 from .core import NeuronCore, Options
 from .lnc import Launch
+from .ranks import World, of_rank
 from .record import Run
 
 if TYPE_CHECKING:
@@ -106,56 +107,93 @@ class Simulated:
     Attributes:
         kernel: what is run.
         options: how.
-        run: record of the latest call, or None; set also when the call raised.
+        ranks: number of ranks that run it together, for collectives.
+        runs: records of the latest call, one per rank; set also when the call raised.
     """
 
-    def __init__(self, kernel: Kernel, options: Options) -> None:
+    def __init__(self, kernel: Kernel, options: Options, ranks: int = 1) -> None:
         self.kernel = kernel
         self.options = options
-        self.run: Run | None = None
+        self.ranks = ranks
+        self.runs: list[Run] = []
         functools.update_wrapper(self, kernel.fn)
+
+    @property
+    def run(self) -> Run | None:
+        """Record of the latest call (of rank 0), or None."""
+        return self.runs[0] if self.runs else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the kernel on arrays, torch tensors or (shape-only) `ShapeDtype`s.
 
         Returns:
-            Arrays of the kind that came in; inputs the kernel wrote are updated in place.
+            Arrays of the kind that came in; inputs the kernel wrote are updated in place. With
+            several ranks a list of that, one per rank, and only `PerRank` arrays are updated.
 
         Raises:
             SimulationError: the kernel breaks a rule.
         """
-        kernel, options = self.kernel, self.options
-        launch = Launch(options, kernel.lnc)
-        cores = [NeuronCore(i, launch, options) for i in range(kernel.lnc)]
-        arguments = Arguments(launch, options)
-        bound = arguments.convert_call(kernel.fn, args, kwargs)
+        world = World(self.ranks, self.kernel.lnc)
+        self.runs = []
+        if self.ranks == 1:
+            parts = [_Rank(self.kernel, self.options, world, 0, args, kwargs)]
+        else:
+            parts = [
+                _Rank(
+                    self.kernel,
+                    self.options,
+                    world,
+                    r,
+                    tuple(of_rank(a, r, self.ranks) for a in args),
+                    {k: of_rank(v, r, self.ranks) for k, v in kwargs.items()},
+                )
+                for r in range(self.ranks)
+            ]
+        self.runs = [p.run for p in parts]
+        bodies = [functools.partial(p.body, c) for p in parts for c in p.cores]
+        results = [bodies[0]()] if len(bodies) == 1 else world.scheduler.run(bodies)
+        out = [p.finish(results[r * self.kernel.lnc]) for r, p in enumerate(parts)]
+        return out[0] if self.ranks == 1 else out
+
+
+class _Rank:
+    """One launch of a kernel: its cores, arguments and record."""
+
+    def __init__(
+        self, kernel: Kernel, options: Options, world: World, rank: int, args: Any, kwargs: Any
+    ) -> None:
+        self.kernel = kernel
+        self.options = options
+        launch = Launch(options, kernel.lnc, world, rank)
+        self.cores = [NeuronCore(i, launch, options) for i in range(kernel.lnc)]
+        self.arguments = Arguments(launch, options)
+        self.bound = self.arguments.convert_call(kernel.fn, args, kwargs)
         self.run = Run(
             kernel.fn.__name__,
             kernel.lnc,
-            [c.trace for c in cores],
-            [t.memory.allocation for t in arguments.tensors],
+            [c.trace for c in self.cores],
+            [t.memory.allocation for t in self.arguments.tensors],
             options.data,
             target=options.target,
         )
+        if launch.meeting is not None and launch.races is not None:
+            launch.meeting.on_meet.append(launch.races.clear)
 
-        def body(core: NeuronCore) -> Any:
-            with core, np.errstate(all="ignore"):
-                return kernel.fn(*bound[0], **bound[1])
+    def body(self, core: NeuronCore) -> Any:
+        """Run the kernel on one core."""
+        with core, np.errstate(all="ignore"):
+            return self.kernel.fn(*self.bound[0], **self.bound[1])
 
-        if launch.meeting is None:
-            results = [body(cores[0])]
-        else:
-            if launch.races is not None:
-                launch.meeting.on_meet.append(launch.races.clear)
-            bodies = [functools.partial(body, c) for c in cores]
-            results = launch.meeting.run(bodies)
+    def finish(self, result: Any) -> Any:
+        """Check what is known only at the end; hand back the results."""
+        cores, run = self.cores, self.run
         with cores[0]:
-            _order(kernel.schedule, cores)
+            _order(self.kernel.schedule, cores)
             for core in cores:
-                self.run.peaks.append(liveness.check(core.trace, core.machine))
-            _check_results(self.run, kernel, results[0], arguments, options)
-        arguments.write_back()
-        return to_results(results[0], arguments, options)
+                run.peaks.append(liveness.check(core.trace, core.machine))
+            _check_results(run, self.kernel, result, self.arguments, self.options)
+        self.arguments.write_back()
+        return to_results(result, self.arguments, self.options)
 
 
 def simulate(
@@ -166,6 +204,7 @@ def simulate(
     target: str | None = None,
     precise: bool | None = None,
     unknown: Callable[[VirtualRegister], int] | None = None,
+    ranks: int = 1,
 ) -> Simulated:
     """Make a simulated version of a kernel.
 
@@ -176,6 +215,8 @@ def simulate(
         target: machine, "trn2".
         precise: False holds narrow floats as fp32 (NKI_PRECISE_FP=0).
         unknown: shape-only: value of a register that data would have set.
+        ranks: how many ranks run the kernel together, as `nki.collectives` needs; arguments that
+            differ between them are given as `PerRank([...])`.
 
     Raises:
         UsageError: `kernel` is not callable.
@@ -204,7 +245,11 @@ def simulate(
         **{k: v for k, v in changes.items() if v is not None},  # type: ignore[arg-type]
     )
     options.validate()
-    return Simulated(kernel, options)
+    if not isinstance(ranks, int) or ranks < 1:
+        raise violation(
+            "usage", "ranks is a positive integer", instruction="nki.simulate", value=ranks
+        )
+    return Simulated(kernel, options, ranks)
 
 
 def _check_results(

@@ -1,14 +1,14 @@
-"""What the cores of one launch share: tensors in shared HBM, meeting points, race detection."""
+"""What the cores of one launch share: tensors in shared HBM, meetings, race detection."""
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .context import call_site, locate, violate, violation
+from .context import violate, violation
 from .dtypes import bits
+from .ranks import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 Pending = tuple[Any, Any, Any]
 
 
-class Aborted(BaseException):
-    """Ends a core's thread after the other core failed."""
-
-
 class Launch:
     """One call of a kernel on one or two cores.
 
@@ -36,12 +32,18 @@ class Launch:
         lnc: number of cores.
         races: detector of unsynchronised access to shared HBM, or None with one core.
         meeting: where two cores meet, or None with one core.
+        world: the ranks of the run.
+        rank: rank of this launch among them.
     """
 
-    def __init__(self, options: Options, lnc: int) -> None:
+    def __init__(
+        self, options: Options, lnc: int, world: World | None = None, rank: int = 0
+    ) -> None:
         self.options = options
         self.lnc = lnc
-        self.meeting = Meeting() if lnc > 1 else None
+        self.world = World(1, lnc) if world is None else world
+        self.rank = rank
+        self.meeting = Meeting(self.world, rank) if lnc > 1 else None
         self.races = Races() if lnc > 1 and options.data else None
         self._next = 0
         self._shared: list[Memory] = []
@@ -81,108 +83,36 @@ class Launch:
 
 
 class Meeting:
-    """Runs two cores as threads, one at a time, switching where they synchronise.
+    """Where the two cores of a launch synchronise.
 
-    One core runs until it must wait for the other; so runs are deterministic, and a deadlock is
-    seen at once: nobody can run and somebody waits.
+    Args:
+        world: whose scheduler runs the cores.
+        rank: rank of the launch.
     """
 
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._turn = 0
-        self._waiting: dict[int, tuple[Any, Any, str]] = {}
-        self._received: dict[int, Any] = {}
-        self._finished: set[int] = set()
-        self._failed: BaseException | None = None
+    def __init__(self, world: World, rank: int) -> None:
+        self._scheduler = world.scheduler
+        self._base = rank * world.lnc
         self.on_meet: list[Callable[[], None]] = []
 
-    def run(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run one body per core; return their results or raise the first failure."""
-        results: list[Any] = [None] * len(bodies)
-
-        def thread(core: int) -> None:
-            try:
-                self._await_turn(core)
-                results[core] = bodies[core]()
-            except Aborted:
-                pass
-            except BaseException as error:
-                with self._condition:
-                    self._failed = self._failed or error
-            finally:
-                self._finish(core)
-
-        threads = [
-            threading.Thread(target=thread, args=(c,), name=f"nki-core-{c}", daemon=True)
-            for c in range(len(bodies))
-        ]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        if self._failed is not None:
-            raise self._failed
-        return results
-
     def meet(self, core: int, key: Any, payload: Any, what: str) -> Any:
-        """Wait until the other core arrives with the same key; exchange payloads.
+        """Wait until the other core arrives with the same key; return its payload.
 
         Args:
             core: this core.
             key: what both must agree on, such as ("sendrecv", pipe_id).
             payload: handed to the other core.
             what: description for the deadlock report.
-
-        Raises:
-            DeadlockError: the other core has ended or waits for something else.
         """
-        other = 1 - core
-        with self._condition:
-            waiting = self._waiting.get(other)
-            if waiting is not None and waiting[0] == key:
-                del self._waiting[other]
-                self._received[other] = payload
-                for call in self.on_meet:
-                    call()
-                return waiting[1]
-            self._waiting[core] = (
-                key,
-                payload,
-                f"core {core} waits in {what} at {locate(call_site())}",
-            )
-            if other in self._waiting or other in self._finished:
-                self._failed = self._failed or self._deadlock(other)
-                self._condition.notify_all()
-                raise Aborted
-            self._turn = other
-            self._condition.notify_all()
-            while core not in self._received or self._turn != core:
-                if self._failed is not None:
-                    raise Aborted
-                self._condition.wait()
-            return self._received.pop(core)
+        base = self._base
+        received = self._scheduler.meet(base + core, (base, base + 1), key, payload, what)
+        self.met()
+        return received[base + 1 - core]
 
-    def _deadlock(self, other: int) -> BaseException:
-        lines = [w[2] for w in self._waiting.values()]
-        if other in self._finished:
-            lines.append(f"core {other} has ended")
-        return violation("lnc-deadlock", "; ".join(lines))
-
-    def _await_turn(self, core: int) -> None:
-        with self._condition:
-            while self._turn != core:
-                if self._failed is not None:
-                    raise Aborted
-                self._condition.wait()
-
-    def _finish(self, core: int) -> None:
-        other = 1 - core
-        with self._condition:
-            self._finished.add(core)
-            if self._failed is None and other in self._waiting:
-                self._failed = self._deadlock(core)
-            self._turn = other
-            self._condition.notify_all()
+    def met(self) -> None:
+        """Everything before is ordered against everything after, on both cores."""
+        for call in self.on_meet:
+            call()
 
 
 # Bits of the race map: who did what since the cores last met.

@@ -1,0 +1,199 @@
+"""Threads of one run: the cores of a launch, and the ranks of a collective run.
+
+One thread runs at a time and hands over where it must wait, so runs are deterministic and a
+deadlock is seen at once: nobody can run and somebody waits.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .checks import declare
+from .context import call_site, locate, violation
+from .errors import DeadlockError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_CC = "SDK nki/api/nki/collectives"
+declare("collective", _CC, "the collective's tensors, group or dims are not allowed")
+declare("collective-deadlock", _CC, "ranks wait for each other for ever", DeadlockError)
+
+
+class Aborted(BaseException):
+    """Ends a thread after another one failed."""
+
+
+class Scheduler:
+    """Runs bodies as threads, one at a time, switching where they meet.
+
+    Args:
+        count: number of threads.
+        rule: rule broken by a deadlock.
+        describe: name of thread i in the report.
+    """
+
+    def __init__(self, count: int, rule: str, describe: Callable[[int], str]) -> None:
+        self._condition = threading.Condition()
+        self._count = count
+        self._rule = rule
+        self._describe = describe
+        self._turn = 0
+        self._waiting: dict[int, tuple[Any, tuple[int, ...], Any, str]] = {}
+        self._received: dict[int, dict[int, Any]] = {}
+        self._finished: set[int] = set()
+        self._failed: BaseException | None = None
+
+    def run(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run one body per thread; return their results or raise the first failure."""
+        results: list[Any] = [None] * len(bodies)
+
+        def thread(me: int) -> None:
+            try:
+                with self._condition:
+                    self._await_turn(me)
+                results[me] = bodies[me]()
+            except Aborted:
+                pass
+            except BaseException as error:
+                with self._condition:
+                    self._failed = self._failed or error
+            finally:
+                with self._condition:
+                    self._finished.add(me)
+                    self._hand_over()
+
+        threads = [
+            threading.Thread(target=thread, args=(i,), name=f"nki-{i}", daemon=True)
+            for i in range(len(bodies))
+        ]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if self._failed is not None:
+            raise self._failed
+        return results
+
+    def meet(
+        self, me: int, members: tuple[int, ...], key: Any, payload: Any, what: str
+    ) -> dict[int, Any]:
+        """Wait until every member has arrived with the same key; return all payloads.
+
+        Args:
+            me: this thread.
+            members: threads that must arrive, this one among them.
+            key: what all must agree on, such as ("sendrecv", pipe_id).
+            payload: handed to the others.
+            what: description for the deadlock report.
+
+        Raises:
+            Aborted: the run has failed; its deadlock or other error is raised by `run`.
+        """
+        with self._condition:
+            self._waiting[me] = (key, members, payload, f"{what} at {locate(call_site())}")
+            if all(self._agrees(m, key, members) for m in members):
+                payloads = {m: self._waiting.pop(m)[2] for m in members}
+                for m in members:
+                    self._received[m] = payloads
+            else:
+                self._hand_over()
+                self._await_turn(me)
+            return self._received.pop(me)
+
+    def _agrees(self, member: int, key: Any, members: tuple[int, ...]) -> bool:
+        waiting = self._waiting.get(member)
+        return waiting is not None and waiting[0] == key and waiting[1] == members
+
+    def _hand_over(self) -> None:
+        """Give the turn to the next thread that can run; nobody and some wait: a deadlock."""
+        for step in range(1, self._count + 1):
+            candidate = (self._turn + step) % self._count
+            if candidate not in self._waiting and candidate not in self._finished:
+                self._turn = candidate
+                break
+        else:
+            if self._waiting and self._failed is None:
+                self._failed = self._deadlock()
+        self._condition.notify_all()
+
+    def _await_turn(self, me: int) -> None:
+        while True:
+            if self._failed is not None:
+                raise Aborted
+            if self._turn == me and me not in self._waiting:
+                return
+            self._condition.wait()
+
+    def _deadlock(self) -> BaseException:
+        lines = [f"{self._describe(i)} waits in {w[3]}" for i, w in sorted(self._waiting.items())]
+        lines += [f"{self._describe(i)} has ended" for i in sorted(self._finished)]
+        return violation(self._rule, "; ".join(lines))
+
+
+class World:
+    """The ranks of one run, each a launch of `lnc` cores.
+
+    Attributes:
+        ranks: number of ranks.
+        lnc: cores per rank.
+        scheduler: runs them; thread `rank * lnc + core`.
+    """
+
+    def __init__(self, ranks: int, lnc: int) -> None:
+        self.ranks = ranks
+        self.lnc = lnc
+        rule = "lnc-deadlock" if ranks == 1 else "collective-deadlock"
+        self.scheduler = Scheduler(ranks * lnc, rule, self._describe)
+
+    def _describe(self, thread: int) -> str:
+        rank, core = divmod(thread, self.lnc)
+        if self.ranks == 1:
+            return f"core {core}"
+        return f"rank {rank} core {core}" if self.lnc > 1 else f"rank {rank}"
+
+
+class PerRank:
+    """An argument whose value differs by rank.
+
+    Args:
+        values: one value per rank.
+    """
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = list(values)
+
+    def of(self, rank: int, ranks: int) -> Any:
+        """The value of one rank.
+
+        Raises:
+            UsageError: another number of values than ranks.
+        """
+        if len(self.values) != ranks:
+            raise violation(
+                "usage",
+                "needs one value per rank",
+                instruction="PerRank",
+                value=len(self.values),
+                limit=ranks,
+            )
+        return self.values[rank]
+
+
+def of_rank(value: Any, rank: int, ranks: int) -> Any:
+    """An argument as one rank sees it: `PerRank` values picked, shared arrays copied."""
+    if isinstance(value, PerRank):
+        return value.of(rank, ranks)
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(of_rank(v, rank, ranks) for v in value)
+    if isinstance(value, dict):
+        return {k: of_rank(v, rank, ranks) for k, v in value.items()}
+    if hasattr(value, "detach") and hasattr(value, "clone"):
+        return value.detach().clone()
+    return copy.copy(value) if hasattr(value, "__dict__") and not callable(value) else value

@@ -41,14 +41,19 @@ def _public(reference: Callable[P, R]) -> Callable[P, R]:
     spec = ops.get(reference.__name__)
     op = getattr(getattr(torch.ops, _library.NAMESPACE), spec.name).default
     kinds = {arg.name: _KINDS[arg.kind] for arg in spec.scalars}
+    names, optional = spec.names, {arg.name for arg in spec.args if arg.optional}
+    required = tuple(name for name in names if name not in spec.defaults)
 
     @functools.wraps(reference)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        typed = all(x is None or isinstance(x, Tensor) for x in args)
+        typed = len(args) <= len(names)
+        for name, x in zip(names, args, strict=False):
+            typed = typed and (isinstance(x, Tensor) or (x is None and name in optional))
         for name, x in kwargs.items():
-            wanted = kinds.get(name, Tensor)
-            typed = typed and (x is None or (isinstance(x, wanted) and not isinstance(x, bool)))
-        if not typed:
+            right = isinstance(x, kinds.get(name, Tensor)) and not isinstance(x, bool)
+            typed = typed and (right or (x is None and name in optional))
+        missing = any(name not in kwargs for name in required[len(args) :])
+        if missing or not typed:
             _explain(args, kwargs)
         result: R = op(*args, **kwargs)
         return result

@@ -74,7 +74,7 @@ class Router:
             if x is None:
                 key.append(None)
             else:
-                key += (x.shape, x.dtype, x.device)
+                key += (x.shape, x.dtype, x.device, x.layout)
         frozen = tuple(key)
         known = self._calls.get(frozen)
         by_name = dict(zip(self._names, values, strict=False))

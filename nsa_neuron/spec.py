@@ -292,15 +292,14 @@ class OpSpec:
     def _bind_dims(self, arg: TensorArg, shape: tuple[Size, ...], sizes: dict[str, Size]) -> None:
         form = next(form for form in arg.forms if len(form) == len(shape))
         for axis, (symbol, size) in enumerate(zip(form, shape, strict=True)):
-            wanted = sizes.setdefault(symbol, size)
-            if symbol.isdigit():
-                sizes[symbol] = int(symbol)
+            wanted = int(symbol) if symbol.isdigit() else sizes.setdefault(symbol, size)
             if symbol not in MAY_BE_ZERO and size < 1:
                 found = f"of shape {list(shape)}, size {size} at axis {axis}"
                 raise self.refuse(arg.name, found, f"at least 1 there ({symbol})")
             if size != wanted:
                 found = f"of shape {list(shape)}, size {size} at axis {axis}"
-                raise self.refuse(arg.name, found, f"{symbol} = {wanted} there")
+                named = "" if symbol.isdigit() else f"{symbol} = "
+                raise self.refuse(arg.name, found, f"{named}{wanted} there")
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -212,15 +212,18 @@ def _row_tiles(
 
 
 def check_values(bound: Bound, values: Mapping[str, Any]) -> None:
-    """Offsets, and block ids in [-1, Ns) without repetition."""
+    """Offsets, and block ids in [-1, Ns) of their own sequence without repetition."""
     common.check_offsets(bound, values)
     # NumPy: its calls cost a fifth of torch's on the few ids of a decode step.
     ids = np.sort(values["block_indices"].numpy(force=True), -1)
-    limit = common.selection_blocks(bound["T"], bound["m"])
-    low, high = int(ids[..., 0].min()), int(ids[..., -1].max())
-    if low < -1 or high >= limit:
-        found = f"with ids from {low} to {high}"
-        raise bound.spec.refuse("block_indices", found, f"in [-1, {limit})")
+    offsets = (values["cu_seqlens_q"], values["cu_seqlens_k"])
+    for i, seg in enumerate(common.segments(bound["S"], bound["T"], *offsets)):
+        limit, own = common.selection_blocks(seg.tokens, bound["m"]), ids[:, seg.queries]
+        low, high = int(own[..., 0].min()), int(own[..., -1].max())
+        if low < -1 or high >= limit:
+            where = f" in sequence {i}" if bound.packed else ""
+            found = f"with ids from {low} to {high}{where}"
+            raise bound.spec.refuse("block_indices", found, f"in [-1, {limit}){where}")
     following = ids[..., 1:]
     if ((following == ids[..., :-1]) & (following >= 0)).any():
         raise bound.spec.refuse("block_indices", "repeating an id in a row", "distinct per row")

@@ -90,6 +90,12 @@ for _row in (
         errors.UninitializedReadError,
     ),
     (
+        "undefined-accumulator",
+        ISA,
+        "a reduce register is read before an instruction set it",
+        errors.UninitializedReadError,
+    ),
+    (
         "address-overlap",
         SIM,
         "two tensors with overlapping address= are live together",
@@ -102,6 +108,12 @@ for _row in (
         errors.CapacityError,
     ),
     ("psum-capacity", ARCH, "live PSUM tensors exceed 8 banks of 2 KiB", errors.CapacityError),
+    (
+        "hbm-capacity",
+        ARCH,
+        "live HBM tensors exceed the 24 GiB of a stack",
+        errors.CapacityError,
+    ),
     (
         "output-unwritten",
         SIM,

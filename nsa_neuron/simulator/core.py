@@ -9,8 +9,9 @@ import numpy as np
 
 from . import operands as ops
 from .access import Access
+from .accumulators import Accumulators
 from .checks import RULES
-from .context import STATE, call_site, violate, violation
+from .context import STATE, call_site, locate, violate, violation
 from .dtypes import resolve
 from .machine import Machine, machine_for
 from .memory import ON_CHIP, Allocation, Arena, Memory, Pool
@@ -74,8 +75,7 @@ class NeuronCore:
         launch: what the cores of a launch share.
         options, machine: how and what is simulated.
         trace: the record being written.
-        accumulators: fp32 reduce registers per engine ("scalar", "vector"), [128] each, or None
-            while undefined.
+        accumulators: reduce registers per engine ("scalar", "vector").
         state: scratch of instructions with state (random generators), by name.
     """
 
@@ -86,7 +86,7 @@ class NeuronCore:
         self.machine = options.machine
         self.data = options.data
         self.trace = CoreTrace(index)
-        self.accumulators: dict[str, NDArray[np.float32] | None] = {}
+        self.accumulators = {e: Accumulators(self.machine.partitions) for e in ("scalar", "vector")}
         self.state: dict[str, Any] = {}
         self._pool = Pool()
         self._arenas = {b: Arena(self.machine, b) for b in ON_CHIP}
@@ -261,7 +261,7 @@ class NeuronCore:
             ):
                 ops.out_of_bounds(spec, access)
         if self.data:
-            for tensor in () if spec.checks_itself else reads:
+            for tensor in reads[: spec.checked]:
                 if type(tensor) is NkiTensor:
                     memory = tensor.memory
                     if not memory.written.full and not memory.readable(tensor.access()):
@@ -297,6 +297,21 @@ class NeuronCore:
             memory.written.add(access)
         if access.allocation.buffer == "psum":
             ops.mark_foreign(memory, access)
+
+    def mark_masked(self, tensor: NkiTensor, mask: NDArray[np.bool_]) -> None:
+        """Note that the elements of a view where `mask` is set were written."""
+        memory = tensor.memory
+        access = tensor.access()
+        if not memory.written.full:
+            memory.written.add_mask(access, mask)
+        if access.allocation.buffer == "psum":
+            ops.mark_foreign(memory, access)
+
+    def warn(self, text: str) -> None:
+        """Note something doubtful but legal in the record, once per kernel line."""
+        line = f"{text}, at {locate(call_site())}"
+        if line not in self.trace.warnings:
+            self.trace.warnings.append(line)
 
     def static(self, tensor: Any, spec: ops.Spec, indices: list[Access], skip: bool = False) -> Any:
         """The static view of a scalar-dynamic one; None where `skip` and the index is outside.

@@ -35,10 +35,14 @@ class Spec:
         optional: roles in `writes` that may be None.
         checks_itself: True where `run` looks for unwritten elements and races itself (indirect
             operands, whose record covers more than they touch) or has none (barriers).
+        keeps: True where part of `dst`, which is then the last of `reads` too, may stay as it is,
+            written or not; `run` marks what it wrote.
+        checked: how many of `reads` are looked through for unwritten elements (a slice's end).
     """
 
     __slots__ = (
         "check",
+        "checked",
         "checks_itself",
         "dma",
         "marks_itself",
@@ -60,6 +64,7 @@ class Spec:
         marks_itself: bool = False,
         checks_itself: bool = False,
         optional: tuple[str, ...] = (),
+        keeps: bool = False,
     ) -> None:
         self.opcode = opcode
         self.writes = writes
@@ -67,7 +72,8 @@ class Spec:
         self.check = check
         self.run = run
         self.dma = dma
-        self.marks_itself = marks_itself
+        self.marks_itself = marks_itself or keeps
+        self.checked = 0 if checks_itself else -1 if keeps else None
         self.checks_itself = checks_itself
         self.optional = optional
 

@@ -354,6 +354,13 @@ class NkiTensor(NKIObject):
             if self.dynamic is not None:
                 raise ViewError("view", "one dynamic select per view", "second", 1)
             rows = _vector_index(vector_offset)
+            if vector_offset.size != rows:
+                raise ViewError(
+                    "view",
+                    "vector_offset has one index per partition",
+                    vector_offset.shape,
+                    "(P, 1)",
+                )
             dynamic = Dynamic("vector", vector_offset, self.strides[0], 0, self.shape[0])
             return self._view((rows, *self.shape[1:]), self.strides, dynamic=dynamic)
         except ViewError as error:
@@ -551,7 +558,8 @@ class NkiTensor(NKIObject):
                     raise ViewError(
                         "view", "vector_offset needs an HBM tensor and indirect_dim=0", d, 0
                     )
-                rows = _vector_index(vector)
+                _vector_index(vector)
+                rows = vector.size
                 if rows < shape[0]:
                     raise ViewError(
                         "view", "fewer indices than rows of the pattern", rows, shape[0]
@@ -609,8 +617,6 @@ def _vector_index(index: Any) -> int:
             f"{index.dtype} {index.memory.allocation.buffer}",
             "integer sbuf",
         )
-    if prod(index.shape[1:]) != 1:
-        raise ViewError("view", "vector_offset has one index per partition", index.shape, "(P, 1)")
     return index.shape[0]
 
 

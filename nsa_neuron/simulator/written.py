@@ -76,6 +76,17 @@ class Written:
             if self._map is not None and bool(self._map.all()):
                 self.fill()
 
+    def add_mask(self, access: Access, mask: NDArray[np.bool_]) -> None:
+        """Mark the elements of an access where `mask`, of as many elements, is set."""
+        if self.full:
+            return
+        if mask.all():
+            self.add(access)
+            return
+        view = self._view(access)
+        shaped = mask.reshape(access.layout.shape)
+        view |= shaped[..., None] if view.ndim > shaped.ndim else shaped
+
     def fill(self) -> None:
         """Mark everything as written."""
         self.full = True

@@ -3,8 +3,10 @@
 import functools
 import inspect
 
+import numpy as np
+
 from ..context import STATE, require_core, violation
-from ..dtypes import load_f32, round_tf32, store, tfloat32
+from ..dtypes import bool_, load_f32, round_tf32, store, tfloat32
 from ..registers import VirtualRegister
 from ..tensor import NkiTensor
 
@@ -17,6 +19,20 @@ _REMOVED = {
     "dst_rmw_op": "nisa.dma_compute(dst, srcs, reduce_op=nl.add)",
     "use_gpsimd_dma": "dma_engine=nisa.dma_engine.gpsimd_dma",
 }
+
+
+class Operator:
+    """Default of an `op=` argument: stands for the `nki.language` function of that name."""
+
+    def __init__(self, name):
+        self.nki_op = name
+
+    def __repr__(self):
+        return f"nl.{self.nki_op}"
+
+
+MAXIMUM = Operator("maximum")
+EQUAL = Operator("equal")
 
 
 def instruction(function):
@@ -121,4 +137,22 @@ def load_scalar(operand):
 
 def save(core, tensor, values):
     """Store an instruction's result into a view, rounding to its dtype."""
-    store(tensor.array(), values, tensor.dtype if core.options.precise else None)
+    dtype = tensor.dtype
+    store(tensor.array(), values, dtype if core.options.precise or dtype is bool_ else None)
+
+
+def result_array(core, tensor, shape):
+    """Storage that an fp32 result of `shape` may be computed in, or None where it must be stored.
+
+    Pass it as `out=` to a function of `semantics` and its result to `finish`.
+    """
+    if tensor.shape != shape or tensor.dtype is tfloat32:
+        return None
+    array = tensor.array()
+    return array if array.dtype == np.float32 and tensor.access().layout.dense else None
+
+
+def finish(core, tensor, values, out):
+    """Store a result, unless it was computed in place."""
+    if values is not out:
+        save(core, tensor, values)

@@ -6,10 +6,21 @@ from ...registers import VirtualRegister
 from . import constants
 from .act import activation, activation_reduce
 from .constants import *  # noqa: F403  (the enums are names of nki.isa too)
-from .dma import core_barrier, dma_copy, sendrecv
-from .dve import memset, tensor_copy, tensor_reduce, tensor_scalar, tensor_tensor
+from .dma import dma_copy
+from .dma_compute import dma_compute
+from .dma_transpose import dma_transpose
+from .dve import memset, tensor_copy, tensor_tensor
+from .dve_accumulate import tensor_scalar_cumulative, tensor_scalar_reduce
+from .dve_reduce import bn_aggr, bn_stats, tensor_reduce, tensor_tensor_scan
+from .dve_scalar import reciprocal, scalar_tensor_tensor, tensor_scalar
+from .dve_search import max8, nc_find_index8, nc_match_replace8, nc_stream_shuffle
+from .dve_select import range_select, select_reduce, tensor_copy_predicated
+from .gen4 import activate2, exponential, nc_matmul_mx, quantize_mx, rand2
+from .pair import core_barrier, sendrecv
 from .pe import nc_matmul, nc_transpose
-from .pool import iota
+from .pool import affine_select, iota, local_gather, nc_n_gather
+from .pool_search import nonzero_with_count, sequence_bounds, tensor_partition_reduce, topk
+from .random import dropout, rand_get_state, rand_set_state, rng, set_rng_seed
 from .registers import (
     get_nc_sub_version,
     get_nc_version,

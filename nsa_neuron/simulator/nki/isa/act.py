@@ -1,21 +1,30 @@
 """Scalar Engine: activation, activation_reduce."""
 
+from collections import namedtuple
+
 import numpy as np
 
+from ...dtypes import float32
 from ...operands import Spec
 from ...semantics import activation as functions
-from ...semantics import reduction
-from ..binding import core_of, enum_of, instruction, load, load_scalar, op_name, save
+from ..binding import core_of, finish, instruction, load, load_scalar, op_name, result_array, save
 from .constants import reduce_cmd as commands
-from .dve import on_chip
+from .shared import command_of, on_chip, one_of, operand, same_tiles
+
+ActivationParams = namedtuple("ActivationParams", "op reduce_op reduce_cmd")
 
 
 def _check_activation(c):
     op, reduce_op, command = c.params
     c.tensors("data")
-    on_chip(c, "dst", "data", "bias", "scale", "reduce_res")
-    c.same_partitions("dst", "data")
-    c.same_elements("dst", "data")
+    same_tiles(c, "dst", "data")
+    c.require(
+        op != "prelu",
+        "generation",
+        "prelu exists from NeuronCore-v4 on, in activate2",
+        "op",
+        value=op,
+    )
     c.require(
         op in functions.FUNCTIONS,
         "operator",
@@ -24,54 +33,69 @@ def _check_activation(c):
         value=op,
         limit=sorted(functions.FUNCTIONS),
     )
-    for role in ("bias", "scale", "reduce_res"):
-        c.column(role)
-    if c["scale"]:
-        c.require(
-            c["scale"].dtype.name == "float32",
-            "dtype",
-            "a scale tile is float32",
-            "scale",
-            value=c["scale"].dtype.name,
-            limit="float32",
-        )
+    operand(c, "bias", optional=True)
+    operand(c, "scale", float32)
     if c["bias"]:
         c.require(c["bias"].dtype.name != "tfloat32", "dtype", "a bias tile is not tf32", "bias")
+    on_chip(c, "reduce_res")
+    c.column("reduce_res")
+    one_of(c, reduce_op, (None, "add"), "operator", "reduce_op", "reduces by add only")
+    allowed = ("idle", "reset", "reduce", "reset_reduce")
+    one_of(c, command, allowed, "value", "reduce_cmd", f"activation has no {command}")
     c.require(
-        reduce_op in (None, "add"),
+        reduce_op is not None or command in ("idle", "reset"),
         "operator",
-        "reduces by add only",
+        f"{command} needs reduce_op=nl.add",
         "reduce_op",
         value=reduce_op,
         limit="add",
     )
-    c.require(command != "load_reduce", "value", "activation has no load_reduce", "reduce_cmd")
-    return "scalar"
+    return "scalar", functions.VALID_RANGE.get(op)
 
 
-def _run_activation(core, payload, writes, reads, params):
-    dst, result = writes[0], writes[1]
+def _run_activation(core, valid, writes, reads, params):
+    dst, result = writes
     data, bias, scale = reads
     op, _, command = params
-    values = functions.activation(op, load(data), load_scalar(bias), load_scalar(scale))
+    source, add, times = load(data), load_scalar(bias), load_scalar(scale)
+    if valid is not None:
+        _note_range(core, op, valid, source, add, times)
+    out = result_array(core, dst, data.shape)
+    values = functions.activation(op, source, add, times, out)
+    registers = core.accumulators["scalar"]
+    first = dst.access().partition
     if command != "idle":
-        p0, p = dst.access().partition, dst.shape[0]
-        registers = core.accumulators.get("scalar")
-        if registers is None:
-            registers = core.accumulators["scalar"] = np.zeros((128, 1), np.float32)
-        part = registers[p0 : p0 + p]
-        part[...] = reduction.accumulate("add", values, part, command)
-    save(core, dst, values)
+        registers.update("activation", first, "add", values, command)
+    finish(core, dst, values, out)
     if result is not None:
-        registers = core.accumulators.get("scalar")
-        p0, p = dst.access().partition, dst.shape[0]
-        if registers is None:
-            registers = np.zeros((128, 1), np.float32)
-        save(core, result, registers[p0 : p0 + p].reshape(result.shape))
+        values = registers.read("activation", first, dst.shape[0])
+        save(core, result, values.reshape(result.shape))
+
+
+def _note_range(core, op, valid, data, bias, scale):
+    """Note inputs outside the function's documented range: hardware returns garbage there."""
+    values = functions.activation("copy", data, bias, scale)
+    if op == "reciprocal":
+        values = np.abs(values)
+    low, high = float(values.min()), float(values.max())
+    tolerance = np.float32(1e-6)
+    if low < valid[0] * (1 + np.sign(-valid[0]) * tolerance) or high > valid[1] * (1 + tolerance):
+        core.warn(
+            f"activation: {op} of values in [{low:.6g}, {high:.6g}]; its documented range is "
+            f"[{valid[0]:.6g}, {valid[1]:.6g}], beyond which hardware's result is undefined"
+        )
 
 
 ACTIVATION = Spec(
     "activation",
+    ("dst", "reduce_res"),
+    ("data", "bias", "scale"),
+    _check_activation,
+    _run_activation,
+    optional=("reduce_res",),
+)
+ACTIVATION_REDUCE = Spec(
+    "activation_reduce",
     ("dst", "reduce_res"),
     ("data", "bias", "scale"),
     _check_activation,
@@ -93,16 +117,20 @@ def activation(
     name=None,
 ):
     """dst = op(data * scale + bias), with an optional running sum per partition."""
-    core = core_of("activation")
-    command = enum_of(commands, reduce_cmd, "activation", "reduce_cmd").name
     reduce = None if reduce_op is None else op_name(reduce_op, "activation", "reduce_op")
-    params = (op_name(op, "activation", "op"), reduce, command)
+    params = ActivationParams(
+        op_name(op, "activation", "op"), reduce, command_of(reduce_cmd, "activation")
+    )
+    core = core_of("activation")
     return core.issue(ACTIVATION, (dst, reduce_res), (data, bias, scale), params, name)
 
 
 @instruction
 def activation_reduce(dst, op, data, reduce_op, reduce_res, bias=None, scale=1.0, name=None):
     """`activation` that also sums its outputs of each partition into reduce_res."""
-    return activation(
-        dst, op, data, bias, scale, reduce_op, reduce_res, commands.reset_reduce, name
+    what = "activation_reduce"
+    params = ActivationParams(
+        op_name(op, what, "op"), op_name(reduce_op, what, "reduce_op"), "reset_reduce"
     )
+    core = core_of(what)
+    return core.issue(ACTIVATION_REDUCE, (dst, reduce_res), (data, bias, scale), params, name)

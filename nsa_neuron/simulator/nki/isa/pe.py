@@ -1,13 +1,24 @@
 """Tensor Engine: nc_matmul, nc_transpose."""
 
+from collections import namedtuple
+
 import numpy as np
 
 from ... import dtypes as dt
+from ...context import violate, violation
 from ...operands import Spec
 from ...semantics import pe as semantics
 from ..binding import core_of, enum_of, instruction, save
 from .constants import engine as engines
 from .constants import matmul_perf_mode
+from .shared import engine_of
+
+MatmulParams = namedtuple(
+    "MatmulParams",
+    "is_transpose accumulate tile_position tile_size perf_mode is_stationary_onezero "
+    "is_moving_onezero",
+)
+TransposeParams = namedtuple("TransposeParams", "engine")
 
 _INPUTS = (dt.float8_e4m3, dt.float8_e5m2, dt.bfloat16, dt.float16, dt.tfloat32, dt.float32)
 _WIDE = ("float32", "tfloat32")
@@ -20,9 +31,18 @@ def _check_matmul(c):
     c.buffers("moving", "sbuf")
     c.buffers("dst", "psum")
     st, mv, dst = c["stationary"], c["moving"], c["dst"]
-    if not transpose:
+    c.dtypes("moving", _INPUTS)
+    if transpose:
+        _transposed_dtype(c, "stationary")
+        c.require(
+            perf is matmul_perf_mode.none,
+            "value",
+            "transpose mode excludes double_row",
+            "perf_mode",
+            value=perf.name,
+        )
+    else:
         c.dtypes("stationary", _INPUTS)
-        c.dtypes("moving", _INPUTS)
         c.dtypes("dst", (dt.float32,))
     wide = (st.dtype.name in _WIDE, mv.dtype.name in _WIDE)
     c.require(
@@ -84,6 +104,21 @@ def _check_matmul(c):
     _check_bank(c)
     overlapping = any(s == 0 for s in dst.layout.strides[1:]) or _self_overlaps(dst.layout)
     return "tensor", (double, overlapping)
+
+
+def _transposed_dtype(c, role):
+    """A transpose keeps the dtype; PE writes fp8 as 2-byte elements or into a 2-byte stride."""
+    dst, data = c["dst"], c[role]
+    same = dst.dtype.name == data.dtype.name
+    widened = data.dtype.is_fp8 and dst.dtype.itemsize == 2
+    c.require(
+        same or widened,
+        "dtype-match",
+        f"is {dst.dtype}, {role} is {data.dtype}",
+        "dst",
+        value=dst.dtype.name,
+        limit=data.dtype.name,
+    )
 
 
 def _check_bank(c):
@@ -156,8 +191,18 @@ def _run_matmul(core, payload, writes, reads, params):
     mv = semantics.operand(moving.array(), moving.dtype)
     out = dst.array()
     if transpose:
-        raw = semantics.transpose_mode(stationary.array(), mv)
-        save(core, dst, raw.reshape(dst.shape))
+        try:
+            raw = semantics.transpose_mode(stationary.array(), mv)
+        except ValueError as error:
+            raise violation(
+                "value",
+                str(error),
+                instruction="nc_matmul",
+                operand="moving",
+                limit="an identity or permutation matrix",
+                hint="is_transpose=False for an ordinary product",
+            ) from None
+        _save_transposed(core, dst, raw)
         core.mark_written(dst)
         return
     st = semantics.operand(stationary.array(), stationary.dtype)
@@ -214,8 +259,6 @@ def _overlapping(core, dst, product, accumulate):
 
 
 def _unopened(core, dst):
-    from ...context import violate
-
     violate(
         "psum-accumulate",
         "accumulate=True, but no matmul has written this location",
@@ -227,8 +270,6 @@ def _unopened(core, dst):
 
 
 def _foreign(core, dst):
-    from ...context import violate
-
     if dst.memory.foreign.touches(dst.access()) and dst.memory.group().touches(dst.access()):
         violate(
             "psum-foreign",
@@ -263,7 +304,9 @@ def nc_matmul(
     core = core_of("nc_matmul")
     if type(perf_mode) is not matmul_perf_mode:
         perf_mode = enum_of(matmul_perf_mode, perf_mode, "nc_matmul", "perf_mode")
-    params = (
+    if accumulate is not None and type(accumulate) is not bool:
+        accumulate = _flag(accumulate)
+    params = MatmulParams(
         bool(is_transpose),
         accumulate,
         tuple(tile_position or ()),
@@ -275,17 +318,24 @@ def nc_matmul(
     return core.issue(MATMUL, (dst,), (stationary, moving), params, name)
 
 
+def _flag(value):
+    """`accumulate=` as a bool; numbers that Python code computes count, registers do not."""
+    if not hasattr(value, "__bool__") or hasattr(value, "read") or hasattr(value, "memory"):
+        raise violation(
+            "usage",
+            "is True, False or None",
+            instruction="nc_matmul",
+            operand="accumulate",
+            value=type(value).__name__,
+            limit=(True, False, None),
+        )
+    return bool(value)
+
+
 def _check_transpose(c):
     c.tensors("data")
     dst, data = c["dst"], c["data"]
-    c.require(
-        dst.dtype.name == data.dtype.name or data.dtype.is_fp8,
-        "dtype-match",
-        f"is {dst.dtype}, data is {data.dtype}",
-        "dst",
-        value=dst.dtype.name,
-        limit=data.dtype.name,
-    )
+    _transposed_dtype(c, "data")
     c.require(
         (dst.p, dst.n) == (data.n, data.p),
         "shape",
@@ -294,7 +344,7 @@ def _check_transpose(c):
         value=dst.shape,
         limit=(data.n, data.p),
     )
-    asked = c.params[0]
+    asked = c.params.engine
     default = "tensor" if dst.buffer == "psum" and data.buffer == "sbuf" else "vector"
     chosen = c.choose_engine(asked, default, "tensor", "vector")
     limit = 128 if chosen == "tensor" else 32
@@ -314,7 +364,10 @@ def _check_transpose(c):
 
 def _run_transpose(core, payload, writes, reads, params):
     (dst,), (data,) = writes, reads
-    raw = semantics.transpose(data.array())
+    _save_transposed(core, dst, semantics.transpose(data.array()))
+
+
+def _save_transposed(core, dst, raw):
     out = dst.array()
     if out.dtype.itemsize != raw.dtype.itemsize:
         raw = semantics.widen_fp8(raw).view(out.dtype)
@@ -327,4 +380,5 @@ TRANSPOSE = Spec("nc_transpose", ("dst",), ("data",), _check_transpose, _run_tra
 @instruction
 def nc_transpose(dst, data, engine=engines.unknown, name=None):
     """dst[F, P] = data[P, F], bit-exact, on the Tensor or Vector Engine."""
-    return core_of("nc_transpose").issue(TRANSPOSE, (dst,), (data,), (engine,), name)
+    params = TransposeParams(engine_of(engine, "nc_transpose"))
+    return core_of("nc_transpose").issue(TRANSPOSE, (dst,), (data,), params, name)

@@ -1,11 +1,14 @@
 """Registers and queries."""
 
+import numpy as np
+
 from ...context import current_core, violation
 from ...operands import Spec
 from ...registers import VirtualRegister
 from ...tensor import NkiTensor
 from ..binding import core_of, instruction, save
 from .constants import nc_version
+from .dma import REACH
 
 
 @instruction
@@ -51,6 +54,7 @@ def _register(value, name):
 
 def _check_load(c):
     c.tensors("src")
+    c.buffers("src", *REACH)
     src = c["src"]
     c.require(
         src.layout.size == 1 and src.dtype.itemsize <= 4,
@@ -84,6 +88,7 @@ def register_load(dst, src):
 
 
 def _check_store(c):
+    c.buffers("dst", *REACH)
     dst = c["dst"]
     c.require(
         dst.layout.size == 1 and dst.dtype.itemsize <= 4,
@@ -97,8 +102,6 @@ def _check_store(c):
 
 
 def _run_store(core, payload, writes, reads, params):
-    import numpy as np
-
     dst = writes[0]
     value = reads[0].read()
     save(core, dst, np.full(dst.shape, value, np.int64 if isinstance(value, int) else np.float32))

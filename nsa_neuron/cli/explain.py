@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     for device in args.device or DEVICES:
         call = shared.on_device(bound, device)
         asked = places if args.policy else _automatic(places, device)
-        rows += choose(call, asked)
-        rows += [verdict(call, p) | {"chosen": False} for p in places if p not in asked]
+        verdicts = choose(call, asked)
+        verdicts += [verdict(call, p) | {"chosen": False} for p in places if p not in asked]
+        rows += [{"device": device, **row} for row in verdicts]
     if args.json:
         shared.print_json({"call": bound.describe(), "verdicts": rows})
     else:
@@ -70,7 +71,7 @@ def choose(bound: Bound, places: list[Place]) -> list[dict[str, Any]]:
 
 def verdict(bound: Bound, place: Place) -> dict[str, Any]:
     """What a target says to a call, whether or not it can run here."""
-    row = {"device": str(bound.device), "target": str(place.target), "hindrance": place.hindrance}
+    row = {"target": str(place.target), "hindrance": place.hindrance}
     if place.target.mode == "?":
         return {**row, "supported": False, "rule": "available", "reason": place.hindrance}
     answer = REGISTRY.get(place.target.backend).supports(bound, place.target.mode)
@@ -91,8 +92,7 @@ def _text(bound: Bound, rows: list[dict[str, Any]]) -> str:
             said = f"would take it, but cannot run here: {row['hindrance']}"
         else:
             said = "would take it if asked"
-        plan = row.get("plan", "")
-        lines.append([row["device"], row["target"], said + (f", plan {plan}" if plan else "")])
+        lines.append([row["device"], row["target"], said])
         styles.append("good" if row["chosen"] else "dim" if not row["supported"] else "")
     head = f"{bound.spec.name}({bound.describe()})"
     return table(head.replace(" on meta", ""), ["tensors on", "target", "verdict"], lines, styles)

@@ -80,17 +80,13 @@ def _arg(spec: OpSpec, arg: Any) -> dict[str, Any]:
 def _overview(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        args = ", ".join(_short(arg) for arg in row["args"] if not arg["optional"])
+        needed = (arg for arg in row["args"] if not arg["optional"] and "default" not in arg)
+        args = ", ".join(arg["name"] for arg in needed)
         returns = ", ".join(item["name"] for item in row["returns"])
         lines.append([row["op"], args, returns, *_cost(row)])
-    headers = ["op", "arguments", "returns", "GFLOP", "MB", "FLOP/byte"]
-    note = "Costs are counted at the default sizes or those of --size; `nsa ops NAME` says more."
+    headers = ["op", "must be given", "returns", "GFLOP", "MB", "FLOP/byte"]
+    note = "Costs are counted at the default sizes or those of --size; `nsa ops NAME` has dims and defaults."
     return f"{table('', headers, lines)}\n{note}"
-
-
-def _short(arg: Mapping[str, Any]) -> str:
-    default = f"={arg['default']}" if "default" in arg else ""
-    return f"{arg['name']}{default}"
 
 
 def _cost(row: Mapping[str, Any]) -> list[str]:

@@ -110,8 +110,18 @@ def bind(
 
 
 def on_device(bound: Bound, device: str) -> Bound:
-    """The same call with its tensors on another device."""
-    return replace(bound, device=torch.device(device))
+    """The same call with its tensors on another device, which need not exist here.
+
+    Raises:
+        NsaError: no device type of that name.
+    """
+    # torch knows the name "neuron" only once AWS's package has given it to its private device.
+    for name in (device, {"neuron": "privateuseone"}.get(device, device)):
+        try:
+            return replace(bound, device=torch.device(name))
+        except RuntimeError:
+            continue
+    raise NsaError(f"no device type '{device}'")
 
 
 def _scalar(name: str, text: str, kind: str) -> Any:

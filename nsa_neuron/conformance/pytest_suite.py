@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa_neuron.conformance.gaps import Gap, known_gaps, load_gaps
@@ -15,6 +14,8 @@ from nsa_neuron.conformance.targets import Place, find_targets
 from nsa_neuron.errors import UnknownBackend
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 

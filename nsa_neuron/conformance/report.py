@@ -7,12 +7,14 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsa_neuron import environment
 from nsa_neuron.conformance import html, text
 from nsa_neuron.conformance.outcome import Outcome, Status
-from nsa_neuron.conformance.targets import Place
+
+if TYPE_CHECKING:
+    from nsa_neuron.conformance.targets import Place
 
 SCHEMA = 1
 

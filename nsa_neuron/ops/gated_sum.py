@@ -42,7 +42,7 @@ def gated_sum(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Ten
     total = o_cmp.to(work) * g[..., 0, None]
     total.addcmul_(o_slc.to(work), g[..., 1, None])
     total.addcmul_(o_win.to(work), g[..., 2, None])
-    return total.to(o_cmp.dtype)
+    return total.to(o_cmp.dtype).contiguous()
 
 
 def gated_sum_backward(
@@ -56,7 +56,7 @@ def gated_sum_backward(
     """
     work = work_dtype(grad_o)
     g, do = gates.to(work), grad_o.to(work)
-    branches = [(do * g[..., i, None]).to(grad_o.dtype) for i in range(3)]
+    branches = [(do * g[..., i, None]).to(grad_o.dtype).contiguous() for i in range(3)]
     dgates = torch.stack([(do * o.to(work)).sum(-1) for o in (o_cmp, o_slc, o_win)], -1)
     return branches[0], branches[1], branches[2], dgates.to(gates.dtype)
 

@@ -1,0 +1,17 @@
+"""The suite on this project's own backends. `nsa conform` runs all of it; here is what is fast."""
+
+import pytest
+import torch
+
+from nsa_neuron.conformance import conformance_tests
+
+test_reference = conformance_tests(
+    "reference:eager", dtypes=(torch.float32, torch.bfloat16, torch.float64), tags=("smoke", "edge")
+)
+test_reference_realistic = conformance_tests(
+    "reference:eager", dtypes=(torch.float16,), tags=("conform",)
+)
+test_cuda_simulated = pytest.mark.sim(
+    conformance_tests("cuda:sim", dtypes=(torch.float32, torch.bfloat16), tags=("smoke",))
+)
+test_cuda = pytest.mark.gpu(conformance_tests("cuda:hw"))

@@ -1,0 +1,151 @@
+"""The suite finds each kind of defect, and tells it from what is refused, known or not run."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from backends import Distort, Fake, registered
+
+from nsa_neuron import conformance
+from nsa_neuron.conformance import Gap, Problem, Status, try_problem
+from nsa_neuron.conformance.problems import scatter
+from nsa_neuron.conformance.runner import poisoned_allocations
+
+PROBLEM = Problem("attention", "group4_s40", torch.float32)
+STRIDED = Problem("attention", "group4_s40", torch.float32, strided=True)
+GAP = Gap("attention", "*", "float32", "group4*", "rounds the wrong way", "gaps.json")
+_counter = itertools.count()
+
+
+def slightly_wrong(results, values):
+    return (results[0] + 1e-3, *results[1:])
+
+
+def wrong_everywhere_by_little(results, values):
+    return (results[0] + 6e-6, *results[1:])
+
+
+def never_the_same(results, values):
+    return (results[0] + 1e-8 * (1 + next(_counter) % 2), *results[1:])
+
+
+def returns_unwritten_memory(results, values):
+    fresh = torch.empty_like(results[0])
+    fresh[:, :-1] = results[0][:, :-1]
+    return (fresh, *results[1:])
+
+
+def changes_an_argument(results, values):
+    values["k"].add_(1)
+    return results
+
+
+def returns_an_argument(results, values):
+    values["q"].copy_(results[0])
+    return (values["q"], *results[1:])
+
+
+def raises(results, values):
+    raise ZeroDivisionError("a tile of no rows")
+
+
+DEFECTS = [
+    (slightly_wrong, "o: largest error"),
+    (wrong_everywhere_by_little, "o: rms error"),
+    (never_the_same, "rule 13"),
+    (returns_unwritten_memory, "NaN"),
+    (changes_an_argument, "changed its argument 'k'"),
+    (returns_an_argument, "argument 'q'"),
+    (raises, "ZeroDivisionError: a tile of no rows"),
+]
+
+
+@pytest.mark.parametrize(("distort", "said"), DEFECTS, ids=lambda x: getattr(x, "__name__", ""))
+def test_each_defect_is_a_failure_that_says_what_is_wrong(distort: Distort, said: str) -> None:
+    with registered(Fake(distort)) as place:
+        outcome = try_problem(PROBLEM, place)
+    assert outcome.status is Status.FAIL
+    assert said in outcome.detail
+
+
+def test_a_right_backend_passes_with_its_error_and_budget() -> None:
+    with registered(Fake()) as place:
+        outcome = try_problem(PROBLEM, place)
+    assert outcome.status is Status.PASS, outcome.detail
+    assert outcome.error is not None and outcome.budget is not None
+    assert 0 <= outcome.error <= outcome.budget
+    assert (outcome.op, outcome.target, outcome.dtype) == ("attention", "fake:hw", "float32")
+
+
+def test_a_backend_that_ignores_strides_fails_on_strided_inputs_only() -> None:
+    def ignores_strides(results, values):
+        q = values["q"].as_strided(values["q"].shape, torch.empty(values["q"].shape).stride())
+        return torch.ops.nsa.attention(q, values["k"], values["v"])
+
+    with registered(Fake(ignores_strides)) as place:
+        assert try_problem(PROBLEM, place).status is Status.FAIL  # it calls itself for ever
+
+    def reads_memory_in_order(results, values):
+        q = values["q"].as_strided(values["q"].shape, torch.empty(values["q"].shape).stride())
+        return (results[0] + 0 * q, *results[1:])
+
+    with registered(Fake(reads_memory_in_order)) as place:
+        assert try_problem(PROBLEM, place).status is Status.PASS
+        outcome = try_problem(STRIDED, place)
+    assert outcome.status is Status.FAIL and "NaN" in outcome.detail
+    assert outcome.case == "group4_s40+strided"
+
+
+def test_a_refusal_is_unsupported_with_rule_and_reason() -> None:
+    with registered(Fake(only=("gated_sum",))) as place:
+        outcome = try_problem(PROBLEM, place)
+    assert outcome.status is Status.UNSUPPORTED
+    assert outcome.detail == "kernel: no kernel for attention"
+
+
+def test_what_cannot_run_here_is_not_run_and_never_a_pass() -> None:
+    with registered(Fake(hindrance="no such device")):
+        report = conformance.run(["fake"], ops=["gated_sum"], tags=["smoke"])
+    assert {row.status for row in report.rows} == {Status.NOT_RUN}
+    assert report.ran == 0 and report.ok
+    assert "fake:hw was not run: no such device" in report.matrix
+    assert "✓" not in report.matrix.splitlines()[3]
+
+
+def test_a_known_gap_excuses_a_failure_and_keeps_its_reason() -> None:
+    with registered(Fake(slightly_wrong)) as place:
+        outcome = try_problem(PROBLEM, place, [GAP])
+        other = try_problem(Problem("attention", "one_token", torch.float32), place, [GAP])
+    assert outcome.status is Status.GAP
+    assert outcome.detail.startswith("rounds the wrong way")
+    assert other.status is Status.FAIL
+
+
+def test_a_known_gap_that_passes_is_a_failure() -> None:
+    with registered(Fake()) as place:
+        outcome = try_problem(PROBLEM, place, [GAP])
+    assert outcome.status is Status.FAIL
+    assert "remove it in gaps.json" in outcome.detail
+
+
+def test_poison_reaches_every_kind_of_fresh_memory_and_is_taken_back() -> None:
+    like = torch.zeros(2, 3)
+    with poisoned_allocations():
+        made = [torch.empty(4), like.new_empty(4), torch.empty_like(like)]
+        made.append(torch.empty(4, dtype=torch.bfloat16))
+        ids = torch.empty(4, dtype=torch.int32)
+    assert all(bool(x.isnan().all()) for x in made)
+    assert bool((ids == torch.iinfo(torch.int32).max).all())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4), (2, 3, 4, 5)])
+def test_scattered_tensors_hold_the_same_numbers_between_poison(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    spread = scatter(x)
+    assert torch.equal(spread, x)
+    assert not spread.is_contiguous()
+    storage = torch.empty(0).set_(spread.untyped_storage())
+    assert int(storage.isnan().sum()) == x.numel()

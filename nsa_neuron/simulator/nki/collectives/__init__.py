@@ -1,0 +1,33 @@
+"""The vendor's `nki.collectives`: communication between the ranks of a run.
+
+`simulate(kernel, ranks=4)` runs a kernel on four ranks; without it a kernel has rank 0 alone.
+"""
+
+from .functions import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    collective_permute,
+    collective_permute_implicit,
+    collective_permute_implicit_current_processing_rank_id,
+    collective_permute_implicit_reduce,
+    rank_id,
+    reduce_scatter,
+)
+from .group import ReplicaGroup
+from .variable import all_gather_v, all_to_all_v
+
+__all__ = [
+    "ReplicaGroup",
+    "all_gather",
+    "all_gather_v",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_v",
+    "collective_permute",
+    "collective_permute_implicit",
+    "collective_permute_implicit_current_processing_rank_id",
+    "collective_permute_implicit_reduce",
+    "rank_id",
+    "reduce_scatter",
+]

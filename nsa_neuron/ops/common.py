@@ -97,7 +97,8 @@ def check_tokens(bound: Bound) -> None:
     """Queries are the last S of the T tokens, so T >= S; packed input has B == 1."""
     spec, sizes = bound.spec, bound.sizes
     if sizes["T"] < sizes["S"]:
-        name = "kv_len" if "kv_len" in bound.scalars else "k"
+        keys = (arg.name for arg in spec.tensors if "T" in arg.forms[0])
+        name = "kv_len" if "kv_len" in bound.scalars else next(keys)
         found = f"{sizes['T']} tokens long"
         raise spec.refuse(name, found, f"at least as long as the {sizes['S']} queries")
     check_packed(bound, ("cu_seqlens_q", "cu_seqlens_k"))

@@ -33,7 +33,8 @@ OPS = ("attention", "sliding_window_attention", "selected_attention", "gated_sum
 CASE = "one_token"
 NUMBER = 300
 """Calls of one timed run: about 5 ms, long against the clock's resolution."""
-MODES = ("forward", "forward, grad", "forward + backward")
+FORWARD, GRAD, BACKWARD = "forward", "forward, grad", "forward + backward"
+NEW_IDS = "forward, new ids"
 NAMESPACE = "nsa_bench"
 
 
@@ -134,18 +135,25 @@ def measure(ops: Sequence[str] = OPS, rounds: int = 40, number: int = NUMBER) ->
     """
     records = []
     library = Library(NAMESPACE, "FRAGMENT")
-    with null_backend(), progress("overhead", len(ops) * len(MODES)) as advance:
+    with null_backend(), progress("overhead", sum(len(modes(get(x))) for x in ops)) as advance:
         for name in ops:
             spec = get(name)
             case = next(case for case in spec.cases if case.name == CASE)
             values = arguments(spec, case, torch.float32)
             ours = getattr(torch.ops.nsa, name).default
             empty = empty_op(library, spec, values)
-            for mode in MODES:
+            for mode in modes(spec):
                 advance(f"{name}, {mode}")
                 mine, other = _pair(ours, empty, spec, values, mode, rounds, number)
-                records += _records(name, mode, mine, other)
+                records += _records(name, mode, number, mine, other)
     return records
+
+
+def modes(spec: OpSpec) -> tuple[str, ...]:
+    """How an op is called. One that is given ids (they are checked on the CPU, once while they stay
+    the same) is also called with other ids each time."""
+    ids = any(arg.dtype == "i32" and not arg.optional for arg in spec.tensors)
+    return (FORWARD, GRAD, BACKWARD, *((NEW_IDS,) if ids else ()))
 
 
 def _pair(
@@ -158,26 +166,30 @@ def _pair(
     number: int,
 ) -> tuple[list[float], list[float]]:
     """Microseconds per call of the two ops, `rounds` values each, measured in turn."""
-    grad = mode != MODES[0]
+    grad = mode in (GRAD, BACKWARD)
     args = [values[arg.name] for arg in spec.tensors if values[arg.name] is not None]
     args = [
         x.clone().requires_grad_(grad and arg.differentiable)
         for x, arg in zip(args, spec.tensors, strict=False)
     ]
     timers = [_timer(op, args, mode) for op in (ours, empty)]
+    calls = 2 if mode == NEW_IDS else 1
     for timer in timers:
         timer.timeit(number)
     taken: tuple[list[float], list[float]] = ([], [])
     for i in range(rounds):
         # Whoever goes first may find a warmer or a colder machine.
         for which in (0, 1) if i % 2 else (1, 0):
-            taken[which].append(timers[which].timeit(number).mean * 1e6)
+            taken[which].append(timers[which].timeit(number).mean * 1e6 / calls)
     return taken
 
 
 def _timer(op: Callable[..., Any], args: Sequence[Tensor], mode: str) -> Timer:
     values: dict[str, Any] = {"op": op, "args": args}
-    if mode != MODES[2]:
+    if mode == NEW_IDS:
+        values["other"] = [x if x.is_floating_point() else x.clone() for x in args]
+        return Timer("op(*args); op(*other)", globals=values)
+    if mode != BACKWARD:
         return Timer("op(*args)", globals=values)
     out = op(*args)
     first = out[0] if isinstance(out, tuple) else out
@@ -185,13 +197,15 @@ def _timer(op: Callable[..., Any], args: Sequence[Tensor], mode: str) -> Timer:
         "grad": torch.ones_like(first),
         "backward": torch.autograd.grad,
         "leaves": [x for x in args if x.requires_grad],
-        "one": (lambda x: x[0]) if isinstance(out, tuple) else (lambda x: x),
     }
-    return Timer("backward(one(op(*args)), leaves, grad)", globals=values)
+    one = "op(*args)[0]" if isinstance(out, tuple) else "op(*args)"
+    return Timer(f"backward({one}, leaves, grad)", globals=values)
 
 
-def _records(op: str, mode: str, mine: list[float], other: list[float]) -> list[Record]:
-    facts = {"op": op, "mode": mode, "calls_per_run": NUMBER}
+def _records(
+    op: str, mode: str, number: int, mine: list[float], other: list[float]
+) -> list[Record]:
+    facts = {"op": op, "mode": mode, "calls_per_run": number, "threads": torch.get_num_threads()}
     ratios = [a / b for a, b in zip(mine, other, strict=True)]
     return [
         Record.of(BENCH, "torch.ops.nsa", "us", mine, **facts),

@@ -20,11 +20,11 @@ from .registers import VirtualRegister
 from .tensor import NkiTensor, resolved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
-    from .lnc import Launch
+    from .lnc import Launch, Message
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class NeuronCore:
         options, machine: how and what is simulated.
         trace: the record being written.
         accumulators: reduce registers per engine ("scalar", "vector").
+        pending: receiving ends of `sendrecv` still under way: (access, message, description).
         state: scratch of instructions with state (random generators), by name.
     """
 
@@ -87,6 +88,7 @@ class NeuronCore:
         self.data = options.data
         self.trace = CoreTrace(index)
         self.accumulators = {e: Accumulators(self.machine.partitions) for e in ("scalar", "vector")}
+        self.pending: list[tuple[Access, Message, str]] = []
         self.state: dict[str, Any] = {}
         self._pool = Pool()
         self._arenas = {b: Arena(self.machine, b) for b in ON_CHIP}
@@ -261,6 +263,8 @@ class NeuronCore:
             ):
                 ops.out_of_bounds(spec, access)
         if self.data:
+            if self.pending:
+                self.settle((*outs, *ins))
             for tensor in reads[: spec.checked]:
                 if type(tensor) is NkiTensor:
                     memory = tensor.memory
@@ -288,6 +292,18 @@ class NeuronCore:
         )
         trace.append(instruction)
         return instruction
+
+    def settle(self, accesses: Iterable[Access] | None = None) -> None:
+        """Wait for the messages of `sendrecv` that these accesses touch; None: for all."""
+        meeting = self.launch.meeting
+        assert meeting is not None
+        touched = None if accesses is None else tuple(accesses)
+        for entry in tuple(self.pending):
+            access, message, what = entry
+            if touched is None or any(access.overlaps(a) for a in touched):
+                meeting.wait(self.index, message, what)
+            if message.done:
+                self.pending.remove(entry)
 
     def mark_written(self, tensor: NkiTensor) -> None:
         """Note that every element of a view was written, by something other than a matmul."""
@@ -370,6 +386,8 @@ class NeuronCore:
 
     def require_readable(self, tensor: NkiTensor, spec: ops.Spec) -> None:
         """Refuse a tensor of which some element was never written."""
+        if self.pending:
+            self.settle((tensor.access(),))
         if self.data and not tensor.memory.readable(tensor.access()):
             ops.uninitialized(spec, (), (tensor,), tensor)
 

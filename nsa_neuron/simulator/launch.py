@@ -182,7 +182,10 @@ class _Rank:
     def body(self, core: NeuronCore) -> Any:
         """Run the kernel on one core."""
         with core, np.errstate(all="ignore"):
-            return self.kernel.fn(*self.bound[0], **self.bound[1])
+            result = self.kernel.fn(*self.bound[0], **self.bound[1])
+            if core.pending:
+                core.settle()
+            return result
 
     def finish(self, result: Any) -> Any:
         """Check what is known only at the end; hand back the results."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,6 +83,23 @@ class Launch:
             self._made[core] += 1
 
 
+class Message:
+    """One half of an exchange: what a core hands over, and what to do with what it gets.
+
+    Attributes:
+        payload: for the other core.
+        deliver: called with the other core's payload.
+        done: True once both were exchanged.
+    """
+
+    __slots__ = ("deliver", "done", "payload")
+
+    def __init__(self, payload: Any, deliver: Callable[[Any], None]) -> None:
+        self.payload = payload
+        self.deliver = deliver
+        self.done = False
+
+
 class Meeting:
     """Where the two cores of a launch synchronise.
 
@@ -93,7 +111,43 @@ class Meeting:
     def __init__(self, world: World, rank: int) -> None:
         self._scheduler = world.scheduler
         self._base = rank * world.lnc
+        self._posted: dict[tuple[int, Any], deque[Message]] = {}
         self.on_meet: list[Callable[[], None]] = []
+
+    def exchange(
+        self, core: int, key: Any, payload: Any, deliver: Callable[[Any], None], what: str
+    ) -> Message | None:
+        """Hand a payload over and receive the other core's under the same key.
+
+        The k-th exchanges of both cores under one key belong together. This core waits while the
+        other one can run; held up elsewhere, it goes on and this one does too.
+
+        Args:
+            core: this core.
+            key: what both must agree on, such as ("sendrecv", pipe_id).
+            payload: for the other core.
+            deliver: called with the other's payload, on the thread that comes second.
+            what: description for the deadlock report.
+
+        Returns:
+            None, or the message still under way.
+        """
+        waiting = self._posted.get((1 - core, key))
+        if waiting:
+            other = waiting.popleft()
+            other.done = True
+            other.deliver(payload)
+            deliver(other.payload)
+            self.met()
+            return None
+        message = Message(payload, deliver)
+        self._posted.setdefault((core, key), deque()).append(message)
+        self._scheduler.park(self._base + core, lambda: message.done, what, soft=True)
+        return None if message.done else message
+
+    def wait(self, core: int, message: Message, what: str) -> None:
+        """Wait until a message under way has arrived."""
+        self._scheduler.park(self._base + core, lambda: message.done, what, soft=False)
 
     def meet(self, core: int, key: Any, payload: Any, what: str) -> Any:
         """Wait until the other core arrives with the same key; return its payload.

@@ -44,6 +44,7 @@ class Scheduler:
         self._describe = describe
         self._turn = 0
         self._waiting: dict[int, tuple[Any, tuple[int, ...], Any, str]] = {}
+        self._parked: dict[int, tuple[Callable[[], bool], bool, str]] = {}
         self._received: dict[int, dict[int, Any]] = {}
         self._finished: set[int] = set()
         self._failed: BaseException | None = None
@@ -105,32 +106,58 @@ class Scheduler:
                 self._await_turn(me)
             return self._received.pop(me)
 
+    def park(self, me: int, ready: Callable[[], bool], what: str, soft: bool) -> None:
+        """Let others run until something is ready.
+
+        Args:
+            me: this thread.
+            ready: tells whether this thread can go on; asked on other threads too.
+            what: description for the deadlock report.
+            soft: True where this thread may go on before that, once nobody else can run.
+
+        Raises:
+            Aborted: see `meet`.
+        """
+        with self._condition:
+            if not ready():
+                self._parked[me] = (ready, soft, f"{what} at {locate(call_site())}")
+                self._hand_over()
+                self._await_turn(me)
+
+    def _runnable(self, candidate: int) -> bool:
+        if candidate in self._waiting or candidate in self._finished:
+            return False
+        parked = self._parked.get(candidate)
+        return parked is None or parked[0]()
+
     def _agrees(self, member: int, key: Any, members: tuple[int, ...]) -> bool:
         waiting = self._waiting.get(member)
         return waiting is not None and waiting[0] == key and waiting[1] == members
 
     def _hand_over(self) -> None:
         """Give the turn to the next thread that can run; nobody and some wait: a deadlock."""
-        for step in range(1, self._count + 1):
-            candidate = (self._turn + step) % self._count
-            if candidate not in self._waiting and candidate not in self._finished:
-                self._turn = candidate
-                break
-        else:
-            if self._waiting and self._failed is None:
-                self._failed = self._deadlock()
+        order = [(self._turn + step) % self._count for step in range(1, self._count + 1)]
+        able = [c for c in order if self._runnable(c)]
+        able += [c for c in order if c in self._parked and self._parked[c][1]]
+        if able:
+            self._turn = able[0]
+            self._parked.pop(able[0], None)
+        elif (self._waiting or self._parked) and self._failed is None:
+            self._failed = self._deadlock()
         self._condition.notify_all()
 
     def _await_turn(self, me: int) -> None:
         while True:
             if self._failed is not None:
                 raise Aborted
-            if self._turn == me and me not in self._waiting:
+            if self._turn == me and me not in self._waiting and me not in self._parked:
                 return
             self._condition.wait()
 
     def _deadlock(self) -> BaseException:
-        lines = [f"{self._describe(i)} waits in {w[3]}" for i, w in sorted(self._waiting.items())]
+        texts = {i: w[3] for i, w in self._waiting.items()}
+        texts |= {i: p[2] for i, p in self._parked.items()}
+        lines = [f"{self._describe(i)} waits in {text}" for i, text in sorted(texts.items())]
         lines += [f"{self._describe(i)} has ended" for i in sorted(self._finished)]
         return violation(self._rule, "; ".join(lines))
 

@@ -134,3 +134,36 @@ def test_both_cores_doing_the_same_work_is_no_race():
         return out
 
     np.testing.assert_array_equal(simulator.simulate(nki.jit(kernel)[2])(X), X)
+
+
+@pytest.mark.parametrize("touch_early", [False, True])
+def test_pipes_are_independent(touch_early):
+    """Core 1 uses the pipes in the other order; both must come through, whoever reads first."""
+
+    def kernel(x):
+        me = nl.program_id(0)
+        out = nl.ndarray((2, 2, 4, 1), nl.float32, buffer=nl.shared_hbm)
+        sent = [nl.full((4, 1), 10 * me + i, nl.float32) for i in range(2)]
+        got = [nl.ndarray((4, 1), nl.float32) for _ in range(2)]
+        for i in (0, 1) if me == 0 else (1, 0):
+            nisa.sendrecv(sent[i], got[i], 1 - me, 1 - me, pipe_id=i)
+            if touch_early and me == 1:
+                nisa.tensor_scalar(got[i], got[i], nl.add, 0.0)
+        for i in (0, 1):
+            nl.store(out[me, i], got[i])
+        nisa.core_barrier(out, (0, 1))
+        return out
+
+    result = simulator.simulate(nki.jit(kernel)[2])(X)
+    np.testing.assert_array_equal(result[..., 0, 0], [[10, 11], [0, 1]])
+
+
+def test_a_message_nobody_sends_is_a_deadlock():
+    def kernel(x):
+        me = nl.program_id(0)
+        tile, got = nl.zeros((4, 1), nl.float32), nl.ndarray((4, 1), nl.float32)
+        nisa.sendrecv(tile, got, 1 - me, 1 - me, pipe_id=me)
+        nl.store(x[me : me + 1, 0:1], got[0:1])
+
+    with pytest.raises(DeadlockError, match=r"sendrecv\(pipe_id=0\)"):
+        simulator.simulate(nki.jit(kernel)[2])(X.copy())

@@ -44,13 +44,22 @@ def _check_sendrecv(c):
 def _run_sendrecv(core, payload, writes, reads, params):
     (dst,), (src,) = writes, reads
     pipe = params.pipe_id
-    received = core.launch.meeting.meet(
-        core.index, ("sendrecv", pipe), src.array().copy(), f"sendrecv(pipe_id={pipe})"
+
+    def deliver(values):
+        save(core, dst, values)
+        core.mark_written(dst)
+
+    what = f"sendrecv(pipe_id={pipe})"
+    message = core.launch.meeting.exchange(
+        core.index, ("sendrecv", pipe), src.array().copy(), deliver, what
     )
-    save(core, dst, received)
+    if message is not None:
+        core.pending.append((dst.access(), message, what))
 
 
-SENDRECV = Spec("sendrecv", ("dst",), ("src",), _check_sendrecv, _run_sendrecv, dma=True)
+SENDRECV = Spec(
+    "sendrecv", ("dst",), ("src",), _check_sendrecv, _run_sendrecv, dma=True, marks_itself=True
+)
 
 
 @instruction

@@ -108,7 +108,10 @@ def _front_page(words: Sequence[str], commands: Sequence[Command]) -> int:
 def _carry_out(command: Command, words: Sequence[str]) -> int:
     module = importlib.import_module(command.module)
     if command.function:
-        return int(getattr(module, command.function)(list(words)) or 0)
+        function = getattr(module, command.function, None)
+        if function is None:
+            raise NsaError(f"this version of {command.module} cannot {command.name}")
+        return int(function(list(words)) or 0)
     parser = argparse.ArgumentParser(
         prog=f"nsa {command.name}",
         description=module.__doc__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -170,6 +171,14 @@ def test_simulator_commands_hand_over_their_words(monkeypatch, name, function) -
     assert seen == [["kernel.py", "--json"]]
 
 
+def test_a_simulator_without_a_command_says_so(monkeypatch, capsys) -> None:
+    fake = types.ModuleType("nsa_neuron.simulator.cli")
+    monkeypatch.setitem(sys.modules, "nsa_neuron.simulator.cli", fake)
+    monkeypatch.setattr(cli, "exists", lambda module: True)
+    assert main(["lint", "kernel.py"]) == cli.UNUSABLE
+    assert "cannot lint" in capsys.readouterr().err
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -188,6 +197,8 @@ def test_the_front_page_imports_neither_torch_nor_numpy() -> None:
 def test_simulator_commands_do_not_import_torch(command: str) -> None:
     if not cli.exists("nsa_neuron.simulator.cli"):
         pytest.skip("this version has no nsa_neuron.simulator.cli")
+    if not hasattr(importlib.import_module("nsa_neuron.simulator.cli"), f"{command}_main"):
+        pytest.skip(f"nsa_neuron.simulator.cli has no {command}_main")
     code = (
         "import sys; from nsa_neuron.cli import main\n"
         f"try: main(['{command}', '--help'])\n"

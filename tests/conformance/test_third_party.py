@@ -48,11 +48,12 @@ WRONG = False
 BACKEND = Acme()
 '''
 SUITE = """
+from torch import bfloat16
 from nsa_neuron.conformance import conformance_tests
 
 test_everything = conformance_tests("acme", tags=("smoke",))
 test_two_ops = conformance_tests(
-    "acme", ops=("gated_sum", "sliding_window_attention"), tags=("edge",)
+    "acme", ops=("gated_sum", "sliding_window_attention"), tags=("edge",), dtypes=(bfloat16,)
 )
 """
 

@@ -52,7 +52,7 @@ def check(ids, scores, tokens, m, n, initial, local, rtol=1e-5):
         assert min(row[list(extra)]) >= (1 - rtol) * max(row[list(missing)]), (s, h, got, right)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_geometry_matches_rule_4(data):
     stride = data.draw(st.sampled_from([1, 2, 3, 4]))
@@ -161,11 +161,12 @@ def test_a_million_tokens():
     "name",
     [
         "attn_32_16_64_S1_H1_G4_d64_n4",
-        "attn_32_16_64_S260_H2_G16_d64_n4",
+        "attn_32_16_64_S33_H1_G16_d64_n4",
+        "attn_32_16_64_S200_H2_G1_d128_n4",
         "attn_32_16_64_S127_H1_G4_dk192_dv128_n4",
         "attn_64_16_64_S400_H1_G4_d64_n4",
         "attn_32_16_64_S700_H1_G4_d64_n8_sharp",
-        "attn_32_16_64_varlen3_H1_G16_d64_n4",
+        "attn_32_16_64_varlen5_H2_G1_d64_n4",
     ],
 )
 def test_golden(name):

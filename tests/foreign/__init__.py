@@ -1,0 +1,1 @@
+"""AWS's own kernels, unmodified, from checkouts of their repositories."""

@@ -1,0 +1,196 @@
+"""Where AWS's repositories are checked out, and how their modules are imported here.
+
+`NKI_LIBRARY_PATH` names a checkout of aws-neuron/nki-library, `AWS_NEURON_SDK_PATH` one of
+aws-neuron/aws-neuron-sdk. Nothing of them is copied: kernels, inputs and references are imported
+from the checkout. What their tests import beyond that (AWS's internal dtype helpers, cloud
+metrics, the test orchestrator that drives Trainium hosts) is stood in for by a few lines each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from nsa_neuron import simulator
+from nsa_neuron.simulator.dtypes import convert, find, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+VARIABLES = {"library": "NKI_LIBRARY_PATH", "sdk": "AWS_NEURON_SDK_PATH"}
+
+
+def path_of(repository: str) -> Path | None:
+    """Checkout of "library" or "sdk", or None where its variable is not set.
+
+    Raises:
+        FileNotFoundError: the variable names no directory.
+    """
+    value = os.environ.get(VARIABLES[repository])
+    if not value:
+        return None
+    path = Path(value).expanduser().resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{VARIABLES[repository]}={value} is not a directory")
+    return path
+
+
+def why_missing(repository: str) -> str:
+    """Reason of a skip."""
+    return f"{VARIABLES[repository]} names no checkout"
+
+
+def static_cast(values: Any, dtype: Any) -> Any:
+    """What AWS's `neuron_dtypes.static_cast` does: an array in another dtype."""
+    array = np.asarray(values)
+    if find(dtype) is None:
+        return array.astype(dtype)
+    target = resolve(dtype).numpy
+    if array.dtype.kind == "f" and array.dtype.itemsize == 8:
+        array = array.astype(np.float32)
+    if target.kind not in "iu" and array.dtype != target:
+        return convert(array.astype(np.float32), target)
+    return array.astype(target)
+
+
+def _neuron_dtypes() -> dict[str, Any]:
+    return {
+        "static_cast": static_cast,
+        "sizeinbytes": lambda dtype: resolve(dtype).itemsize,
+        "is_float_type": lambda dtype: resolve(dtype).is_float,
+        "finfo": lambda dtype: ml_dtypes.finfo(resolve(dtype).numpy),
+        "bfloat16": ml_dtypes.bfloat16,
+        "float8_e4m3": ml_dtypes.float8_e4m3,
+        "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+        "float8_e5m2": ml_dtypes.float8_e5m2,
+        "float8_e5m2_x4": "float8_e5m2_x4",
+        "float8_e4m3fn_x4": "float8_e4m3fn_x4",
+        "float4_e2m1fn_x4": "float4_e2m1fn_x4",
+    }
+
+
+def _special() -> dict[str, Any]:
+    """`scipy.special`'s two functions that the references use."""
+    import torch
+
+    def wrap(function: Any) -> Any:
+        return lambda x: function(torch.from_numpy(np.asarray(x, np.float64))).numpy()
+
+    return {"erf": wrap(torch.special.erf), "expit": wrap(torch.special.expit)}
+
+
+class _Anything:
+    """Stands for a class that only annotations and unused code name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __class_getitem__(cls, item: Any) -> Any:
+        return cls
+
+
+class _AnyName(types.ModuleType):
+    """A module of which every name is `_Anything`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (_Anything,), {})
+
+
+def _module(name: str, contents: dict[str, Any]) -> types.ModuleType:
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    return module
+
+
+_CLOUD = (
+    "allpairspy",
+    "aws_embedded_metrics",
+    "boto3",
+    "botocore",
+    "fabric2",
+    "filelock",
+    "invoke",
+    "paramiko",
+    "pytest_html",
+    "test.utils.test_orchestrator",
+)
+
+
+class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Makes modules of `_CLOUD` and below out of nothing where they are not installed."""
+
+    def __init__(self) -> None:
+        self.names = tuple(n for n in _CLOUD if "." in n or importlib.util.find_spec(n) is None)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname in self.names or fullname.startswith(tuple(n + "." for n in self.names)):
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return _AnyName(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""
+
+
+def _stand_ins() -> dict[str, types.ModuleType]:
+    found = {"neuron_dtypes": _module("neuron_dtypes", _neuron_dtypes())}
+    if importlib.util.find_spec("scipy") is None:
+        special = _module("scipy.special", _special())
+        found |= {"scipy": _module("scipy", {"special": special}), "scipy.special": special}
+    return found
+
+
+def _purge(prefixes: tuple[str, ...]) -> dict[str, types.ModuleType]:
+    names = [
+        n for n in sys.modules if n in prefixes or n.startswith(tuple(p + "." for p in prefixes))
+    ]
+    return {n: sys.modules.pop(n) for n in names}
+
+
+@contextlib.contextmanager
+def importable(repository: str, *folders: str) -> Iterator[Path]:
+    """Make a checkout's modules importable, on the simulator; undone at the end.
+
+    Args:
+        repository: "library" or "sdk".
+        folders: put on `sys.path`, relative to the checkout.
+    """
+    root = path_of(repository)
+    assert root is not None
+    stand_ins = _stand_ins() if repository == "library" else {}
+    finder = _StandInFinder()
+    owned = ("test", "nkilib_src", *stand_ins, *finder.names)
+    saved_modules, saved_path, saved_mark = _purge(owned), list(sys.path), pytest.mark
+    saved_environment = dict(os.environ)
+    sys.path[:0] = [str(root / f) for f in folders]
+    sys.modules.update(stand_ins)
+    if repository == "library":
+        sys.meta_path.insert(0, finder)
+    pytest.mark = pytest.MarkGenerator(_ispytest=True)  # theirs; ours is strict about names
+    try:
+        with simulator.activate(target="trn2"):
+            yield root
+    finally:
+        _purge(owned)
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+        sys.modules.update(saved_modules)
+        sys.path[:] = saved_path
+        pytest.mark = saved_mark
+        os.environ.clear()
+        os.environ.update(saved_environment)

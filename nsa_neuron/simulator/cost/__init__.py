@@ -8,3 +8,29 @@
 `parameters` holds every constant with unit, source and band; `instructions` and `dma` say what one
 instruction costs; `dependencies` who waits for whom; `schedule` when; `timeline` is the result.
 """
+
+from __future__ import annotations
+
+from .estimate import Estimate, central, estimate, paused_gc, program_of
+from .parameters import CONSTANTS, DEFAULT_SET, LEVELS, SETS, Parameters, load
+from .schedule import schedule
+from .timeline import Band, Cause, Step, Timeline
+
+__all__ = [
+    "CONSTANTS",
+    "DEFAULT_SET",
+    "LEVELS",
+    "SETS",
+    "Band",
+    "Cause",
+    "Estimate",
+    "Parameters",
+    "Step",
+    "Timeline",
+    "central",
+    "estimate",
+    "load",
+    "paused_gc",
+    "program_of",
+    "schedule",
+]

@@ -187,7 +187,9 @@ class Parameters:
         "ns from the last packet to a waiting engine", "traces: tail 250 + 94", 300, 344, 400,
         documented=344,
     )  # fmt: skip
-    core_meeting: float = _constant("ns", "none: core_barrier, sendrecv", 500, 2000, 4000, guess=True)
+    core_meeting: float = _constant(
+        "ns", "none: core_barrier, sendrecv", 500, 2000, 4000, guess=True
+    )
 
     # DMA
     dma_start: float = _constant(

@@ -1,0 +1,297 @@
+"""Who waits for whom: RAW, WAR and WAW on the bytes each instruction touches, and reuse of space.
+
+This depends on the program alone, not on the constants, so it is computed once per run. Engines
+execute in order, so an instruction never waits for an older one of its own engine except to read
+its result; TensorE accumulates in PSUM without waiting for itself.
+
+Tensors that the compiler places share the bytes of SBUF and PSUM: a tensor's first use waits until
+tensors that were used last before it have left enough room, oldest first (a perfect allocator that
+reuses space as late as it can).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .overlap import may_overlap
+from .timeline import Cause
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..access import Access
+    from ..machine import Machine
+    from ..memory import Allocation
+    from ..record import CoreTrace, Instruction
+
+RAW, WAR, WAW = int(Cause.RAW), int(Cause.WAR), int(Cause.WAW)
+SPACE, EDGE = int(Cause.SPACE), int(Cause.EDGE)
+SHIFT = 3  # a dependency is (producer << SHIFT) | cause
+
+_NARROW_ENOUGH = 64  # buckets a region may span before it is kept aside
+
+
+class Region:
+    """An access pattern of a storage, its last writer and the readers since.
+
+    Attributes:
+        access: the pattern.
+        writer: index of the last instruction that wrote it, -1 before.
+        readers: who read it since, at most the latest per lane.
+        near: other patterns that may touch the same bytes.
+    """
+
+    __slots__ = ("access", "near", "readers", "writer")
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+        self.writer = -1
+        self.readers: list[int] = []
+        self.near: list[Region] = []
+
+    def covers(self, other: Region) -> bool:
+        """True when a write here overwrites all of another pattern."""
+        a, b = self.access, other.access
+        return (
+            a.layout.dense
+            and not a.dynamic
+            and a.allocation is b.allocation
+            and a.p0 <= b.p0
+            and a.p1 >= b.p1
+            and a.lo <= b.lo
+            and a.hi >= b.hi
+        )
+
+
+class Storage:
+    """The patterns used in one allocation, or in all addressed tensors of one memory."""
+
+    __slots__ = ("buckets", "regions", "wide", "width")
+
+    def __init__(self) -> None:
+        self.regions: dict[object, Region] = {}
+        self.buckets: dict[int, list[Region]] = {}
+        self.wide: list[Region] = []
+        self.width = 0
+
+    def add(self, key: object, access: Access) -> Region:
+        """Make the region of a new pattern and find its neighbours."""
+        region = Region(access)
+        a = access.allocation
+        base = a.address[1] if a.address else 0
+        lo, hi = access.lo + base, access.hi + base
+        if not self.width:
+            self.width = max(hi - lo, 1)
+        first, last = lo // self.width, (hi - 1) // self.width
+        if last - first >= _NARROW_ENOUGH:
+            candidates = list(self.regions.values())
+            self.wide.append(region)
+        else:
+            found: dict[int, Region] = {id(r): r for r in self.wide}
+            for b in range(first, last + 1):
+                bucket = self.buckets.setdefault(b, [])
+                for r in bucket:
+                    found[id(r)] = r
+                bucket.append(region)
+            candidates = list(found.values())
+        for other in candidates:
+            if may_overlap(access, other.access):
+                region.near.append(other)
+                other.near.append(region)
+        self.regions[key] = region
+        return region
+
+    def last_users(self) -> list[int]:
+        """Instructions that must end before the bytes are anybody else's."""
+        users: list[int] = []
+        for region in self.regions.values():
+            if region.readers:
+                users += region.readers
+            elif region.writer >= 0:
+                users.append(region.writer)
+        return users
+
+
+class Space:
+    """Bytes per partition of one memory that the compiler shares out."""
+
+    def __init__(self, limit: int, granule: int) -> None:
+        self.free = limit
+        self.granule = granule
+        self.released: deque[tuple[int, Storage]] = deque()
+
+    def size(self, a: Allocation) -> int:
+        """Bytes per partition, in whole granules (PSUM banks)."""
+        return -(-a.pitch_bytes // self.granule) * self.granule
+
+    def take(self, a: Allocation) -> list[int]:
+        """Place a tensor; return the instructions that must have ended."""
+        self.free -= self.size(a)
+        users: list[int] = []
+        while self.free < 0 and self.released:
+            size, storage = self.released.popleft()
+            self.free += size
+            users += storage.last_users()
+        return users
+
+    def release(self, a: Allocation, storage: Storage) -> None:
+        """Note that a tensor was used for the last time."""
+        self.released.append((self.size(a), storage))
+
+
+class Tracker:
+    """Finds the dependencies of one core's instructions, in program order.
+
+    Args:
+        trace: what the core did.
+        machine: sizes of SBUF and PSUM.
+        lanes: lane of every instruction.
+        in_order: lanes below this number are compute engines; lane 0 is TensorE.
+        pair: True where two cores share HBM, ordered only where they meet.
+    """
+
+    def __init__(
+        self, trace: CoreTrace, machine: Machine, lanes: Sequence[int], in_order: int, pair: bool
+    ) -> None:
+        self.trace = trace
+        self.lanes = lanes
+        self.in_order = in_order
+        self.pair = pair
+        self.storages: dict[Allocation, Storage] = {}
+        self.arenas = {"sbuf": Storage(), "psum": Storage()}
+        self.spaces = {
+            "sbuf": Space(machine.sbuf_bytes, 1),
+            "psum": Space(machine.psum_bytes, machine.psum_bank_bytes),
+        }
+        self._released: set[Allocation] = set()
+        self._fence = -1
+        self._shared_users: dict[int, int] = {}
+
+    def run(self) -> list[list[int]]:
+        """Dependencies of each instruction, as `producer << SHIFT | cause`."""
+        instructions = self.trace.instructions
+        written = {a.allocation for i in instructions for a in i.writes}
+        storages, lanes, in_order = self.storages, self.lanes, self.in_order
+        result: list[list[int]] = []
+        for me, i in enumerate(instructions):
+            lane = lanes[me]
+            deps: list[int] = []
+            for access in i.reads:
+                allocation = access.allocation
+                if allocation not in written:
+                    continue
+                storage = storages.get(allocation)
+                region = (
+                    storage.regions.get((access.start, access.layout, access.dynamic))
+                    if storage is not None
+                    else None
+                ) or self._region(access, lane, deps)
+                if region.writer >= 0:
+                    deps.append(region.writer << SHIFT | RAW)
+                for other in region.near:
+                    if other.writer >= 0:
+                        deps.append(other.writer << SHIFT | RAW)
+                readers = region.readers
+                if lane < in_order and readers and lanes[readers[-1]] == lane:
+                    readers[-1] = me
+                else:
+                    self._note(readers, me, lane)
+                if allocation.last_use == me:
+                    self._release(allocation)
+            for access in i.writes:
+                allocation = access.allocation
+                storage = storages.get(allocation)
+                region = (
+                    storage.regions.get((access.start, access.layout, access.dynamic))
+                    if storage is not None
+                    else None
+                ) or self._region(access, lane, deps)
+                self._write(region, me, lane, deps)
+                if allocation.last_use == me:
+                    self._release(allocation)
+            if i.after:
+                deps += [e.index << SHIFT | EDGE for e in i.after]
+            if self.pair:
+                self._order_cores(i, me, lane, deps)
+            if lane == 0 and deps:
+                deps = [d for d in deps if lanes[d >> SHIFT]]
+            result.append(deps)
+        return result
+
+    def _write(self, region: Region, me: int, lane: int, deps: list[int]) -> None:
+        """WAW and WAR of a write; in-order lanes need none on themselves."""
+        lanes = self.lanes
+        own = lane if lane < self.in_order else -1
+        for r in (region, *region.near) if region.near else (region,):
+            if r.writer >= 0 and lanes[r.writer] != own:
+                deps.append(r.writer << SHIFT | WAW)
+            for reader in r.readers:
+                if reader != me and lanes[reader] != own:
+                    deps.append(reader << SHIFT | WAR)
+            if r is not region and region.covers(r):
+                r.writer = -1
+                r.readers.clear()
+        region.writer = me
+        region.readers.clear()
+
+    def _region(self, access: Access, lane: int, deps: list[int]) -> Region:
+        """The region of an access that was not found at once; places new tensors."""
+        allocation = access.allocation
+        storage = self.storages.get(allocation)
+        if storage is None:
+            if allocation.address is not None and allocation.on_chip:
+                storage = self.arenas[allocation.buffer]
+            else:
+                storage = Storage()
+                if allocation.buffer in self.spaces:
+                    own = lane if lane < self.in_order else -1
+                    users = self.spaces[allocation.buffer].take(allocation)
+                    deps += [u << SHIFT | SPACE for u in users if self.lanes[u] != own]
+            self.storages[allocation] = storage
+        key: object = (access.start, access.layout, access.dynamic)
+        if access.dynamic:
+            access = _anywhere(access)
+        if allocation.address is not None:
+            key = (allocation.address, allocation.shape, key)
+        return storage.regions.get(key) or storage.add(key, access)
+
+    def _release(self, allocation: Allocation) -> None:
+        space = self.spaces.get(allocation.buffer)
+        if space is None or allocation.address is not None or allocation in self._released:
+            return
+        self._released.add(allocation)
+        space.release(allocation, self.storages[allocation])
+
+    def _note(self, readers: list[int], me: int, lane: int) -> None:
+        """Add a reader; in-order lanes need only their latest."""
+        if lane < self.in_order:
+            for k, reader in enumerate(readers):
+                if self.lanes[reader] == lane:
+                    readers[k] = me
+                    return
+        readers.append(me)
+
+    def _order_cores(self, i: Instruction, me: int, lane: int, deps: list[int]) -> None:
+        """Meetings wait for all earlier use of shared HBM; later use waits for them."""
+        if i.opcode in MEETINGS:
+            deps += [u << SHIFT | EDGE for u in self._shared_users.values()]
+            self._shared_users = {lane: me}
+            self._fence = me
+            return
+        if any(a.allocation.buffer == "shared_hbm" for a in (*i.writes, *i.reads)):
+            if self._fence >= 0:
+                deps.append(self._fence << SHIFT | EDGE)
+            self._shared_users[me if lane >= self.in_order else -1 - lane] = me
+
+
+MEETINGS = ("core_barrier", "sendrecv")
+
+
+def _anywhere(access: Access) -> Access:
+    """A run-time index may touch all of the tensor: the compiler must assume it does."""
+    allocation = access.allocation
+    whole = type(access)(allocation, access.layout, access.start, True)
+    whole.p0, whole.p1 = 0, allocation.partitions
+    whole.lo, whole.hi = 0, allocation.pitch_bytes
+    return whole

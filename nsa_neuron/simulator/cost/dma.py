@@ -1,0 +1,175 @@
+"""What one DMA transfer costs: descriptors, the DMA engines that run them, who triggers it.
+
+A transfer is cut where either side stops being contiguous; each piece is a descriptor (fact sheet
+6.5). Eight neighbouring partitions share one of 16 DMA engines. An engine needs `dma_descriptor` ns
+per descriptor, its bytes at `dma_rate`, and `dma_transfer` ns per transfer.
+"""
+
+from __future__ import annotations
+
+from math import ceil, lcm
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..access import Access, Layout
+    from ..record import Instruction
+    from .parameters import Parameters
+
+ENGINES = 16
+PARTITIONS_PER_ENGINE = 8
+
+
+class Transfer:
+    """One DMA transfer.
+
+    Attributes:
+        queue: lane it waits in: "dma-load", "dma-store", "dma-copy" (static descriptors),
+            "dma-sync", "dma-scalar" (hardware descriptors) or "dma-gpsimd" (software).
+        trigger: engine that triggers it.
+        trigger_time: ns of that engine.
+        start: ns from trigger to first byte.
+        nbytes: bytes written.
+        hbm_bytes: bytes read from plus bytes written to HBM.
+        descriptors: contiguous pieces.
+        row_bytes: bytes per descriptor.
+        parts: (DMA engine, ns) for each engine that takes part.
+        rule: in words, for the report.
+    """
+
+    __slots__ = (
+        "descriptors",
+        "hbm_bytes",
+        "nbytes",
+        "parts",
+        "queue",
+        "row_bytes",
+        "rule",
+        "start",
+        "trigger",
+        "trigger_time",
+    )
+
+    queue: str
+    trigger: str
+    trigger_time: float
+    start: float
+    nbytes: int
+    hbm_bytes: int
+    descriptors: int
+    row_bytes: float
+    parts: tuple[tuple[int, float], ...]
+    rule: str
+
+    @property
+    def duration(self) -> float:
+        """Ns from trigger to last byte on idle DMA engines."""
+        return self.start + max((t for _, t in self.parts), default=0.0)
+
+    @property
+    def packet_time(self) -> float:
+        """Ns summed over DMA engines."""
+        return sum(t for _, t in self.parts)
+
+
+def contiguous_run(layout: Layout, rows_apart: bool = False) -> int:
+    """Elements at the end of the pattern that lie next to each other.
+
+    Args:
+        layout: of one side.
+        rows_apart: dim 0 is addressed by indices, so rows are never neighbours.
+    """
+    first = 1 if layout.pitch or rows_apart else 0
+    run = 1
+    dims = list(zip(layout.shape, layout.strides, strict=True))[first:]
+    for count, step in reversed(dims):
+        if count == 1:
+            continue
+        if step != run:
+            break
+        run *= count
+    return run
+
+
+def transfer_of(i: Instruction, p: Parameters) -> Transfer:
+    """The transfer of a DMA instruction."""
+    t = Transfer()
+    dst, sources = i.writes[0], _sources(i)
+    src = sources[0]
+    indirect = (i.extra or {}).get("indirect") if isinstance(i.extra, dict) else None
+    size = dst.layout.size
+    runs = (
+        contiguous_run(dst.layout, indirect == "scatter"),
+        contiguous_run(src.layout, indirect == "gather"),
+    )
+    pieces = size // runs[0] + size // runs[1] - size // lcm(*runs)
+    width = max(dst.layout.dtype.itemsize, src.layout.dtype.itemsize)
+    moved = size * width * len(sources)
+    t.nbytes = dst.nbytes
+    t.hbm_bytes = sum(a.nbytes for a in (dst, *sources) if not a.allocation.on_chip)
+    t.descriptors = max(pieces, ceil(moved / p.dma_packet)) * len(sources)
+    t.row_bytes = moved / t.descriptors
+    _choose_queue(i, t, dst, src, indirect, p)
+    rate = p.dma_rate * _share(i, dst, src, p)
+    t.parts = _spread(dst, src, t.descriptors, moved, rate, t.hbm_bytes, p)
+    t.rule = f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines"
+    return t
+
+
+def _sources(i: Instruction) -> list[Access]:
+    """Operands that are data: not the index tensors, which come last."""
+    if i.opcode == "dma_compute":
+        same = [a for a in i.reads if a.layout.size == i.writes[0].layout.size]
+        return same or list(i.reads[:1])
+    return list(i.reads[:1])
+
+
+def _choose_queue(
+    i: Instruction, t: Transfer, dst: Access, src: Access, indirect: str | None, p: Parameters
+) -> None:
+    modes = {getattr(x, "name", None) for x in i.params}
+    dynamic = dst.dynamic or src.dynamic
+    if indirect or "swdge" in modes or (dynamic and "hwdge" not in modes):
+        t.queue, t.trigger = "dma-gpsimd", "gpsimd"
+        t.trigger_time = p.dma_trigger_swdge + p.dma_descriptor_swdge * t.descriptors
+        t.start = p.dma_start
+    elif "hwdge" in modes:
+        t.trigger = "scalar" if "scalar" in modes else "sync"
+        t.queue = f"dma-{t.trigger}"
+        t.trigger_time = p.dma_trigger
+        t.start = p.dma_start_hwdge
+    else:
+        to_chip, from_chip = dst.allocation.on_chip, src.allocation.on_chip
+        kind = "copy" if to_chip == from_chip else "load" if to_chip else "store"
+        t.queue, t.trigger, t.trigger_time = f"dma-{kind}", "sync", p.dma_trigger
+        t.start = p.dma_start
+
+
+def _share(i: Instruction, dst: Access, src: Access, p: Parameters) -> float:
+    """Share of the copy rate that a transposing transfer reaches."""
+    if i.opcode != "dma_transpose":
+        return 1.0
+    if dst.layout.partitions % 128 or dst.layout.shape[-1] % 16:
+        return p.dma_transpose_other
+    return p.dma_transpose_sbuf if src.allocation.on_chip else p.dma_transpose
+
+
+def _spread(
+    dst: Access, src: Access, descriptors: int, moved: int, rate: float, hbm: int, p: Parameters
+) -> tuple[tuple[int, float], ...]:
+    """Time of each DMA engine: by partitions on chip, evenly between HBM tensors."""
+    side = dst if dst.allocation.on_chip else src if src.allocation.on_chip else None
+    if side is None:
+        used = min(ENGINES, descriptors)
+        shares = [(e, 1.0 / used) for e in range(used)]
+    else:
+        count = side.layout.partitions
+        engines: dict[int, int] = {}
+        for partition in range(side.partition, side.partition + count):
+            e = partition // PARTITIONS_PER_ENGINE % ENGINES
+            engines[e] = engines.get(e, 0) + 1
+        shares = [(e, n / count) for e, n in engines.items()]
+    slow = max(1.0, hbm / max(moved, 1) * rate * ENGINES / p.hbm_stack)
+    return tuple(
+        (e, share * (descriptors * p.dma_descriptor + moved * slow / rate) + p.dma_transfer)
+        for e, share in shares
+    )

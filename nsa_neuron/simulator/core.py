@@ -121,6 +121,15 @@ class NeuronCore:
         """
         dims = ops.check_shape(shape, buffer, self.machine)
         kind = resolve(dtype)
+        if kind.gen4_only and self.machine.generation < 4:
+            violate(
+                "generation",
+                f"{kind} exists from NeuronCore-v4 on",
+                instruction="nl.ndarray",
+                operand="dtype",
+                value=kind.name,
+                limit="trn3",
+            )
         launch = self.launch
         if buffer == "shared_hbm":
             shared = launch.join_shared(self.index, dims, kind)

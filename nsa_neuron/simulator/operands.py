@@ -347,6 +347,15 @@ def _check_placement(c: Checker, o: Operand) -> None:
         value=len(dims),
         limit=m.max_free_dims,
     )
+    for size, stride in dims:
+        c.require(
+            size <= m.max_dim_size and -m.max_dim_stride - 1 <= stride <= m.max_dim_stride,
+            "free-dim-range",
+            f"steps {stride} elements {size} times in one free dim",
+            o.role,
+            value=(size, stride),
+            limit=f"{m.max_dim_size} times, {m.max_dim_stride} elements",
+        )
 
 
 def _merged(layout: Layout) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 import numpy as np
 
 from ...context import violation
-from ...dtypes import DType
 from ...registers import VirtualRegister
 from ...semantics import alu
 from ...tensor import NkiTensor
@@ -111,7 +110,7 @@ def integers(c, op, *roles):
 
 def same_dtype(c, first, *roles):
     """Require equal dtypes."""
-    want: DType = c[first].dtype
+    want = c[first].dtype
     for role in roles:
         c.require(
             c[role].dtype.name == want.name,

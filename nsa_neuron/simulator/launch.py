@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import liveness
+from . import liveness, misuse
 from .arguments import Arguments, to_results
 from .context import current_core, locate, violate, violation
 from .core import NeuronCore, Options
@@ -182,9 +182,15 @@ class _Rank:
     def body(self, core: NeuronCore) -> Any:
         """Run the kernel on one core."""
         with core, np.errstate(all="ignore"):
-            result = self.kernel.fn(*self.bound[0], **self.bound[1])
-            if core.pending:
-                core.settle()
+            try:
+                result = self.kernel.fn(*self.bound[0], **self.bound[1])
+                if core.pending:
+                    core.settle()
+            except Exception as error:
+                refusal = misuse.translate(error)
+                if refusal is None:
+                    raise
+                raise refusal from error
             return result
 
     def finish(self, result: Any) -> Any:

@@ -255,10 +255,10 @@ class NkiTensor(NKIObject):
     def _getitem(self, keys: tuple[Any, ...]) -> NkiTensor:
         shape, strides, offset = self.shape, self.strides, self.offset
         ndim = len(shape)
-        if Ellipsis in keys if len(keys) < 8 else True:
-            keys = _expand(keys, ndim)
         if len(keys) > ndim:
-            raise ViewError("index", "too many indices", len(keys), ndim)
+            keys = _expand(keys, ndim)
+            if len(keys) > ndim:
+                raise ViewError("index", "too many indices", len(keys), ndim)
         fixed = self.on_chip
         out_shape: list[int] = []
         out_strides: list[int] = []
@@ -275,6 +275,8 @@ class NkiTensor(NKIObject):
             elif kind is DynamicSlice:
                 begin = views._integer(item.start, "start")
                 first, step, count = views.slice_range(size, begin, begin + item.size, 1)
+            elif item is Ellipsis:
+                return self._getitem(_expand(keys, ndim))
             elif isinstance(item, VirtualRegister | NkiTensor):
                 raise ViewError(
                     "index",
@@ -584,7 +586,7 @@ def _expand(keys: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
 def _index(item: Any, size: int) -> int:
     try:
         value = int(item.__index__())
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise ViewError(
             "index", "an index is an int, a slice, nl.ds or Ellipsis", type(item).__name__, "int"
         ) from None

@@ -7,18 +7,9 @@ import numpy as np
 
 from ..context import STATE, require_core, violation
 from ..dtypes import bool_, load_f32, round_tf32, store, tfloat32
+from ..legacy import KEYWORDS
 from ..registers import VirtualRegister
 from ..tensor import NkiTensor
-
-_REMOVED = {
-    "mask": "slice the operands to the valid range; masks went with NKI 0.1",
-    "dtype": "the dst tensor decides the dtype",
-    "psumAccumulateFlag": "accumulate=True/False",
-    "psum_accumulate_flag": "accumulate=True/False",
-    "is_moving_zero": "is_moving_onezero",
-    "dst_rmw_op": "nisa.dma_compute(dst, srcs, reduce_op=nl.add)",
-    "use_gpsimd_dma": "dma_engine=nisa.dma_engine.gpsimd_dma",
-}
 
 
 class Operator:
@@ -40,6 +31,15 @@ def instruction(function):
 
     @functools.wraps(function)
     def call(*args, **kwargs):
+        if "name" in kwargs and not isinstance(kwargs["name"], str | None):
+            raise violation(
+                "usage",
+                "name= is a string",
+                instruction=function.__name__,
+                operand="name",
+                value=kwargs["name"],
+                limit="str",
+            )
         try:
             return function(*args, **kwargs)
         except TypeError as error:
@@ -56,13 +56,13 @@ def _misuse(function, args, kwargs, reason):
     signature = inspect.signature(function)
     name = function.__name__
     for key in kwargs:
-        if key not in signature.parameters and key in _REMOVED:
+        if key not in signature.parameters and key in KEYWORDS:
             return violation(
                 "legacy-api",
                 f"{key}= no longer exists",
                 instruction=name,
                 operand=key,
-                hint=_REMOVED[key],
+                hint=KEYWORDS[key],
             )
     hint = f"nisa.{name}{signature}"
     if "dst" in signature.parameters and "dst" not in kwargs and "'dst'" in reason:

@@ -99,7 +99,8 @@ class Explanation:
 
 
 # One explanation per compiled code object and options, for `explain`.
-_explanations: dict[tuple[str, str, str], Explanation] = {}
+Key = tuple[str, int, str]
+_explanations: dict[Key, Explanation] = {}
 
 
 def backend(
@@ -317,13 +318,14 @@ def _code_being_compiled() -> CodeType | None:
     return code
 
 
-def _key(code: CodeType | None, options: Mapping[str, Any]) -> tuple[str, str, str]:
+def _key(code: CodeType | None, options: Mapping[str, Any]) -> Key:
     """Identifies code and options; what follows a graph break belongs to the code before it."""
-    name = code.co_name if code else ""
-    if name.startswith("torch_dynamo_resume_in_"):
-        name = name.removeprefix("torch_dynamo_resume_in_").rsplit("_at_", 1)[0]
-    place = code.co_filename if code else ""
-    return place, name, repr(sorted(options.items()))
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+
+    while code in (resumed := ContinueExecutionCache.generated_code_metadata):
+        code = resumed[code].code
+    place = (code.co_filename, code.co_firstlineno) if code else ("", 0)
+    return (*place, repr(sorted(options.items())))
 
 
 def _compile_wrapper(compiled: Any) -> Any:

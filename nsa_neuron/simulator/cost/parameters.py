@@ -221,7 +221,7 @@ class Parameters:
         documented=(0, 0, 0), calibrated="matmul v3 DMA active",
     )  # fmt: skip
     dma_warm_up: float = _constant(
-        "ns before the first bytes of a kernel", "traces: 0 to 900", 0, 450, 900, documented=0
+        "ns before the first bytes of a kernel", "traces: 0 to 900", 0, 0, 900
     )
     dma_packet: float = _constant("bytes in one descriptor at most", "SDK runtime guide", 65_536)
     dma_transpose: float = _constant(

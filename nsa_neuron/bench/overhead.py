@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 BENCH = "overhead"
 OPS = ("attention", "sliding_window_attention", "selected_attention", "gated_sum")
 CASE = "one_token"
-NUMBER = 300
-"""Calls of one timed run: about 5 ms, long against the clock's resolution."""
+NUMBER = 100
+"""Calls of one timed run: about 1 ms, long against the clock's resolution, and short enough for
+neighbouring runs to find the machine in the same state."""
 FORWARD, GRAD, BACKWARD = "forward", "forward, grad", "forward + backward"
 NEW_IDS = "forward, new ids"
 NAMESPACE = "nsa_bench"
@@ -122,7 +123,7 @@ def _backward_values(
     return {name: known.get(name) for name in backward.names}
 
 
-def measure(ops: Sequence[str] = OPS, rounds: int = 40, number: int = NUMBER) -> list[Record]:
+def measure(ops: Sequence[str] = OPS, rounds: int = 150, number: int = NUMBER) -> list[Record]:
     """Times both ops of each name in alternation.
 
     Args:

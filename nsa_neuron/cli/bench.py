@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--part", choices=("overhead", "attention"), help="one part of --target cpu only"
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
-    parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds of overhead")
+    parser.add_argument("--rounds", type=int, default=150, help="interleaved rounds of overhead")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to a file")
     shared.add_json(parser)
 

@@ -85,7 +85,7 @@ def _overview(rows: list[dict[str, Any]]) -> str:
         returns = ", ".join(item["name"] for item in row["returns"])
         lines.append([row["op"], args, returns, *_cost(row)])
     headers = ["op", "must be given", "returns", "GFLOP", "MB", "FLOP/byte"]
-    note = "Costs are counted at the default sizes or those of --size; `nsa ops NAME` has dims and defaults."
+    note = "Costs are counted at the default sizes or those of --size; `nsa ops NAME` says more."
     return f"{table('', headers, lines)}\n{note}"
 
 

@@ -1,0 +1,79 @@
+"""The compile check: what it reads from machine code, and that every kernel has its plans."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from nsa_neuron import compile_check
+from nsa_neuron.backends.cuda import plans
+from nsa_neuron.backends.cuda.kernel_table import KERNELS, Shape
+from nsa_neuron.toolchain import KernelPackage
+
+LISTING = """
+        /*0000*/                   LDL R1, [R2] ;                    /* 0x0000000402017983 */
+        /*0010*/                   STL [R2], R1 ;                    /* 0x0000000102007387 */
+        /*0020*/              @!P0 LDL.64 R4, [R2+0x8] ;             /* 0x0000080002048983 */
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], !UPT ;
+        /*0040*/               @P1 BRA 0x10 ;                        /* 0xffffffd000007947 */
+        /*0050*/                   LDL R9, [R2] ;                    /* 0x0000000402017983 */
+        /*0060*/                   EXIT ;                            /* 0x000000000000794d */
+        /*0070*/                   BRA 0x70;                         /* 0xfffffffc00fc7947 */
+"""
+
+
+def entry(op: str, kernel: str):
+    return next(e for e in KERNELS if (e.op, e.kernel) == (op, kernel))
+
+
+def test_spills_are_counted_inside_loops_only():
+    assert compile_check.spills_in_loops(LISTING) == 2
+
+
+def test_no_spills_without_a_loop():
+    assert compile_check.spills_in_loops(LISTING.replace("@P1 BRA 0x10", "@P1 BRA 0x50")) == 0
+
+
+@pytest.mark.parametrize("device", plans.DEVICES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (80, 256)])
+def test_every_kernel_has_a_plan_and_all_its_constants(device, dtype, dims):
+    """A constant that neither plan nor launcher gives would be taken for a pointer."""
+    package = KernelPackage("cuda_kernels")
+    for e in KERNELS:
+        function = getattr(package.load(e.module), e.kernel)
+        for group in (1, 4, 5, 16, 64):
+            if not e.min_group <= group <= e.max_group:
+                continue
+            found = plans.find(device, e.op, dk=dims[0], dv=dims[1], dtype=dtype, group=group)
+            constants = e.constants(Shape(*dims, group, found[e.plan or e.kernel]))
+            wanted = {p.name for p in function.params if p.is_constexpr}
+            assert wanted <= set(constants), (e.op, e.kernel)
+
+
+def test_no_plan_says_what_is_missing():
+    with pytest.raises(plans.PlanError, match="'attention' on device 'h100'"):
+        plans.find("h100", "attention", dk=64, dv=64, dtype="float16", group=1)
+
+
+@pytest.mark.slow
+def test_a_kernel_that_fits():
+    (row,) = compile_check.run(
+        [entry("sliding_window_attention", "forward")], head_dims=[(192, 128)], groups=[16]
+    )
+    assert row.verdict == "ok"
+    assert row.wgmma and row.spills_in_loops == 0
+    # q [128, 192] and three stages of k [64, 192] and v [64, 128], two bytes each.
+    assert row.shared_bytes == 2 * (128 * 192 + 3 * 64 * (192 + 128))
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_not_fit(monkeypatch):
+    constants = {"BLOCK_M": 64, "BLOCK_N": 128, "UPCAST": False, "PRECISION": "ieee"}
+    rows = {"backward_dkv": [{"constants": constants | {"num_warps": 8, "num_stages": 4}}]}
+    monkeypatch.setattr(plans, "load", lambda device, op: rows)
+    (row,) = compile_check.run(
+        [entry("attention", "backward_dkv")], head_dims=[(192, 128)], groups=[16]
+    )
+    assert "shared memory" in row.verdict and "spill instructions inside loops" in row.verdict

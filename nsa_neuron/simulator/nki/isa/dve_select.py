@@ -7,6 +7,7 @@ import numpy as np
 from ... import dtypes as dt
 from ...context import violation
 from ...operands import Spec
+from ...registers import VirtualRegister
 from ...semantics import elementwise
 from ...tensor import NkiTensor
 from ..binding import MAXIMUM, core_of, instruction, load, load_scalar, op_name, save
@@ -210,7 +211,7 @@ def range_select(
             value=on_false_value,
             limit=float(elementwise.FP32_MIN),
         )
-    if not hasattr(range_start, "__index__") or isinstance(range_start, NkiTensor):
+    if not hasattr(range_start, "__index__") or isinstance(range_start, VirtualRegister):
         raise violation(
             "usage",
             "must be a compile-time integer",

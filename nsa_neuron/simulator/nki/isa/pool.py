@@ -21,11 +21,12 @@ LocalGatherParams = namedtuple("LocalGatherParams", "num_elem_per_idx num_valid_
 INT32 = range(-(2**31), 2**31)
 
 
-def int32(value, what, role):
+def int32(value, what, role, register=False):
     """A compile-time int32 or, where allowed, a register."""
-    if isinstance(value, VirtualRegister):
+    run_time = isinstance(value, VirtualRegister)
+    if register and run_time:
         return value
-    if not hasattr(value, "__index__") or int(value) not in INT32:
+    if run_time or not hasattr(value, "__index__") or int(value) not in INT32:
         raise violation(
             "value", "is an int32", instruction=what, operand=role, value=value, limit="int32"
         )
@@ -90,7 +91,9 @@ def iota(dst, pattern, offset=0, channel_multiplier=0, name=None):
     params = IotaParams(
         _pattern(pattern, "iota"), int32(channel_multiplier, "iota", "channel_multiplier")
     )
-    return core_of("iota").issue(IOTA, (dst,), (int32(offset, "iota", "offset"),), params, name)
+    return core_of("iota").issue(
+        IOTA, (dst,), (int32(offset, "iota", "offset", True),), params, name
+    )
 
 
 def _check_affine_select(c):
@@ -150,7 +153,7 @@ def affine_select(
         float(on_false_value),
         op_name(cmp_op, what, "cmp_op"),
     )
-    start = int32(offset, what, "offset")
+    start = int32(offset, what, "offset", True)
     return core_of(what).issue(AFFINE_SELECT, (dst,), (on_true_tile, start), params, name)
 
 

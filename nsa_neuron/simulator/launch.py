@@ -200,6 +200,7 @@ class _Rank:
             _order(self.kernel.schedule, cores)
             for core in cores:
                 run.peaks.append(liveness.check(core.trace, core.machine))
+            liveness.check_hbm(run, cores[0].machine)
             _check_results(run, self.kernel, result, self.arguments, self.options)
         self.arguments.write_back()
         return to_results(result, self.arguments, self.options)

@@ -14,7 +14,7 @@ from .context import locate, violate
 if TYPE_CHECKING:
     from .machine import Machine
     from .memory import Allocation
-    from .record import CoreTrace
+    from .record import CoreTrace, Run
 
 
 def peak(trace: CoreTrace, buffer: str, machine: Machine) -> tuple[int, list[Allocation]]:
@@ -88,6 +88,36 @@ def check(trace: CoreTrace, machine: Machine) -> dict[str, int]:
             )
         _check_overlap(trace, buffer)
     return peaks
+
+
+def check_hbm(run: Run, machine: Machine) -> int:
+    """Refuse a run whose arguments and HBM tensors exceed the stack its cores share; bytes live.
+
+    Raises:
+        CapacityError: the largest tensors and the lines that made them.
+    """
+    live = [
+        a
+        for core in run.cores
+        for b in ("shared_hbm", "private_hbm")
+        for a in peak(core, b, machine)[1]
+    ]
+    live = sorted([*run.arguments, *live], key=lambda a: -a.pitch_bytes)
+    total = sum(a.pitch_bytes for a in live)
+    if total > machine.hbm_bytes:
+        violate(
+            "hbm-capacity",
+            f"{len(live)} tensors are live at once",
+            value=total,
+            limit=machine.hbm_bytes,
+            table=tuple(
+                f"{a.pitch_bytes:>14} bytes: {a.name or 'tensor'} {list(a.shape)} {a.dtype}"
+                + (f", made at {locate(a.site)}" if a.site else ", an argument")
+                for a in live[:8]
+            ),
+            location=locate(next((a.site for a in live if a.site), None)),
+        )
+    return total
 
 
 def _check_overlap(trace: CoreTrace, buffer: str) -> None:

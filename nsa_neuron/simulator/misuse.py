@@ -12,7 +12,7 @@ import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
-from .context import _PACKAGE, violation
+from .context import _PACKAGE, current_core, violation
 from .dtypes import UnknownDTypeError
 from .errors import Location, SimulationError
 from .legacy import NAMES, TENSOR_ATTRIBUTES
@@ -74,6 +74,9 @@ def _internal(frame: FrameType) -> bool:
 
 def _inside(error: Exception, entry: FrameType, where: Location) -> SimulationError:
     """An exception raised while the simulator worked on a call's arguments."""
+    relaxed = _just_relaxed(where)
+    if relaxed is not None:
+        return relaxed
     function = entry.f_locals.get("function") if entry.f_code.co_name == "call" else None
     name = function.__name__ if function is not None else entry.f_code.co_name
     if isinstance(error, UnknownDTypeError):
@@ -91,6 +94,17 @@ def _inside(error: Exception, entry: FrameType, where: Location) -> SimulationEr
         location=where,
         hint=f"{name}{signature}",
     )
+
+
+def _just_relaxed(where: Location) -> SimulationError | None:
+    """The relaxed violation of this very line: what it forbids cannot be carried out at all."""
+    core = current_core()
+    notes = core.trace.relaxed if core is not None else []
+    if not notes or notes[-1].location != where:
+        return None
+    note = notes[-1]
+    note.add_note(f"rule {note.rule} is relaxed, but what it forbids cannot be carried out")
+    return note
 
 
 def _in_kernel(text: str, where: Location) -> SimulationError | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .context import STATE, locate, violate, violation
+from .errors import SimulationError
 from .tensor import NkiTensor
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from .access import Access, Layout
     from .core import NeuronCore
     from .dtypes import DType
-    from .errors import SimulationError
     from .machine import Machine
     from .memory import Allocation, Memory
 
@@ -298,7 +298,13 @@ def make_plan(
         for operand in checker.operands.values():
             if operand and operand.access.allocation.on_chip:
                 _check_placement(checker, operand)
-    result = spec.check(checker)
+    try:
+        result = spec.check(checker)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        if not checker.violations or isinstance(error, SimulationError):
+            raise
+        # What a relaxed rule forbids may be beyond what the rest of the check can look at.
+        raise checker.violations[-1] from error
     engine, payload = result if isinstance(result, tuple) else (result, None)
     return Plan(engine, payload, checker.violations)
 

@@ -19,6 +19,8 @@ from .errors import DeadlockError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .errors import Location
+
 _CC = "SDK nki/api/nki/collectives"
 declare("collective", _CC, "the collective's tensors, group or dims are not allowed")
 declare("collective-deadlock", _CC, "ranks wait for each other for ever", DeadlockError)
@@ -48,6 +50,7 @@ class Scheduler:
         self._received: dict[int, dict[int, Any]] = {}
         self._finished: set[int] = set()
         self._failed: BaseException | None = None
+        self._places: dict[int, Location | None] = {}
 
     def run(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run one body per thread; return their results or raise the first failure."""
@@ -96,7 +99,8 @@ class Scheduler:
             Aborted: the run has failed; its deadlock or other error is raised by `run`.
         """
         with self._condition:
-            self._waiting[me] = (key, members, payload, f"{what} at {locate(call_site())}")
+            place = self._places[me] = locate(call_site())
+            self._waiting[me] = (key, members, payload, f"{what} at {place}")
             if all(self._agrees(m, key, members) for m in members):
                 payloads = {m: self._waiting.pop(m)[2] for m in members}
                 for m in members:
@@ -120,7 +124,8 @@ class Scheduler:
         """
         with self._condition:
             if not ready():
-                self._parked[me] = (ready, soft, f"{what} at {locate(call_site())}")
+                place = self._places[me] = locate(call_site())
+                self._parked[me] = (ready, soft, f"{what} at {place}")
                 self._hand_over()
                 self._await_turn(me)
 
@@ -159,7 +164,7 @@ class Scheduler:
         texts |= {i: p[2] for i, p in self._parked.items()}
         lines = [f"{self._describe(i)} waits in {text}" for i, text in sorted(texts.items())]
         lines += [f"{self._describe(i)} has ended" for i in sorted(self._finished)]
-        return violation(self._rule, "; ".join(lines))
+        return violation(self._rule, "; ".join(lines), location=self._places[min(texts)])
 
 
 class World:

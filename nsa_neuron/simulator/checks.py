@@ -54,6 +54,12 @@ def declare(
 for _row in (
     ("usage", LANG, "the call does not fit the documented signature", errors.UsageError),
     ("legacy-api", MIGRATION, "an API of NKI 0.1 that NKI 0.2 removed", errors.UsageError),
+    (
+        "enum",
+        MIGRATION,
+        "arguments are enum members: integers went with NKI 0.3",
+        errors.UsageError,
+    ),
     ("generation", ISA, "the instruction exists on a later NeuronCore only"),
     ("partition-limit", ARCH2, "an operand uses 1 to 128 partitions"),
     ("partition-step", APS, "partitions of an operand are contiguous: step 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,28 @@ if TYPE_CHECKING:
 
 
 class NKIObject:
-    """Base of the classes a kernel may use; arguments of this kind are copied in by `__dict__`."""
+    """Base of the classes a kernel may use; arguments of this kind are copied in by `__dict__`.
+
+    As in NKI, where `@dataclass` on a subclass changes nothing, every attribute with a default is a
+    field, annotated or not, and is set by keyword or, in order, by position.
+    """
 
     __slots__ = ()
 
-    def __init__(self, **kwargs: Any) -> None:
-        for key, value in kwargs.items():
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__slots__" in cls.__dict__:
+            return
+        annotated = inspect.get_annotations(cls)
+        for name, value in cls.__dict__.items():
+            plain = not callable(value) and not hasattr(type(value), "__get__")
+            if not name.startswith("__") and plain and type(value).__hash__ is not None:
+                annotated.setdefault(name, Any)
+        cls.__annotations__ = annotated
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names = [n for c in reversed(type(self).__mro__) for n in getattr(c, "__annotations__", ())]
+        for key, value in (*zip(names, args, strict=False), *kwargs.items()):
             setattr(self, key, value)
 
 

@@ -124,6 +124,7 @@ _CLOUD = (
     "filelock",
     "invoke",
     "paramiko",
+    "plotext",
     "pytest_html",
     "test.utils.test_orchestrator",
 )

@@ -99,6 +99,9 @@ class Manager:
 
     def _check(self, validation: Any, rank: int, result: Any) -> None:
         golden = _golden(validation.golden_output, rank)
+        if golden is None:  # AWS's test only asserts inside the kernel
+            self.outcome.results += 1
+            return
         values = list(result) if isinstance(result, tuple | list) else [result]
         if len(values) < len(golden):
             self.outcome.failures.append(f"{len(values)} results, wanted {list(golden)}")

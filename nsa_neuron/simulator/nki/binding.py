@@ -5,7 +5,7 @@ import inspect
 
 import numpy as np
 
-from ..context import STATE, require_core, violation
+from ..context import STATE, require_core, violate, violation
 from ..dtypes import bool_, load_f32, round_tf32, store, tfloat32
 from ..legacy import KEYWORDS
 from ..registers import VirtualRegister
@@ -103,21 +103,25 @@ def op_name(op, instruction_name, role):
 
 
 def enum_of(kind, value, instruction_name, role):
-    """A member of an enum; strings of its values are accepted, integers are not (NKI 0.3)."""
+    """A member of an enum; strings of its values are accepted, integers break rule "enum"."""
     if type(value) is kind:
         return value
     if isinstance(value, str):
         for member in kind:
             if value == member.name:
                 return member
-    raise violation(
-        "usage",
-        f"must be a member of nisa.{kind.__name__}",
-        operand=role,
-        instruction=instruction_name,
-        value=value,
-        limit=", ".join(f"nisa.{kind.__name__}.{m.name}" for m in kind),
-    )
+    message = f"must be a member of nisa.{kind.__name__}"
+    details = {
+        "operand": role,
+        "instruction": instruction_name,
+        "value": value,
+        "limit": ", ".join(f"nisa.{kind.__name__}.{m.name}" for m in kind),
+    }
+    number = [m for m in kind if type(value) is int and m.value == value]
+    if not number:
+        raise violation("usage", message, **details)
+    violate("enum", message, **details)
+    return number[0]
 
 
 def load(tensor):

@@ -26,8 +26,8 @@ from nsa_neuron.spec import Bound, OpSpec, TensorArg
 if TYPE_CHECKING:
     from nsa_neuron.cases import Case
 
-# Gathered key and value elements held at once: what stays in a CPU's cache. With 2**24 the memory of
-# each tile is new to the system, and clearing it takes as long as all the arithmetic.
+# Gathered key and value elements held at once: what stays in a CPU's cache. With 2**24 the memory
+# of each tile is new to the system, and clearing it takes as long as all the arithmetic.
 GATHER_ELEMENTS = 2**21
 
 

@@ -276,7 +276,7 @@ REFUSALS = [
     ("operator", lambda t: _act(t, reduce_op=nl.maximum, reduce_cmd=BOTH)),
     ("operator", lambda t: _act(t, reduce_cmd=BOTH)),
     ("value", lambda t: _act(t, reduce_op=nl.add, reduce_cmd=LOAD)),
-    ("usage", lambda t: _act(t, reduce_op=nl.add, reduce_cmd=3)),
+    ("enum", lambda t: _act(t, reduce_op=nl.add, reduce_cmd=3)),
     ("shape", lambda t: _act(t, reduce_op=nl.add, reduce_cmd=BOTH, reduce_res=sb(64, 2))),
     ("undefined-accumulator", lambda t: _act(t, reduce_op=nl.add, reduce_cmd=REDUCE)),
     ("undefined-accumulator", lambda t: _act(t, reduce_res=sb(64, 1))),

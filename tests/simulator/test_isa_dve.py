@@ -333,7 +333,7 @@ G = nisa.engine.gpsimd
 S = nisa.engine.scalar
 REFUSALS = [
     ("engine", lambda t: nisa.tensor_copy(t, t, engine=nisa.engine.sync)),
-    ("usage", lambda t: nisa.tensor_copy(t, t, engine=5)),
+    ("enum", lambda t: nisa.tensor_copy(t, t, engine=5)),
     ("usage", lambda t: nisa.tensor_copy(t, 1.0)),
     ("buffer", lambda t: nisa.tensor_copy(ps(64, 8), t, engine=G)),
     ("legacy-api", lambda t: nisa.tensor_copy(t, t, dtype=nl.bfloat16)),

@@ -1,4 +1,4 @@
-"""GpSimd Engine: patterns, gathers, segments, nonzeros, top-k, partition reductions; random bits."""
+"""GpSimd Engine: patterns, gathers, segments, nonzeros, top-k; random numbers."""
 
 from __future__ import annotations
 

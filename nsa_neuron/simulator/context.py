@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Site = "tuple[CodeType, int]"
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_KERNELS = os.path.join(_PACKAGE, "validation_kernels")
 _INTERNAL: dict[str, bool] = {}
 
 
@@ -59,7 +60,7 @@ def call_site() -> tuple[CodeType, int] | None:
         name = code.co_filename
         known = internal.get(name)
         if known is None:
-            known = internal[name] = name.startswith(_PACKAGE)
+            known = internal[name] = name.startswith(_PACKAGE) and not name.startswith(_KERNELS)
         if not known:
             return code, frame.f_lasti
         frame = frame.f_back  # type: ignore[assignment]

@@ -2,7 +2,8 @@
 
 A transfer is cut where either side stops being contiguous; each piece is a descriptor (fact sheet
 6.5). Eight neighbouring partitions share one of 16 DMA engines. An engine needs `dma_descriptor` ns
-per descriptor, its bytes at `dma_rate`, and `dma_transfer` ns per transfer.
+per descriptor, `dma_hbm_run` ns for each run that is contiguous in HBM and its bytes at `dma_rate`
+(the profiler's packet time), and `dma_completion` ns per transfer.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ class Transfer:
         trigger: engine that triggers it.
         trigger_time: ns of that engine.
         start: ns from trigger to first byte.
+        completion: ns of each engine beside the packets.
         nbytes: bytes written.
         hbm_bytes: bytes read from plus bytes written to HBM.
         descriptors: contiguous pieces.
         row_bytes: bytes per descriptor.
-        parts: (DMA engine, ns) for each engine that takes part.
+        hbm_runs: contiguous runs in HBM.
+        parts: (DMA engine, ns of packets) for each engine that takes part.
         rule: in words, for the report.
     """
 
     __slots__ = (
+        "completion",
         "descriptors",
         "hbm_bytes",
+        "hbm_runs",
         "nbytes",
         "parts",
         "queue",
@@ -53,22 +58,19 @@ class Transfer:
     trigger: str
     trigger_time: float
     start: float
+    completion: float
     nbytes: int
     hbm_bytes: int
     descriptors: int
     row_bytes: float
+    hbm_runs: int
     parts: tuple[tuple[int, float], ...]
     rule: str
 
     @property
     def duration(self) -> float:
         """Ns from trigger to last byte on idle DMA engines."""
-        return self.start + max((t for _, t in self.parts), default=0.0)
-
-    @property
-    def packet_time(self) -> float:
-        """Ns summed over DMA engines."""
-        return sum(t for _, t in self.parts)
+        return self.start + max((t for _, t in self.parts), default=0.0) + self.completion
 
 
 def contiguous_run(layout: Layout, rows_apart: bool = False) -> int:
@@ -108,9 +110,12 @@ def transfer_of(i: Instruction, p: Parameters) -> Transfer:
     t.hbm_bytes = sum(a.nbytes for a in (dst, *sources) if not a.allocation.on_chip)
     t.descriptors = max(pieces, ceil(moved / p.dma_packet)) * len(sources)
     t.row_bytes = moved / t.descriptors
+    sides = ((dst, runs[0]), *((a, runs[1]) for a in sources))
+    t.hbm_runs = sum(max(1, size // run) for a, run in sides if not a.allocation.on_chip)
     _choose_queue(i, t, dst, src, indirect, p)
     rate = p.dma_rate * _share(i, dst, src, p)
-    t.parts = _spread(dst, src, t.descriptors, moved, rate, t.hbm_bytes, p)
+    t.completion = p.dma_completion
+    t.parts = _spread(dst, src, t, moved, rate, p)
     t.rule = f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines"
     return t
 
@@ -154,12 +159,12 @@ def _share(i: Instruction, dst: Access, src: Access, p: Parameters) -> float:
 
 
 def _spread(
-    dst: Access, src: Access, descriptors: int, moved: int, rate: float, hbm: int, p: Parameters
+    dst: Access, src: Access, t: Transfer, moved: int, rate: float, p: Parameters
 ) -> tuple[tuple[int, float], ...]:
     """Time of each DMA engine: by partitions on chip, evenly between HBM tensors."""
     side = dst if dst.allocation.on_chip else src if src.allocation.on_chip else None
     if side is None:
-        used = min(ENGINES, descriptors)
+        used = min(ENGINES, t.descriptors)
         shares = [(e, 1.0 / used) for e in range(used)]
     else:
         count = side.layout.partitions
@@ -168,8 +173,9 @@ def _spread(
             e = partition // PARTITIONS_PER_ENGINE % ENGINES
             engines[e] = engines.get(e, 0) + 1
         shares = [(e, n / count) for e, n in engines.items()]
-    slow = max(1.0, hbm / max(moved, 1) * rate * ENGINES / p.hbm_stack)
+    crowded = max(1.0, t.hbm_bytes / max(moved, 1) * rate * ENGINES / p.hbm_stack)
+    work = t.descriptors * p.dma_descriptor + moved * crowded / rate
     return tuple(
-        (e, share * (descriptors * p.dma_descriptor + moved * slow / rate) + p.dma_transfer)
+        (e, share * work + (max(1.0, share * t.hbm_runs) if t.hbm_runs else 0.0) * p.dma_hbm_run)
         for e, share in shares
     )

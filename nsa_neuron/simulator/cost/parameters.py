@@ -111,8 +111,8 @@ class Parameters:
         documented=0,
     )  # fmt: skip
     pe_cool_down: float = _constant(
-        "ns of idleness that end full rate", "traces: one whole window of 3413.3 ns",
-        6827, 5120, 3413, documented=1e12,
+        "ns of idleness that end full rate", "traces: about one aligned window of 3413.3 ns",
+        6200, 4200, 2800, documented=1e12,
     )  # fmt: skip
 
     # Vector, Scalar, GpSimd Engines
@@ -200,7 +200,11 @@ class Parameters:
         "ns from trigger to first byte, descriptors made by hardware",
         "SDK nki-dma-bandwidth-guide: 600 ns more per instruction", 736, 1000, 1435,
     )  # fmt: skip
-    dma_trigger: float = _constant("ns of the triggering engine", "traces: 60 to 90", 60, 75, 90)
+    dma_trigger: float = _constant(
+        "ns of the triggering engine",
+        "traces: 82 apart; high: what would bound a published vector add of tiny transfers",
+        60, 82, 600, documented=75,
+    )  # fmt: skip
     dma_trigger_swdge: float = _constant(
         "ns of GpSimd per transfer whose descriptors it makes", "none", 100, 300, 1000, guess=True
     )
@@ -208,17 +212,24 @@ class Parameters:
         "ns of GpSimd per descriptor it makes", "none", 0, 5, 20, guess=True
     )
     dma_descriptor: float = _constant(
-        "ns per descriptor and DMA engine", "fit of packet time, fact sheet 6.5", 4, 8.8, 10,
-        documented=(0, 0, 0), calibrated="matmul v2 and v3 packet time",
+        "ns per descriptor and DMA engine",
+        "between SDK nki-dma-overview (8 x 256 B in 97 ns: 0.6) and the trace of conv 256 x 32 x "
+        "16 fp16 (its loads of 32-byte pieces end after 20.2 us: 5)", 0.6, 3, 8.8,
+        documented=0, calibrated="exp [128, 128]; conv 256 x 32 x 16 fp16",
+    )  # fmt: skip
+    dma_hbm_run: float = _constant(
+        "ns per contiguous run in HBM and DMA engine",
+        "fit of packet time, 8.8 ns (fact sheet 6.5), less dma_descriptor", 3.4, 5.8, 8.8,
+        documented=0, calibrated="matmul v2 and v3 packet time",
     )  # fmt: skip
     dma_rate: float = _constant(
         "bytes per ns and DMA engine", "fit of packet time; traces: 27.0 at most", 26.98, 24.4, 23,
         documented=(27.2, 23, 23), calibrated="matmul v2 and v3 packet time",
     )  # fmt: skip
-    dma_transfer: float = _constant(
-        "ns per transfer and DMA engine, between its packets and the next transfer's",
+    dma_completion: float = _constant(
+        "ns per transfer and DMA engine, beside its packets",
         "kernel-optimization v3: DMA active less packet time, 28.12 ms - 25.13 ms", 41, 85, 112,
-        documented=(0, 0, 0), calibrated="matmul v3 DMA active",
+        documented=0, calibrated="matmul v3 DMA active",
     )  # fmt: skip
     dma_warm_up: float = _constant(
         "ns before the first bytes of a kernel", "traces: 0 to 900", 0, 0, 900

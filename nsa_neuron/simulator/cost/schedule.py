@@ -296,13 +296,14 @@ class _Scheduler:
             self.dma_cold[core] = 0.0
         engines = self.dma_free[core]
         begin, last = 1e300, first
+        completion = transfer.completion
         for e, time in transfer.parts:
             since = engines[e]
             if since < first:
                 since = first
             if since < begin:
                 begin = since
-            engines[e] = until = since + time
+            engines[e] = until = since + time + completion
             if until > last:
                 last = until
         self.begin[i] = begin

@@ -48,7 +48,7 @@ class Comparison:
 def compare(case: Case, params: str = DEFAULT_SET) -> list[Comparison]:
     """Run a case's kernel shape-only and compare its figures."""
     with paused_gc():
-        simulated = simulate(case.kernel, data=False)
+        simulated = simulate(case.kernel, data=False, relax=case.relax)
         simulated(*case.args)
     assert simulated.run is not None
     modelled = estimate(simulated.run, params)
@@ -79,8 +79,9 @@ def table(comparisons: Sequence[Comparison]) -> str:
         f, m = c.figure, c.modelled
         mark = ""
         if f.note:
-            notes.append(f.note)
-            mark = f" [{len(notes)}]"
+            if f.note not in notes:
+                notes.append(f.note)
+            mark = f" [{notes.index(f.note) + 1}]"
         rows.append(
             (
                 c.case.name if c.case.name != last else "",

@@ -2,7 +2,8 @@
 
 Weights are transposed on TensorE first. Then, for each band of output rows, every output row's
 three input rows are loaded (so each input row is loaded three times), and 9 x C_in / 128 matmuls
-accumulate per 128 output channels.
+accumulate per 128 output channels. The published trace shows PSUM leaving through ScalarE and the
+bias added on VectorE; the listing's zeroing of tiles that loads overwrite was not executed.
 """
 
 from ..nki import isa as nisa
@@ -23,7 +24,7 @@ def _transposed_weights(w):
                 for j in range(K):
                     psum = nl.ndarray((128, 128), w.dtype, buffer=nl.psum)
                     nisa.nc_transpose(psum, rows[:, c * 128 : (c + 1) * 128, i, j])
-                    nisa.tensor_copy(tiles[:, i, j, o, c, :], psum)
+                    nisa.tensor_copy(tiles[:, i, j, o, c, :], psum, engine=nisa.engine.scalar)
     return tiles
 
 
@@ -38,7 +39,7 @@ def convolution(x, w, bias, pool=False):
     rows, columns = height - K + 1, width - K + 1
     pairs = min(512 // (2 * width), rows // 2)
     weights = _transposed_weights(w)
-    biases = nl.ndarray((128, outs), nl.float32)
+    biases = nl.ndarray((128, outs), x.dtype)
     for o in range(outs):
         nisa.dma_copy(biases[:, o : o + 1], bias[o * 128 : (o + 1) * 128])
     scale = 2 if pool else 1
@@ -58,10 +59,9 @@ def convolution(x, w, bias, pool=False):
 
 
 def _load_band(x, top, pairs, ins):
-    """The three input rows of each of 2 * pairs output rows, zeroed before as published."""
+    """The three input rows of each of 2 * pairs output rows."""
     width = x.shape[2]
     band = nl.ndarray((128, ins, K, pairs, 2, width), x.dtype)
-    nisa.memset(band, 0.0)
     for p in range(pairs):
         for r in range(2):
             for c in range(ins):
@@ -78,9 +78,10 @@ def _finish(out, psum, bias, o, top, pool):
     _, pairs, _, columns = psum.shape
     channels = slice(o * 128, (o + 1) * 128)
     tile = nl.ndarray(psum.shape, out.dtype)
-    nisa.tensor_copy(tile, psum)
+    nisa.tensor_copy(tile, psum, engine=nisa.engine.scalar)
     summed = nl.ndarray(psum.shape, out.dtype)
-    nisa.tensor_scalar(summed, tile, nl.add, bias)
+    flat = (128, pairs * 2 * columns)
+    nisa.tensor_tensor(summed.reshape(flat), tile.reshape(flat), bias.broadcast(1, flat[1]), nl.add)
     if not pool:
         flat = summed.reshape((128, 2 * pairs, columns))
         nisa.dma_copy(out[channels, top : top + 2 * pairs, :], flat)

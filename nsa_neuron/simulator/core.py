@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import faults
 from . import operands as ops
 from .access import Access
 from .accumulators import Accumulators
@@ -119,7 +120,7 @@ class NeuronCore:
         Raises:
             SimulationError: rules "shape", "on-chip-rank", "address", "partition-limit".
         """
-        dims = ops.check_shape(shape, buffer, self.machine)
+        dims = faults.check_shape(shape, buffer, self.machine)
         kind = resolve(dtype)
         if kind.gen4_only and self.machine.generation < 4:
             violate(
@@ -148,7 +149,7 @@ class NeuronCore:
             role,
         )
         if address is not None:
-            ops.check_address(allocation, self.machine)
+            faults.check_address(allocation, self.machine)
         self.trace.allocations.append(allocation)
         memory = self._memory(allocation)
         if buffer == "shared_hbm":
@@ -264,13 +265,13 @@ class NeuronCore:
             allocation = access.allocation
             allocation.last_use = index
             if allocation.closed:
-                ops.out_of_scope(spec, access)
+                faults.out_of_scope(spec, access)
             if (
                 access.lo < 0
                 or access.hi > allocation.pitch_bytes
                 or (access.p1 > allocation.partitions or access.p0 < 0)
             ):
-                ops.out_of_bounds(spec, access)
+                faults.out_of_bounds(spec, access)
         if self.data:
             if self.pending:
                 self.settle((*outs, *ins))
@@ -278,7 +279,7 @@ class NeuronCore:
                 if type(tensor) is NkiTensor:
                     memory = tensor.memory
                     if not memory.written.full and not memory.readable(tensor.access()):
-                        ops.uninitialized(spec, writes, reads, tensor)
+                        faults.uninitialized(spec, writes, reads, tensor)
             races = None if spec.checks_itself else self.launch.races
             pending = races.begin(self.index, spec, writes, reads) if races is not None else None
             spec.run(self, plan.payload, writes, reads, params)
@@ -321,7 +322,7 @@ class NeuronCore:
         if not memory.written.full:
             memory.written.add(access)
         if access.allocation.buffer == "psum":
-            ops.mark_foreign(memory, access)
+            faults.mark_foreign(memory, access)
 
     def mark_masked(self, tensor: NkiTensor, mask: NDArray[np.bool_]) -> None:
         """Note that the elements of a view where `mask` is set were written."""
@@ -330,7 +331,7 @@ class NeuronCore:
         if not memory.written.full:
             memory.written.add_mask(access, mask)
         if access.allocation.buffer == "psum":
-            ops.mark_foreign(memory, access)
+            faults.mark_foreign(memory, access)
 
     def warn(self, text: str) -> None:
         """Note something doubtful but legal in the record, once per kernel line."""
@@ -398,7 +399,7 @@ class NeuronCore:
         if self.pending:
             self.settle((tensor.access(),))
         if self.data and not tensor.memory.readable(tensor.access()):
-            ops.uninitialized(spec, (), (tensor,), tensor)
+            faults.uninitialized(spec, (), (tensor,), tensor)
 
     def unknown_register(self, register: VirtualRegister) -> int:
         """The value of a register that a shape-only run cannot know.

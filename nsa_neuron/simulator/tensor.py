@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from . import views
-from .access import Access, layout_of
-from .context import current_core, violation
 from .dtypes import DType, resolve
 from .registers import VirtualRegister
+from .tensor_base import BaseTensor, Dynamic, NKIObject
 from .views import ViewError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
-    from .memory import Memory
-
-
-class NKIObject:
-    """Base of the classes a kernel may use; arguments of this kind are copied in by `__dict__`.
-
-    As in NKI, where `@dataclass` on a subclass changes nothing, every attribute with a default is a
-    field, annotated or not, and is set by keyword or, in order, by position.
-    """
-
-    __slots__ = ()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__slots__" in cls.__dict__:
-            return
-        annotated = inspect.get_annotations(cls)
-        for name, value in cls.__dict__.items():
-            plain = not callable(value) and not hasattr(type(value), "__get__")
-            if not name.startswith("__") and plain and type(value).__hash__ is not None:
-                annotated.setdefault(name, Any)
-        cls.__annotations__ = annotated
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        names = [n for c in reversed(type(self).__mro__) for n in getattr(c, "__annotations__", ())]
-        for key, value in (*zip(names, args, strict=False), *kwargs.items()):
-            setattr(self, key, value)
+__all__ = ["Dynamic", "DynamicSlice", "NKIObject", "NkiTensor", "resolved"]
 
 
 class DynamicSlice:
@@ -60,197 +29,10 @@ class DynamicSlice:
         return f"nl.ds({self.start}, {self.size})"
 
 
-class Dynamic:
-    """The run-time part of a view's address.
+class NkiTensor(BaseTensor):
+    """A view of a tensor, and the methods that make others of the same storage."""
 
-    Attributes:
-        kind: "scalar" (one index for the view) or "vector" (one index per row).
-        index: the tensor or register that holds it.
-        stride: elements of the view's dtype that one step of the index moves.
-        dim: dim of the receiver that is indexed.
-        count: size of that dim, the exclusive bound of a legal index; None for `.ap`, whose
-            bound is the storage itself.
-    """
-
-    __slots__ = ("count", "dim", "index", "kind", "stride")
-
-    def __init__(self, kind: str, index: Any, stride: int, dim: int, count: int | None) -> None:
-        self.kind = kind
-        self.index = index
-        self.stride = stride
-        self.dim = dim
-        self.count = count
-
-
-class NkiTensor(NKIObject):
-    """A view of a tensor in SBUF, PSUM or HBM.
-
-    Element (i0, i1, ...) is element `offset + sum(strides[k] * ik)` of the storage, counted in
-    elements of `dtype`. On chip dim 0 is the partition dim and strides[0] is the storage's free
-    element count.
-
-    Attributes:
-        memory: the bytes, shared by all views.
-        shape: dims.
-        strides: elements of `dtype`.
-        offset: elements of `dtype` from the start of the storage.
-        dtype: element type.
-        name: name given when the tensor was made.
-        dynamic: run-time part of the address, or None.
-    """
-
-    __slots__ = (
-        "_access",
-        "_array",
-        "dtype",
-        "dynamic",
-        "memory",
-        "name",
-        "offset",
-        "shape",
-        "strides",
-    )
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        dtype: DType,
-        storage: Memory,
-        buffer: Any = None,
-        name: str = "",
-        *,
-        strides: tuple[int, ...] | None = None,
-        offset: int = 0,
-        dynamic: Dynamic | None = None,
-    ) -> None:
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.memory = storage
-        self.name = name
-        self.strides = views.row_major(self.shape) if strides is None else strides
-        self.offset = offset
-        self.dynamic = dynamic
-        self._access: Access | None = None
-        self._array: NDArray[Any] | None = None
-
-    @property
-    def buffer(self) -> Any:
-        """Memory region: `nl.sbuf`, `nl.psum`, `nl.private_hbm` or `nl.shared_hbm`."""
-        from .regions import REGIONS
-
-        return REGIONS[self.memory.allocation.buffer]
-
-    @property
-    def ndim(self) -> int:
-        """Number of dims."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def on_chip(self) -> bool:
-        """True in SBUF and PSUM."""
-        return self.memory.allocation.on_chip
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __repr__(self) -> str:
-        a = self.memory.allocation
-        name = f" {self.name!r}" if self.name else ""
-        return f"NkiTensor({self.shape}, {self.dtype}, {a.buffer}{name}, offset={self.offset})"
-
-    def __iter__(self) -> Any:
-        raise self._error(ViewError("view", "a tensor cannot be iterated over; index it"))
-
-    def __bool__(self) -> bool:
-        raise self._error(
-            ViewError("view", "a tensor's value is not known at compile time; use a register")
-        )
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        raise self._error(
-            ViewError("legacy-api", "tensors are not assigned to: pass dst= to an instruction")
-        )
-
-    # Reading the view -------------------------------------------------------------------------
-
-    def access(self) -> Access:
-        """Where this view lies; computed once."""
-        found = self._access
-        if found is None:
-            allocation = self.memory.allocation
-            pitch = allocation.pitch_bytes // self.dtype.itemsize if allocation.on_chip else 0
-            layout = layout_of(self.shape, self.strides, self.dtype, pitch)
-            found = self._access = Access(allocation, layout, self.offset, False)
-        return found
-
-    def array(self) -> NDArray[Any]:
-        """The elements as a NumPy view of the storage; never a copy. Static views only."""
-        found = self._array
-        if found is None:
-            found = self._array = self.memory.array(
-                self.shape, self.strides, self.offset, self.dtype
-            )
-        return found
-
-    def is_contiguous(self) -> bool:
-        """True for a dense row-major view; the partition dim and size-1 dims are not looked at."""
-        step = 1
-        first = 1 if self.on_chip else 0
-        for size, stride in zip(
-            self.shape[: first - 1 if first else None : -1],
-            self.strides[: first - 1 if first else None : -1],
-            strict=True,
-        ):
-            if size != 1 and stride != step:
-                return False
-            step *= size
-        return True
-
-    def get_pattern(self) -> list[list[int]]:
-        """The access pattern [[stride, count], ...] in the order of `shape`."""
-        return [[s, n] for s, n in zip(self.strides, self.shape, strict=True)]
-
-    def is_indirect(self) -> bool:
-        """True when part of the address is a run-time index."""
-        return self.dynamic is not None
-
-    # Views ------------------------------------------------------------------------------------
-
-    def _view(
-        self,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        offset: int | None = None,
-        dtype: DType | None = None,
-        dynamic: Dynamic | None = None,
-    ) -> NkiTensor:
-        new = NkiTensor.__new__(NkiTensor)
-        new.shape = shape
-        new.strides = strides
-        new.offset = self.offset if offset is None else offset
-        new.dtype = self.dtype if dtype is None else dtype
-        new.memory = self.memory
-        new.name = self.name
-        new.dynamic = self.dynamic if dynamic is None else dynamic
-        new._access = None
-        new._array = None
-        return new
-
-    def _error(self, error: ViewError, method: str = "") -> Exception:
-        return violation(
-            error.rule,
-            error.message,
-            instruction=method or None,
-            operand=self.name or "tensor",
-            value=error.value,
-            limit=error.limit,
-            table=(repr(self),),
-        )
+    __slots__ = ()
 
     def _fixed(self) -> bool:
         """True when dim 0 must stay where it is: partitions, or rows of a vector select."""
@@ -658,8 +440,3 @@ def resolved(tensor: NkiTensor, value: int) -> NkiTensor:
     view = tensor._view(tensor.shape, tensor.strides, tensor.offset + value * tensor.dynamic.stride)
     view.dynamic = None
     return view
-
-
-def is_current() -> bool:
-    """True inside a simulated kernel."""
-    return current_core() is not None

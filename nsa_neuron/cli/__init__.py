@@ -55,7 +55,10 @@ COMMANDS = (
         "simulate", "run a NKI kernel on the simulator", "nsa_neuron.simulator.cli", "simulate_main"
     ),
     Command(
-        "profile", "where a NKI kernel spends time", "nsa_neuron.simulator.cli", "profile_main"
+        "profile",
+        "where a NKI kernel spends time",
+        "nsa_neuron.simulator.profile_cli",
+        "profile_main",
     ),
     Command("lint", "check NKI kernels without running", "nsa_neuron.simulator.cli", "lint_main"),
 )

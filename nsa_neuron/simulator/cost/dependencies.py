@@ -71,36 +71,49 @@ class Storage:
 
     def __init__(self) -> None:
         self.regions: dict[object, Region] = {}
-        self.buckets: dict[int, list[Region]] = {}
+        self.buckets: dict[int, list[Region]] | None = None  # made for the second region
         self.wide: list[Region] = []
-        self.width = 0
+        self.width = 1
 
     def add(self, key: object, access: Access) -> Region:
         """Make the region of a new pattern and find its neighbours."""
         region = Region(access)
-        a = access.allocation
-        base = a.address[1] if a.address else 0
-        lo, hi = access.lo + base, access.hi + base
-        if not self.width:
+        if not self.regions:
+            self.regions[key] = region
+            return region
+        if self.buckets is None:
+            (first,) = self.regions.values()
+            lo, hi = _bytes(first.access)
             self.width = max(hi - lo, 1)
-        first, last = lo // self.width, (hi - 1) // self.width
-        if last - first >= _NARROW_ENOUGH:
-            candidates = list(self.regions.values())
-            self.wide.append(region)
-        else:
-            found: dict[int, Region] = {id(r): r for r in self.wide}
-            for b in range(first, last + 1):
-                bucket = self.buckets.setdefault(b, [])
-                for r in bucket:
-                    found[id(r)] = r
-                bucket.append(region)
-            candidates = list(found.values())
-        for other in candidates:
+            self.buckets = {}
+            self._file(first, self.buckets)
+        for other in self._file(region, self.buckets):
             if may_overlap(access, other.access):
                 region.near.append(other)
                 other.near.append(region)
         self.regions[key] = region
         return region
+
+    def _file(self, region: Region, buckets: dict[int, list[Region]]) -> list[Region]:
+        """Put a region in its buckets; return those that were there."""
+        lo, hi = _bytes(region.access)
+        first, last = lo // self.width, (hi - 1) // self.width
+        if last - first >= _NARROW_ENOUGH:
+            found = list(self.regions.values())
+            self.wide.append(region)
+            return found
+        if first == last:
+            bucket = buckets.setdefault(first, [])
+            found = [*self.wide, *bucket]
+            bucket.append(region)
+            return found
+        several: dict[int, Region] = {id(r): r for r in self.wide}
+        for b in range(first, last + 1):
+            bucket = buckets.setdefault(b, [])
+            for r in bucket:
+                several[id(r)] = r
+            bucket.append(region)
+        return list(several.values())
 
     def last_users(self) -> list[int]:
         """Instructions that must end before the bytes are anybody else's."""
@@ -111,6 +124,13 @@ class Storage:
             elif region.writer >= 0:
                 users.append(region.writer)
         return users
+
+
+def _bytes(access: Access) -> tuple[int, int]:
+    """Hull in bytes of a partition of the memory, or of the tensor."""
+    address = access.allocation.address
+    base = address[1] if address else 0
+    return access.lo + base, access.hi + base
 
 
 class Space:

@@ -202,10 +202,18 @@ def _vector_predicated(i: Instruction, p: Parameters) -> tuple[float, str]:
     return 1.0, "N, one input in PSUM"
 
 
+def _vector_memset(i: Instruction, p: Parameters) -> tuple[float, str]:
+    return (p.vector_mode2, "N/2, 16-bit") if _narrow([*i.writes]) else (1.0, "N")
+
+
+def _vector_plain(i: Instruction, p: Parameters) -> tuple[float, str]:
+    return 1.0, "N"
+
+
 _VECTOR: dict[str, Callable[[Instruction, Parameters], tuple[float, str]]] = {
     "tensor_copy": _vector_one,
     "tensor_scalar": _vector_one,
-    "memset": lambda i, p: (p.vector_mode2, "N/2, 16-bit") if _narrow([*i.writes]) else (1.0, "N"),
+    "memset": _vector_memset,
     "tensor_tensor": _vector_two,
     "scalar_tensor_tensor": _vector_two,
     "tensor_copy_predicated": _vector_predicated,
@@ -216,7 +224,7 @@ _VECTOR: dict[str, Callable[[Instruction, Parameters], tuple[float, str]]] = {
 
 
 def _vector(i: Instruction, p: Parameters) -> Cost:
-    rate, rule = _VECTOR.get(i.opcode, lambda i, p: (1.0, "N"))(i, p)
+    rate, rule = _VECTOR.get(i.opcode, _vector_plain)(i, p)
     work = free_size(i) * rate * _stride_factor(i, p)
     if _reads_accumulator(i):
         work += p.accumulator_read

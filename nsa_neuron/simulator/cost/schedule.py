@@ -321,6 +321,8 @@ class _Scheduler:
             if cost.transfer:
                 for e, time in cost.transfer.parts:
                     busy[core, e] += count * time
+        times = (self.start, self.issue, self.begin, self.free, self.end)
+        start, issue, begin, free, end = (np.array(x, np.float64) for x in times)
         return Timeline(
             program.run,
             self.p,
@@ -328,7 +330,11 @@ class _Scheduler:
             LANES * cores,
             tuple(c for c in range(cores) for _ in LANES),
             np.array(program.lane, np.int16),
-            *(np.array(x) for x in (self.start, self.issue, self.begin, self.free, self.end)),
+            start,
+            issue,
+            begin,
+            free,
+            end,
             np.where(why < 0, int(Cause.LANE), why & _CAUSE).astype(np.int8),
             np.where(why < 0, -1, why >> SHIFT),
             self.costs,

@@ -7,11 +7,15 @@ compiler places share partitions bytes; those with `address=` occupy exactly the
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from . import overlap
 from .context import locate, violate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .machine import Machine
     from .memory import Allocation
     from .record import CoreTrace, Run
@@ -29,31 +33,36 @@ def peak(trace: CoreTrace, buffer: str, machine: Machine) -> tuple[int, list[All
             events.append((a.last_use + 1, 0, number, a))
     events.sort(key=lambda e: e[:3])
     live: dict[int, Allocation] = {}
-    now = best = 0
+    placed = best = 0
     at_best: list[Allocation] = []
-    addressed: dict[tuple[int, int], int] = {}
+    spans: Counter[tuple[int, int]] = Counter()
+    covered = 0
     for _, start, number, a in events:
         size = _footprint(a, machine)
-        span = (a.address[1], size) if a.address else None
+        if a.address is None:
+            placed += size if start else -size
+        else:
+            span = (a.address[1], a.address[1] + size)
+            spans[span] += 1 if start else -1
+            if spans[span] == (1 if start else 0):
+                covered = _union(s for s, users in spans.items() if users)
         if start:
             live[number] = a
-            if span is None or _count(addressed, span, 1):
-                now += size
         else:
             del live[number]
-            if span is None or _count(addressed, span, -1):
-                now -= size
-        if now > best:
-            best, at_best = now, list(live.values())
+        if placed + covered > best:
+            best, at_best = placed + covered, list(live.values())
     at_best.sort(key=lambda a: -a.pitch_bytes)
     return best, at_best
 
 
-def _count(spans: dict[tuple[int, int], int], span: tuple[int, int], step: int) -> bool:
-    """Count users of an address span; True when it becomes used or unused."""
-    before = spans.get(span, 0)
-    spans[span] = before + step
-    return before == 0 or before + step == 0
+def _union(spans: Iterable[tuple[int, int]]) -> int:
+    """Bytes that byte ranges [first, last) cover together."""
+    total = end = 0
+    for first, last in sorted(spans):
+        total += max(0, last - max(first, end))
+        end = max(end, last)
+    return total
 
 
 def _footprint(a: Allocation, machine: Machine) -> int:
@@ -86,7 +95,7 @@ def check(trace: CoreTrace, machine: Machine) -> dict[str, int]:
                 table=rows,
                 location=locate(live[0].site),
             )
-        _check_overlap(trace, buffer)
+        overlap.check(trace, buffer)
     return peaks
 
 
@@ -118,37 +127,3 @@ def check_hbm(run: Run, machine: Machine) -> int:
             location=locate(next((a.site for a in live if a.site), None)),
         )
     return total
-
-
-def _check_overlap(trace: CoreTrace, buffer: str) -> None:
-    """Refuse two addressed tensors that overlap in place and time, unless one is the other's alias.
-
-    Tensors at the very same address with the same extent are aliases on purpose only when their
-    lifetimes do not meet; a partial overlap while both live is refused too.
-    """
-    placed = [a for a in trace.allocations if a.buffer == buffer and a.address and a.last_use >= 0]
-    placed.sort(key=lambda a: a.created)
-    active: list[Allocation] = []
-    for a in placed:
-        active = [b for b in active if b.last_use > a.created]
-        for b in active:
-            if _meet(a, b):
-                violate(
-                    "address-overlap",
-                    f"{a.name or a.shape} at {a.address} overlaps {b.name or b.shape} at "
-                    f"{b.address}, which is still used later",
-                    value=a.address,
-                    location=locate(a.site),
-                    table=(f"the other was made at {locate(b.site)}",),
-                )
-        active.append(a)
-
-
-def _meet(a: Allocation, b: Allocation) -> bool:
-    assert a.address is not None and b.address is not None
-    return (
-        a.address[0] < b.address[0] + b.partitions
-        and b.address[0] < a.address[0] + a.partitions
-        and a.address[1] < b.address[1] + b.pitch_bytes
-        and b.address[1] < a.address[1] + a.pitch_bytes
-    )

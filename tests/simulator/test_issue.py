@@ -154,6 +154,20 @@ def test_addressed_tensors_live_together_may_not_overlap():
     assert caught.value.rule == "address-overlap"
 
 
+def test_addressed_tensors_made_beforehand_may_take_turns():
+    def kernel(x):
+        tiles = [nl.ndarray((128, 64), nl.float32, address=(0, 0)) for _ in range(3)]
+        outs = []
+        for _ in range(2):
+            for tile in tiles:
+                nisa.dma_copy(tile, x)
+                outs.append(out_of(tile))
+        return tuple(outs)
+
+    for out in run(kernel, X):
+        np.testing.assert_array_equal(out, X)
+
+
 def sb(*shape, dtype=nl.float32):
     return nl.zeros(shape, dtype)
 

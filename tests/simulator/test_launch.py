@@ -230,7 +230,7 @@ def _integer_enum(t, a):
         (_array, "usage", "ndarray"),
         (_assign, "legacy-api", "dst="),
         (_string_buffer, "usage", "nl.sbuf"),
-        (_integer_enum, "usage", "hwdge"),
+        (_integer_enum, "enum", "hwdge"),
     ],
 )
 def test_usage_errors_name_the_kernel_line(body, rule, match):

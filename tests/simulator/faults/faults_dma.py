@@ -78,7 +78,7 @@ def seventeen_sources(x, wrong):
     return result(t)
 
 
-@fault("usage")
+@fault("enum")
 def integer_for_an_enum(x, wrong):
     t = nl.ndarray((128, 64), nl.float32)
     nisa.dma_copy(t, x, dge_mode=2 if wrong else nisa.dge_mode.hwdge)

@@ -352,3 +352,16 @@ REFUSALS = [
 )
 def test_refusals(rule, body):
     refused(rule, body, T)
+
+
+def test_a_transpose_at_a_run_time_offset_can_be_skipped():
+    x = normal(8, 16, 4)
+
+    def kernel(t, idx):
+        tile = nl.full((4, 16), 2.0, nl.float32)
+        nisa.dma_transpose(tile, t.select(0, loaded(idx)), oob_mode=SKIP)
+        return _out(tile)
+
+    for place in (3, 8):
+        want = x[place].T if place < 8 else np.full((4, 16), 2.0)
+        np.testing.assert_array_equal(run(kernel, x, np.array([[place]], np.int32)), want)

@@ -1,4 +1,4 @@
-"""Enums of `nki.isa`."""
+"""Enums of `nki.isa`; members are hashed by identity, as keys of cached checks."""
 
 from enum import Enum
 
@@ -14,6 +14,8 @@ class engine(Enum):
     sync = 6
     unknown = 0
 
+    __hash__ = object.__hash__
+
 
 class reduce_cmd(Enum):
     """What an instruction does with the accumulator registers."""
@@ -24,6 +26,8 @@ class reduce_cmd(Enum):
     reset_reduce = 3
     load_reduce = 4
 
+    __hash__ = object.__hash__
+
 
 class dge_mode(Enum):
     """Who generates DMA descriptors."""
@@ -33,12 +37,16 @@ class dge_mode(Enum):
     hwdge = 2
     none = 3
 
+    __hash__ = object.__hash__
+
 
 class oob_mode(Enum):
     """What a run-time index outside its tensor does."""
 
     error = 0
     skip = 1
+
+    __hash__ = object.__hash__
 
 
 class matmul_perf_mode(Enum):
@@ -78,6 +86,8 @@ class dma_engine(Enum):
 
     dma = 1
     gpsimd_dma = 2
+
+    __hash__ = object.__hash__
 
 
 tensor_engine = engine.tensor

@@ -6,7 +6,7 @@ from collections import namedtuple
 import numpy as np
 
 from ...context import violation
-from ...dtypes import bits, store
+from ...dtypes import bits, load_f32, round_tf32, store, tfloat32
 from ...operands import Spec
 from ...semantics import dma as semantics
 from ..binding import core_of, enum_of, instruction, load, op_name, save
@@ -120,8 +120,7 @@ def _run_rows(core, payload, writes, reads, params):
     table = rows.table.array()
     data = load(reads[0]).reshape(shape)
     picked = slice(None) if rows.valid is None else rows.valid
-    old = rows.table._view(shape, rows.table.strides)  # for its dtype's rounding
-    total = data[picked] + _fp32(table[rows.wanted], old.dtype)
+    total = data[picked] + _fp32(table[rows.wanted], rows.table.dtype)
     if gather:
         result = data.copy()
         result[picked] = total
@@ -136,8 +135,6 @@ def _run_rows(core, payload, writes, reads, params):
 
 
 def _fp32(values, dtype):
-    from ...dtypes import load_f32, round_tf32, tfloat32
-
     values = load_f32(values)
     return round_tf32(values) if dtype is tfloat32 else values
 

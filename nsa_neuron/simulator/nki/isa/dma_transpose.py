@@ -189,8 +189,6 @@ def dma_transpose(
         core.state["indirect"] = src
         extra = {"rows": src.shape[0], "indirect": "gather"}
         return core.issue(DMA_GATHER_TRANSPOSE, (dst,), (anywhere(src), index), params, name, extra)
-    if params.skip:
-        src = core.static(src, DMA_TRANSPOSE, [], skip=True)
-        if src is None:
-            return None
+    if params.skip and core.static(src, DMA_TRANSPOSE, [], skip=True) is None:
+        return None
     return core.issue(DMA_TRANSPOSE, (dst,), (src,), params, name)

@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 
+from ...context import violation
 from ...dtypes import float32, store_bits
 from ...operands import Spec
 from ...semantics import alu, elementwise
@@ -128,8 +129,6 @@ def tensor_scalar(
 def _unused(operand1, op):
     """Refuse an operand1 that no operator would read."""
     if op is None:
-        from ...context import violation
-
         if operand1 is not None:
             raise violation(
                 "value",

@@ -75,7 +75,13 @@ def _run_nonzero(core, payload, writes, reads, params):
     rows = range(0, dst.shape[0], semantics.CORE)
     for row in rows:
         core.require_readable(src[row : row + 1], NONZERO)
-    values = semantics.nonzero_with_count(dst.array(), src.array(), *params, dst.access().partition)
+    values = semantics.nonzero_with_count(
+        dst.array(),
+        src.array(),
+        params.index_offset,
+        params.padding_val,
+        dst.access().partition,
+    )
     save(core, dst, values)
     mask = np.zeros(dst.shape, np.bool_)
     mask[:: semantics.CORE] = True

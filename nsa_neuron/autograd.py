@@ -19,6 +19,7 @@ from torch.library import Library
 
 from nsa_neuron.errors import UnsupportedTransform
 from nsa_neuron.ops import get
+from nsa_neuron.registry import requested, requesting
 
 if TYPE_CHECKING:
     from nsa_neuron.spec import OpSpec
@@ -108,6 +109,7 @@ def _function(spec: OpSpec, backward: OpSpec) -> type[torch.autograd.Function]:
         ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
         ctx.save_for_backward(*inputs[:-1], *(by_name[name] for name in spec.saves))
         ctx.scalars = inputs[-1]
+        ctx.policy = requested()  # autograd's device threads do not see `use_backend`
         ctx.shape = outputs[0].shape
 
     def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -116,7 +118,9 @@ def _function(spec: OpSpec, backward: OpSpec) -> type[torch.autograd.Function]:
         first = f"grad_{results[0]}"
         if values[first] is None:
             values[first] = values[tensors[0]].new_zeros(ctx.shape)
-        named = dict(zip(given, gradient(*map(values.get, wanted), **ctx.scalars), strict=True))
+        with requesting(ctx.policy):
+            grads = gradient(*map(values.get, wanted), **ctx.scalars)
+        named = dict(zip(given, grads, strict=True))
         inputs = (named.get(name) if values[name] is not None else None for name in tensors)
         return (*inputs, None)
 

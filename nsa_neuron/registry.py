@@ -289,6 +289,19 @@ def use_backend(name: str, mode: str | None = None) -> Iterator[Target]:
         _requested.reset(token)
 
 
+@contextmanager
+def requesting(policy: str | None) -> Iterator[None]:
+    """Restores a request that was made elsewhere (another thread); None changes nothing."""
+    if policy is None:
+        yield
+        return
+    token = _requested.set(policy)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
 def same_device(device: torch.device, *types: str) -> Unsupported | None:
     """The refusal of a backend whose kernels read tensors of certain device types only."""
     if device.type in types:

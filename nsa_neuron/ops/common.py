@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,16 @@ SELECTION = (
 WINDOW = ScalarArg("window", symbol="w", minimum=1)
 KV_LEN = ScalarArg("kv_len", symbol="T", minimum=1)
 O_LSE = (Return("o", "B S Hq Dv"), Return("lse", "B S Hq", "stat"))
+
+
+def constants(args: Sequence[TensorArg | ScalarArg]) -> tuple[TensorArg | ScalarArg, ...]:
+    """The arguments of a backward op: as the forward's, but no gradient flows to them."""
+    return tuple(
+        TensorArg(arg.name, arg.dims, arg.dtype, arg.optional)
+        if isinstance(arg, TensorArg)
+        else arg
+        for arg in args
+    )
 
 
 def compressed_blocks(tokens: Size, block: int, stride: int) -> Size:

@@ -335,7 +335,7 @@ SPEC = OpSpec(
 )
 BACKWARD = OpSpec(
     name="compress_backward",
-    args=(TensorArg("grad_y", "B Nc Hkv D"), *ARGS),
+    args=(TensorArg("grad_y", "B Nc Hkv D"), *common.constants(ARGS)),
     returns=GRADS,
     reference=compress_backward,
     derive=derive,

@@ -102,7 +102,7 @@ SPEC = OpSpec(
 )
 BACKWARD = OpSpec(
     name="gated_sum_backward",
-    args=(TensorArg("grad_o", "B S Hq Dv"), *BRANCHES),
+    args=(TensorArg("grad_o", "B S Hq Dv"), *common.constants(BRANCHES)),
     returns=tuple(Return(f"d{arg.name}", like=arg.name) for arg in BRANCHES),
     reference=gated_sum_backward,
     derive=common.no_derived_sizes,

@@ -103,7 +103,7 @@ def selected_attention_backward(
     work, hkv = softmax.work_dtype(q), k.shape[2]
     factor = common.default_scale(scale, q)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     shift = softmax.row_shift(grad_o, o, lse, grad_lse)
     for seg in common.segments(q.shape[1], k.shape[1], cu_seqlens_q, cu_seqlens_k):
         blocked = _Blocks.of(k, v, seg, select_block)

@@ -396,3 +396,36 @@ def test_pinned_ops_ask_one_target_only(add: Callable[..., Fake]) -> None:
     with use_backend("reference"):
         op(*qkv())
     assert one.calls == 1
+
+
+def test_backward_keeps_the_forward_request_in_another_thread():
+    """Autograd runs CUDA backward in threads of its own, which see no context variable."""
+    calls = []
+
+    class Counting:
+        name = "counting"
+
+        def modes(self):
+            return {"hw": ""}
+
+        def supports(self, bound, mode):
+            return Supported()
+
+        def lower(self, bound, plan):
+            def run(**values):
+                calls.append(bound.spec.name)
+                return bound.spec.reference(**values)
+
+            return run
+
+    REGISTRY.register(Counting())
+    try:
+        q = torch.randn(1, 4, 1, 8, requires_grad=True)
+        with use_backend("counting"):
+            o, _ = torch.ops.nsa.attention(q, q, q)
+        thread = threading.Thread(target=o.sum().backward)
+        thread.start()
+        thread.join()
+    finally:
+        REGISTRY.unregister("counting")
+    assert calls == ["attention", "attention_backward"]

@@ -98,7 +98,7 @@ def document() -> bytes:
     return "\n\n".join(topics[name] for name in sorted(topics)).encode()
 
 
-def run(prompt: int = PROMPT, options: dict[str, str] | None = None) -> DemoResult:
+def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResult:
     """Prefill, decode and selection on the document.
 
     Args:

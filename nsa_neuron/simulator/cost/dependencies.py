@@ -29,6 +29,7 @@ RAW, WAR, WAW = int(Cause.RAW), int(Cause.WAR), int(Cause.WAW)
 SPACE, EDGE = int(Cause.SPACE), int(Cause.EDGE)
 SHIFT = 3  # a dependency is (producer << SHIFT) | cause
 
+_MANY = 4  # dependencies worth thinning out
 _NARROW_ENOUGH = 64  # buckets a region may span before it is kept aside
 
 
@@ -39,16 +40,18 @@ class Region:
         access: the pattern.
         writer: index of the last instruction that wrote it, -1 before.
         readers: who read it since, at most the latest per lane.
-        near: other patterns that may touch the same bytes.
+        near: other patterns that may touch the same bytes, of which one of the two was written.
+        written: True once an instruction wrote it.
     """
 
-    __slots__ = ("access", "near", "readers", "writer")
+    __slots__ = ("access", "near", "readers", "writer", "written")
 
     def __init__(self, access: Access) -> None:
         self.access = access
         self.writer = -1
         self.readers: list[int] = []
         self.near: list[Region] = []
+        self.written = False
 
     def covers(self, other: Region) -> bool:
         """True when a write here overwrites all of another pattern."""
@@ -88,32 +91,50 @@ class Storage:
             self.buckets = {}
             self._file(first, self.buckets)
         for other in self._file(region, self.buckets):
-            if may_overlap(access, other.access):
+            if other.written and may_overlap(access, other.access):
                 region.near.append(other)
                 other.near.append(region)
         self.regions[key] = region
         return region
 
-    def _file(self, region: Region, buckets: dict[int, list[Region]]) -> list[Region]:
-        """Put a region in its buckets; return those that were there."""
+    def write(self, region: Region) -> None:
+        """Note that a region is written for the first time, which makes its neighbours matter."""
+        region.written = True
+        if self.buckets is None:
+            return
+        for other in self._candidates(region):
+            if (
+                other is not region
+                and not other.written
+                and may_overlap(region.access, other.access)
+            ):
+                region.near.append(other)
+                other.near.append(region)
+
+    def _candidates(self, region: Region) -> list[Region]:
+        """Regions of the same buckets."""
+        assert self.buckets is not None
         lo, hi = _bytes(region.access)
         first, last = lo // self.width, (hi - 1) // self.width
         if last - first >= _NARROW_ENOUGH:
-            found = list(self.regions.values())
-            self.wide.append(region)
-            return found
-        if first == last:
-            bucket = buckets.setdefault(first, [])
-            found = [*self.wide, *bucket]
-            bucket.append(region)
-            return found
-        several: dict[int, Region] = {id(r): r for r in self.wide}
+            return list(self.regions.values())
+        found = {id(r): r for r in self.wide}
         for b in range(first, last + 1):
-            bucket = buckets.setdefault(b, [])
-            for r in bucket:
-                several[id(r)] = r
-            bucket.append(region)
-        return list(several.values())
+            for r in self.buckets.get(b, ()):
+                found[id(r)] = r
+        return list(found.values())
+
+    def _file(self, region: Region, buckets: dict[int, list[Region]]) -> list[Region]:
+        """Put a region in its buckets; return those that were there."""
+        found = self._candidates(region)
+        lo, hi = _bytes(region.access)
+        first, last = lo // self.width, (hi - 1) // self.width
+        if last - first >= _NARROW_ENOUGH:
+            self.wide.append(region)
+        else:
+            for b in range(first, last + 1):
+                buckets.setdefault(b, []).append(region)
+        return found
 
     def last_users(self) -> list[int]:
         """Instructions that must end before the bytes are anybody else's."""
@@ -200,7 +221,7 @@ class Tracker:
             for access in i.reads:
                 allocation = access.allocation
                 if allocation not in written:
-                    continue
+                    continue  # an input nobody writes
                 storage = storages.get(allocation)
                 region = (
                     storage.regions.get((access.start, access.layout, access.dynamic))
@@ -227,7 +248,9 @@ class Tracker:
                     if storage is not None
                     else None
                 ) or self._region(access, lane, deps)
-                self._write(region, me, lane, deps)
+                if not region.written:
+                    storages[allocation].write(region)
+                self._write(region, me, lane if lane < in_order else -1, deps)
                 if allocation.last_use == me:
                     self._release(allocation)
             if i.after:
@@ -236,24 +259,42 @@ class Tracker:
                 self._order_cores(i, me, lane, deps)
             if lane == 0 and deps:
                 deps = [d for d in deps if lanes[d >> SHIFT]]
+            if len(deps) > _MANY:
+                deps = self._latest(deps)
             result.append(deps)
         return result
 
-    def _write(self, region: Region, me: int, lane: int, deps: list[int]) -> None:
-        """WAW and WAR of a write; in-order lanes need none on themselves."""
+    def _latest(self, deps: list[int]) -> list[int]:
+        """Drop what an in-order lane's later instruction implies; the latest first."""
+        lanes, in_order = self.lanes, self.in_order
+        latest: dict[int, int] = {}
+        for code in deps:
+            lane = lanes[code >> SHIFT]
+            key = lane if lane < in_order else code + in_order
+            if code > latest.get(key, -1):
+                latest[key] = code
+        return sorted(latest.values(), reverse=True)
+
+    def _write(self, region: Region, me: int, own: int, deps: list[int]) -> None:
+        """WAW and WAR of a write; `own` is its lane where that needs none on itself."""
         lanes = self.lanes
-        own = lane if lane < self.in_order else -1
-        for r in (region, *region.near) if region.near else (region,):
+        if region.writer >= 0 and lanes[region.writer] != own:
+            deps.append(region.writer << SHIFT | WAW)
+        region.writer = me
+        if region.readers:
+            for reader in region.readers:
+                if reader != me and lanes[reader] != own:
+                    deps.append(reader << SHIFT | WAR)
+            region.readers = []
+        for r in region.near:
             if r.writer >= 0 and lanes[r.writer] != own:
                 deps.append(r.writer << SHIFT | WAW)
             for reader in r.readers:
                 if reader != me and lanes[reader] != own:
                     deps.append(reader << SHIFT | WAR)
-            if r is not region and region.covers(r):
+            if region.covers(r):
                 r.writer = -1
-                r.readers.clear()
-        region.writer = me
-        region.readers.clear()
+                r.readers = []
 
     def _region(self, access: Access, lane: int, deps: list[int]) -> Region:
         """The region of an access that was not found at once; places new tensors."""

@@ -7,10 +7,11 @@ parts are apart. "May overlap" is safe: it costs a dependency that is not there,
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..access import Access
+    from ..access import Access, Layout
 
 # A pattern: first byte (or row), and (step, count) pairs with positive steps, largest first.
 Dims = tuple[tuple[int, int], ...]
@@ -28,12 +29,18 @@ def may_overlap(a: Access, b: Access) -> bool:
         return True
     if a.allocation is not b.allocation:
         return True
-    return _meet(a.lo, _dims(a), b.lo, _dims(b))
+    return _patterns_meet(a.lo, a.layout, b.lo, b.layout)
 
 
-def _dims(a: Access) -> Dims:
+# Loops over fresh tensors compare the same patterns at the same places again and again.
+@lru_cache(maxsize=1 << 16)
+def _patterns_meet(lo_a: int, a: Layout, lo_b: int, b: Layout) -> bool:
+    return _meet(lo_a, _dims(a), lo_b, _dims(b))
+
+
+@cache
+def _dims(layout: Layout) -> Dims:
     """(step, count) in bytes of the free pattern, largest step first, merged, bytes last."""
-    layout = a.layout
     size = layout.dtype.itemsize
     first = 1 if layout.pitch else 0
     dims = sorted(

@@ -112,25 +112,26 @@ def _partners(run: Run) -> dict[int, int]:
     return pairs | {b: a for a, b in pairs.items()}
 
 
-def schedule(program: Program, p: Parameters) -> Timeline:
+def schedule(program: Program, p: Parameters, costs: list[Cost] | None = None) -> Timeline:
     """Lay the instructions of a run out in time.
 
     Args:
         program: from `analyse`.
         p: constants.
+        costs: of each instruction, for what-if questions; computed from `p` unless given.
 
     Raises:
         ValueError: the dependencies have a cycle (an edge of `depends_on` against lane order).
     """
-    return _Scheduler(program, p).run()
+    return _Scheduler(program, p, costs).run()
 
 
 class _Scheduler:
-    def __init__(self, program: Program, p: Parameters) -> None:
+    def __init__(self, program: Program, p: Parameters, costs: list[Cost] | None = None) -> None:
         self.program = program
         self.p = p
         cores = program.run.lnc
-        self.costs = costs_of(program.instructions, p, cores)
+        self.costs = costs or costs_of(program.instructions, p, cores)
         n, lanes = len(self.costs), len(LANES) * cores
         self.order: list[list[int]] = [[] for _ in range(lanes)]
         for index, lane in enumerate(program.lane):

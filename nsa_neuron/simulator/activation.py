@@ -22,6 +22,7 @@ _NAMES = (
     "nki.isa",
     "nki.isa.constants",
     "nki.collectives",
+    "nki.dtype",
     "nki.typing",
     "nki.meta",
 )

@@ -80,16 +80,6 @@ def _neuron_dtypes() -> dict[str, Any]:
     }
 
 
-def _special() -> dict[str, Any]:
-    """`scipy.special`'s two functions that the references use."""
-    import torch
-
-    def wrap(function: Any) -> Any:
-        return lambda x: function(torch.from_numpy(np.asarray(x, np.float64))).numpy()
-
-    return {"erf": wrap(torch.special.erf), "expit": wrap(torch.special.expit)}
-
-
 class _Anything:
     """Stands for a class that only annotations and unused code name."""
 
@@ -148,12 +138,31 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Nothing to run."""
 
 
-def _stand_ins() -> dict[str, types.ModuleType]:
-    found = {"neuron_dtypes": _module("neuron_dtypes", _neuron_dtypes())}
-    if importlib.util.find_spec("scipy") is None:
-        special = _module("scipy.special", _special())
-        found |= {"scipy": _module("scipy", {"special": special}), "scipy.special": special}
-    return found
+# Modules under other names: AWS's tests and annotations use paths that have moved since.
+_MOVED = {
+    "neuronxcc.nki.typing": "nki.typing",
+    "nkilib_src.nkilib.experimental.subkernels": "nkilib_src.nkilib.experimental.collectives",
+}
+
+
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Serves the modules of `_MOVED` from where they are."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        known = any(fullname == old or old.startswith(fullname + ".") for old in _MOVED)
+        if (known and not fullname.startswith("nkilib_src")) or fullname in _MOVED:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> Any:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Show the contents, and the folder, of the module that is meant."""
+        if module.__name__ in _MOVED:
+            source = importlib.import_module(_MOVED[module.__name__])
+            module.__path__ = list(getattr(source, "__path__", []))
+            vars(module).update({k: v for k, v in vars(source).items() if k[:2] != "__"})
 
 
 def _purge(prefixes: tuple[str, ...]) -> dict[str, types.ModuleType]:
@@ -173,23 +182,21 @@ def importable(repository: str, *folders: str) -> Iterator[Path]:
     """
     root = path_of(repository)
     assert root is not None
-    stand_ins = _stand_ins() if repository == "library" else {}
-    finder = _StandInFinder()
-    owned = ("test", "nkilib_src", *stand_ins, *finder.names)
+    finders = [_StandInFinder(), _Moved()] if repository == "library" else []
+    owned = ("test", "nkilib_src", "neuron_dtypes", "neuronxcc", *_CLOUD)
     saved_modules, saved_path, saved_mark = _purge(owned), list(sys.path), pytest.mark
     saved_environment = dict(os.environ)
     sys.path[:0] = [str(root / f) for f in folders]
-    sys.modules.update(stand_ins)
-    if repository == "library":
-        sys.meta_path.insert(0, finder)
+    if finders:
+        sys.modules["neuron_dtypes"] = _module("neuron_dtypes", _neuron_dtypes())
     pytest.mark = pytest.MarkGenerator(_ispytest=True)  # theirs; ours is strict about names
     try:
         with simulator.activate(target="trn2"):
+            sys.meta_path[:0] = finders
             yield root
     finally:
         _purge(owned)
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
+        sys.meta_path[:] = [f for f in sys.meta_path if f not in finders]
         sys.modules.update(saved_modules)
         sys.path[:] = saved_path
         pytest.mark = saved_mark

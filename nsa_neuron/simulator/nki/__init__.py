@@ -2,8 +2,8 @@
 
 from ..launch import Kernel, jit
 from ..launch import simulate as _simulate
-from . import collectives, isa, language, meta, typing
-from .typing import dtype, tensor
+from . import collectives, dtype, isa, language, meta, typing
+from .typing import tensor
 
 __version__ = "0.6.0"
 

@@ -16,5 +16,5 @@ class _Tensor:
         return "nki.tensor"
 
 
-tensor = _Tensor()
+tensor = mutable_tensor = _Tensor()
 dtype = str

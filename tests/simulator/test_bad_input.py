@@ -76,9 +76,9 @@ TABLE = {
     ),
     # calls of NKI 0.2
     "buffer string": ("usage", "nl.sbuf", lambda x: nl.ndarray((8, 8), nl.float32, buffer="sbuf")),
-    "enum integer": ("usage", "nisa.dge_mode.hwdge", lambda x: nisa.dma_copy(x, x, dge_mode=2)),
+    "enum integer": ("enum", "nisa.dge_mode.hwdge", lambda x: nisa.dma_copy(x, x, dge_mode=2)),
     "engine integer": (
-        "usage",
+        "enum",
         "nisa.engine.vector",
         lambda x: nisa.tensor_copy(tile(x), tile(x), engine=3),
     ),

@@ -394,3 +394,40 @@ def _stt(dst, data, operand0, operand1):
 )
 def test_refusals(rule, body):
     refused(rule, body, T)
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 3])
+def test_operands_may_overlap_the_destination(shift):
+    """Results computed in the destination's memory equal those computed apart from it."""
+    x = np.abs(normal(6, 16)) + 0.5
+
+    def body(t):
+        outs = []
+        for apart in (False, True):
+            w = new(6, 16)
+            nisa.tensor_copy(w, t)
+            data, dst = w[:, 4:12], w[:, 4 + shift : 12 + shift]
+            column = w[:, 6:7]
+            if apart:
+                dst, data, column = new(6, 8), t[:, 4:12], t[:, 6:7]
+            nisa.tensor_scalar(dst, data, nl.multiply, column, op1=nl.add, operand1=column)
+            outs.append(dst)
+        return tuple(outs)
+
+    inplace, apart = simulated(body, x)
+    np.testing.assert_array_equal(inplace, apart)
+
+
+def test_chains_in_place_equal_numpy():
+    x = np.abs(normal(6, 8)) + 0.5
+
+    def body(t):
+        nisa.scalar_tensor_tensor(t, t, nl.subtract, 0.5, nl.multiply, t)
+        nisa.activation(t, nl.silu, t, bias=t[:, 0:1], scale=t[:, 1:2])
+        nisa.activation(t, nl.erf_dx, t, scale=0.25)
+        return t
+
+    v = (x.astype(np.float64) - 0.5) * x
+    v = v * v[:, 1:2] + v[:, 0:1]
+    v = v / (1 + np.exp(-v))
+    close(simulated(body, x), 2 / np.sqrt(np.pi) * np.exp(-((v / 4) ** 2)), rtol=1e-5)

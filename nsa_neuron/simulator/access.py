@@ -79,6 +79,9 @@ def layout_of(shape: Shape, strides: Shape, dtype: DType, pitch: int) -> Layout:
     return found
 
 
+_SIGNATURES: dict[tuple[Layout, str, tuple[int, int], bool], object] = {}
+
+
 class Access:
     """One operand of one instruction: an allocation and the bytes of it that are touched.
 
@@ -90,10 +93,23 @@ class Access:
             `layout.dense`, otherwise the hull of the pattern.
         start: element offset of the view.
         dynamic: True when the place came from a run-time index.
-        signature: what cached checks depend on.
+        inside: True when the access stays in its tensor.
+        signature: stands for what cached checks depend on; equal ones are one object, so that a
+            lookup hashes it at once.
     """
 
-    __slots__ = ("allocation", "dynamic", "hi", "layout", "lo", "p0", "p1", "signature", "start")
+    __slots__ = (
+        "allocation",
+        "dynamic",
+        "hi",
+        "inside",
+        "layout",
+        "lo",
+        "p0",
+        "p1",
+        "signature",
+        "start",
+    )
 
     def __init__(self, allocation: Allocation, layout: Layout, start: int, dynamic: bool) -> None:
         self.allocation = allocation
@@ -113,7 +129,14 @@ class Access:
             self.lo = (start + layout.low) * itemsize
             self.hi = (start + layout.high + 1) * itemsize
             place = (0, 0)
-        self.signature = (layout, allocation.buffer, place, dynamic)
+        self.inside = (
+            self.lo >= 0
+            and self.hi <= allocation.pitch_bytes
+            and self.p0 >= 0
+            and self.p1 <= allocation.partitions
+        )
+        key = (layout, allocation.buffer, place, dynamic)
+        self.signature = _SIGNATURES.get(key) or _SIGNATURES.setdefault(key, object())
 
     @property
     def nbytes(self) -> int:

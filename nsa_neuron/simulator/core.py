@@ -266,11 +266,7 @@ class NeuronCore:
             allocation.last_use = index
             if allocation.closed:
                 faults.out_of_scope(spec, access)
-            if (
-                access.lo < 0
-                or access.hi > allocation.pitch_bytes
-                or (access.p1 > allocation.partitions or access.p0 < 0)
-            ):
+            if not access.inside:
                 faults.out_of_bounds(spec, access)
         if self.data:
             if self.pending:
@@ -364,11 +360,7 @@ class NeuronCore:
         access = view.access()
         access = view._access = Access(access.allocation, access.layout, access.start, True)
         allocation = access.allocation
-        outside = (
-            access.lo < 0
-            or access.hi > allocation.pitch_bytes
-            or (access.p0 < 0 or access.p1 > allocation.partitions)
-        )
+        outside = not access.inside
         if dynamic.count is not None and not 0 <= value < dynamic.count:
             outside = True
         if outside:

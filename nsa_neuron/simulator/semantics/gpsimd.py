@@ -5,6 +5,7 @@ The engine is eight cores, each beside 16 consecutive partitions.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,16 @@ def iota(
     return start.astype(np.int32)[:, None] + row.astype(np.int32)
 
 
+@lru_cache(maxsize=8)
+def _selected(
+    lanes: int, pattern: tuple[tuple[int, int], ...], multiplier: int, cmp_op: str, offset: int
+) -> NDArray[np.bool_]:
+    """Where ``cmp_op(affine value, 0)`` holds; kernels ask for the same few masks again."""
+    mask: NDArray[np.bool_] = alu.COMPARE[cmp_op](iota(lanes, pattern, offset, multiplier), 0)
+    mask.flags.writeable = False
+    return mask
+
+
 def affine_select(
     on_true: NDArray[Any],
     pattern: Sequence[Sequence[int]],
@@ -65,8 +76,10 @@ def affine_select(
     Returns:
         array of ``on_true``'s type and shape.
     """
-    value = iota(on_true.shape[0], pattern, offset, channel_multiplier)
-    keep = alu.COMPARE[cmp_op](value, 0).reshape(on_true.shape)
+    keep = _selected(
+        on_true.shape[0], tuple(map(tuple, pattern)), channel_multiplier, cmp_op, offset
+    )
+    keep = keep.reshape(on_true.shape)
     fill = convert(np.full(1, on_false_value, np.float32), on_true.dtype)
     return np.where(keep, on_true, fill)
 

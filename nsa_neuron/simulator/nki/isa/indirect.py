@@ -19,7 +19,7 @@ def anywhere(view):
     stand_in = view._view(view.shape, view.strides, 0)
     stand_in.dynamic = None
     access = Access(view.memory.allocation, view.access().layout, 0, True)
-    access.lo, access.hi = 0, view.memory.allocation.pitch_bytes
+    access.lo, access.hi, access.inside = 0, view.memory.allocation.pitch_bytes, True
     stand_in._access = access
     return stand_in
 

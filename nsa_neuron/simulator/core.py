@@ -150,6 +150,7 @@ class NeuronCore:
         )
         if address is not None:
             faults.check_address(allocation, self.machine)
+        faults.check_fits_hbm(allocation, self.machine)
         self.trace.allocations.append(allocation)
         memory = self._memory(allocation)
         if buffer == "shared_hbm":

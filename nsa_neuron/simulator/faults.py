@@ -65,6 +65,18 @@ def check_address(allocation: Allocation, machine: Machine) -> None:
         )
 
 
+def check_fits_hbm(allocation: Allocation, machine: Machine) -> None:
+    """Refuse at once, before any memory is asked for, a tensor larger than an HBM stack."""
+    if not allocation.on_chip and allocation.pitch_bytes > machine.hbm_bytes:
+        raise violation(
+            "hbm-capacity",
+            f"{allocation.shape} {allocation.dtype} is larger than an HBM stack",
+            operand=allocation.name or "shape",
+            value=allocation.pitch_bytes,
+            limit=machine.hbm_bytes,
+        )
+
+
 def out_of_bounds(spec: Spec, access: Access) -> None:
     """Break rule "bounds" for an access that leaves its tensor."""
     a = access.allocation

@@ -365,3 +365,12 @@ def test_a_transpose_at_a_run_time_offset_can_be_skipped():
     for place in (3, 8):
         want = x[place].T if place < 8 else np.full((4, 16), 2.0)
         np.testing.assert_array_equal(run(kernel, x, np.array([[place]], np.int32)), want)
+
+
+def test_a_tensor_larger_than_an_hbm_stack_is_refused_before_it_is_made():
+    def kernel():
+        return result((2**20, 2**13))
+
+    with pytest.raises(simulator.CapacityError) as caught:
+        run(kernel)
+    assert caught.value.rule == "hbm-capacity" and caught.value.value == 2**35

@@ -22,6 +22,7 @@ from .common import (
     group_rows,
     load_base2_lse,
     load_split,
+    narrow,
     packed_tile,
     softmax_result,
     softmax_step,
@@ -78,7 +79,7 @@ def _attend(
         logits = tl.where(seen, logits, float("-inf"))
     p, factor, maximum, total = softmax_step(logits, maximum, total)
     v0, v1 = load_split(token_rows(v_head, start, stride_vt, BLOCK_N), key < T, DV, V0, V1, MASK)
-    p = p.to(v0.dtype)
+    p = narrow(p, v0.dtype, UPCAST)
     acc0 = dot(p, v0, acc0 * factor[:, None], UPCAST, PRECISION)
     if V1 > 0:
         acc1 = dot(p, v1, acc1 * factor[:, None], UPCAST, PRECISION)
@@ -185,7 +186,7 @@ def _dq_step(
         logits = tl.where(seen, logits, float("-inf"))
     p = tl.math.exp2(logits - lse2[:, None])
     dp = dot_split(g0, g1, v0, v1, V1, UPCAST, PRECISION)
-    ds = (p * (dp - delta[:, None])).to(k0.dtype)
+    ds = narrow(p * (dp - delta[:, None]), k0.dtype, UPCAST)
     dq0 = dot(ds, k0, dq0, UPCAST, PRECISION)
     if D1 > 0:
         dq1 = dot(ds, k1, dq1, UPCAST, PRECISION)
@@ -295,12 +296,12 @@ def _dkv_step(
         seen = _visible(position[None, :], key[:, None], T, WINDOW)
         logits = tl.where(seen, logits, float("-inf"))
     p = tl.math.exp2(logits - lse2[None, :])
-    p_low = p.to(g0.dtype)
+    p_low = narrow(p, g0.dtype, UPCAST)
     dv0 = dot(p_low, g0, dv0, UPCAST, PRECISION)
     if V1 > 0:
         dv1 = dot(p_low, g1, dv1, UPCAST, PRECISION)
     dp = dot_split(v0, v1, g0, g1, V1, UPCAST, PRECISION)
-    ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
+    ds = narrow(p * (dp - row_delta[None, :]), q0.dtype, UPCAST)
     dk0 = dot(ds, q0, dk0, UPCAST, PRECISION)
     if D1 > 0:
         dk1 = dot(ds, q1, dk1, UPCAST, PRECISION)

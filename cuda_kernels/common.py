@@ -33,6 +33,20 @@ def dot(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 `x` as an operand of `dtype`, rounded to nearest even.
+
+    Triton's interpreter cuts bfloat16 off instead of rounding, so there (UPCAST) the bits are
+    rounded first.
+    """
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_columns(
     rows, valid, COLUMN: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr
 ):

@@ -26,6 +26,7 @@ from .common import (
     group_rows,
     load_base2_lse,
     load_split,
+    narrow,
     packed_tile,
     softmax_result,
     softmax_step,
@@ -85,7 +86,7 @@ def _attend(
     p, factor, maximum, total = softmax_step(logits, maximum, total)
     v_rows = token_rows(v_head, start, stride_vt, BLOCK_N)
     v0, v1 = load_split(v_rows, key < end, DV, V0, V1, MASK)
-    p = p.to(v0.dtype)
+    p = narrow(p, v0.dtype, UPCAST)
     acc0 = dot(p, v0, acc0 * factor[:, None], UPCAST, PRECISION)
     if V1 > 0:
         acc1 = dot(p, v1, acc1 * factor[:, None], UPCAST, PRECISION)
@@ -181,7 +182,7 @@ def _add_dq(
     if MASK:
         p = tl.where(key[None, :] < limit[:, None], p, 0.0)
     dp = dot_split(g0, g1, v0, v1, V1, UPCAST, PRECISION)
-    ds = (p * (dp - delta[:, None])).to(k0.dtype)
+    ds = narrow(p * (dp - delta[:, None]), k0.dtype, UPCAST)
     acc0 = dot(ds, k0, acc0, UPCAST, PRECISION)
     if D1 > 0:
         acc1 = dot(ds, k1, acc1, UPCAST, PRECISION)
@@ -278,12 +279,12 @@ def _add_dkv(
     if MASK:
         limit = visible_blocks(T - S + row // G, BLOCK, STRIDE)
         p = tl.where(valid[None, :] & (key[:, None] < limit[None, :]), p, 0.0)
-    p_low = p.to(g0.dtype)
+    p_low = narrow(p, g0.dtype, UPCAST)
     dv0 = dot(p_low, g0, dv0, UPCAST, PRECISION)
     if V1 > 0:
         dv1 = dot(p_low, g1, dv1, UPCAST, PRECISION)
     dp = dot_split(v0, v1, g0, g1, V1, UPCAST, PRECISION)
-    ds = (p * (dp - delta[None, :])).to(q0.dtype)
+    ds = narrow(p * (dp - delta[None, :]), q0.dtype, UPCAST)
     dk0 = dot(ds, q0, dk0, UPCAST, PRECISION)
     if D1 > 0:
         dk1 = dot(ds, q1, dk1, UPCAST, PRECISION)

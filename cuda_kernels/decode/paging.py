@@ -10,7 +10,7 @@ and the weighted sum of values, unnormalised. Split s of item z has them at `[z,
 import triton
 import triton.language as tl
 
-from ..common import dot, dot_split, softmax_step, store_split
+from ..common import dot, dot_split, narrow, softmax_step, store_split
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def attend_tile(
     logits = dot_split(q0, q1, k0, k1, D1, UPCAST, PRECISION) * scale_log2
     logits = tl.where(seen[None, :], logits, float("-inf"))
     p, factor, maximum, total = softmax_step(logits, maximum, total)
-    p = p.to(v0.dtype)
+    p = narrow(p, v0.dtype, UPCAST)
     acc0 = dot(p, v0, acc0 * factor[:, None], UPCAST, PRECISION)
     if V1 > 0:
         acc1 = dot(p, v1, acc1 * factor[:, None], UPCAST, PRECISION)

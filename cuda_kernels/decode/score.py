@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import LOG2E, dot, dot_split, load_split
+from ..common import LOG2E, dot, dot_split, load_split, narrow
 from ..compressed_attention import visible_blocks
 from ..select_blocks import keep_winners
 from .paging import (
@@ -85,7 +85,7 @@ def _compressed_split(
         factor = tl.math.exp2(maximum - new_maximum)
         tile_factor = tl.math.exp2(highest - new_maximum)
         total = total * factor + tl.sum(p, 1) * tile_factor
-        p = p.to(v0.dtype)
+        p = narrow(p, v0.dtype, UPCAST)
         product = dot(p, v0, tl.zeros([GP, V0], tl.float32), UPCAST, PRECISION)
         acc0 = acc0 * factor[:, None] + product * tile_factor[:, None]
         if V1 > 0:

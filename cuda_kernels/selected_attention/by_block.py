@@ -18,6 +18,7 @@ from ..common import (
     dot,
     dot_split,
     load_split,
+    narrow,
     packed_tile,
     store_split,
     token_rows,
@@ -112,7 +113,7 @@ def forward_by_block(
             maximum = tl.where(valid, tl.max(logits, 1), 0.0)
             p = tl.math.exp2(logits - maximum[:, None])
             total = tl.where(valid, tl.sum(p, 1), 1.0)
-            p = p.to(v0.dtype)
+            p = narrow(p, v0.dtype, UPCAST)
             o0 = dot(p, v0, tl.zeros([BLOCK_M, V0], tl.float32), UPCAST, PRECISION)
             o1 = o0
             if V1 > 0:

@@ -18,6 +18,7 @@ from ..common import (
     dot_split,
     load_base2_lse,
     load_split,
+    narrow,
     packed_tile,
     store_split,
     token_rows,
@@ -92,12 +93,12 @@ def backward_dkv(
             seen = key[:, None] <= (past + query)[None, :]
             logits = tl.where(seen, logits, float("-inf"))
             p = tl.math.exp2(logits - lse2[None, :])
-            p_low = p.to(g0.dtype)
+            p_low = narrow(p, g0.dtype, UPCAST)
             dv0 = dot(p_low, g0, dv0, UPCAST, PRECISION)
             if V1 > 0:
                 dv1 = dot(p_low, g1, dv1, UPCAST, PRECISION)
             dp = dot_split(v0, v1, g0, g1, V1, UPCAST, PRECISION)
-            ds = (p * (dp - row_delta[None, :])).to(q0.dtype)
+            ds = narrow(p * (dp - row_delta[None, :]), q0.dtype, UPCAST)
             dk0 = dot(ds, q0, dk0, UPCAST, PRECISION)
             if D1 > 0:
                 dk1 = dot(ds, q1, dk1, UPCAST, PRECISION)
@@ -220,7 +221,7 @@ def backward_dq_by_block(
             seen = there[None, :] & (key[None, :] <= (past + query)[:, None])
             p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[:, None])
             dp = dot_split(g0, g1, v0, v1, V1, UPCAST, PRECISION)
-            ds = (p * (dp - row_delta[:, None])).to(k0.dtype)
+            ds = narrow(p * (dp - row_delta[:, None]), k0.dtype, UPCAST)
             dq0 = dot(ds, k0, tl.zeros([BLOCK_M, D0], tl.float32), UPCAST, PRECISION)
             dq1 = dq0
             if D1 > 0:

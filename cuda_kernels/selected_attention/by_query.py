@@ -22,6 +22,7 @@ from ..common import (
     dot_split,
     load_base2_lse,
     load_split,
+    narrow,
     packed_tile,
     softmax_result,
     softmax_step,
@@ -177,7 +178,7 @@ def forward(
             p, factor, maximum, total = softmax_step(logits, maximum, total)
             v_rows = token_rows(v_head, start, stride_vt, BLOCK_N)
             v0, v1 = load_split(v_rows, there, DV, V0, V1, True)
-            p = p.to(v0.dtype)
+            p = narrow(p, v0.dtype, UPCAST)
             acc0 = dot(p, v0, acc0 * factor[:, None], UPCAST, PRECISION)
             if V1 > 0:
                 acc1 = dot(p, v1, acc1 * factor[:, None], UPCAST, PRECISION)
@@ -259,7 +260,7 @@ def backward_dq(
                 seen = seen & inside[None, :]
             p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[:, None])
             dp = dot_split(g0, g1, v0, v1, V1, UPCAST, PRECISION)
-            ds = (p * (dp - row_delta[:, None])).to(k0.dtype)
+            ds = narrow(p * (dp - row_delta[:, None]), k0.dtype, UPCAST)
             dq0 = dot(ds, k0, dq0, UPCAST, PRECISION)
             if D1 > 0:
                 dq1 = dot(ds, k1, dq1, UPCAST, PRECISION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,12 +110,13 @@ class NativeSparseAttention(nn.Module):
             position: how many tokens the cache holds.
         """
         q, k, v, gates = self.project(x, position)
-        branches = self.keys_and_values(k, v, cache, position)
+        branches: dict[str, Any] = self.keys_and_values(k, v, cache, position)
         o = nsa.nsa_attention(q, **branches, gates=gates, **self.geometry)
-        return self.out(o.flatten(-2))
+        y: Tensor = self.out(o.flatten(-2))
+        return y
 
     @property
-    def geometry(self) -> dict[str, int]:
+    def geometry(self) -> dict[str, Any]:
         """The op's scalar arguments."""
         c = self.config
         return {
@@ -164,7 +166,7 @@ class NativeSparseAttention(nn.Module):
         """Block ids `[B, S, Hkv, n]` that each token of a whole sequence selects."""
         q, k, v, _ = self.project(x, 0)
         c = self.config
-        geometry = {"kv_len": x.shape[1], "block": c.block, "stride": c.stride}
+        geometry: dict[str, Any] = {"kv_len": x.shape[1], "block": c.block, "stride": c.stride}
         k_cmp, v_cmp = self.phi_k(k[0]), self.phi_v(v[0])
         _, lse = nsa.compressed_attention(q, k_cmp, v_cmp, **geometry)
         return nsa.select_blocks(
@@ -186,7 +188,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: LayerCache | None = None, position: int = 0) -> Tensor:
         """`[B, S, dim]` -> `[B, S, dim]`."""
         x = x + self.attention(self.norm1(x), cache, position)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x
 
 
 class ByteLanguageModel(nn.Module):
@@ -217,7 +220,8 @@ class ByteLanguageModel(nn.Module):
             position: tokens that the caches hold.
         """
         x = self.hidden(tokens, caches, position)
-        return self.norm(x[:, -1]) @ self.embedding.weight.T
+        logits: Tensor = self.norm(x[:, -1]) @ self.embedding.weight.T
+        return logits
 
     def hidden(
         self,
@@ -227,7 +231,7 @@ class ByteLanguageModel(nn.Module):
         layers: int | None = None,
     ) -> Tensor:
         """States `[B, S, dim]` behind the first `layers` blocks (default: all)."""
-        x = self.embedding(tokens)
+        x: Tensor = self.embedding(tokens)
         for i, block in enumerate(self.blocks[:layers]):
             x = block(x, caches[i] if caches is not None else None, position)
         return x

@@ -23,7 +23,7 @@ class Instruction:
         opcode: name of the `nisa` function.
         engine: "tensor", "vector", "scalar", "gpsimd", "sync" or "dma".
         writes, reads: operands' places, in the order of the spec's roles; scalars are left out.
-        params: compile-time parameters, in the order the instruction's module documents.
+        params: compile-time parameters, a named tuple of the instruction's module (or ()).
         name: the kernel's `name=`, or None.
         site: code object and instruction offset of the kernel line.
         after: explicit producers (`depends_on`, schedules).
@@ -52,7 +52,7 @@ class Instruction:
         engine: str,
         writes: tuple[Access, ...],
         reads: tuple[Access, ...],
-        params: tuple[Any, ...],
+        params: Any,
         name: str | None,
         site: tuple[CodeType, int] | None,
         extra: Any,

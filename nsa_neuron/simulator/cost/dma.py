@@ -20,6 +20,9 @@ ENGINES = 16
 PARTITIONS_PER_ENGINE = 8
 
 
+_PUBLISHED = ("dma_copy", "dma_transpose", "dma_compute", "sendrecv")
+
+
 class Transfer:
     """One DMA transfer.
 
@@ -116,16 +119,19 @@ def transfer_of(i: Instruction, p: Parameters) -> Transfer:
     rate = p.dma_rate * _share(i, dst, src, p)
     t.completion = p.dma_completion
     t.parts = _spread(dst, src, t, moved, rate, p)
-    t.rule = f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines"
+    known = "" if i.opcode in _PUBLISHED else ", between devices (guess)"
+    t.rule = (
+        f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines{known}"
+    )
     return t
 
 
 def _sources(i: Instruction) -> list[Access]:
     """Operands that are data: not the index tensors, which come last."""
-    if i.opcode == "dma_compute":
-        same = [a for a in i.reads if a.layout.size == i.writes[0].layout.size]
-        return same or list(i.reads[:1])
-    return list(i.reads[:1])
+    if i.opcode in ("dma_copy", "dma_transpose", "sendrecv"):
+        return list(i.reads[:1])
+    same = [a for a in i.reads if a.layout.size == i.writes[0].layout.size]
+    return same or list(i.reads[:1])
 
 
 def _choose_queue(

@@ -110,12 +110,13 @@ def _tensor(i: Instruction, p: Parameters) -> Cost:
         wide = i.reads[0].layout.dtype.itemsize == 4
     else:
         st, mv = i.reads[0].layout, i.reads[1].layout
-        transpose, double = bool(i.params[0]), i.params[4] == "double_row"
+        transpose = bool(i.params.is_transpose)
+        double = i.params.perf_mode == "double_row"
         pair = 2 if double else 1
         columns, stationary = mv.free // pair, st.free // pair
         contraction = st.partitions * pair
         wide = mv.dtype.itemsize == 4
-        share = prod(n / 128 for n in i.params[3]) if i.params[3] else 1.0
+        share = prod(n / 128 for n in i.params.tile_size) if i.params.tile_size else 1.0
     passes, rows = (p.pe_fp32_passes, p.pe_fp32_rows) if wide else (1.0, 1.0)
     if wide and transpose:
         passes, rows = 1.0, p.pe_fp32_passes * p.pe_fp32_rows / 2
@@ -144,7 +145,9 @@ def _reads_accumulator(i: Instruction) -> bool:
     return len(i.writes) > 1 and i.opcode in _ACCUMULATING
 
 
-_ACCUMULATING = frozenset({"activation", "tensor_scalar_reduce", "select_reduce"})
+_ACCUMULATING = frozenset(
+    {"activation", "activation_reduce", "tensor_scalar_reduce", "select_reduce"}
+)
 
 
 def _stride_factor(i: Instruction, p: Parameters) -> float:
@@ -241,8 +244,8 @@ def _scalar(i: Instruction, p: Parameters) -> Cost:
         rule += " + accumulator"
     interval, latency = _linear(i, work, p.scalar_clock, p.scalar_overhead, p.scalar_latency, p)
     cost = Cost(i.opcode, "scalar", interval, latency, f"{rule}, N={free_size(i)}")
-    if i.opcode == "activation":
-        function = str(i.params[0])
+    if i.opcode in ("activation", "activation_reduce"):
+        function = str(i.params.op)
         tables.holding(function)
         cost.function = "" if function in tables.RESIDENT else function
     return cost
@@ -259,11 +262,10 @@ def _gpsimd(i: Instruction, p: Parameters) -> Cost:
     n = free_size(i)
     if i.opcode in ("iota", "affine_select"):
         work, rule = p.gpsimd_affine * n, "150 + N"
-    elif "rsqrt" in i.params[:3]:
+    elif "rsqrt" in i.params:
         work, rule = p.gpsimd_rsqrt * n, "150 + 4N"
     elif i.opcode == "topk":
-        count = next((x for x in i.params if isinstance(x, int)), n)
-        work, rule = 4.0 * count + i.writes[0].layout.free, "4n + K"
+        work, rule = 4.0 * i.params.n + i.params.k, "4n + K"
     elif i.opcode in _ACROSS:
         work, rule = p.gpsimd_across * n, "across partitions (guess)"
     else:

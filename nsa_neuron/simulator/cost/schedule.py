@@ -2,8 +2,8 @@
 
 Lanes are the in-order queues of a core: five engines and six DMA queues. Always the lane head that
 can issue first goes next, so shared resources (DMA engines, PSUM banks, the engine that triggers a
-transfer) are handed out in time order. Ties go to the lane listed first: a schedule is a function
-of the record and the constants.
+transfer) are handed out in time order, ties in program order. A schedule is a function of the
+record and the constants.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _partners(run: Run) -> dict[int, int]:
         found: dict[object, int] = {}
         for i in core.instructions:
             if i.opcode in MEETINGS:
-                kind = (i.opcode, i.params[2] if i.opcode == "sendrecv" else None)
+                kind = (i.opcode, i.params.pipe_id if i.opcode == "sendrecv" else None)
                 found[(kind, count[kind])] = i.index + offset
                 count[kind] += 1
         keyed.append(found)
@@ -197,7 +197,7 @@ class _Scheduler:
                     why[i] = reason
                     other = partner.get(i) if cost.meeting else None
                     if other is None:
-                        heappush(heap, (ready, lane))
+                        heappush(heap, (ready, i))
                         continue
                     arrived[i] = ready
                     if other in arrived:
@@ -205,12 +205,12 @@ class _Scheduler:
                         late = i if ready == both else other
                         early = other if late == i else i
                         why[early] = late << SHIFT | Cause.EDGE
-                        heappush(heap, (both, lane))
-                        heappush(heap, (both, lane_of[other]))
+                        heappush(heap, (both, i))
+                        heappush(heap, (both, other))
             if not heap:
                 break
-            t, lane = heappop(heap)
-            i = order[lane][position[lane]]
+            t, i = heappop(heap)
+            lane = lane_of[i]
             position[lane] += 1
             left -= 1
             if compute[lane]:

@@ -1,0 +1,144 @@
+"""Cost of DMA transfers by hand: descriptors, runs, engines, queues, bandwidth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cost_helpers import P, hbm, nisa, nl, sbuf, timeline
+
+
+def transfer(body):
+    t = timeline(body)
+    return t, t.costs[0].transfer
+
+
+def engine_time(descriptors, runs, nbytes):
+    """Ns of one DMA engine by the documented formula."""
+    return descriptors * P.dma_descriptor + runs * P.dma_hbm_run + nbytes / P.dma_rate
+
+
+def test_rows_of_a_wide_matrix_are_runs_of_their_own():
+    t, x = transfer(lambda: nisa.dma_copy(sbuf((128, 512)), hbm((128, 8192))[:, 0:512]))
+    assert (x.descriptors, x.hbm_runs, x.row_bytes, len(x.parts)) == (128, 128, 2048, 16)
+    want = engine_time(8, 8, 8 * 2048)
+    np.testing.assert_allclose(t.dma_busy[0], want)
+    assert t.begin[0] == pytest.approx(P.dma_start)
+    assert t.end[0] == pytest.approx(P.dma_start + want + P.dma_completion)
+
+
+def test_a_tile_contiguous_in_hbm_is_one_run_per_engine():
+    t, x = transfer(
+        lambda: nisa.dma_copy(sbuf((128, 128), nl.bfloat16), hbm((128, 128), nl.bfloat16))
+    )
+    assert (x.descriptors, x.hbm_runs) == (128, 1)
+    np.testing.assert_allclose(t.dma_busy[0], engine_time(8, 1, 2048))
+
+
+def test_four_partitions_use_one_engine():
+    t, x = transfer(
+        lambda: nisa.dma_copy(sbuf((4, 4096), nl.bfloat16), hbm((4, 4096), nl.bfloat16))
+    )
+    assert len(x.parts) == 1
+    assert t.dma_busy[0, 0] == pytest.approx(engine_time(4, 1, 32_768))
+    assert t.dma_busy[0, 1:].sum() == 0
+
+
+@pytest.mark.parametrize(("start", "engine"), [(0, 0), (32, 4), (96, 12)])
+def test_the_partition_chooses_the_engine(start, engine):
+    _, x = transfer(lambda: nisa.dma_copy(sbuf((128, 64))[start : start + 8], hbm((8, 64))))
+    assert [e for e, _ in x.parts] == [engine]
+
+
+def test_holes_on_either_side_cut_descriptors():
+    _, x = transfer(lambda: nisa.dma_copy(sbuf((128, 3, 100))[:, :, 0:50], hbm((128, 150))))
+    assert x.descriptors == 128 * 3
+    _, x = transfer(lambda: nisa.dma_copy(sbuf((128, 64)), hbm((128, 64, 2))[:, :, 0]))
+    assert (x.descriptors, x.row_bytes) == (128 * 64, 4)
+
+
+def test_long_rows_are_cut_at_64_kib():
+    _, x = transfer(lambda: nisa.dma_copy(sbuf((1, 40_000)), hbm((1, 40_000))))
+    assert x.descriptors == 3
+
+
+def test_a_cast_moves_the_wider_side():
+    _, narrow = transfer(lambda: nisa.dma_copy(sbuf((128, 512), nl.bfloat16), hbm((128, 512))))
+    assert narrow.row_bytes == 2048
+    assert narrow.nbytes == 128 * 512 * 2
+
+
+def test_between_hbm_tensors_the_stack_is_read_and_written():
+    t, x = transfer(lambda: nisa.dma_copy(hbm((1024, 1024)), hbm((1024, 1024))))
+    nbytes = 1024 * 1024 * 4
+    assert x.hbm_bytes == 2 * nbytes
+    at_stack = 2 * nbytes / P.hbm_stack
+    assert t.dma_busy[0].max() == pytest.approx(at_stack, rel=0.01)
+    assert at_stack > nbytes / (16 * P.dma_rate)
+
+
+@pytest.mark.parametrize(
+    ("dst", "src", "options", "queue"),
+    [
+        (sbuf, hbm, {}, "dma-load"),
+        (hbm, sbuf, {}, "dma-store"),
+        (sbuf, sbuf, {}, "dma-copy"),
+        (sbuf, hbm, {"dge_mode": nisa.dge_mode.swdge}, "dma-gpsimd"),
+        (sbuf, hbm, {"dge_mode": nisa.dge_mode.hwdge}, "dma-sync"),
+        (sbuf, hbm, {"dge_mode": nisa.dge_mode.hwdge, "engine": nisa.engine.scalar}, "dma-scalar"),
+    ],
+)
+def test_queues(dst, src, options, queue):
+    t = timeline(lambda: nisa.dma_copy(dst((128, 64)), src((128, 64)), **options))
+    assert t.lanes[t.lane[0]] == queue
+
+
+def test_software_descriptors_take_gpsimd_time():
+    def body():
+        nisa.dma_copy(sbuf((128, 64)), hbm((128, 64)), dge_mode=nisa.dge_mode.swdge)
+        nisa.iota(sbuf((128, 64), nl.int32), [[1, 64]])
+
+    t = timeline(body)
+    assert t.issue[1] == pytest.approx(P.dma_trigger_swdge + 128 * P.dma_descriptor_swdge)
+
+
+def test_transfers_share_engines_first_come_first_served():
+    def body():
+        for _ in range(2):
+            nisa.dma_copy(sbuf((128, 2048)), hbm((128, 2048)))
+
+    t = timeline(body)
+    one = engine_time(8, 1, 8 * 8192) + P.dma_completion
+    assert t.issue[1] == pytest.approx(P.dma_trigger)
+    assert t.end[1] == pytest.approx(P.dma_start + 2 * one)
+    assert t.notes[1]["dma-engines-busy"] > 0
+
+
+def test_transfers_on_different_engines_overlap():
+    def body():
+        a = sbuf((128, 2048))
+        nisa.dma_copy(a[0:32], hbm((32, 2048)))
+        nisa.dma_copy(a[32:64], hbm((32, 2048)))
+
+    t = timeline(body)
+    assert t.end[1] - t.end[0] == pytest.approx(P.dma_trigger)
+
+
+def test_two_cores_share_a_stack():
+    def body():
+        nisa.dma_copy(sbuf((128, 8192)), hbm((128, 8192)))
+
+    one, two = timeline(body), timeline(body, lnc=2)
+    slower = 16 * P.dma_rate / (P.hbm_stack / 2)
+    moved = 8 * 8192 * 4 / P.dma_rate
+    assert two.dma_busy[1, 0] - one.dma_busy[0, 0] == pytest.approx(moved * (slower - 1))
+
+
+def test_gathered_rows_are_runs_of_their_own():
+    def body():
+        index = sbuf((128, 1), nl.int32)
+        table = hbm((1000, 256), nl.bfloat16)
+        rows = table.ap([[256, 128], [1, 256]], vector_offset=index)
+        nisa.dma_copy(sbuf((128, 256), nl.bfloat16), rows)
+
+    _, x = transfer(body)
+    assert (x.descriptors, x.hbm_runs, x.row_bytes, x.queue) == (128, 128, 512, "dma-gpsimd")

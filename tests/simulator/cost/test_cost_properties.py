@@ -1,0 +1,170 @@
+"""Random programs: no overlap on a lane, no broken dependency, more work never takes less time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cost_helpers import P, hbm, nisa, nl, of, psum, record, sbuf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_neuron.simulator import cost
+from nsa_neuron.simulator.cost import Cause
+
+TILES = 4
+KINDS = ("load", "store", "copy", "exp", "gpsimd", "matmul", "evict")
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(KINDS),
+        st.integers(0, TILES - 1),
+        st.integers(0, TILES - 1),
+        st.sampled_from([(0, 64), (64, 128), (0, 128), (32, 96)]),
+    ),
+    min_size=1,
+    max_size=24,
+)
+
+
+def program(steps):
+    """A body that performs the steps on a few tiles of SBUF and PSUM and a matrix in HBM."""
+
+    def body():
+        tiles = [sbuf((128, 128)) for _ in range(TILES)]
+        banks = [psum((128, 128)) for _ in range(TILES)]
+        far = hbm((128, 128 * TILES))
+        for kind, a, b, (lo, hi) in steps:
+            part = slice(lo, hi)
+            distant = far[:, b * 128 + lo : b * 128 + hi]
+            if kind == "load":
+                nisa.dma_copy(tiles[a][:, part], distant)
+            elif kind == "store":
+                nisa.dma_copy(distant, tiles[a][:, part])
+            elif kind == "copy":
+                nisa.tensor_copy(tiles[a][:, part], tiles[b][:, part])
+            elif kind == "exp":
+                nisa.activation(tiles[a][:, part], nl.exp, banks[b][:, part])
+            elif kind == "gpsimd":
+                nisa.tensor_copy(tiles[a][:, part], tiles[b][:, part], engine=nisa.engine.gpsimd)
+            elif kind == "matmul":
+                nisa.nc_matmul(banks[a][:, part], tiles[b], tiles[b][:, part])
+            else:
+                nisa.tensor_copy(tiles[a][:, part], banks[b][:, part])
+
+    return body
+
+
+def touched(access):
+    """Every (partition, byte) hull row of an access, as a set of (allocation, byte)."""
+    layout, size = access.layout, access.layout.dtype.itemsize
+    first = 1 if layout.pitch else 0
+    index = np.array(access.start % layout.pitch if layout.pitch else access.start)
+    for n, s in zip(layout.shape[first:], layout.strides[first:], strict=True):
+        index = index[..., None] + np.arange(n) * s
+    return {(access.allocation.id, int(e)) for e in np.unique(index * size)}
+
+
+def check(t):
+    """Independent check of every pair of instructions that touch the same bytes."""
+    for lane in range(len(t.lanes)):
+        index = np.flatnonzero(t.lane == lane)
+        assert np.all(np.diff(t.issue[index]) >= 0)
+        assert np.all(t.issue[index[1:]] >= t.free[index[:-1]] - 1e-9)
+    assert np.all(t.start <= t.issue) and np.all(t.issue <= t.begin)
+    assert np.all(t.begin <= t.end) and np.all(t.issue <= t.free)
+    places = [
+        (
+            set().union(*(touched(a) for a in i.writes)),
+            set().union(set(), *(touched(a) for a in i.reads)),
+        )
+        for i in t.instructions
+    ]
+    for k, (writes, reads) in enumerate(places):
+        for j in range(k):
+            earlier_writes, earlier_reads = places[j]
+            same = t.lane[j] == t.lane[k] and not t.lanes[t.lane[k]].startswith("dma")
+            raw = bool(reads & earlier_writes)
+            other = bool(writes & (earlier_writes | earlier_reads))
+            if raw and not (same and t.lane[k] == 0):
+                assert t.issue[k] >= t.end[j] - 1e-9
+            elif other and not same:
+                assert t.issue[k] >= t.end[j] - 1e-9
+            elif raw or other:
+                assert t.issue[k] >= t.free[j] - 1e-9
+
+
+@settings(max_examples=60)
+@given(steps)
+def test_no_overlap_and_no_broken_dependency(steps):
+    run = record(program(steps))
+    check(of(run))
+    check(of(run, pe_warm_up=4600))
+
+
+@settings(max_examples=30)
+@given(steps)
+def test_causes_name_who_was_waited_for(steps):
+    t = of(record(program(steps)))
+    for k in range(len(t.instructions)):
+        cause, blocker = Cause(int(t.cause[k])), int(t.blocker[k])
+        assert (cause is Cause.LANE) == (blocker < 0)
+        assert blocker < k
+        if cause is Cause.LANE:
+            assert t.issue[k] == t.start[k]
+    path = t.critical_path()
+    assert sum(s.until - s.since for s in path) == pytest.approx(t.total)
+
+
+@settings(max_examples=40)
+@given(steps, st.integers(0, 40))
+def test_more_instructions_never_take_less_time(steps, cut):
+    short = of(record(program(steps[:cut])))
+    assert of(record(program(steps))).total >= short.total - 1e-9
+
+
+SLOWER = [
+    {"dma_rate": P.dma_rate / 2},
+    {"dma_start": P.dma_start * 2},
+    {"dma_hbm_run": P.dma_hbm_run * 3},
+    {"dma_completion": P.dma_completion * 3},
+    {"semaphore": P.semaphore * 4},
+    {"vector_latency": P.vector_latency * 2},
+    {"scalar_latency": P.scalar_latency * 2},
+    {"scalar_table_load": P.scalar_table_load * 2},
+    {"pe_overhead": 100.0},
+    {"gpsimd_other": 9.0},
+]
+
+
+@settings(max_examples=30)
+@given(steps)
+@pytest.mark.parametrize("change", SLOWER, ids=lambda c: next(iter(c)))
+def test_a_slower_machine_is_never_faster(change, steps):
+    """Where nothing is handed out by arrival: one DMA queue at a time, no PSUM bank rule.
+
+    Resources given to whoever comes first can make a slower machine finish earlier (Graham's
+    anomaly), so programs here do not store while they load.
+    """
+    ordered = [s for s in steps if s[0] != "store"]
+    program_ = cost.program_of(record(program(ordered)))
+    base = replace(P, pe_warm_up=0.0, psum_bank_share=0.0)
+    fast = cost.schedule(program_, base)
+    slow = cost.schedule(program_, replace(base, **change))
+    assert slow.total >= fast.total - 1e-9
+
+
+@pytest.mark.parametrize("columns", [128, 512, 2048])
+def test_bigger_operands_never_take_less_time(columns):
+    def body(n):
+        def inner():
+            a = sbuf((128, n))
+            nisa.dma_copy(a, hbm((128, n)))
+            nisa.tensor_copy(sbuf((128, n)), a)
+            nisa.activation(sbuf((128, n)), nl.exp, a)
+
+        return inner
+
+    totals = [of(record(body(n))).total for n in (columns, columns + 1, 2 * columns)]
+    assert totals == sorted(totals)

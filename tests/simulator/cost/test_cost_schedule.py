@@ -1,0 +1,296 @@
+"""Rules of the schedule, one micro-kernel each, against times worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cost_helpers import P, hbm, nisa, nl, of, psum, record, sbuf, timeline
+
+from nsa_neuron.simulator import cost
+from nsa_neuron.simulator.cost import Cause
+
+SEMAPHORE = P.semaphore
+VECTOR, SCALAR = 0.96, 1.2
+
+
+def test_engines_run_in_parallel():
+    def body():
+        nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))
+        nisa.activation(sbuf((128, 512)), nl.copy, sbuf((128, 512)))
+        nisa.iota(sbuf((128, 512), nl.int32), [[1, 512]])
+
+    t = timeline(body)
+    assert list(t.issue) == [0, 0, 0]
+    assert set(t.cause) == {Cause.LANE}
+
+
+def test_one_engine_takes_its_instructions_one_interval_apart():
+    def body():
+        for _ in range(3):
+            nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))
+
+    np.testing.assert_allclose(timeline(body).issue, np.arange(3) * 572 / VECTOR)
+
+
+def test_read_after_write_on_one_engine_waits_for_the_pipeline():
+    def body():
+        a = sbuf((128, 512))
+        nisa.memset(a, 0.0)
+        nisa.tensor_copy(sbuf((128, 512)), a)
+
+    t = timeline(body)
+    assert t.issue[1] == t.end[0] == pytest.approx(664 / VECTOR)
+    assert (t.cause[1], t.blocker[1]) == (Cause.RAW, 0)
+    assert t.stalls("vector") == {Cause.RAW: pytest.approx(92 / VECTOR)}
+
+
+@pytest.mark.parametrize(
+    ("second", "cause"),
+    [
+        (lambda a, b: nisa.activation(sbuf((128, 512)), nl.copy, b), Cause.RAW),
+        (lambda a, b: nisa.activation(b, nl.copy, sbuf((128, 512))), Cause.WAW),
+        (lambda a, b: nisa.activation(a, nl.copy, sbuf((128, 512))), Cause.WAR),
+    ],
+)
+def test_dependencies_between_engines(second, cause):
+    def body():
+        a, b = sbuf((128, 512)), sbuf((128, 512))
+        nisa.tensor_copy(b, a)
+        second(a, b)
+
+    t = timeline(body)
+    assert t.issue[1] == pytest.approx(664 / VECTOR + SEMAPHORE)
+    assert (t.cause[1], t.blocker[1]) == (cause, 0)
+
+
+def test_halves_of_a_tile_are_independent():
+    def body():
+        a = sbuf((128, 512))
+        nisa.tensor_copy(a[:, 0:256], sbuf((128, 256)))
+        nisa.activation(sbuf((128, 256)), nl.copy, a[:, 256:512])
+        nisa.activation(sbuf((128, 256)), nl.copy, a[:, 128:384])
+
+    t = timeline(body)
+    assert t.issue[1] == 0
+    assert t.cause[2] == Cause.RAW
+
+
+def test_columns_of_a_matrix_in_hbm_are_independent():
+    def body():
+        out = hbm((256, 256))
+        a = sbuf((128, 128))
+        nisa.memset(a, 0.0)
+        for row in range(0, 256, 128):
+            for column in range(0, 256, 128):
+                nisa.dma_copy(out[row : row + 128, column : column + 128], a)
+        nisa.dma_copy(sbuf((128, 256)), out[0:128])
+
+    t = timeline(body)
+    assert list(t.blocker[1:5]) == [0, -1, -1, -1]
+    assert t.blocker[5] == 2 and t.cause[5] == Cause.RAW
+
+
+def test_accumulation_in_psum_does_not_wait_for_itself():
+    def body():
+        acc, st, mv = psum((128, 512)), sbuf((128, 128)), sbuf((128, 512))
+        for _ in range(4):
+            nisa.nc_matmul(acc, st, mv)
+        nisa.tensor_copy(sbuf((128, 512)), acc)
+
+    t = timeline(body)
+    np.testing.assert_allclose(np.diff(t.issue[:4]), 2060 / 2.4)
+    assert t.issue[4] == pytest.approx(t.end[3] + SEMAPHORE)
+
+
+def test_psum_has_eight_banks():
+    def body():
+        st, mv = sbuf((128, 128)), sbuf((128, 512))
+        for _ in range(9):
+            acc = psum((128, 512))
+            nisa.nc_matmul(acc, st, mv)
+            nisa.tensor_copy(sbuf((128, 512)), acc, engine=nisa.engine.vector)
+
+    t = timeline(body, vector_latency=20_000)
+    ninth = 16
+    assert (t.cause[ninth], t.blocker[ninth]) == (Cause.SPACE, 1)
+    assert t.issue[ninth] == pytest.approx(t.end[1] + SEMAPHORE)
+
+
+def test_sbuf_bytes_are_reused_when_their_tensor_was_used_last():
+    def body():
+        for _ in range(3):
+            big = sbuf((128, 25_000))  # 100,000 of 212,984 bytes
+            nisa.memset(big, 0.0)
+            nisa.activation(sbuf((128, 16)), nl.copy, big[:, 0:16])
+
+    t = timeline(body, scalar_latency=200_000)
+    assert t.issue[2] == pytest.approx(t.free[0])
+    assert (t.cause[4], t.blocker[4]) == (Cause.SPACE, 1)
+    assert t.issue[4] == pytest.approx(t.end[1] + SEMAPHORE)
+
+
+def test_loads_run_ahead_of_compute():
+    def body():
+        x = hbm((1024, 512))
+        for i in range(8):
+            a = sbuf((128, 512))
+            nisa.dma_copy(a, x[i * 128 : (i + 1) * 128])
+            nisa.tensor_copy(sbuf((128, 512)), a)
+
+    t = timeline(body)
+    loads = t.members("dma-load")
+    np.testing.assert_allclose(np.diff(t.issue[loads]), P.dma_trigger)
+    assert t.issue[1] == pytest.approx(t.end[0] + P.dma_semaphore)
+
+
+def test_pe_starts_at_half_rate():
+    def body():
+        acc, st, mv = psum((128, 512)), sbuf((128, 128)), sbuf((128, 512))
+        for _ in range(8):
+            nisa.nc_matmul(acc, st, mv)
+
+    t = timeline(body, pe_warm_up=4600)
+    half, full = 2 * 2060 / 2.4, 2060 / 2.4
+    np.testing.assert_allclose(np.diff(t.issue), [half] * 3 + [full] * 4)
+    assert sorted(t.notes) == [0, 1, 2]
+
+
+def test_pe_falls_back_after_idling():
+    def body():
+        acc, st, mv = psum((128, 128)), sbuf((128, 128)), sbuf((128, 128))
+        nisa.nc_matmul(acc, st, mv)
+        late = sbuf((128, 8192))
+        nisa.memset(late, 0.0)
+        nisa.nc_matmul(acc, st, late[:, 0:128])
+
+    t = timeline(body, pe_warm_up=100)
+    assert t.issue[2] - t.free[0] > P.pe_cool_down
+    assert t.free[2] - t.issue[2] == pytest.approx(2 * 524 / 2.4)
+
+
+def test_one_bank_serves_one_of_vector_and_scalar():
+    def body():
+        acc = psum((128, 512))
+        nisa.tensor_copy(sbuf((128, 512)), acc)
+        nisa.activation(sbuf((128, 512)), nl.copy, acc)
+
+    t = timeline(body)
+    assert t.issue[1] == t.free[0] == pytest.approx(572 / VECTOR)
+    assert (t.cause[1], t.blocker[1]) == (Cause.BANK, 0)
+    assert timeline(body, psum_bank_share=0).issue[1] == 0
+
+
+def test_different_banks_do_not_conflict():
+    def body():
+        acc = psum((128, 1024))
+        nisa.tensor_copy(sbuf((128, 512)), acc[:, 0:512])
+        nisa.activation(sbuf((128, 512)), nl.copy, acc[:, 512:1024])
+
+    assert timeline(body).issue[1] == 0
+
+
+def test_addressed_tensors_that_overlap_depend_on_each_other():
+    def body():
+        a = nl.ndarray((128, 64), nl.float32, address=(0, 1024))
+        b = nl.ndarray((128, 64), nl.float32, address=(0, 2048))
+        nisa.memset(a, 0.0)
+        nisa.activation(b, nl.copy, sbuf((128, 64)))
+        c = nl.ndarray((128, 64), nl.float32, address=(0, 1024))
+        nisa.activation(c, nl.copy, sbuf((128, 64)))
+
+    t = timeline(body)
+    assert t.blocker[1] == -1
+    assert (t.cause[2], t.blocker[2]) == (Cause.WAW, 0)
+
+
+def test_depends_on():
+    def body():
+        first = nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))
+        nisa.activation(sbuf((128, 512)), nl.copy, sbuf((128, 512))).depends_on(first)
+
+    t = timeline(body)
+    assert (t.cause[1], t.blocker[1]) == (Cause.EDGE, 0)
+    assert t.issue[1] == pytest.approx(t.end[0] + SEMAPHORE)
+
+
+def test_an_edge_against_lane_order_is_refused():
+    def body():
+        first = nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))
+        first.depends_on(nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512))))
+
+    with pytest.raises(ValueError, match="wait for one another"):
+        timeline(body)
+
+
+def test_a_run_time_index_may_touch_all_of_its_tensor():
+    def body():
+        table, index = sbuf((128, 512)), sbuf((1, 1), nl.int32)
+        nisa.memset(table[:, 256:512], 0.0)
+        view = table.ap([[512, 128], [1, 8]], scalar_offset=index)
+        nisa.activation(sbuf((128, 8)), nl.copy, view)
+
+    assert timeline(body).blocker[1] == 0
+
+
+def test_a_busy_engine_delays_the_transfers_it_triggers():
+    def body():
+        nisa.activation(sbuf((128, 8192)), nl.copy, sbuf((128, 8192)))
+        nisa.dma_copy(sbuf((128, 64)), hbm((128, 64)), dge_mode=nisa.dge_mode.hwdge,
+                      engine=nisa.engine.scalar)  # fmt: skip
+
+    t = timeline(body)
+    assert (t.cause[1], t.blocker[1]) == (Cause.TRIGGER, 0)
+    assert t.issue[1] == t.free[0]
+
+
+def test_cores_meet_at_a_barrier():
+    def body():
+        shared = nl.ndarray((128, 512), nl.float32, buffer=nl.shared_hbm)
+        if nl.program_id(0) == 1:
+            a = sbuf((128, 8192))
+            nisa.memset(a, 0.0)
+            nisa.dma_copy(shared, a[:, 0:512])
+        nisa.core_barrier(shared, (0, 1))
+        nisa.dma_copy(sbuf((128, 512)), shared)
+
+    t = timeline(body, lnc=2)
+    barriers = [k for k, i in enumerate(t.instructions) if i.opcode == "core_barrier"]
+    store = next(k for k, i in enumerate(t.instructions) if i.writes and
+                 i.writes[0].allocation.buffer == "shared_hbm")  # fmt: skip
+    first, second = barriers
+    assert t.issue[first] == t.issue[second]
+    assert t.issue[first] >= t.end[store] + P.dma_semaphore
+    assert t.cause[first] == Cause.EDGE and t.blocker[first] == second
+    for b, after in zip(barriers, (first + 1, second + 1), strict=True):
+        assert t.issue[after] >= t.end[b]
+
+
+def test_a_schedule_is_a_function_of_record_and_constants():
+    def body():
+        x = hbm((512, 512))
+        for i in range(4):
+            a, acc = sbuf((128, 512)), psum((128, 512))
+            nisa.dma_copy(a, x[i * 128 : (i + 1) * 128])
+            nisa.nc_matmul(acc, a[:, 0:128], a)
+            nisa.activation(sbuf((128, 512)), nl.exp, acc)
+
+    run = record(body)
+    a, b, c = of(run), of(run), of(record(body))
+    for name in ("issue", "end", "cause", "blocker"):
+        assert np.array_equal(getattr(a, name), getattr(b, name))
+        assert np.array_equal(getattr(a, name), getattr(c, name))
+
+
+def test_an_empty_kernel_takes_no_time():
+    t = timeline(lambda: None)
+    assert t.total == 0 and t.critical_path() == []
+
+
+def test_the_estimate_orders_its_band():
+    def body():
+        a = sbuf((128, 512))
+        nisa.dma_copy(a, hbm((128, 512)))
+        nisa.activation(sbuf((128, 512)), nl.exp, a)
+
+    band = cost.estimate(record(body)).band
+    assert band.low < band.central < band.high

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .launch import Kernel, Simulated, simulate
     from .machine import TRN2, Machine
+    from .profiler import Profile, profile
     from .ranks import PerRank
     from .record import Instruction, Run
 
@@ -52,6 +53,7 @@ _HOMES = {
     ),
     "launch": ("Kernel", "Simulated", "simulate"),
     "machine": ("TRN2", "Machine"),
+    "profiler": ("Profile", "profile"),
     "ranks": ("PerRank",),
     "record": ("Instruction", "Run"),
 }
@@ -70,6 +72,7 @@ __all__ = [
     "Options",
     "OutOfBoundsError",
     "PerRank",
+    "Profile",
     "RaceError",
     "Run",
     "ShapeDtype",
@@ -78,6 +81,7 @@ __all__ = [
     "UninitializedReadError",
     "UsageError",
     "activate",
+    "profile",
     "simulate",
 ]
 

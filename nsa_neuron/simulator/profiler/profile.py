@@ -1,0 +1,142 @@
+"""`simulator.profile(kernel)(...)`: run a kernel, model its time, hand both back."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import cost
+from ..launch import simulate
+from . import advice, report, text, trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ..cost import Band, Estimate, Timeline
+    from ..record import Run
+    from ..registers import VirtualRegister
+
+
+class Profile:
+    """The modelled time of one run of a kernel.
+
+    Attributes:
+        estimate: timelines at the low, central and high end of the constants.
+        result: what the kernel returned: arrays, or `ShapeDtype` without data.
+    """
+
+    def __init__(self, estimate: Estimate, result: Any = None) -> None:
+        self.estimate = estimate
+        self.result = result
+
+    @property
+    def timeline(self) -> Timeline:
+        """The central timeline."""
+        return self.estimate.central
+
+    @property
+    def run(self) -> Run:
+        """The record it was made from."""
+        return self.timeline.run
+
+    @property
+    def time(self) -> Band:
+        """Modelled time, ns."""
+        return self.estimate.band
+
+    @cached_property
+    def advice(self) -> list[advice.Advice]:
+        """What to change, by modelled gain, largest first."""
+        with cost.paused_gc():
+            return advice.advise(self.timeline)
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        with cost.paused_gc():
+            return report.describe(self.estimate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers, lists and strings; `nsa profile --json` prints it."""
+        return {**self._facts, "advice": [a.to_dict() for a in self.advice]}
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` to a file, for `nsa profile --diff`."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def trace(self, path: str | Path) -> None:
+        """Write a trace for ui.perfetto.dev or chrome://tracing."""
+        trace.write(self.timeline, path)
+
+    def png(self, path: str | Path) -> None:
+        """Draw roofline, engines and memory; needs matplotlib.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from . import plots
+
+        plots.save(self, path)
+
+    def __str__(self) -> str:
+        return text.render(self.to_dict())
+
+    def __repr__(self) -> str:
+        return f"<Profile of {self.run.kernel}: {self.time} ns, modelled>"
+
+
+class Profiled:
+    """A kernel bound to simulator and cycle model; calling it profiles the kernel."""
+
+    def __init__(
+        self, kernel: Any, params: str, options: dict[str, Any], assumptions: Iterable[str]
+    ) -> None:
+        self.simulated = simulate(kernel, **options)
+        self.params = params
+        self.assumptions = list(assumptions)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Profile:
+        """Run the kernel and model its time.
+
+        Raises:
+            SimulationError: the kernel breaks a rule; without data also where control depends on
+                data.
+            ValueError: unknown parameter set.
+        """
+        with cost.paused_gc():
+            result = self.simulated(*args, **kwargs)
+            assert self.simulated.run is not None
+            estimate = cost.estimate(self.simulated.run, self.params)
+        for timeline in (estimate.low, estimate.central, estimate.high):
+            timeline.assumptions.extend(self.assumptions)
+        return Profile(estimate, result)
+
+
+def profile(
+    kernel: Any,
+    *,
+    data: bool = False,
+    params: str = cost.DEFAULT_SET,
+    relax: Iterable[str] | None = None,
+    target: str | None = None,
+    unknown: Callable[[VirtualRegister], int] | None = None,
+    assumptions: Iterable[str] = (),
+) -> Profiled:
+    """Make a profiled version of a kernel.
+
+    Args:
+        kernel: decorated with `nki.jit`, `kernel[2]`, or a plain function.
+        data: True computes the results as well; needed only where control depends on data.
+        params: set of constants, "measured-3p" or "documented".
+        relax: ids of rules to note instead of raise.
+        target: machine, "trn2".
+        unknown: without data: value of a register that data would have set.
+        assumptions: sentences for the report, such as where `unknown`'s values come from.
+
+    Example:
+        >>> found = simulator.profile(kernel)(ShapeDtype((128, 512), "bfloat16"))
+        >>> found.time.central                         # ns, modelled
+    """
+    options = {"data": data, "relax": relax, "target": target, "unknown": unknown}
+    return Profiled(kernel, params, options, assumptions)

@@ -1,0 +1,99 @@
+"""The report of a profile as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+LINES_SHOWN = 8
+
+
+def render(facts: dict[str, Any]) -> str:
+    """All of a report, from `Profile.to_dict()`."""
+    time = facts["time_us"]
+    lines = [
+        f"{facts['kernel']} on {facts['target']}: {time['central']:.2f} us MODELLED, between "
+        f"{time['low']:.2f} and {time['high']:.2f} (constants: {facts['params']}; not measured, "
+        "not run on hardware)",
+        *(f"  assumed: {a}" for a in facts["assumptions"]),
+        *_roofline(facts["roofline"]),
+    ]
+    for number, core in enumerate(facts["cores"]):
+        lines += _core(number, core)
+    lines += _critical_path(facts["critical_path"])
+    lines += _advice(facts["advice"])
+    return "\n".join(lines)
+
+
+def _roofline(r: dict[str, Any]) -> list[str]:
+    intensity = (
+        "no HBM traffic" if r["intensity"] is None else f"{r['intensity']:.1f} {r['unit']}/B"
+    )
+    return [
+        f"  roofline: {intensity}, {r['bound']}-bound (ridge {r['ridge']:.1f}); "
+        f"{r['achieved_g_per_s'] / 1e3:.2f} of {r['ceiling_g_per_s'] / 1e3:.2f} T{r['unit']}/s "
+        f"({r['share_of_ceiling']:.0%} of the roof there)",
+        f"  HBM: {r['hbm_bytes']:,} bytes, {r['bandwidth_gb_s']:.0f} of "
+        f"{r['bandwidth_peak_gb_s']:.0f} GB/s",
+    ]
+
+
+def _core(number: int, core: dict[str, Any]) -> list[str]:
+    tensor, dma = core["tensor"], core["dma"]
+    lines = [
+        f"  core {number}",
+        f"    {'':<11} {'instr.':>8} {'busy us':>10} {'busy':>6} {'stalled':>8}  longest waits",
+    ]
+    for name, lane in core["engines"].items():
+        waits = [f"{w['us']:.2f} us {w['for']}" for w in lane["waits"]]
+        per = lane["instructions"] if name.startswith("dma") else 1
+        each = " per transfer" if name.startswith("dma") else ""
+        waits += [f"({us / per:.2f} us{each}: {note})" for note, us in lane["notes_us"].items()]
+        lines.append(
+            f"    {name:<11} {lane['instructions']:>8} {lane['busy_us']:>10.2f} "
+            f"{lane['busy_share']:>6.1%} {lane['stall_share']:>8.1%}  {waits[0] if waits else ''}"
+        )
+        lines += [f"    {'':<48}{w}" for w in waits[1:]]
+    lines.append(
+        f"    PE utilisation {tensor['utilisation']:.1%} of bf16 peak "
+        f"({tensor['utilisation_while_busy']:.1%} while TensorE is busy)"
+    )
+    lines.append(
+        f"    DMA {dma['transfers']} transfers, {dma['bytes_written']:,} bytes written, "
+        f"{dma['bytes_per_descriptor']:,.0f} B per descriptor, {dma['gb_s_while_active']:.0f} GB/s "
+        f"of HBM while active, engines {dma['engines_busy_share']:.1%} busy"
+    )
+    for buffer, m in core["memory"].items():
+        lines.append(
+            f"    {buffer.upper()} peak {m['peak']:,} of {m['limit']:,} bytes per partition at "
+            f"{m['peak_at_us']:.2f} us, mean {m['mean']:,.0f}"
+        )
+    return lines
+
+
+def _critical_path(path: dict[str, Any]) -> list[str]:
+    total = sum(path["engines_us"].values()) or 1.0
+    shares = ", ".join(f"{n} {us / total:.0%}" for n, us in path["engines_us"].items())
+    lines = [f"  critical path: {shares}"]
+    for row in path["lines"][:LINES_SHOWN]:
+        place = f"{Path(row['file']).name}:{row['line']}"
+        lines.append(
+            f"    {row['time_us']:>10.2f} us {row['share']:>6.1%}  {place:<22} {row['what']:<22} "
+            f"{row['text'][:60]}".rstrip()
+        )
+    rest = sum(r["time_us"] for r in path["lines"][LINES_SHOWN:]) + path["other_lines_us"]
+    if rest:
+        lines.append(f"    {rest:>10.2f} us {rest / total:>6.1%}  other lines")
+    return lines
+
+
+def _advice(advice: list[dict[str, Any]]) -> list[str]:
+    if not advice:
+        return ["  advice: no rule promises 1 % or more"]
+    lines = ["  advice (modelled gain of each alone):"]
+    for a in advice:
+        place = f"{Path(a['file']).name}:{a['line']}"
+        lines.append(f"    {a['gain_us']:.2f} us ({a['gain_share']:.1%})  {a['rule']} at {place}")
+        lines.append(f"        {a['message']}")
+        lines.append(f"        {a['text']}")
+    return lines

@@ -264,6 +264,8 @@ class NeuronCore:
         index = len(trace)
         for access in (*outs, *ins):
             allocation = access.allocation
+            if allocation.last_use < 0:
+                allocation.first_use = index
             allocation.last_use = index
             if allocation.closed:
                 faults.out_of_scope(spec, access)

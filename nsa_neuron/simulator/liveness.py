@@ -1,7 +1,7 @@
 """Capacity of SBUF and PSUM, from which tensors are live at the same time.
 
-The compiler frees a tensor after its last use. So a tensor occupies its bytes from the first
-instruction after it was made to the last one that touched it, in program order. Tensors that the
+The compiler places a tensor for its first use and frees it after its last. So a tensor occupies its
+bytes from the first instruction that touched it to the last one, in program order. Tensors that the
 compiler places share partitions bytes; those with `address=` occupy exactly theirs.
 """
 
@@ -29,7 +29,7 @@ def peak(trace: CoreTrace, buffer: str, machine: Machine) -> tuple[int, list[All
     events: list[tuple[int, int, int, Allocation]] = []
     for number, a in enumerate(trace.allocations):
         if a.buffer == buffer and a.last_use >= 0:
-            events.append((a.created, 1, number, a))
+            events.append((a.first_use, 1, number, a))
             events.append((a.last_use + 1, 0, number, a))
     events.sort(key=lambda e: e[:3])
     live: dict[int, Allocation] = {}

@@ -34,6 +34,7 @@ class Allocation:
         name: the kernel's name for it, or "".
         address: (partition, byte) where the kernel chose it, else None.
         created: index of the next instruction at the time it was made.
+        first_use: index of the first instruction that touched it, -1 before any.
         last_use: index of the last instruction that touched it, -1 before any.
         closed: True after the hardware loop in whose body it was made.
         site: code object and instruction offset of the kernel line that made it.
@@ -48,6 +49,7 @@ class Allocation:
         "core",
         "created",
         "dtype",
+        "first_use",
         "id",
         "last_use",
         "name",
@@ -79,7 +81,7 @@ class Allocation:
         self.name = name
         self.address = address
         self.created = created
-        self.last_use = -1
+        self.first_use = self.last_use = -1
         self.closed = False
         self.site = site
         self.role = role

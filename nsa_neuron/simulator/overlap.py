@@ -79,10 +79,10 @@ class _Contents:
 def _rivals(placed: list[Allocation]) -> dict[Allocation, list[Allocation]]:
     """For each tensor those that share bytes with it and whose lifetimes meet its own."""
     found: dict[Allocation, list[Allocation]] = {}
-    placed.sort(key=lambda a: a.created)
+    placed.sort(key=lambda a: a.first_use)
     active: list[Allocation] = []
     for a in placed:
-        active = [b for b in active if b.last_use > a.created]
+        active = [b for b in active if b.last_use > a.first_use]
         for b in active:
             if _common(_whole(a), _whole(b)) is not None:
                 found.setdefault(a, []).append(b)

@@ -73,7 +73,10 @@ class NkiTensor(BaseTensor):
                 first, step, count = views.slice_range(size, item.start, item.stop, item.step)
             elif kind is DynamicSlice:
                 begin = views._integer(item.start, "start")
-                first, step, count = views.slice_range(size, begin, begin + item.size, 1)
+                if item.size == 0 and 0 <= begin <= size:  # a core without a share; never used
+                    first, step, count = begin, 1, 0
+                else:
+                    first, step, count = views.slice_range(size, begin, begin + item.size, 1)
             elif item is Ellipsis:
                 return self._getitem(_expand(keys, ndim))
             elif isinstance(item, VirtualRegister | NkiTensor):

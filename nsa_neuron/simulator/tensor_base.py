@@ -168,6 +168,8 @@ class BaseTensor(NKIObject):
         found = self._access
         if found is None:
             allocation = self.memory.allocation
+            if 0 in self.shape:
+                raise self._error(ViewError("index", "an empty view is used", self.shape))
             pitch = allocation.pitch_bytes // self.dtype.itemsize if allocation.on_chip else 0
             layout = layout_of(self.shape, self.strides, self.dtype, pitch)
             found = self._access = Access(allocation, layout, self.offset, False)

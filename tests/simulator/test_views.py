@@ -226,3 +226,12 @@ def test_explicit_addresses_alias() -> None:
     assert not np.shares_memory(first.array(), other.array())
     with pytest.raises(SimulationError, match="does not fit"):
         CORE.allocate((4, 8), "float32", "sbuf", address=(126, 0))
+
+
+def test_an_empty_share_may_be_made_but_not_used():
+    whole = numbered(CORE, (128, 8), "sbuf")
+    none = whole[:, DynamicSlice(8, 0)]
+    assert none.shape == (128, 0)
+    with pytest.raises(SimulationError) as error:
+        none.access()
+    assert error.value.rule == "index"

@@ -11,7 +11,9 @@ instruction costs; `dependencies` who waits for whom; `schedule` when; `timeline
 
 from __future__ import annotations
 
+from . import trips
 from .estimate import Estimate, central, estimate, paused_gc, program_of
+from .extrapolate import Extrapolation, extrapolate
 from .parameters import CONSTANTS, DEFAULT_SET, LEVELS, SETS, Parameters, load
 from .schedule import schedule
 from .timeline import Band, Cause, Step, Timeline
@@ -24,13 +26,16 @@ __all__ = [
     "Band",
     "Cause",
     "Estimate",
+    "Extrapolation",
     "Parameters",
     "Step",
     "Timeline",
     "central",
     "estimate",
+    "extrapolate",
     "load",
     "paused_gc",
     "program_of",
     "schedule",
+    "trips",
 ]

@@ -11,10 +11,9 @@ reuses space as late as it can).
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
-from .overlap import may_overlap
+from .storage import Region, Space, Storage
 from .timeline import Cause
 
 if TYPE_CHECKING:
@@ -30,155 +29,6 @@ SPACE, EDGE = int(Cause.SPACE), int(Cause.EDGE)
 SHIFT = 3  # a dependency is (producer << SHIFT) | cause
 
 _MANY = 4  # dependencies worth thinning out
-_NARROW_ENOUGH = 64  # buckets a region may span before it is kept aside
-
-
-class Region:
-    """An access pattern of a storage, its last writer and the readers since.
-
-    Attributes:
-        access: the pattern.
-        writer: index of the last instruction that wrote it, -1 before.
-        readers: who read it since, at most the latest per lane.
-        near: other patterns that may touch the same bytes, of which one of the two was written.
-        written: True once an instruction wrote it.
-    """
-
-    __slots__ = ("access", "near", "readers", "writer", "written")
-
-    def __init__(self, access: Access) -> None:
-        self.access = access
-        self.writer = -1
-        self.readers: list[int] = []
-        self.near: list[Region] = []
-        self.written = False
-
-    def covers(self, other: Region) -> bool:
-        """True when a write here overwrites all of another pattern."""
-        a, b = self.access, other.access
-        return (
-            a.layout.dense
-            and not a.dynamic
-            and a.allocation is b.allocation
-            and a.p0 <= b.p0
-            and a.p1 >= b.p1
-            and a.lo <= b.lo
-            and a.hi >= b.hi
-        )
-
-
-class Storage:
-    """The patterns used in one allocation, or in all addressed tensors of one memory."""
-
-    __slots__ = ("buckets", "regions", "wide", "width")
-
-    def __init__(self) -> None:
-        self.regions: dict[object, Region] = {}
-        self.buckets: dict[int, list[Region]] | None = None  # made for the second region
-        self.wide: list[Region] = []
-        self.width = 1
-
-    def add(self, key: object, access: Access) -> Region:
-        """Make the region of a new pattern and find its neighbours."""
-        region = Region(access)
-        if not self.regions:
-            self.regions[key] = region
-            return region
-        if self.buckets is None:
-            (first,) = self.regions.values()
-            lo, hi = _bytes(first.access)
-            self.width = max(hi - lo, 1)
-            self.buckets = {}
-            self._file(first, self.buckets)
-        for other in self._file(region, self.buckets):
-            if other.written and may_overlap(access, other.access):
-                region.near.append(other)
-                other.near.append(region)
-        self.regions[key] = region
-        return region
-
-    def write(self, region: Region) -> None:
-        """Note that a region is written for the first time, which makes its neighbours matter."""
-        region.written = True
-        if self.buckets is None:
-            return
-        for other in self._candidates(region):
-            if (
-                other is not region
-                and not other.written
-                and may_overlap(region.access, other.access)
-            ):
-                region.near.append(other)
-                other.near.append(region)
-
-    def _candidates(self, region: Region) -> list[Region]:
-        """Regions of the same buckets."""
-        assert self.buckets is not None
-        lo, hi = _bytes(region.access)
-        first, last = lo // self.width, (hi - 1) // self.width
-        if last - first >= _NARROW_ENOUGH:
-            return list(self.regions.values())
-        found = {id(r): r for r in self.wide}
-        for b in range(first, last + 1):
-            for r in self.buckets.get(b, ()):
-                found[id(r)] = r
-        return list(found.values())
-
-    def _file(self, region: Region, buckets: dict[int, list[Region]]) -> list[Region]:
-        """Put a region in its buckets; return those that were there."""
-        found = self._candidates(region)
-        lo, hi = _bytes(region.access)
-        first, last = lo // self.width, (hi - 1) // self.width
-        if last - first >= _NARROW_ENOUGH:
-            self.wide.append(region)
-        else:
-            for b in range(first, last + 1):
-                buckets.setdefault(b, []).append(region)
-        return found
-
-    def last_users(self) -> list[int]:
-        """Instructions that must end before the bytes are anybody else's."""
-        users: list[int] = []
-        for region in self.regions.values():
-            if region.readers:
-                users += region.readers
-            elif region.writer >= 0:
-                users.append(region.writer)
-        return users
-
-
-def _bytes(access: Access) -> tuple[int, int]:
-    """Hull in bytes of a partition of the memory, or of the tensor."""
-    address = access.allocation.address
-    base = address[1] if address else 0
-    return access.lo + base, access.hi + base
-
-
-class Space:
-    """Bytes per partition of one memory that the compiler shares out."""
-
-    def __init__(self, limit: int, granule: int) -> None:
-        self.free = limit
-        self.granule = granule
-        self.released: deque[tuple[int, Storage]] = deque()
-
-    def size(self, a: Allocation) -> int:
-        """Bytes per partition, in whole granules (PSUM banks)."""
-        return -(-a.pitch_bytes // self.granule) * self.granule
-
-    def take(self, a: Allocation) -> list[int]:
-        """Place a tensor; return the instructions that must have ended."""
-        self.free -= self.size(a)
-        users: list[int] = []
-        while self.free < 0 and self.released:
-            size, storage = self.released.popleft()
-            self.free += size
-            users += storage.last_users()
-        return users
-
-    def release(self, a: Allocation, storage: Storage) -> None:
-        """Note that a tensor was used for the last time."""
-        self.released.append((self.size(a), storage))
 
 
 class Tracker:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from .dtypes import bfloat16
-from .nki import isa as nisa
-from .nki import language as nl
+from .nki import isa, language
 
+nisa: Any = isa
+nl: Any = language
 P, N = 128, 512
 BF16 = bfloat16.numpy
 F32 = np.float32

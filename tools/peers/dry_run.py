@@ -8,8 +8,8 @@ which most can under TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import argparse
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from problem import (
     visible,
 )
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import argparse
 
 TINY, TOKENS = Geometry(n=4, w=80), 384
 FLOAT32_CPU = (torch.float32, "cpu")

@@ -335,10 +335,12 @@ def table(rows: list[dict]) -> str:
 # --------------------------------------------------------------------------------------- options
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    def listed(kind: Callable[[str], object]) -> Callable[[str], list]:
-        return lambda text: [kind(item) for item in text.split(",") if item]
+def listed(kind: Callable[[str], object]) -> Callable[[str], list]:
+    """Parser of a comma-separated option."""
+    return lambda text: [kind(item) for item in text.split(",") if item]
 
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     for name in PEERS:

@@ -84,7 +84,9 @@ class Tracker:
                     if other.writer >= 0:
                         deps.append(other.writer << SHIFT | RAW)
                 readers = region.readers
-                if lane < in_order and readers and lanes[readers[-1]] == lane:
+                if not readers:
+                    readers.append(me)
+                elif lane < in_order and lanes[readers[-1]] == lane:
                     readers[-1] = me
                 else:
                     self._note(readers, me, lane)
@@ -99,7 +101,7 @@ class Tracker:
                     else None
                 ) or self._region(access, lane, deps)
                 if not region.written:
-                    storages[allocation].write(region)
+                    (storage or storages[allocation]).write(region)
                 self._write(region, me, lane if lane < in_order else -1, deps)
                 if allocation.last_use == me:
                     self._release(allocation)

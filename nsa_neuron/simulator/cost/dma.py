@@ -38,6 +38,7 @@ class Transfer:
         descriptors: contiguous pieces.
         row_bytes: bytes per descriptor.
         hbm_runs: contiguous runs in HBM.
+        uniform: ns of packets where all engines have the same, else 0.
         parts: (DMA engine, ns of packets) for each engine that takes part.
         rule: in words, for the report.
     """
@@ -55,6 +56,7 @@ class Transfer:
         "start",
         "trigger",
         "trigger_time",
+        "uniform",
     )
 
     queue: str
@@ -62,6 +64,7 @@ class Transfer:
     trigger_time: float
     start: float
     completion: float
+    uniform: float
     nbytes: int
     hbm_bytes: int
     descriptors: int
@@ -119,6 +122,8 @@ def transfer_of(i: Instruction, p: Parameters) -> Transfer:
     rate = p.dma_rate * _share(i, dst, src, p)
     t.completion = p.dma_completion
     t.parts = _spread(dst, src, t, moved, rate, p)
+    times = {time for _, time in t.parts}
+    t.uniform = times.pop() if len(t.parts) == ENGINES and len(times) == 1 else 0.0
     known = "" if i.opcode in _PUBLISHED else ", between devices (guess)"
     t.rule = (
         f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines{known}"

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import tables
 from .dependencies import MEETINGS, SHIFT, Tracker
-from .dma import ENGINES
+from .dma import ENGINES, Transfer
 from .instructions import COMPUTE, Cost, cost_of
 from .parameters import Parameters, load
 from .timeline import Cause, Timeline
@@ -146,6 +146,7 @@ class _Scheduler:
         self.pe_last_free = [-1e18] * cores
         self.pe_full_at = [0.0] * cores
         self.dma_free = [[0.0] * ENGINES for _ in range(cores)]
+        self.dma_level = [0.0] * cores  # when all engines are free together, else -1
         self.dma_cold = [p.dma_warm_up] * cores
         self.bank: dict[tuple[object, int], tuple[int, float]] = {}
 
@@ -295,9 +296,24 @@ class _Scheduler:
             first += self.dma_cold[core]
             self.notes[i] = {"dma-warm-up": self.dma_cold[core]}
             self.dma_cold[core] = 0.0
-        engines = self.dma_free[core]
-        begin, last = 1e300, first
-        completion = transfer.completion
+        begin, last = self._engines(core, transfer, first)
+        self.begin[i] = begin
+        if begin > first:
+            self.notes.setdefault(i, {})["dma-engines-busy"] = begin - first
+        self.end[i] = last
+
+    def _engines(self, core: int, transfer: Transfer, first: float) -> tuple[float, float]:
+        """Begin and end of a transfer on its DMA engines, which are free from `first` on."""
+        engines, level = self.dma_free[core], self.dma_level[core]
+        if level >= 0:  # all engines are free at the same time
+            if transfer.uniform:
+                begin = level if level > first else first
+                last = begin + transfer.uniform + transfer.completion
+                self.dma_level[core] = last
+                return begin, last
+            engines[:] = [level] * ENGINES
+            self.dma_level[core] = -1.0
+        begin, last, completion = 1e300, first, transfer.completion
         for e, time in transfer.parts:
             since = engines[e]
             if since < first:
@@ -307,10 +323,9 @@ class _Scheduler:
             engines[e] = until = since + time + completion
             if until > last:
                 last = until
-        self.begin[i] = begin
-        if begin > first:
-            self.notes.setdefault(i, {})["dma-engines-busy"] = begin - first
-        self.end[i] = last
+        if transfer.uniform and min(engines) == last:
+            self.dma_level[core] = last
+        return begin, last
 
     def _timeline(self) -> Timeline:
         program = self.program

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ..memory import Allocation
 
 _NARROW_ENOUGH = 64  # stretches a region may span before it is kept aside
+_NONE: list[Region] = []
+_NOBODY: list[int] = []
 
 
 class Region:
@@ -31,8 +33,15 @@ class Region:
         self.access = access
         self.writer = -1
         self.readers: list[int] = []
-        self.near: list[Region] = []
+        self.near: list[Region] = _NONE  # shared until the first neighbour
         self.written = False
+
+    def meets(self, other: Region) -> None:
+        """Make neighbours of two regions."""
+        for a, b in ((self, other), (other, self)):
+            if a.near is _NONE:
+                a.near = []
+            a.near.append(b)
 
     def covers(self, other: Region) -> bool:
         """True when a write here overwrites all of another pattern."""
@@ -105,8 +114,7 @@ class Storage:
                 assert self.all is not None and self.written is not None
             for other in self.written.around(region):
                 if may_overlap(access, other.access):
-                    region.near.append(other)
-                    other.near.append(region)
+                    region.meets(other)
             self.all.insert(region)
         self.regions[key] = region
         return region
@@ -118,8 +126,7 @@ class Storage:
             return
         for other in self.all.around(region):
             if not other.written and may_overlap(region.access, other.access):
-                region.near.append(other)
-                other.near.append(region)
+                region.meets(other)
         self.written.insert(region)
 
     def _make_indices(self) -> None:
@@ -163,6 +170,8 @@ class Space:
     def take(self, a: Allocation) -> list[int]:
         """Place a tensor; return the instructions that must have ended."""
         self.free -= self.size(a)
+        if self.free >= 0:
+            return _NOBODY
         users: list[int] = []
         while self.free < 0 and self.released:
             size, storage = self.released.popleft()

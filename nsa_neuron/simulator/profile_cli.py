@@ -43,7 +43,7 @@ def profile_main(argv: Sequence[str]) -> int:
             print(json.dumps(found.to_dict(), indent=1) if args.json else found)
     except SimulationError as error:
         return _refused(error, args.json)
-    except (loading.LoadingError, ValueError, OSError, ImportError) as error:
+    except (loading.LoadingError, ValueError, LookupError, OSError, ImportError) as error:
         print(f"nsa profile: {error}", file=sys.stderr)
         return UNUSABLE
     return 0
@@ -75,9 +75,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--trips",
-        type=int,
-        metavar="N",
-        help="without data, the value of registers that data would set (loop bounds)",
+        type=cost.trips.parse,
+        metavar="N|N,N,..|draw:N,N,..",
+        help="without data, values of registers that data would set (loop bounds): one for all, a "
+        "trace, or a sample to draw from",
     )
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="for a later --diff")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="open in ui.perfetto.dev")
@@ -90,15 +91,7 @@ def _profile(args: argparse.Namespace, module: Any) -> Profile:
     if args.lnc:
         kernel = kernel[args.lnc]
     values = loading.parse_arguments(kernel, args.arg, args.seed, args.data)
-    trips = args.trips
-    profiled = profile(
-        kernel,
-        data=args.data,
-        params=args.params,
-        unknown=None if trips is None else lambda register: trips,
-        assumptions=() if trips is None else (f"registers that data would set count as {trips}",),
-    )
-    return profiled(**values)
+    return profile(kernel, data=args.data, params=args.params, unknown=args.trips)(**values)
 
 
 def _write(args: argparse.Namespace, found: Profile) -> None:

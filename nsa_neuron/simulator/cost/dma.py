@@ -73,6 +73,12 @@ class Transfer:
     parts: tuple[tuple[int, float], ...]
     rule: str
 
+    def use(self, parts: tuple[tuple[int, float], ...]) -> None:
+        """Set the DMA engines that take part, with the packet time of each."""
+        times = {time for _, time in parts}
+        self.parts = parts
+        self.uniform = times.pop() if len(parts) == ENGINES and len(times) == 1 else 0.0
+
     @property
     def duration(self) -> float:
         """Ns from trigger to last byte on idle DMA engines."""
@@ -121,9 +127,7 @@ def transfer_of(i: Instruction, p: Parameters) -> Transfer:
     _choose_queue(i, t, dst, src, indirect, p)
     rate = p.dma_rate * _share(i, dst, src, p)
     t.completion = p.dma_completion
-    t.parts = _spread(dst, src, t, moved, rate, p)
-    times = {time for _, time in t.parts}
-    t.uniform = times.pop() if len(t.parts) == ENGINES and len(times) == 1 else 0.0
+    t.use(_spread(dst, src, t, moved, rate, p))
     known = "" if i.opcode in _PUBLISHED else ", between devices (guess)"
     t.rule = (
         f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines{known}"

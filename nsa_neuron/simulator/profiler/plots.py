@@ -95,7 +95,7 @@ def _draw_roofline(axes: Any, r: Roofline) -> None:
     color = COLORS["tensor"] if r.bound == "compute" else COLORS["dma"]
     axes.plot([intensity, intensity], [r.achieved / 1e3, r.ceiling / 1e3], ":", color=color, lw=1.5)
     axes.plot(intensity, r.achieved / 1e3, "o", color=color, ms=10, zorder=3)
-    near = intensity > r.ridge * 2
+    near = intensity > np.sqrt(low * high) / 1.5
     axes.annotate(
         f"{r.achieved / 1e3:.2f} T{unit}/s\n{r.share:.0%} of the roof, {r.bound}-bound",
         (intensity, r.achieved / 1e3),
@@ -109,10 +109,10 @@ def _draw_roofline(axes: Any, r: Roofline) -> None:
     )
     axes.annotate(
         f"HBM {r.bandwidth:.0f} GB/s",
-        (np.sqrt(low * r.ridge), np.sqrt(low * r.ridge) * r.bandwidth / 1e3),
-        xytext=(-8, 4),
+        (low, low * r.bandwidth / 1e3),
+        xytext=(22, 6),
         textcoords="offset points",
-        ha="right",
+        va="top",
         color="#333333",
     )
     bottom = min(r.achieved, roof.min() * 1e3) / 1e3 / 3

@@ -95,6 +95,7 @@ class Profiled:
         self.simulated = simulate(kernel, **options)
         self.params = params
         self.assumptions = list(assumptions)
+        self.unknown = options.get("unknown")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Profile:
         """Run the kernel and model its time.
@@ -108,8 +109,11 @@ class Profiled:
             result = self.simulated(*args, **kwargs)
             assert self.simulated.run is not None
             estimate = cost.estimate(self.simulated.run, self.params)
+        assumed = list(self.assumptions)
+        if isinstance(self.unknown, cost.trips.TripCounts):
+            assumed.append(self.unknown.describe())
         for timeline in (estimate.low, estimate.central, estimate.high):
-            timeline.assumptions.extend(self.assumptions)
+            timeline.assumptions.extend(assumed)
         return Profile(estimate, result)
 
 
@@ -131,8 +135,9 @@ def profile(
         params: set of constants, "measured-3p" or "documented".
         relax: ids of rules to note instead of raise.
         target: machine, "trn2".
-        unknown: without data: value of a register that data would have set.
-        assumptions: sentences for the report, such as where `unknown`'s values come from.
+        unknown: without data: value of a register that data would have set; `cost.trips` makes
+            them from a number, a trace or a distribution, and the report says which.
+        assumptions: further sentences for the report.
 
     Example:
         >>> found = simulator.profile(kernel)(ShapeDtype((128, 512), "bfloat16"))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..cost import Cause
 from .candidates import FEW, Candidate, Rule, spell
-from .what_if import Baseline, Change, changed, with_transfer
+from .lines import short
+from .what_if import CAUSE, Baseline, Change, changed, with_transfer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,19 +171,30 @@ def _reload(base: Baseline, again: list[int]) -> Candidate:
 
 
 def single_buffer(base: Baseline) -> Iterator[Candidate]:
-    """Transfers that wait until a tile they refill is free: no overlap of load and use."""
+    """Transfers that wait until a tile they refill is free: no overlap of load and use.
+
+    All such lines are one candidate: freeing one buffer helps little while another still waits.
+    """
     kinds = (int(Cause.WAR), int(Cause.WAW))
+    t = base.t
+    refills: list[list[int]] = []
     for line in _transfers(base):
-        waits = [k for k in line if base.t.cause[k] in kinds and base.t.stall[k] > 0]
-        if waits:
-            yield Candidate(
-                "single-buffer",
-                line,
-                "transfers wait until the tile they overwrite is free; make the tile inside the "
-                "loop, or two of them in turn, so that the next load overlaps with the work",
-                Change(without=(line, kinds)),
-                float(base.t.stall[waits].sum()),
-            )
+        on_chip = [k for k in line if t.instructions[k].writes[0].allocation.on_chip]
+        if any(code & CAUSE in kinds for k in on_chip for code in base.program.deps[k]):
+            refills.append(on_chip)
+    every = sorted(k for line in refills for k in line)
+    waits = [k for k in every if t.cause[k] in kinds and t.stall[k] > 0]
+    if waits:
+        places = [short(base.lines.key(t.instructions[line[0]])) for line in refills]
+        yield Candidate(
+            "single-buffer",
+            every,
+            f"transfers wait until the tile they overwrite is free ({', '.join(places)}); make the "
+            "tile inside the loop, or two of them in turn, so that the next load overlaps with the "
+            "work",
+            Change(without=(every, kinds)),
+            float(t.stall[waits].sum()),
+        )
 
 
 def blocked_queue(base: Baseline) -> Iterator[Candidate]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..cost.instructions import Cost
     from ..cost.schedule import Program
 
-_CAUSE = (1 << SHIFT) - 1
+CAUSE = (1 << SHIFT) - 1  # bits of a dependency that hold its cause
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Baseline:
 def _without(program: Program, indices: Collection[int], causes: Collection[int]) -> Program:
     deps = list(program.deps)
     for k in indices:
-        deps[k] = [code for code in deps[k] if code & _CAUSE not in causes]
+        deps[k] = [code for code in deps[k] if code & CAUSE not in causes]
     return replace(program, deps=deps)
 
 
@@ -107,10 +107,14 @@ def changed(t: Timeline, indices: Iterable[int], make: Callable[[Cost], Cost]) -
     return result
 
 
-def with_transfer(cost: Cost, **fields: Any) -> Cost:
-    """A copy of a DMA cost with some fields of its transfer replaced."""
+def with_transfer(
+    cost: Cost, parts: tuple[tuple[int, float], ...] | None = None, **fields: Any
+) -> Cost:
+    """A copy of a DMA cost with other parts or fields of its transfer."""
     new = copy.copy(cost)
     transfer: Transfer = copy.copy(cost.transfer)  # type: ignore[assignment]
+    if parts is not None:
+        transfer.use(parts)
     for name, value in fields.items():
         setattr(transfer, name, value)
     new.transfer = transfer

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Site = "tuple[CodeType, int]"
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_KERNELS = os.path.join(_PACKAGE, "validation_kernels")
+# Kernels that come with the package are a user's to the simulator.
+_KERNELS = tuple(_PACKAGE + name for name in ("bench_kernels.py", "validation_kernels"))
 _INTERNAL: dict[str, bool] = {}
 
 

@@ -29,6 +29,7 @@ class Allocation:
         id: number in the order of creation, per launch.
         core: index of the owning core.
         buffer: "sbuf", "psum", "private_hbm" or "shared_hbm".
+        on_chip: True for SBUF and PSUM.
         shape: dims of the tensor as made; dim 0 is the partition dim on chip.
         dtype: element type.
         name: the kernel's name for it, or "".
@@ -53,6 +54,7 @@ class Allocation:
         "id",
         "last_use",
         "name",
+        "on_chip",
         "partitions",
         "pitch_bytes",
         "role",
@@ -85,14 +87,9 @@ class Allocation:
         self.closed = False
         self.site = site
         self.role = role
-        on_chip = buffer in ON_CHIP
+        on_chip = self.on_chip = buffer in ON_CHIP
         self.partitions = shape[0] if on_chip else 1
         self.pitch_bytes = prod(shape[1:] if on_chip else shape) * dtype.itemsize
-
-    @property
-    def on_chip(self) -> bool:
-        """True for SBUF and PSUM."""
-        return self.buffer in ON_CHIP
 
     @property
     def partition(self) -> int:
@@ -184,10 +181,10 @@ class Memory:
             width = self.allocation.pitch_bytes // dtype.itemsize
             row, column = divmod(offset, width)
             place = self.base + row * self.pitch + column * size
-            steps = (strides[0] // width * self.pitch, *(s * size for s in strides[1:]))
+            steps = (strides[0] // width * self.pitch, *[s * size for s in strides[1:]])
         else:
             place = self.base + offset * size
-            steps = tuple(s * size for s in strides)
+            steps = tuple([s * size for s in strides])
         return np.ndarray(shape, kind, self.buffer, place, steps)
 
     def readable(self, access: Access) -> bool:

@@ -68,6 +68,8 @@ def slice_range(size: int, start: Any, stop: Any, step: Any) -> tuple[int, int, 
 
 
 def _integer(value: Any, what: str) -> int:
+    if type(value) is int:
+        return value
     try:
         return int(value.__index__())
     except AttributeError:

@@ -56,7 +56,7 @@ class Tracker:
             "psum": Space(machine.psum_bytes, machine.psum_bank_bytes),
         }
         self._released: set[Allocation] = set()
-        self._fence = -1
+        self._fences: list[int] = []
         self._shared_users: dict[int, int] = {}
 
     def run(self) -> list[list[int]]:
@@ -186,16 +186,21 @@ class Tracker:
         readers.append(me)
 
     def _order_cores(self, i: Instruction, me: int, lane: int, deps: list[int]) -> None:
-        """Meetings wait for all earlier use of shared HBM; later use waits for them."""
+        """Meetings wait for all earlier use of shared HBM; later use waits for them.
+
+        Messages through different pipes are independent, so they never wait for one another.
+        """
+        users = self._shared_users
         if i.opcode in MEETINGS:
-            deps += [u << SHIFT | EDGE for u in self._shared_users.values()]
-            self._shared_users = {lane: me}
-            self._fence = me
-            return
-        if any(a.allocation.buffer == "shared_hbm" for a in (*i.writes, *i.reads)):
-            if self._fence >= 0:
-                deps.append(self._fence << SHIFT | EDGE)
-            self._shared_users[me if lane >= self.in_order else -1 - lane] = me
+            deps += [u << SHIFT | EDGE for u in users.values()]
+            if i.opcode == "core_barrier":
+                deps += [f << SHIFT | EDGE for f in self._fences]
+                users.clear()
+                self._fences.clear()
+            self._fences.append(me)
+        elif any(a.allocation.buffer == "shared_hbm" for a in (*i.writes, *i.reads)):
+            deps += [f << SHIFT | EDGE for f in self._fences]
+            users[me if lane >= self.in_order else -1 - lane] = me
 
 
 MEETINGS = ("core_barrier", "sendrecv")

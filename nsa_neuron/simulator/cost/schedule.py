@@ -196,7 +196,7 @@ class _Scheduler:
                         reason = code
                 else:
                     why[i] = reason
-                    other = partner.get(i) if cost.meeting else None
+                    other = partner.get(i) if cost.opcode == "core_barrier" else None
                     if other is None:
                         heappush(heap, (ready, i))
                         continue
@@ -218,10 +218,12 @@ class _Scheduler:
                 self._compute(i, lane, t)
             else:
                 self._transfer(i, lane, t)
-            done[i] = end[i] + signal[lane]
-            woken = waiters.pop(i, None)
-            if woken:
-                todo += woken
+            ended = self._exchange(i, partner) if costs[i].meeting else (i,)
+            for k in ended:
+                done[k] = end[k] + signal[lane_of[k]]
+                woken = waiters.pop(k, None)
+                if woken:
+                    todo += woken
             todo.append(lane)
         if left:
             stuck = [order[k][position[k]] for k in range(lanes) if position[k] < length[k]]
@@ -301,6 +303,16 @@ class _Scheduler:
         if begin > first:
             self.notes.setdefault(i, {})["dma-engines-busy"] = begin - first
         self.end[i] = last
+
+    def _exchange(self, i: int, partner: dict[int, int]) -> tuple[int, ...]:
+        """A message ends when both sides have sent theirs; returns what has ended now."""
+        other = partner.get(i)
+        if other is None or self.costs[i].opcode == "core_barrier":
+            return (i,)
+        if self.end[other] < 0:
+            return ()
+        self.end[i] = self.end[other] = max(self.end[i], self.end[other])
+        return (i, other)
 
     def _engines(self, core: int, transfer: Transfer, first: float) -> tuple[float, float]:
         """Begin and end of a transfer on its DMA engines, which are free from `first` on."""

@@ -265,6 +265,28 @@ def test_cores_meet_at_a_barrier():
         assert t.issue[after] >= t.end[b]
 
 
+@pytest.mark.parametrize("mover", [nisa.dma_engine.dma, nisa.dma_engine.gpsimd_dma])
+def test_messages_through_crossed_pipes_end_together(mover):
+    def body():
+        me = nl.program_id(0)
+        got = [sbuf((128, 64)) for _ in range(2)]
+        if me == 1:
+            nisa.memset(got[0], 0.0)
+        for pipe in (0, 1) if me == 0 else (1, 0):
+            nisa.sendrecv(sbuf((128, 64)), got[pipe], 1 - me, 1 - me, pipe, dma_engine=mover)
+        for tile in got:
+            nisa.activation(sbuf((128, 64)), nl.copy, tile)
+
+    t = timeline(body, lnc=2)
+    messages = [k for k, i in enumerate(t.instructions) if i.opcode == "sendrecv"]
+    ends = {(t.lane_core[t.lane[k]], t.instructions[k].params.pipe_id): t.end[k] for k in messages}
+    for pipe in (0, 1):
+        assert ends[0, pipe] == ends[1, pipe]
+    for core in (0, 1):
+        for pipe, k in enumerate(t.members("scalar", core)):
+            assert t.issue[k] >= ends[core, pipe] + SEMAPHORE
+
+
 def test_a_schedule_is_a_function_of_record_and_constants():
     def body():
         x = hbm((512, 512))

@@ -1,7 +1,7 @@
 """gelu(x @ w) five times, each faster than the one before; docs/profiling.md tells the story.
 
-All take x_t [K, M] (x transposed) and w [K, N] and return [M, N]; K and M are multiples of 128, N of
-512. Profile one with
+All take x_t [K, M] (x transposed) and w [K, N] and return [M, N]; K and M are multiples of 128, N
+of 512. Profile one with
 
     nsa profile examples/profiling/linear_gelu.py::one_buffer \\
         --arg x_t=randn:1024x512:bf16 --arg w=randn:1024x2048:bf16

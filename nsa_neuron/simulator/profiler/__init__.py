@@ -11,6 +11,6 @@ expects of it, `trace` exports to Perfetto, `plots` draws, `diff` compares two s
 
 from __future__ import annotations
 
-from .profile import Profile, Profiled, profile
+from .profiled import Profile, Profiled, profile
 
 __all__ = ["Profile", "Profiled", "profile"]

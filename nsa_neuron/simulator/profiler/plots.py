@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..cost import Timeline
-    from .profile import Profile
+    from .profiled import Profile
 
 PIXELS = 1600  # bars closer than total / PIXELS are drawn as one
 
@@ -95,14 +95,13 @@ def _draw_roofline(axes: Any, r: Roofline) -> None:
     color = COLORS["tensor"] if r.bound == "compute" else COLORS["dma"]
     axes.plot([intensity, intensity], [r.achieved / 1e3, r.ceiling / 1e3], ":", color=color, lw=1.5)
     axes.plot(intensity, r.achieved / 1e3, "o", color=color, ms=10, zorder=3)
-    near = intensity > np.sqrt(low * high) / 1.5
-    axes.annotate(
-        f"{r.achieved / 1e3:.2f} T{unit}/s\n{r.share:.0%} of the roof, {r.bound}-bound",
-        (intensity, r.achieved / 1e3),
-        xytext=(-12, -6) if near else (12, -6),
-        textcoords="offset points",
-        ha="right" if near else "left",
-        va="top",
+    axes.text(
+        0.98,
+        0.06,
+        f"{r.achieved / 1e3:.2f} T{unit}/s at {r.intensity:.1f} {unit}/B\n"
+        f"{r.share:.0%} of the roof, {r.bound}-bound",
+        transform=axes.transAxes,
+        ha="right",
     )
     axes.text(
         high, r.roof / 1e3 * 1.12, f"{r.roof / 1e3:.3g} T{unit}/s", ha="right", color="#333333"
@@ -128,7 +127,7 @@ def _draw_roofline(axes: Any, r: Roofline) -> None:
 
 def _draw_lines(axes: Any, found: Profile) -> None:
     """Bars: source lines by their time on the critical path."""
-    rows = found.to_dict()["critical_path"]["lines"][:7]
+    rows = [r for r in found.to_dict()["critical_path"]["lines"][:7] if r["share"] >= 0.005]
     names, times, colors = [], [], []
     for row in rows[::-1]:
         place = f"{Path(row['file']).name}:{row['line']}"
@@ -161,9 +160,9 @@ def _draw_engines(axes: Any, t: Timeline, core: int, names: list[str]) -> None:
             if len(chosen):
                 legend[label] = color
                 bars = _merged(t.start[chosen], t.issue[chosen], gap)
-                _bars(axes, bars, row, 0.66, color)
+                _bars(axes, bars, row, 0.66, color, 0.0)
         bars = _merged(t.begin[members], t.end[members], gap)
-        _bars(axes, bars, row, 0.44, COLORS[name.split("-")[0]])
+        _bars(axes, bars, row, 0.44, COLORS[name.split("-")[0]], gap)
         share = t.busy(name, core) / t.total if t.total else 0.0
         axes.text(t.total / 1e3 * 1.005, row, f"{share:.0%} busy", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names)
@@ -200,9 +199,16 @@ def _merged(
     return [(a, b) for a, b in merged]
 
 
-def _bars(axes: Any, spans: Iterable[tuple[float, float]], row: int, height: float, c: str) -> None:
-    places = [(a / 1e3, (b - a) / 1e3) for a, b in spans]
-    axes.broken_barh(places, (row - height / 2, height), facecolors=c, linewidth=0)
+def _bars(
+    axes: Any,
+    spans: Iterable[tuple[float, float]],
+    row: int,
+    height: float,
+    c: str,
+    narrowest: float,
+) -> None:
+    places = [(a / 1e3, max(b - a, narrowest) / 1e3) for a, b in spans]
+    axes.broken_barh(places, (row - height / 2, height), facecolors=c, linewidth=0, snap=False)
 
 
 def _draw_memory(axes: Any, t: Timeline, core: int) -> None:

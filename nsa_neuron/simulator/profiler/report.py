@@ -5,7 +5,7 @@ Times are microseconds, bandwidths GB/s (bytes per ns), all modelled.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -47,10 +47,10 @@ def critical_path(t: Timeline, lines: Lines) -> dict[str, Any]:
     A step's share is waiting, from its predecessor's end to its issue (semaphores, DMA latency
     belongs to the step itself), and running.
     """
-    engines: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
+    engines: defaultdict[str, float] = defaultdict(float)
+    reasons: defaultdict[str, float] = defaultdict(float)
     by_line: dict[Any, dict[str, Any]] = {}
-    opcodes: dict[Any, Counter[str]] = defaultdict(Counter)
+    opcodes: dict[Any, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for step in t.critical_path():
         i = t.instructions[step.index]
         time = (step.until - step.since) / 1e3
@@ -65,13 +65,13 @@ def critical_path(t: Timeline, lines: Lines) -> dict[str, Any]:
     rows = sorted(by_line.items(), key=lambda x: -x[1]["time_us"])
     total = t.total / 1e3
     return {
-        "engines_us": dict(engines.most_common()),
-        "causes_us": dict(reasons.most_common()),
+        "engines_us": _largest(engines),
+        "causes_us": _largest(reasons),
         "lines": [
             {
                 **row,
                 "share": _share(row["time_us"], total),
-                "what": opcodes[key].most_common(1)[0][0],
+                "what": next(iter(_largest(opcodes[key]))),
             }
             for key, row in rows[:LINES_SHOWN]
         ],
@@ -120,13 +120,13 @@ def _lane(t: Timeline, core: int, lane: str, lines: Lines) -> dict[str, Any]:
     for.
     """
     members = t.members(lane, core)
-    waits: Counter[str] = Counter()
+    waits: defaultdict[str, float] = defaultdict(float)
     stall = t.stall
     for k in members[stall[members] > 0].tolist():
         if t.cause[k] != Cause.LANE:
             waits[in_words(t, lines, k)] += float(stall[k]) / 1e3
     busy, stalls = t.busy(lane, core) / 1e3, t.stalls(lane, core)
-    notes: Counter[str] = Counter()
+    notes: defaultdict[str, float] = defaultdict(float)
     for k in members.tolist():
         for reason, ns in t.notes.get(k, {}).items():
             notes[reason] += ns / 1e3
@@ -136,8 +136,8 @@ def _lane(t: Timeline, core: int, lane: str, lines: Lines) -> dict[str, Any]:
         "busy_share": _share(busy * 1e3, t.total),
         "stall_us": {c.name: ns / 1e3 for c, ns in stalls.items()},
         "stall_share": _share(sum(stalls.values()), t.total),
-        "waits": [{"for": w, "us": us} for w, us in waits.most_common(WAITS_SHOWN)],
-        "notes_us": dict(notes.most_common()),
+        "waits": [{"for": w, "us": us} for w, us in list(_largest(waits).items())[:WAITS_SHOWN]],
+        "notes_us": _largest(notes),
     }
 
 
@@ -191,6 +191,11 @@ def _memory(t: Timeline, core: int) -> dict[str, Any]:
             "limit": limits[buffer],
         }
     return facts
+
+
+def _largest(sums: dict[str, float]) -> dict[str, float]:
+    """The same sums, largest first."""
+    return dict(sorted(sums.items(), key=lambda x: -x[1]))
 
 
 def _share(part: float, whole: float) -> float:

@@ -69,7 +69,7 @@ class Baseline:
         program, p = self.program, self.t.parameters
         costs: list[Cost] | None = self.t.costs
         if change.parameters:
-            p, costs = replace(p, **change.parameters), None
+            p, costs = replace(p, **change.parameters), None  # type: ignore[arg-type]
         if change.costs:
             costs = list(self.t.costs)
             for k, cost in change.costs.items():

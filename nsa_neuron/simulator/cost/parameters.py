@@ -87,8 +87,9 @@ class Parameters:
 
     # Tensor Engine
     pe_overhead: float = _constant(
-        "cycles per multiply", "traces: fp16 N=444, 420, 128", 4, 6, 8, documented=0
-    )
+        "cycles per multiply", "traces: fp16 N=444, 420, 128", 4, 6, 8, documented=0,
+        calibrated="intervals inside the conv and transpose traces",
+    )  # fmt: skip
     pe_minimum: float = _constant("cycles", "SDK226 nc_matmul; untested on Trn2", 32, 64, 64)
     pe_latency: float = _constant(
         "cycles from the end of the work to its result", "traces: 165 ns", 380, 396, 420
@@ -118,11 +119,12 @@ class Parameters:
     # Vector, Scalar, GpSimd Engines
     minimum_interval: float = _constant("cycles", "SDK226 MIN_II", 64)
     vector_overhead: float = _constant(
-        "cycles per instruction", "traces: II N + 56..72", 50, 60, 72, documented=0
-    )
+        "cycles per instruction", "traces: II N + 56..72", 50, 60, 72, documented=0,
+        calibrated="intervals inside the conv traces",
+    )  # fmt: skip
     vector_latency: float = _constant(
         "cycles from issue to result, beyond the work", "traces: N + 135..152", 135, 152, 160,
-        documented=100,
+        documented=100, calibrated="vector add, VectorE add",
     )  # fmt: skip
     vector_two_tensors: float = _constant(
         "cycles per element, two SBUF inputs not all bf16", "traces: N + 65", 1, documented=2
@@ -142,11 +144,12 @@ class Parameters:
         "cycles per element, both inputs in SBUF", "SDK226; gen2", 1, 2, 2
     )
     scalar_overhead: float = _constant(
-        "cycles per instruction", "traces: II N + 60", 50, 60, 72, documented=0
-    )
+        "cycles per instruction", "traces: II N + 60", 50, 60, 72, documented=0,
+        calibrated="intervals inside the transpose trace",
+    )  # fmt: skip
     scalar_latency: float = _constant(
         "cycles from issue to result, beyond the work", "traces: N + 190", 185, 190, 200,
-        documented=200,
+        documented=200, calibrated="intervals inside the transpose trace",
     )  # fmt: skip
     scalar_table_load: float = _constant("cycles", "traces: 1283.3 ns, 17 of 17", 1540)
     accumulator_read: float = _constant("cycles", "SDK226 activation, reduce_res", 64)
@@ -232,8 +235,9 @@ class Parameters:
         documented=0, calibrated="matmul v3 DMA active",
     )  # fmt: skip
     dma_warm_up: float = _constant(
-        "ns before the first bytes of a kernel", "traces: 0 to 900", 0, 0, 900
-    )
+        "ns before the first bytes of a kernel", "traces: 0 to 900", 0, 0, 900,
+        calibrated="exp, trigger to ScalarE",
+    )  # fmt: skip
     dma_packet: float = _constant("bytes in one descriptor at most", "SDK runtime guide", 65_536)
     dma_transpose: float = _constant(
         "share of copy rate, HBM to SBUF, friendly shape", "SDK: up to 90 %", 0.9, 0.9, 0.5

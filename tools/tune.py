@@ -212,8 +212,14 @@ class Tuner:
         measured = {name: facts[name] for name in names}
         plan_files.put(listed_rows, unit.kernel, point, best["constants"], measured)
         plan_files.write(path, listed_rows)
+        self.write_bundle()
         plans.load.cache_clear()
         REGISTRY.forget()
+
+    def write_bundle(self) -> None:
+        if self.args.bundle:
+            bundled = plan_files.bundle(plans.PLANS_FOLDER / self.args.device_plans)
+            self.args.bundle.write_text(json.dumps(bundled))
 
     def emit(self, key: list[Any], constants: dict[str, Any], **fields: Any) -> None:
         names = ("stage", "direction", "op", "kernel", "heads", "tokens")
@@ -362,8 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         tuner.warm()
         return 0
     complete = tuner.run()
-    if args.bundle:
-        args.bundle.write_text(json.dumps(plan_files.bundle(folder)))
+    tuner.write_bundle()
     return 0 if complete else OUT_OF_TIME
 
 

@@ -195,7 +195,9 @@ class Bench:
         """Gives up on a cell that takes too long; nothing could interrupt a hanging kernel."""
 
         def give_up() -> None:
-            self.record(cell, "", reason=f"no result within {seconds:.0f} s")
+            reason = f"no result within {seconds:.0f} s"
+            short = seconds < self.args.cell_limit  # cut by the budget: no verdict on the cell
+            self.record(cell, "", status="skipped" if short else "failed", reason=reason)
             self.restart()
 
         left = self.args.budget + self.args.grace - (time.time() - self.args.started)

@@ -1,0 +1,71 @@
+"""Tests of the kernels on an NVIDIA GPU (marker `gpu`); skipped, with the reason, without one.
+
+`NSA_HW_TESTS_ON_CPU=1` runs those that need no CUDA feature on the interpreter at tiny sizes, which
+tests the tests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest_hw import ON_CPU, TARGET
+
+ROOT = Path(__file__).parents[2]
+for folder in ("tools", "tools/peers"):
+    if str(ROOT / folder) not in sys.path:
+        sys.path.append(str(ROOT / folder))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu_only: needs CUDA itself, not only our kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    hindrance = _hindrance()
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            needs_cuda = item.get_closest_marker("gpu_only") or not ON_CPU
+            if hindrance and needs_cuda:
+                item.add_marker(pytest.mark.skip(reason=hindrance))
+
+
+def _hindrance() -> str:
+    """Why the kernels cannot run on a GPU here."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "the package 'triton' is not installed"
+    from nsa_neuron.backends.cuda import BACKEND
+
+    return BACKEND.modes()["hw"]
+
+
+@pytest.fixture
+def device() -> str:
+    """Where tensors of a test lie."""
+    return "cpu" if ON_CPU else "cuda"
+
+
+@pytest.fixture
+def target() -> str:
+    """The backend under test."""
+    return TARGET
+
+
+@pytest.fixture
+def dtype() -> torch.dtype:
+    """The dtype that matters; interpreted Triton multiplies bfloat16 after an upcast."""
+    return torch.float16 if ON_CPU else torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _free_memory() -> Iterator[None]:
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Tests, tunes, benchmarks and profiles on one H200 in under nine minutes.
+#
+#   tools/h200.sh PEERS_FOLDER [OUT]      PEERS_FOLDER holds any of fla sfnsa xunhao fsa lucidrains
+#
+# Steps run in order of importance, each within a time limit. What did not fit is done by the same
+# command with the same OUT: finished steps are skipped, half-finished ones go on. On another
+# machine, bring OUT along. No network, no installation: the repository is used in place.
+#
+# Environment: BUDGET (seconds, 520), PYTHON (python3), REVISION (of this project, where git cannot
+# say), STEPS (only these, by name), DRY_RUN=1 (a CPU, interpreted, tiny: shows the control flow).
+#
+# OUT: steps.jsonl (what ran, how it ended), tests.log, tune.jsonl, plans.json (all tile plans after
+# tuning; `tools/tune.py --install` puts them in place), bench.jsonl, profile.jsonl, machine.txt.
+# Exit status: 0 all done, 3 steps are left for another run, 1 a step failed.
+set -uo pipefail
+
+(($# >= 1)) || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+started=$SECONDS
+root=$(cd "$(dirname "$0")/.." && pwd)
+peers=$(realpath -m "$1")
+out=$(realpath -m "${2:-$root/h200-results}")
+budget=${BUDGET:-520}
+python=${PYTHON:-python3}
+dry=${DRY_RUN:-}
+mkdir -p "$out"
+cd "$root" || exit 2
+revision=${REVISION:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
+export PYTHONPATH="$root:$root/tools:$root/tools/peers${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/nsa-h200-triton}
+failed=0
+left=0
+
+remaining() { echo $((budget - (SECONDS - started))); }
+
+note() { # NAME STATUS SECONDS CODE
+  printf '{"step": "%s", "status": "%s", "seconds": %d, "exit": %d, "revision": "%s", "dry_run": %s}\n' \
+    "$1" "$2" "$3" "$4" "$revision" "$([[ $dry ]] && echo true || echo false)" >>"$out/steps.jsonl"
+}
+
+# step NAME SECONDS COMMAND...: at most SECONDS, and what is left of the budget. The command sees
+# its limit as $LIMIT; exit status 3 means that it has more to do. Failed steps are tried again by
+# the next run.
+step() {
+  local name=$1 limit=$2 code begun=$SECONDS status
+  shift 2
+  [[ -z ${STEPS:-} || " $STEPS " == *" $name "* ]] || return 0
+  if grep -qs "\"step\": \"$name\", \"status\": \"done\"" "$out/steps.jsonl"; then
+    echo "== $name: done by an earlier run"
+    return 0
+  fi
+  ((limit = limit < $(remaining) ? limit : $(remaining)))
+  if ((limit < 8)); then
+    echo "== $name: no time left"
+    left=1
+    return 0
+  fi
+  echo "== $name (at most $limit s, $(remaining) s left)"
+  LIMIT=$limit timeout -k 5 "$limit" bash -c 'set -o pipefail; "$@"' "$name" "$@"
+  code=$?
+  case $code in
+    0) status=done ;;
+    3 | 124 | 137) status=unfinished left=1 ;;
+    *) status=failed failed=1 ;;
+  esac
+  note "$name" "$status" $((SECONDS - begun)) "$code"
+  echo "== $name: $status after $((SECONDS - begun)) s"
+}
+
+# How long a command may begin new work, some seconds before `timeout` would end it.
+inner() { echo $((LIMIT > 30 ? LIMIT - 12 : LIMIT * 2 / 3)); }
+
+machine() {
+  {
+    nvidia-smi -q -d CLOCK,MEMORY 2>&1 | head -60
+    for tool in ncu compute-sanitizer nvcc; do echo "$tool: $(command -v $tool || echo none)"; done
+  } >"$out/machine.txt"
+  "$python" - <<'PY' | tee -a "$out/machine.txt"
+import json
+from nsa_neuron import environment, registry
+print(json.dumps(environment.describe()))
+print("cuda backend:", registry.REGISTRY.get("cuda").modes())
+PY
+}
+
+tests() { # FILE of tests/cuda_hw, ARGUMENTS of pytest
+  local file=tests/cuda_hw/$1 parallel=()
+  shift
+  # Compiling takes the time, not running.
+  if [[ -z $dry ]] && "$python" -c "import xdist" 2>/dev/null; then
+    parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
+  fi
+  NSA_HW_TESTS_ON_CPU=$dry "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" "$file" "$@" \
+    2>&1 | tee -a "$out/tests.log"
+}
+
+tune() {
+  "$python" tools/tune.py --out "$out/tune.jsonl" --bundle "$out/plans.json" \
+    --budget "$(inner)" --revision "$revision" ${dry:+--dry-run} "$@"
+}
+
+bench() { # ARGUMENTS of peers.py
+  local given=() name commit
+  for name in fla sfnsa xunhao fsa lucidrains; do
+    [[ -d $peers/$name ]] || continue
+    given+=("--$name" "$peers/$name")
+    commit=$(git -C "$peers/$name" rev-parse HEAD 2>/dev/null || cat "$peers/$name.commit" 2>/dev/null)
+    [[ -z $commit ]] || given+=(--commit "$name=$commit")
+  done
+  if [[ $dry ]]; then given=(--tiny --only nsa-neuron); fi
+  "$python" tools/peers/peers.py --own own_stages:STAGES "${given[@]}" --commit \
+    "nsa-neuron=$revision" --revision "$revision" --resume --out "$out/bench.jsonl" \
+    --budget "$(inner)" --grace 8 "$@"
+}
+
+profile() {
+  "$python" tools/profile_nsa.py --out "$out/profile.jsonl" --revision "$revision" \
+    ${dry:+--dry-run} "$@"
+}
+
+# `timeout` starts a process, so the steps run in a shell of their own.
+export -f inner machine tests tune bench profile
+export root peers out python dry revision
+if [[ -z $dry && -f $out/plans.json ]]; then # tuned by an earlier run, perhaps elsewhere
+  "$python" tools/tune.py --install "$out/plans.json"
+fi
+
+if [[ $dry ]]; then
+  step machine 60 machine
+  step smoke 300 tests test_hw_ops.py -k "smoke and gated_sum and float32"
+  step tune 300 tune
+  step bench-64k 400 bench --stages window,decode --dists random
+  step profile 300 profile
+else
+  step machine 25 machine
+  step smoke 60 tests test_hw_ops.py -k smoke
+  step tune 115 tune
+  step bench-64k 165 bench --lengths 65536
+  step profile 30 profile
+  step bench-1m 45 bench --lengths 1048576 --dists random --only nsa-neuron \
+    --heads 64/4/192/128 --stages nsa,slc,cmp,select,window --prewarm 0
+  step runtime 60 tests test_hw_runtime.py
+  step bench-lengths 240 bench --lengths 32768,16384,8192,131072 \
+    --stages dense,nsa,slc,cmp,select,cmp_select,window
+  step long 120 tests test_hw_long.py -n 0
+  step conform-bf16 200 tests test_hw_ops.py -k "every_case and bfloat16"
+  step conform-fp16 200 tests test_hw_ops.py -k "every_case and -float16"
+  step conform-fp32 200 tests test_hw_ops.py -k "every_case and float32"
+  step sanitizer 150 tests test_hw_sanitizer.py
+  step counters 100 profile --ncu
+fi
+
+echo "== $((SECONDS - started)) s; results in $out"
+((failed)) && exit 1
+((left)) && exit 3
+exit 0

@@ -101,8 +101,8 @@ class LayerCache:
                 buffer[:, position:total] = x
         had = compressed_blocks(position, self.block, self.stride)
         has = compressed_blocks(total, self.block, self.stride)
-        # A decode step completes no block or one, and torch.compile would specialise on those sizes.
-        # So the last blocks are written again, with the same values: their count is never 0 or 1.
+        # A decode step completes no block or one, and torch.compile would specialise on those
+        # sizes. So the last blocks are written again, with the same values: never 0 or 1.
         had = max(0, had - 2)
         fresh = slice(had * self.stride, total)
         for raw, store, phi in (

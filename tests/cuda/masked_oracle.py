@@ -114,7 +114,9 @@ def check(
 
 
 def far_apart(x: Tensor, token_stride: int = 2**21) -> Tensor:
-    """A float16 [1, T, H, D] copy whose tokens lie `token_stride` elements apart, past 2^31 from T = 1025.
+    """A float16 [1, T, H, D] copy whose tokens lie `token_stride` elements apart.
+
+    From T = 1025 on, that is past 2^31.
 
     Its storage is zero pages that the system hands out when touched: a few MB are.
     """

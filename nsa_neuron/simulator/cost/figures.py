@@ -4,10 +4,10 @@ Only figures with a stated machine, shape and source (fact sheet 7.1). A "total"
 traces holds 15.0 us that belong to no kernel (the runtime's preamble and postamble: 14.8 to 15.3 us
 in six traces, total_time less the window in which the kernel's engines work), taken off here.
 
-What "held out" can mean here: no constant was fitted to the figure. The rules themselves (what costs
-what) were written with all figures in view, and intervals of single instructions inside the traces
-of the convolutions, the transpose and the vector adds fixed the overheads of TensorE, VectorE and
-ScalarE (`parameters`, "calibrated"), so the totals of those kernels test how instructions combine,
+What "held out" can mean here: no constant was fitted to the figure. The rules themselves (what
+costs what) were written with all figures in view, and intervals of single instructions inside the
+traces of the convolutions, the transpose and the vector adds fixed the overheads of TensorE, VectorE
+and ScalarE (`parameters`, "calibrated"): the totals of those kernels test how instructions combine,
 not their single costs.
 """
 
@@ -182,7 +182,8 @@ CASES = (
         "exp [4, 4096] bf16", streaming.exponential, (ShapeDtype((4, 4096), _BF16),),
         (
             Figure("load data", 1416, "ns", HELD_OUT, _OVERVIEW, data(0)),
-            Figure("trigger to ScalarE", 2746, "ns", CALIBRATES, _OVERVIEW, until_compute("scalar")),
+            Figure("trigger to ScalarE", 2746, "ns", CALIBRATES, _OVERVIEW,
+                   until_compute("scalar")),
             Figure("activation", 3700, "ns", HELD_OUT, _OVERVIEW, latency("scalar")),
             Figure("store data", 1230, "ns", HELD_OUT, _OVERVIEW, data(1)),
         ),
@@ -191,7 +192,8 @@ CASES = (
         "exp [128, 128] bf16, GpSimd triggers", streaming.exponential,
         (ShapeDtype((128, 128), _BF16), True),
         (
-            Figure("trigger to ScalarE", 1500, "ns", CALIBRATES, _OVERVIEW, until_compute("scalar")),
+            Figure("trigger to ScalarE", 1500, "ns", CALIBRATES, _OVERVIEW,
+                   until_compute("scalar")),
             Figure("2 KiB on an engine", 97, "ns", CALIBRATES, _OVERVIEW,
                    lambda t: float(t.dma_busy[0, 0]) / 2,
                    "with the fp16 convolution below"),

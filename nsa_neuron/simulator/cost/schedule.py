@@ -226,10 +226,15 @@ class _Scheduler:
                     todo += woken
             todo.append(lane)
         if left:
-            stuck = [order[k][position[k]] for k in range(lanes) if position[k] < length[k]]
-            shown = ", ".join(str(program.instructions[i]) for i in stuck[:4])
-            raise ValueError(f"{left} instructions wait for one another, first: {shown}")
+            raise self._stuck(position)
         return self._timeline()
+
+    def _stuck(self, position: list[int]) -> ValueError:
+        """The error of lanes whose heads wait for one another."""
+        left = sum(len(o) - n for o, n in zip(self.order, position, strict=True))
+        heads = [o[n] for o, n in zip(self.order, position, strict=True) if n < len(o)]
+        shown = ", ".join(str(self.program.instructions[i]) for i in heads[:4])
+        return ValueError(f"{left} instructions wait for one another, first: {shown}")
 
     def _compute(self, i: int, lane: int, t: float) -> None:
         """Issue on a compute engine at `t` or when the lane is free."""

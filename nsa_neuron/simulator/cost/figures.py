@@ -6,9 +6,9 @@ in six traces, total_time less the window in which the kernel's engines work), t
 
 What "held out" can mean here: no constant was fitted to the figure. The rules themselves (what
 costs what) were written with all figures in view, and intervals of single instructions inside the
-traces of the convolutions, the transpose and the vector adds fixed the overheads of TensorE, VectorE
-and ScalarE (`parameters`, "calibrated"): the totals of those kernels test how instructions combine,
-not their single costs.
+traces of the convolutions, the transpose and the vector adds fixed the overheads of TensorE,
+VectorE and ScalarE (`parameters`, "calibrated"): the totals of those kernels test how instructions
+combine, not their single costs.
 """
 
 from __future__ import annotations

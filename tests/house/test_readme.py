@@ -1,0 +1,44 @@
+"""The README's example runs as printed, at a smaller length."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def example() -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return str(blocks[0])
+
+
+def test_the_example_is_short():
+    assert len([line for line in example().splitlines() if line.strip()]) <= 18
+
+
+@pytest.mark.sim
+def test_the_example_runs(capsys):
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    exec(compile(example().replace("4096", "256"), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "torch.Size([1, 256, 16, 128])" in printed
+    assert "nsa_attention -> reference:eager" in printed
+
+
+def test_every_make_target_is_explained():
+    targets = re.findall(r"^([a-z-]+):.*?(##.*)?$", (ROOT / "Makefile").read_text(), re.M)
+    assert {"demo", "test", "lint", "types", "bench", "help"} <= {name for name, _ in targets}
+    assert [name for name, text in targets if not text] == []
+
+
+def test_every_document_that_is_named_exists():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(
+            r"`((?:docs|tools|nsa_neuron|tests)/[\w/.-]+\.\w+)`", page.read_text()
+        ):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"

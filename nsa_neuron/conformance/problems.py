@@ -95,7 +95,10 @@ def problems(
         chosen = [c for c in chosen if case in (None, c.name)]
         if not chosen:
             continue
-        for strided, c in [*((False, c) for c in chosen), (True, _telling(chosen))]:
+        dense = [c for c in chosen if c.lengths is None]
+        packed = [c for c in chosen if c.lengths is not None]
+        telling = [_telling(group) for group in (dense, packed) if group]
+        for strided, c in [*((False, c) for c in chosen), *((True, c) for c in telling)]:
             found += [Problem(spec.name, c.name, dtype, strided) for dtype in dtypes]
     return found
 

@@ -86,7 +86,7 @@ def packed_args(
     """cu_q, cu_k and the number of sequences; `placeholder` (never read) and 0 when not packed."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return placeholder, placeholder, 0
-    return cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1
+    return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), cu_seqlens_q.shape[0] - 1
 
 
 def launch_delta(

@@ -41,6 +41,7 @@ class _Blocks:
         count = count_blocks(x.shape[1], block, stride)
         if cu_k is None:
             return _Blocks(block, stride, count, x, x, x, x, 0)
+        cu_k = cu_k.contiguous()
         cu_cmp = compressed_offsets(cu_k, block, stride)
         index = torch.arange(count, dtype=torch.int32, device=x.device)
         last = cu_k.shape[0] - 2
@@ -169,7 +170,7 @@ def _mean_forward(
     if blocks.count == 0:
         return y
     constants = dict(plan["mean_forward"])
-    pe_stride = pe.stride(0) if pe is not None and pe.ndim == 3 else 0
+    pe_stride = pe.shape[-2] * pe.shape[-1] if pe is not None and pe.ndim == 3 else 0
     kernels.mean_forward[(-(-blocks.count // constants["BLOCK_I"]), heads, batch)](
         x, x if pe is None else pe.contiguous(), y, blocks.starts, blocks.total, blocks.count,
         heads, *x.stride()[:3], pe_stride, D=dim, WIDTH=_next_power_of_two(dim),

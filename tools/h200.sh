@@ -25,6 +25,11 @@ python=${PYTHON:-python3}
 dry=${DRY_RUN:-}
 mkdir -p "$out"
 cd "$root" || exit 2
+other=$([[ $dry ]] && echo false || echo true)
+if grep -qs "\"dry_run\": $other" "$out/steps.jsonl"; then
+  echo "$out holds results of a run with the other setting of DRY_RUN; give another OUT" >&2
+  exit 2
+fi
 revision=${REVISION:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
 export PYTHONPATH="$root:$root/tools:$root/tools/peers${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/nsa-h200-triton}

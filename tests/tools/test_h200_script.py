@@ -1,0 +1,115 @@
+"""`tools/h200.sh`: order, limits, resuming, exit status; and the whole dry run, interpreted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools/h200.sh"
+# Stands in for Python: notes what it was asked, and ends as the test wants for that tool.
+SHIM = """#!/usr/bin/env bash
+[[ $1 == - || $1 == -c ]] && exit 0
+echo "$*" >>"$CALLS"
+for tool in tune peers profile_nsa pytest; do
+  [[ " $* " == *"$tool"* ]] || continue
+  name="SLEEP_$tool"; sleep "${!name:-0}"
+  name="EXIT_$tool"; exit "${!name:-0}"
+done
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs the script with the shim; returns exit status, output, rows of steps, calls."""
+    shim, calls = tmp_path / "python", tmp_path / "calls"
+    shim.write_text(SHIM)
+    shim.chmod(0o755)
+
+    def run(*, peers="", **env):
+        calls.write_text("")
+        folder, out = tmp_path / "peers", tmp_path / "out"
+        for name in peers.split():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.commit").write_text(f"sha-of-{name}\n")
+        settings = {"PYTHON": str(shim), "CALLS": str(calls), "REVISION": "r1", **env}
+        done = subprocess.run(
+            [SCRIPT, folder, out], env=os.environ | settings, capture_output=True, text=True
+        )
+        file = out / "steps.jsonl"
+        steps = [json.loads(line) for line in file.read_text().splitlines()]
+        return done.returncode, done.stdout, steps, calls.read_text().splitlines()
+
+    return run
+
+
+def by_name(steps):
+    return {row["step"]: row["status"] for row in steps}
+
+
+def test_every_step_runs_once_most_important_first(script):
+    code, _, steps, calls = script(peers="fla xunhao")
+    assert code == 0
+    names = [row["step"] for row in steps]
+    assert names[:5] == ["machine", "smoke", "tune", "bench-64k", "profile"]
+    assert {"bench-1m", "bench-lengths", "runtime", "long", "sanitizer"} < set(names)
+    assert set(by_name(steps).values()) == {"done"} and {r["revision"] for r in steps} == {"r1"}
+    bench = next(call for call in calls if "peers.py" in call)
+    assert "--commit fla=sha-of-fla" in bench and "--xunhao " in bench and "--fsa" not in bench
+    assert "--commit nsa-neuron=r1" in bench and "--resume" in bench and "--tiny" not in bench
+    assert script()[3] == []  # nothing is left for a second run
+
+
+def test_unfinished_and_failed_steps_are_tried_again(script):
+    code, _, steps, _ = script(EXIT_tune="3", EXIT_profile_nsa="5")
+    assert code == 1
+    assert by_name(steps)["tune"] == "unfinished" and by_name(steps)["profile"] == "failed"
+    code, _, _, calls = script(EXIT_tune="3")
+    assert code == 3
+    assert {call.split()[0] for call in calls} == {"tools/tune.py", "tools/profile_nsa.py"}
+    code, _, steps, calls = script()
+    assert code == 0 and [call.split()[0] for call in calls] == ["tools/tune.py"]
+
+
+def test_a_step_that_hangs_is_ended_and_the_budget_holds(script):
+    code, out, steps, calls = script(BUDGET="11", SLEEP_tune="60")
+    assert code == 3 and by_name(steps)["tune"] == "unfinished"
+    assert sum(row["seconds"] for row in steps) <= 17
+    assert "bench-64k: no time left" in out and not any("peers.py" in call for call in calls)
+
+
+def test_a_dry_run_shares_no_folder_with_a_real_one(script):
+    code, _, steps, calls = script(DRY_RUN="1")
+    assert code == 0 and all(row["dry_run"] for row in steps)
+    assert all("--dry-run" in c or "--tiny" in c or "pytest" in c for c in calls)
+    assert script()[0] == 2
+
+
+def test_usage_is_its_own_comment():
+    done = subprocess.run([SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 2 and "PEERS_FOLDER" in done.stdout
+    assert "set -uo" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+def test_the_dry_run_measures_with_the_real_kernels(tmp_path):
+    import sys
+
+    env = os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable, "BUDGET": "600"}
+    env["STEPS"] = "machine smoke bench-64k profile"  # test_tune.py has the tuner
+    done = subprocess.run(
+        [SCRIPT, tmp_path / "none", tmp_path / "out"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(x) for x in (tmp_path / "out/bench.jsonl").read_text().splitlines()]
+    assert {(r["stage"], r["direction"]) for r in rows} == {
+        ("window", "fwd"), ("window", "bwd"), ("decode", "eager")
+    }  # fmt: skip
+    assert {r["status"] for r in rows} == {"ok"} and {r["device"] for r in rows} == {"cpu"}
+    profile = (tmp_path / "out/profile.jsonl").read_text().splitlines()
+    assert {json.loads(x)["pass"] for x in profile} == {"forward", "backward", "decode"}

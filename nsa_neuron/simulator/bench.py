@@ -20,11 +20,12 @@ import ml_dtypes
 import numpy as np
 
 from . import bench_kernels as kernels
+from . import bench_profile
 from .launch import simulate
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 SMALL = 2000  # instructions of the overhead measurement
 
@@ -35,7 +36,7 @@ class Row:
 
     Attributes:
         name: what was measured.
-        unit: "ratio", "us" or "ms".
+        unit: "ratio", "us", "ms" or "1/ms".
         median, low, high: over the rounds; low and high are the 20th and 80th percentile.
         rounds: how many.
         facts: shapes, dtypes, instruction counts, threads.
@@ -105,7 +106,15 @@ def run(rounds: int = 7) -> list[Row]:
         rows += _compare(case, rounds)
         rows.append(_memory(case))
     rows.append(_overhead(rounds))
+    rows += [_row(*measured) for measured in _modelling(rounds)]
     return rows
+
+
+def _modelling(rounds: int) -> Iterator[bench_profile.Measurement]:
+    """What the cycle model costs."""
+    for case in cases():
+        yield bench_profile.overhead(case.name, case.kernel, case.arguments, rounds)
+    yield from bench_profile.shape_only(rounds)
 
 
 def _compare(case: Case, rounds: int) -> list[Row]:

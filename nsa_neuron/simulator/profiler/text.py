@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ def render(facts: dict[str, Any]) -> str:
     time = facts["time_us"]
     lines = [
         f"{facts['kernel']} on {facts['target']}: {time['central']:.2f} us MODELLED, between "
-        f"{time['low']:.2f} and {time['high']:.2f} (constants: {facts['params']}; not measured, "
-        "not run on hardware)",
+        f"{time['low']:.2f} and {time['high']:.2f}",
+        f"  constants: {facts['params']}; not measured, not run on hardware",
         *(f"  assumed: {a}" for a in facts["assumptions"]),
         *_roofline(facts["roofline"]),
     ]
@@ -30,7 +31,7 @@ def _roofline(r: dict[str, Any]) -> list[str]:
         "no HBM traffic" if r["intensity"] is None else f"{r['intensity']:.1f} {r['unit']}/B"
     )
     return [
-        f"  roofline: {intensity}, {r['bound']}-bound (ridge {r['ridge']:.1f}); "
+        f"  roofline: {intensity}, {r['bound']}-bound (ridge {r['ridge']:.1f}), "
         f"{r['achieved_g_per_s'] / 1e3:.2f} of {r['ceiling_g_per_s'] / 1e3:.2f} T{r['unit']}/s "
         f"({r['share_of_ceiling']:.0%} of the roof there)",
         f"  HBM: {r['hbm_bytes']:,} bytes, {r['bandwidth_gb_s']:.0f} of "
@@ -60,8 +61,11 @@ def _core(number: int, core: dict[str, Any]) -> list[str]:
     )
     lines.append(
         f"    DMA {dma['transfers']} transfers, {dma['bytes_written']:,} bytes written, "
-        f"{dma['bytes_per_descriptor']:,.0f} B per descriptor, {dma['gb_s_while_active']:.0f} GB/s "
-        f"of HBM while active, engines {dma['engines_busy_share']:.1%} busy"
+        f"{dma['bytes_per_descriptor']:,.0f} B per descriptor"
+    )
+    lines.append(
+        f"    DMA engines {dma['engines_busy_share']:.1%} busy, "
+        f"{dma['gb_s_while_active']:.0f} GB/s of HBM while any is active"
     )
     for buffer, m in core["memory"].items():
         lines.append(
@@ -79,7 +83,7 @@ def _critical_path(path: dict[str, Any]) -> list[str]:
         place = f"{Path(row['file']).name}:{row['line']}"
         lines.append(
             f"    {row['time_us']:>10.2f} us {row['share']:>6.1%}  {place:<22} {row['what']:<22} "
-            f"{row['text'][:60]}".rstrip()
+            f"{row['text'][:48]}".rstrip()
         )
     rest = sum(r["time_us"] for r in path["lines"][LINES_SHOWN:]) + path["other_lines_us"]
     if rest:
@@ -94,6 +98,6 @@ def _advice(advice: list[dict[str, Any]]) -> list[str]:
     for a in advice:
         place = f"{Path(a['file']).name}:{a['line']}"
         lines.append(f"    {a['gain_us']:.2f} us ({a['gain_share']:.1%})  {a['rule']} at {place}")
-        lines.append(f"        {a['message']}")
         lines.append(f"        {a['text']}")
+        lines += textwrap.wrap(a["message"], 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines

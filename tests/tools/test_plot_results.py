@@ -1,4 +1,4 @@
-"""`tools/plot_results.py` and `tools/floors.py`: tables say what rows say, floors what counting says."""
+"""`plot_results.py` and `floors.py`: tables say what rows say, floors what counting says."""
 
 from __future__ import annotations
 

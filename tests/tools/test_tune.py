@@ -151,3 +151,25 @@ def test_candidates_name_kernels_that_have_plans():
             ]
             for change in unit.candidates:
                 assert change.keys() <= found.keys(), (unit, change)
+
+
+@pytest.mark.slow
+def test_candidates_pass_the_compile_check():
+    """What wins on a GPU must also pass CI: shared memory, no spills in loops, wgmma."""
+    from nsa_neuron.backends.cuda.kernel_table import KERNELS, Shape
+    from nsa_neuron.compile_check import _problems, compile_kernel
+    from nsa_neuron.toolchain import KernelPackage
+
+    entries, package = {(e.op, e.kernel): e for e in KERNELS}, KernelPackage("cuda_kernels")
+    wrong = []
+    for unit in tune.parse([]).units:
+        entry = entries[unit.op, unit.kernel]
+        function = getattr(package.load(entry.module), entry.kernel)
+        for dk, dv in ((192, 128), (128, 128)):
+            base = plans.find("h200", unit.op, dk=dk, dv=dv, dtype="bfloat16", group=16)
+            for change in unit.candidates:
+                constants = entry.constants(Shape(dk, dv, 16, {**base[unit.kernel], **change}))
+                measured = compile_kernel(function, entry, constants, "bfloat16")
+                problems = _problems(entry, "bfloat16", measured)
+                wrong += [(dk, unit.kernel, change, problems)] * bool(problems)
+    assert not wrong

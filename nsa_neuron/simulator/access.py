@@ -79,6 +79,7 @@ def layout_of(shape: Shape, strides: Shape, dtype: DType, pitch: int) -> Layout:
     return found
 
 
+_NOWHERE = (0, 0)
 _SIGNATURES: dict[tuple[Layout, str, tuple[int, int], bool], object] = {}
 
 
@@ -119,21 +120,19 @@ class Access:
         itemsize = layout.dtype.itemsize
         if layout.pitch:
             p0, column = divmod(start, layout.pitch)
-            self.p0 = p0
-            self.p1 = p0 + (layout.partitions - 1) * layout.step + 1
-            self.lo = (column + layout.low) * itemsize
-            self.hi = (column + layout.high + 1) * itemsize
-            place = (p0 + allocation.partition, self.lo if allocation.buffer == "psum" else 0)
+            p1 = p0 + (layout.partitions - 1) * layout.step + 1
+            lo = (column + layout.low) * itemsize
+            hi = (column + layout.high + 1) * itemsize
+            lane = p0 + allocation.address[0] if allocation.address else p0
+            place = lane, lo if allocation.buffer == "psum" else 0
         else:
-            self.p0, self.p1 = 0, 1
-            self.lo = (start + layout.low) * itemsize
-            self.hi = (start + layout.high + 1) * itemsize
-            place = (0, 0)
+            p0, p1 = 0, 1
+            lo = (start + layout.low) * itemsize
+            hi = (start + layout.high + 1) * itemsize
+            place = _NOWHERE
+        self.p0, self.p1, self.lo, self.hi = p0, p1, lo, hi
         self.inside = (
-            self.lo >= 0
-            and self.hi <= allocation.pitch_bytes
-            and self.p0 >= 0
-            and self.p1 <= allocation.partitions
+            lo >= 0 and hi <= allocation.pitch_bytes and p0 >= 0 and p1 <= allocation.partitions
         )
         key = (layout, allocation.buffer, place, dynamic)
         self.signature = _SIGNATURES.get(key) or _SIGNATURES.setdefault(key, object())

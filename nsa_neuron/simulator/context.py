@@ -20,7 +20,17 @@ Site = "tuple[CodeType, int]"
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 # Kernels that come with the package are a user's to the simulator.
 _KERNELS = tuple(_PACKAGE + name for name in ("bench_kernels.py", "validation_kernels"))
-_INTERNAL: dict[str, bool] = {}
+
+
+class _Internal(dict[str, bool]):
+    """Whether a file is the simulator's own, decided when it is first asked."""
+
+    def __missing__(self, name: str) -> bool:
+        known = self[name] = name.startswith(_PACKAGE) and not name.startswith(_KERNELS)
+        return known
+
+
+_INTERNAL = _Internal()
 
 
 class _State(threading.local):
@@ -54,18 +64,13 @@ def require_core(what: str) -> NeuronCore:
 
 def call_site() -> tuple[CodeType, int] | None:
     """Code object and instruction offset of the innermost frame outside the simulator."""
-    frame = sys._getframe(1)
+    frame = sys._getframe(2)  # this function and its caller are the simulator's
     internal = _INTERNAL
-    while frame is not None:
-        code = frame.f_code
-        name = code.co_filename
-        known = internal.get(name)
-        if known is None:
-            known = internal[name] = name.startswith(_PACKAGE) and not name.startswith(_KERNELS)
-        if not known:
-            return code, frame.f_lasti
+    while internal[frame.f_code.co_filename]:
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+        if frame is None:
+            return None
+    return frame.f_code, frame.f_lasti
 
 
 def locate(site: tuple[CodeType, int] | None) -> Location | None:

@@ -15,7 +15,7 @@ from .checks import RULES
 from .context import STATE, call_site, locate, violate, violation
 from .dtypes import resolve
 from .machine import Machine, machine_for
-from .memory import ON_CHIP, Allocation, Arena, Memory, Pool
+from .memory import ON_CHIP, Allocation, Arena, Memory, Pool, PooledMemory
 from .record import CoreTrace, Instruction
 from .registers import VirtualRegister
 from .tensor import NkiTensor, resolved
@@ -150,7 +150,8 @@ class NeuronCore:
         )
         if address is not None:
             faults.check_address(allocation, self.machine)
-        faults.check_fits_hbm(allocation, self.machine)
+        if not allocation.on_chip:
+            faults.check_fits_hbm(allocation, self.machine)
         self.trace.allocations.append(allocation)
         memory = self._memory(allocation)
         if buffer == "shared_hbm":
@@ -170,7 +171,7 @@ class NeuronCore:
         if allocation.address is None:
             pool = self._pool
             buffer = pool.take(allocation.partitions * width)
-            return Memory(allocation, buffer, 0, width, precise, pool=pool)
+            return PooledMemory(allocation, buffer, width, precise, pool)
         arena = self._arenas[allocation.buffer]
         scale = 1 if precise else 4
         row = arena.limit * scale
@@ -189,6 +190,7 @@ class NeuronCore:
         params: tuple[Any, ...] = (),
         name: str | None = None,
         extra: Any = None,
+        indices: tuple[Access, ...] = (),
     ) -> Instruction:
         """Check an instruction, execute it and write it down.
 
@@ -200,64 +202,27 @@ class NeuronCore:
                 whereas scalar operands enter by type only.
             name: the kernel's `name=`.
             extra: run-time facts for the record.
+            indices: tensors that were read for the addresses of the operands.
         """
-        indices: list[Access] = []
+        key: list[Any] = [spec, params]
         outs: list[Access] = []
         ins: list[Access] = []
-        key: list[Any] = [spec, params]
-        dynamic = False
-        for position, tensor in enumerate((*writes, *reads)):
-            if type(tensor) is not NkiTensor:
-                key.append(type(tensor))
-                continue
-            if tensor.dynamic is not None:
-                dynamic = True
-                continue
-            access = tensor._access or tensor.access()
-            key.append(access.signature)
-            (outs if position < len(writes) else ins).append(access)
-        if dynamic:
-            writes = tuple(self.static(t, spec, indices) for t in writes)
-            reads = tuple(self.static(t, spec, indices) for t in reads)
-            return self._issue_static(spec, writes, reads, params, name, extra, tuple(indices))
-        return self._finish(spec, writes, reads, params, name, extra, tuple(key), outs, ins)
-
-    def _issue_static(
-        self,
-        spec: ops.Spec,
-        writes: Any,
-        reads: Any,
-        params: Any,
-        name: Any,
-        extra: Any,
-        indices: tuple[Access, ...],
-    ) -> Instruction:
-        outs = [t.access() for t in writes if type(t) is NkiTensor]
-        ins = [t.access() for t in reads if type(t) is NkiTensor]
-        key = [spec, params]
-        key += [
-            t.access().signature if type(t) is NkiTensor else type(t) for t in (*writes, *reads)
-        ]
-        return self._finish(
-            spec, writes, reads, params, name, extra, tuple(key), outs, ins, indices
-        )
-
-    def _finish(
-        self,
-        spec: ops.Spec,
-        writes: Any,
-        reads: Any,
-        params: Any,
-        name: Any,
-        extra: Any,
-        key: Any,
-        outs: list[Access],
-        ins: list[Access],
-        indices: tuple[Access, ...] = (),
-    ) -> Instruction:
-        plan = self._plans.get(key)
+        for tensors, accesses in ((writes, outs), (reads, ins)):
+            for tensor in tensors:
+                if type(tensor) is not NkiTensor:
+                    key.append(type(tensor))
+                    continue
+                if tensor.dynamic is not None:
+                    found: list[Access] = []
+                    writes = tuple([self.static(t, spec, found) for t in writes])
+                    reads = tuple([self.static(t, spec, found) for t in reads])
+                    return self.issue(spec, writes, reads, params, name, extra, tuple(found))
+                access = tensor._access or tensor.access()
+                key.append(access.signature)
+                accesses.append(access)
+        plan = self._plans.get(tuple(key))
         if plan is None:
-            plan = self._plans[key] = ops.make_plan(spec, self, writes, reads, params)
+            plan = self._plans[tuple(key)] = ops.make_plan(spec, self, writes, reads, params)
         if plan.violations:
             self.trace.relaxed.extend(plan.violations)
         trace = self.trace.instructions
@@ -274,33 +239,33 @@ class NeuronCore:
         if self.data:
             if self.pending:
                 self.settle((*outs, *ins))
-            for tensor in reads[: spec.checked]:
-                if type(tensor) is NkiTensor:
-                    memory = tensor.memory
-                    if not memory.written.full and not memory.readable(tensor.access()):
-                        faults.uninitialized(spec, writes, reads, tensor)
-            races = None if spec.checks_itself else self.launch.races
-            pending = races.begin(self.index, spec, writes, reads) if races is not None else None
-            spec.run(self, plan.payload, writes, reads, params)
-            if races is not None and pending:
-                races.end(self.index, spec, pending)
-            for tensor in writes:
-                if type(tensor) is NkiTensor and not spec.marks_itself:
-                    self.mark_written(tensor)
+            self._execute(spec, plan, writes, reads, params)
+        touched = (*ins, *indices) if indices else tuple(ins)
+        site = call_site()
         instruction = Instruction(
-            index,
-            spec.opcode,
-            plan.engine,
-            tuple(outs),
-            (*ins, *indices),
-            params,
-            name,
-            call_site(),
-            extra,
-            plan,
+            index, spec.opcode, plan.engine, tuple(outs), touched, params, name, site, extra, plan
         )
         trace.append(instruction)
         return instruction
+
+    def _execute(
+        self, spec: ops.Spec, plan: ops.Plan, writes: Any, reads: Any, params: tuple[Any, ...]
+    ) -> None:
+        """Check what depends on data, run the arithmetic, note what was written."""
+        for tensor in reads[: spec.checked]:
+            if type(tensor) is NkiTensor:
+                memory = tensor.memory
+                if not memory.written.full and not memory.readable(tensor.access()):
+                    faults.uninitialized(spec, writes, reads, tensor)
+        races = None if spec.checks_itself else self.launch.races
+        pending = races.begin(self.index, spec, writes, reads) if races is not None else None
+        spec.run(self, plan.payload, writes, reads, params)
+        if races is not None and pending:
+            races.end(self.index, spec, pending)
+        if not spec.marks_itself:
+            for tensor in writes:
+                if type(tensor) is NkiTensor:
+                    self.mark_written(tensor)
 
     def settle(self, accesses: Iterable[Access] | None = None) -> None:
         """Wait for the messages of `sendrecv` that these accesses touch; None: for all."""

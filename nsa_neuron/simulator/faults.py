@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 def check_shape(shape: Any, buffer: str, machine: Machine) -> tuple[int, ...]:
     """Return the dims of a new tensor as a tuple of positive ints."""
     dims = (shape,) if isinstance(shape, int) else tuple(shape)
+    converted = False
     for d in dims:
         if type(d) is int and d > 0:
             continue
         if not hasattr(d, "__index__") or isinstance(d, bool) or int(d) < 1:
             raise violation("shape", "dims are positive integers", operand="shape", value=dims)
-    dims = tuple([int(d) for d in dims])
+        converted = True
+    if converted:
+        dims = tuple([int(d) for d in dims])
     if buffer in ("sbuf", "psum"):
         if len(dims) < 2:
             raise violation(

@@ -124,7 +124,6 @@ class Memory:
         "foreign",
         "matmul",
         "pitch",
-        "pool",
         "precise",
         "siblings",
         "written",
@@ -138,7 +137,6 @@ class Memory:
         pitch: int,
         precise: bool,
         full: bool = False,
-        pool: Pool | None = None,
         siblings: list[Memory] | None = None,
     ) -> None:
         self.allocation = allocation
@@ -146,7 +144,6 @@ class Memory:
         self.base = base
         self.pitch = pitch
         self.precise = precise
-        self.pool = pool
         self.siblings = siblings
         shape, itemsize = allocation.shape, allocation.dtype.itemsize
         if allocation.on_chip:
@@ -199,10 +196,27 @@ class Memory:
                 _mark_alias(mask, access, other)
         return bool(mask.all())
 
+
+class PooledMemory(Memory):
+    """Memory that gives its bytes back to a pool once no view of it is left."""
+
+    __slots__ = ("_pool",)
+
+    def __init__(
+        self,
+        allocation: Allocation,
+        buffer: NDArray[np.uint8],
+        pitch: int,
+        precise: bool,
+        pool: Pool,
+    ) -> None:
+        super().__init__(allocation, buffer, 0, pitch, precise)
+        self._pool = pool
+
     def __del__(self) -> None:
-        if self.pool is not None and self.buffer is not None:
-            buffer, self.buffer = self.buffer, None
-            self.pool.give(buffer)
+        buffer, self.buffer = self.buffer, None
+        if buffer is not None:
+            self._pool.give(buffer)
 
 
 def _mark_alias(mask: NDArray[np.bool_], access: Access, other: Memory) -> None:

@@ -58,7 +58,8 @@ class NkiTensor(BaseTensor):
             keys = _expand(keys, ndim)
             if len(keys) > ndim:
                 raise ViewError("index", "too many indices", len(keys), ndim)
-        fixed = self.on_chip
+        dynamic = self.dynamic
+        fixed = self.memory.allocation.on_chip
         out_shape: list[int] = []
         out_strides: list[int] = []
         last_int = -1
@@ -66,11 +67,16 @@ class NkiTensor(BaseTensor):
             size, stride = shape[d], strides[d]
             kind = type(item)
             if kind is slice:
-                if item.start is None and item.stop is None and item.step is None:
+                first, stop, step = item.start, item.stop, item.step
+                if first is None and stop is None and step is None:
                     out_shape.append(size)
                     out_strides.append(stride)
                     continue
-                first, step, count = views.slice_range(size, item.start, item.stop, item.step)
+                plain = step is None and type(first) is int and type(stop) is int
+                if plain and 0 <= first < stop <= size:
+                    step, count = 1, stop - first
+                else:
+                    first, step, count = views.slice_range(size, first, stop, step)
             elif kind is DynamicSlice:
                 begin = views._integer(item.start, "start")
                 if item.size == 0 and 0 <= begin <= size:  # a core without a share; never used
@@ -79,22 +85,19 @@ class NkiTensor(BaseTensor):
                     first, step, count = views.slice_range(size, begin, begin + item.size, 1)
             elif item is Ellipsis:
                 return self._getitem(_expand(keys, ndim))
-            elif isinstance(item, VirtualRegister | NkiTensor):
-                raise ViewError(
-                    "index",
-                    "a run-time index needs .select() or .ap(scalar_offset=...)",
-                    kind.__name__,
-                    "int",
-                )
+            elif kind is not int and isinstance(item, VirtualRegister | NkiTensor):
+                what = "a run-time index needs .select() or .ap(scalar_offset=...)"
+                raise ViewError("index", what, kind.__name__, "int")
             else:
                 first = _index(item, size)
                 step, count = 1, 1
                 if not (d == 0 and fixed):
-                    self._guard(d)
+                    if dynamic is not None:
+                        self._guard(d)
                     offset += first * stride
                     last_int = d
                     continue
-            if first or step != 1 or count != size:
+            if dynamic is not None and (first or step != 1 or count != size):
                 self._guard(d)
             offset += first * stride
             out_shape.append(count)
@@ -386,12 +389,13 @@ def _expand(keys: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
 
 
 def _index(item: Any, size: int) -> int:
+    if type(item) is int and 0 <= item < size:
+        return item
     try:
         value = int(item.__index__())
     except (AttributeError, TypeError):
-        raise ViewError(
-            "index", "an index is an int, a slice, nl.ds or Ellipsis", type(item).__name__, "int"
-        ) from None
+        what = "an index is an int, a slice, nl.ds or Ellipsis"
+        raise ViewError("index", what, type(item).__name__, "int") from None
     if not -size <= value < size:
         raise ViewError("index", "the index leaves the dim", value, f"0..{size - 1}")
     return value % size

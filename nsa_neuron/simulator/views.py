@@ -6,6 +6,7 @@ tensor adds the kernel's line.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class ViewError(Exception):
         self.limit = limit
 
 
+@lru_cache
 def row_major(shape: Dims) -> Dims:
     """Strides of a dense tensor of this shape."""
     strides: list[int] = []

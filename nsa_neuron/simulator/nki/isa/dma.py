@@ -1,6 +1,7 @@
 """DMA: dma_copy, with gather and scatter of rows."""
 
 from collections import namedtuple
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,6 +20,8 @@ REACH = ("sbuf", "private_hbm", "shared_hbm")
 HBM = ("private_hbm", "shared_hbm")
 
 CopyParams = namedtuple("CopyParams", "priority dge_mode engine skip")
+_params = lru_cache(CopyParams)  # a look-up is cheaper than another named tuple
+_SKIP = oob_modes.skip
 
 
 def no_priority(c, priority):
@@ -198,16 +201,17 @@ def dma_copy(
 ):
     """dst = src between HBM and SBUF, casting through fp32; gathers and scatters rows."""
     core = core_of("dma_copy")
-    skip = enum_of(oob_modes, oob_mode, "dma_copy", "oob_mode") is oob_modes.skip
+    skip = enum_of(oob_modes, oob_mode, "dma_copy", "oob_mode") is _SKIP
     dge = enum_of(dge_modes, dge_mode, "dma_copy", "dge_mode")
-    params = CopyParams(priority, dge, engine_of(engine, "dma_copy"), skip)
-    vector = [t for t in (dst, src) if is_vector(t)]
-    if not vector:
+    make = CopyParams if priority is not None else _params
+    params = make(priority, dge, engine_of(engine, "dma_copy"), skip)
+    if not is_vector(dst) and not is_vector(src):
         if skip:
             views = [core.static(t, DMA_COPY, [], skip=True) for t in (dst, src)]
             if any(v is None for v in views):
                 return None
         return core.issue(DMA_COPY, (dst,), (src,), params, name)
+    vector = [t for t in (dst, src) if is_vector(t)]
     if len(vector) == 2 or not isinstance(dst, NkiTensor) or not isinstance(src, NkiTensor):
         raise violation(
             "dge",

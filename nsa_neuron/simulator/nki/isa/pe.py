@@ -1,6 +1,7 @@
 """Tensor Engine: nc_matmul, nc_transpose."""
 
 from collections import namedtuple
+from functools import lru_cache
 
 import numpy as np
 
@@ -306,7 +307,7 @@ def nc_matmul(
         perf_mode = enum_of(matmul_perf_mode, perf_mode, "nc_matmul", "perf_mode")
     if accumulate is not None and type(accumulate) is not bool:
         accumulate = _flag(accumulate)
-    params = MatmulParams(
+    params = _params(
         bool(is_transpose),
         accumulate,
         tuple(tile_position or ()),
@@ -316,6 +317,9 @@ def nc_matmul(
         bool(is_moving_onezero),
     )
     return core.issue(MATMUL, (dst,), (stationary, moving), params, name)
+
+
+_params = lru_cache(MatmulParams)  # a look-up is cheaper than another named tuple
 
 
 def _flag(value):

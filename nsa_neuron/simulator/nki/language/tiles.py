@@ -59,7 +59,7 @@ def is_on_chip(buffer):
 
 def _region(buffer):
     if isinstance(buffer, MemoryRegion):
-        return buffer.value
+        return buffer._value_  # .value is a slow descriptor
     raise violation(
         "usage",
         "buffer= takes a region object (strings went with NKI 0.3)",

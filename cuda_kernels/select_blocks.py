@@ -109,7 +109,12 @@ def _winners(keys, N: tl.constexpr):
     above = (keys > threshold).to(tl.int32)
     equal = (keys == threshold).to(tl.int32)
     room = N - tl.sum(above, 1)
-    ranks = tl.cumsum(above + equal * 65536, 1)
+    marks = above + equal * 65536
+    if keys.shape[0] == 1:
+        # Triton 3.6 cannot lower a scan over [1, SLOTS] in the layouts that the row's pointers get.
+        ranks = tl.reshape(tl.cumsum(tl.reshape(marks, [keys.shape[1]]), 0), keys.shape)
+    else:
+        ranks = tl.cumsum(marks, 1)
     above_rank = ranks % 65536
     equal_rank = ranks // 65536
     taken = (above + equal * (equal_rank <= room[:, None]).to(tl.int32)) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ class Lines:
         }
 
 
+@cache
 def short(key: Key) -> str:
     """`file.py:12`."""
     return f"{Path(key[0]).name}:{key[1]}" if key[0] else "unknown line"

@@ -9,18 +9,24 @@ import numpy as np
 
 from ..cost import Cause
 from ..machine import machine_for
+from .lines import Lines
 from .memory import usage
+from .report import critical_path
 from .roofline import Roofline, roofline_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from ..cost import Timeline
     from .profiled import Profile
 
-PIXELS = 1600  # bars closer than total / PIXELS are drawn as one
+    Floats = NDArray[np.float64]
+    Layer = tuple[str, tuple[Floats, Floats]]  # colour, begins and ends
+
+PIXELS = 1600  # about as wide as the time axis
+BARS = 400  # intervals of a lane drawn one by one at most
 
 # Okabe and Ito's palette, told apart by the colour-blind.
 COLORS = {
@@ -125,7 +131,7 @@ def _draw_roofline(axes: Any, r: Roofline) -> None:
 
 def _draw_lines(axes: Any, found: Profile) -> None:
     """Bars: source lines by their time on the critical path."""
-    rows = [r for r in found.to_dict()["critical_path"]["lines"][:7] if r["share"] >= 0.005]
+    rows = [r for r in critical_path(found.timeline, Lines())["lines"][:7] if r["share"] >= 0.005]
     names, times, colors = [], [], []
     for row in rows[::-1]:
         place = f"{Path(row['file']).name}:{row['line']}"
@@ -147,26 +153,31 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _draw_engines(axes: Any, t: Timeline, core: int, names: list[str]) -> None:
-    """A row per lane: coloured while it executes, pale by cause while it is stalled."""
+    """A row per lane: coloured while it executes, pale by cause while it is stalled.
+
+    Where bars would be narrower than a pixel, the height of a colour is its share of the time.
+    """
     legend: dict[str, str] = {}
-    gap = t.total / PIXELS
+    shares = False
     for row, name in enumerate(names):
         members = t.members(name, core)
         stalled = members[t.stall[members] > 0]
+        layers = [(COLORS[name.split("-")[0]], _union(t.begin[members], t.end[members]))]
         for cause, (color, label) in WAITS.items():
             chosen = stalled[t.cause[stalled] == cause]
             if len(chosen):
                 legend[label] = color
-                bars = _merged(t.start[chosen], t.issue[chosen], gap)
-                _bars(axes, bars, row, 0.66, color, 0.0)
-        bars = _merged(t.begin[members], t.end[members], gap)
-        _bars(axes, bars, row, 0.44, COLORS[name.split("-")[0]], gap)
-        share = t.busy(name, core) / t.total if t.total else 0.0
-        axes.text(t.total / 1e3 * 1.005, row, f"{share:.0%} busy", va="center", fontsize=9)
+                layers.append((color, _union(t.start[chosen], t.issue[chosen])))
+        dense = max(len(since) for _, (since, _) in layers) > BARS
+        shares |= dense
+        (_shares if dense else _bars)(axes, t.total, row, layers)
+        busy = t.busy(name, core) / t.total if t.total else 0.0
+        axes.text(t.total / 1e3 * 1.005, row, f"{busy:.0%} busy", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, (t.total or 1.0) / 1e3 * 1.07)
-    axes.set_title(f"Core {core}: engines and DMA queues", loc="left")
+    note = " (dense rows: height is share of time)" if shares else ""
+    axes.set_title(f"Core {core}: engines and DMA queues{note}", loc="left")
     axes.tick_params(labelbottom=False)
     _bare(axes)
     if legend:
@@ -183,30 +194,42 @@ def _draw_engines(axes: Any, t: Timeline, core: int, names: list[str]) -> None:
         )
 
 
-def _merged(
-    since: NDArray[np.float64], until: NDArray[np.float64], gap: float
-) -> list[tuple[float, float]]:
-    """Intervals with those nearer than `gap` joined, so that a million bars stay drawable."""
-    merged: list[list[float]] = []
+def _union(since: Floats, until: Floats) -> tuple[Floats, Floats]:
+    """Begins and ends of the maximal intervals that the given ones cover."""
     order = np.argsort(since, kind="stable")
-    for a, b in zip(since[order].tolist(), until[order].tolist(), strict=True):
-        if merged and a - merged[-1][1] <= gap:
-            merged[-1][1] = max(b, merged[-1][1])
-        else:
-            merged.append([a, b])
-    return [(a, b) for a, b in merged]
+    since, until = since[order], np.maximum.accumulate(until[order])
+    first = np.ones(len(since), bool)
+    first[1:] = since[1:] > until[:-1]
+    return since[first], until[np.append(first[1:], True)]
 
 
-def _bars(
-    axes: Any,
-    spans: Iterable[tuple[float, float]],
-    row: int,
-    height: float,
-    c: str,
-    narrowest: float,
-) -> None:
-    places = [(a / 1e3, max(b - a, narrowest) / 1e3) for a, b in spans]
-    axes.broken_barh(places, (row - height / 2, height), facecolors=c, linewidth=0, snap=False)
+def _bars(axes: Any, total: float, row: int, layers: Sequence[Layer]) -> None:
+    """One bar per interval, waits below; the busy ones at least a pixel wide."""
+    for number, (color, (since, until)) in reversed(list(enumerate(layers))):
+        width = np.maximum(until - since, 0.0 if number else total / PIXELS) / 1e3
+        height = 0.66 if number else 0.44
+        axes.broken_barh(
+            list(zip(since / 1e3, width, strict=True)),
+            (row - height / 2, height),
+            facecolors=color,
+            linewidth=0,
+            snap=False,
+        )
+
+
+def _shares(axes: Any, total: float, row: int, layers: Sequence[Layer]) -> None:
+    """Stacked from below: the share of each bin's time, busy first."""
+    edges = np.linspace(0.0, total, BARS + 1)
+    level = np.zeros(BARS)
+    for color, (since, until) in layers:
+        ends = np.stack([since, until], axis=1).ravel()
+        done = np.stack([np.zeros_like(since), until - since], axis=1).ravel().cumsum()
+        share = np.diff(np.interp(edges, ends, done)) / (total / BARS)
+        above = np.minimum(level + share, 1.0)
+        low, high = (np.append(row + 0.33 - 0.66 * x, 0.0) for x in (level, above))
+        low[-1], high[-1] = low[-2], high[-2]
+        axes.fill_between(edges / 1e3, low, high, step="post", color=color, lw=0)
+        level = above
 
 
 def _draw_memory(axes: Any, t: Timeline, core: int) -> None:
@@ -216,11 +239,11 @@ def _draw_memory(axes: Any, t: Timeline, core: int) -> None:
     for (buffer, (at, used)), color in zip(
         usage(t, core, machine).items(), ("#56B4E9", "#D55E00"), strict=True
     ):
-        times = np.append(at, t.total) / 1e3
-        share = np.append(used, used[-1]) / limits[buffer]
+        times, most = _envelope(at, used, t.total)
+        share = most / limits[buffer]
         label = f"{buffer.upper()}, peak {used.max() / 1024:.0f} of {limits[buffer] / 1024:.0f} KiB"
-        axes.step(times, share, where="post", color=color, lw=1.3, label=label)
-        axes.fill_between(times, share, step="post", color=color, alpha=0.15, lw=0)
+        axes.step(times / 1e3, share, where="post", color=color, lw=1.3, label=label)
+        axes.fill_between(times / 1e3, share, step="post", color=color, alpha=0.15, lw=0)
     axes.set_ylim(0, 1.05)
     axes.set_yticks((0, 0.5, 1), ("0", "50 %", "100 %"))
     axes.set_title(f"Core {core}: memory in use per partition", loc="left")
@@ -233,6 +256,17 @@ def _draw_memory(axes: Any, t: Timeline, core: int) -> None:
         borderaxespad=0.1,
     )
     _bare(axes)
+
+
+def _envelope(at: Floats, used: NDArray[np.int64], total: float) -> tuple[Floats, Floats]:
+    """Steps to draw: all of them, or the most in use in each of `BARS` bins."""
+    at, most = np.append(at, total), np.append(used, used[-1]).astype(float)
+    if len(at) <= 2 * BARS:
+        return at, most
+    edges = np.linspace(0.0, total, BARS + 1)
+    starts = np.searchsorted(at, edges[:-1], side="right") - 1  # the step in use as a bin begins
+    top = np.maximum.reduceat(most, starts)
+    return edges, np.append(top, top[-1])
 
 
 def _bare(axes: Any) -> None:

@@ -57,6 +57,7 @@ def events(t: Timeline) -> Iterator[Event]:
     """All events of a timeline."""
     rows: dict[int, tuple[int, int, int]] = {}  # instruction -> pid, tid, ts in ns
     lines = Lines()
+    stall = t.stall.tolist()
     for core in range(t.run.lnc):
         pid = core + 1
         name = {"name": f"core {core} (modelled)"}
@@ -76,7 +77,9 @@ def events(t: Timeline) -> Iterator[Event]:
                     yield from _thread(pid, tid, lane if not row else f"{lane} ({row + 1})")
                     tid += 1
                 rows[k] = (pid, first + row, since)
-                yield _slice(t, lines, k, pid, first + row, since, end)
+                about = _about(t, lines, k, stall[k])
+                event = _interval(t.instructions[k].opcode, pid, first + row, since, end)
+                yield {**event, "cat": t.costs[k].engine, "args": about}
         yield from _counters(t, core, pid)
     yield from _flows(t, rows)
 
@@ -126,25 +129,25 @@ def _rows(t: Timeline, members: Any, until: Any) -> Iterator[tuple[int, int, int
         yield k, row, since, end
 
 
-def _slice(t: Timeline, lines: Lines, k: int, pid: int, tid: int, since: int, until: int) -> Event:
+def _about(t: Timeline, lines: Lines, k: int, stalled: float) -> Event:
+    """What a slice's details show."""
     i, cost = t.instructions[k], t.costs[k]
-    args: dict[str, Any] = {
+    about: Event = {
         "index": k,
         "line": lines.short(i),
         "cost": cost.rule,
         "end_ns": round(float(t.end[k])),
     }
     if i.name:
-        args["name"] = i.name
+        about["name"] = i.name
     if cost.transfer:
-        args["bytes"] = cost.transfer.nbytes
-    if t.stall[k] > 0:
-        args["stalled_ns"] = round(float(t.stall[k]))
-        args["waited_for"] = in_words(t, lines, k)
+        about["bytes"] = cost.transfer.nbytes
+    if stalled > 0:
+        about["stalled_ns"] = round(stalled)
+        about["waited_for"] = in_words(t, lines, k)
     for reason, ns in t.notes.get(k, {}).items():
-        args[reason] = round(ns)
-    event = _interval(i.opcode, pid, tid, since, until)
-    return {**event, "cat": cost.engine, "args": args}
+        about[reason] = round(ns)
+    return about
 
 
 def _counters(t: Timeline, core: int, pid: int) -> Iterator[Event]:

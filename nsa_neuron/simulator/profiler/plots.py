@@ -266,6 +266,7 @@ def _envelope(at: Floats, used: NDArray[np.int64], total: float) -> tuple[Floats
     edges = np.linspace(0.0, total, BARS + 1)
     starts = np.searchsorted(at, edges[:-1], side="right") - 1  # the step in use as a bin begins
     top = np.maximum.reduceat(most, starts)
+    top[:-1] = np.maximum(top[:-1], most[starts[1:]])  # a step may begin in one bin and outlast it
     return edges, np.append(top, top[-1])
 
 

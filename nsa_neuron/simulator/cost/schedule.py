@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ class Program:
     Attributes:
         run: the record.
         instructions: of all cores.
+        kind: number of the signature of each.
+        examples: one instruction of each signature.
         lane: lane of each, core after core.
         deps: `producer << SHIFT | cause` of each, by global index.
         partner: the instruction of the other core it meets.
@@ -47,44 +50,64 @@ class Program:
 
     run: Run
     instructions: list[Instruction]
+    kind: list[int]
+    examples: list[Instruction]
     lane: list[int]
     deps: list[list[int]]
     partner: dict[int, int]
+
+    @cached_property
+    def order(self) -> list[list[int]]:
+        """The instructions of each lane."""
+        order: list[list[int]] = [[] for _ in range(len(LANES) * self.run.lnc)]
+        for index, lane in enumerate(self.lane):
+            order[lane].append(index)
+        return order
 
 
 def analyse(run: Run, machine: Machine) -> Program:
     """Find lanes, dependencies and meetings of a run."""
     instructions = run.instructions
-    costs = costs_of(instructions, load(), run.lnc)
+    kind, examples = _kinds(instructions)
+    lane_of_kind = [_lane(cost_of(i, load())) for i in examples]
     lane: list[int] = []
     deps: list[list[int]] = []
     for number, core in enumerate(run.cores):
         offset = len(lane)
-        own = [_lane(c) for c in costs[offset : offset + len(core.instructions)]]
+        own = [lane_of_kind[k] for k in kind[offset : offset + len(core.instructions)]]
         found = Tracker(core, machine, own, _IN_ORDER, run.lnc > 1).run()
         if number:
             found = [[d + (offset << SHIFT) for d in ds] for ds in found]
         lane += [k + number * len(LANES) for k in own] if number else own
         deps += found
-    return Program(run, instructions, lane, deps, _partners(run))
+    return Program(run, instructions, kind, examples, lane, deps, _partners(run))
 
 
-def costs_of(instructions: list[Instruction], p: Parameters, cores: int) -> list[Cost]:
+def _kinds(instructions: list[Instruction]) -> tuple[list[int], list[Instruction]]:
+    """Number of the signature of each instruction, and an instruction of each signature."""
+    known: dict[object, int] = {}
+    kind: list[int] = []
+    examples: list[Instruction] = []
+    for i in instructions:
+        plan = i.plan
+        number = known.get(plan)
+        if number is None or plan is None:
+            number = known[plan] = len(examples)
+            examples.append(i)
+        kind.append(number)
+    return kind, examples
+
+
+def costs_of(program: Program, p: Parameters) -> list[Cost]:
     """The cost of each instruction; one object per signature.
 
     Cores of a launch share an HBM stack, so each counts on its part of the bandwidth.
     """
+    cores = program.run.lnc
     if cores > 1:
         p = replace(p, hbm_stack=p.hbm_stack / cores)
-    known: dict[object, Cost] = {}
-    result: list[Cost] = []
-    for i in instructions:
-        plan = i.plan
-        cost = known.get(plan)
-        if cost is None or plan is None:
-            cost = known[plan] = cost_of(i, p)
-        result.append(cost)
-    return result
+    costs = [cost_of(i, p) for i in program.examples]
+    return [costs[k] for k in program.kind]
 
 
 def _lane(cost: Cost) -> int:
@@ -131,11 +154,8 @@ class _Scheduler:
         self.program = program
         self.p = p
         cores = program.run.lnc
-        self.costs = costs or costs_of(program.instructions, p, cores)
+        self.costs = costs or costs_of(program, p)
         n, lanes = len(self.costs), len(LANES) * cores
-        self.order: list[list[int]] = [[] for _ in range(lanes)]
-        for index, lane in enumerate(program.lane):
-            self.order[lane].append(index)
         self.start, self.issue, self.begin = [0.0] * n, [0.0] * n, [0.0] * n
         self.free, self.end, self.done = [0.0] * n, [-1.0] * n, [-1.0] * n
         self.why = [-1] * n  # producer << SHIFT | cause
@@ -153,7 +173,7 @@ class _Scheduler:
     def run(self) -> Timeline:
         """Pop lane heads in order of their issue time until all lanes are empty."""
         program, p = self.program, self.p
-        deps, order, partner = program.deps, self.order, program.partner
+        deps, order, partner = program.deps, program.order, program.partner
         end, done, why, costs = self.end, self.done, self.why, self.costs
         start, lane_free = self.start, self.lane_free
         lanes = len(order)
@@ -231,8 +251,9 @@ class _Scheduler:
 
     def _stuck(self, position: list[int]) -> ValueError:
         """The error of lanes whose heads wait for one another."""
-        left = sum(len(o) - n for o, n in zip(self.order, position, strict=True))
-        heads = [o[n] for o, n in zip(self.order, position, strict=True) if n < len(o)]
+        order = self.program.order
+        left = sum(len(o) - n for o, n in zip(order, position, strict=True))
+        heads = [o[n] for o, n in zip(order, position, strict=True) if n < len(o)]
         shown = ", ".join(str(self.program.instructions[i]) for i in heads[:4])
         return ValueError(f"{left} instructions wait for one another, first: {shown}")
 
@@ -349,11 +370,14 @@ class _Scheduler:
         why = np.array(self.why, np.int64)
         cores = program.run.lnc
         busy = np.zeros((cores, ENGINES))
-        core_of = np.array(program.lane, np.int16) // len(LANES)
-        for (cost, core), count in Counter(zip(self.costs, core_of.tolist(), strict=True)).items():
-            if cost.transfer:
-                for e, time in cost.transfer.parts:
-                    busy[core, e] += count * time
+        offset = 0
+        for number, core in enumerate(program.run.cores):
+            own = self.costs[offset : offset + len(core.instructions)]
+            offset += len(own)
+            for cost, count in Counter(own).items():
+                if cost.transfer:
+                    for e, time in cost.transfer.parts:
+                        busy[number, e] += count * time
         times = (self.start, self.issue, self.begin, self.free, self.end)
         start, issue, begin, free, end = (np.array(x, np.float64) for x in times)
         return Timeline(

@@ -94,6 +94,8 @@ class NeuronCore:
         self._pool = Pool()
         self._arenas = {b: Arena(self.machine, b) for b in ON_CHIP}
         self._plans = _PLANS.setdefault((options.target, options.relax), {})
+        # A kernel that races counts on the cores keeping pace; relaxed, they issue by turns.
+        self._alternate = launch.meeting is not None and "lnc-race" in options.relax
         self._fill = "uninitialized-read" in options.relax
 
     # Tensors ----------------------------------------------------------------------------------
@@ -246,6 +248,8 @@ class NeuronCore:
             index, spec.opcode, plan.engine, tuple(outs), touched, params, name, site, extra, plan
         )
         trace.append(instruction)
+        if self._alternate:
+            self.launch.meeting.take_turns(self.index)  # type: ignore[union-attr]
         return instruction
 
     def _execute(

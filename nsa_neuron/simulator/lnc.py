@@ -163,6 +163,10 @@ class Meeting:
         self.met()
         return received[base + 1 - core]
 
+    def take_turns(self, core: int) -> None:
+        """Let the other core issue its next instruction."""
+        self._scheduler.take_turns(self._base + core)
+
     def met(self) -> None:
         """Everything before is ordered against everything after, on both cores."""
         for call in self.on_meet:

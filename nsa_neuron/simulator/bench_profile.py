@@ -9,6 +9,7 @@ from . import bench_kernels as kernels
 from . import cost
 from .arguments import ShapeDtype
 from .launch import simulate
+from .validation_kernels.matmul import loads_hoisted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .record import Run
 
 TOKENS = 12_288  # some 27,000 instructions
+MATRIX = 4096  # some 18,000
 
 # name, unit, a value per round, facts
 Measurement = tuple[str, str, list[float], dict[str, Any]]
@@ -40,26 +42,39 @@ def overhead(
 
 
 def shape_only(rounds: int) -> Iterator[Measurement]:
-    """Instructions per second without data: the record alone, and the record with one timeline."""
-    sizes = ((128, TOKENS), (128, TOKENS), (TOKENS, 128))
-    shapes = [ShapeDtype(size, "bfloat16") for size in sizes]
-    simulated = simulate(kernels.attention, data=False)
-    record, timed, count = [], [], 0
+    """Thousands of instructions per second of CPU time, without data.
 
-    def model() -> None:
-        simulated(*shapes)
-        cost.central(_run(simulated))
+    Per kernel: the record alone, with the central timeline, and with all three of the band.
+    """
+    loop = [(128, TOKENS), (128, TOKENS), (TOKENS, 128)]
+    matrices = [(MATRIX, MATRIX), (MATRIX, MATRIX)]
+    for name, kernel, sizes, dtype in (
+        (f"attention {TOKENS}x128 bf16", kernels.attention, loop, "bfloat16"),
+        (f"hoisted matmul {MATRIX} fp32", loads_hoisted, matrices, "float32"),
+    ):
+        shapes = [ShapeDtype(size, dtype) for size in sizes]
+        record, central, band, facts = _rates(simulate(kernel, data=False), shapes, rounds)
+        yield f"shape-only {name}, recorded", "1/ms", record, facts
+        yield f"shape-only {name}, timed", "1/ms", central, facts
+        yield f"shape-only {name}, timed with band", "1/ms", band, facts
 
+
+def _rates(
+    simulated: Simulated, shapes: Sequence[ShapeDtype], rounds: int
+) -> tuple[list[float], list[float], list[float], dict[str, Any]]:
+    """Instructions per ms: record, record and central timeline, record and three timelines."""
+    record, central, band, count = [], [], [], 0
     for _ in range(rounds):
         with cost.paused_gc():
-            first = _seconds(lambda: simulated(*shapes))
-            second = _seconds(model)
-        count = len(_run(simulated).instructions)
-        record.append(count / first / 1e3)
-        timed.append(count / second / 1e3)
-    facts = {"instructions": count, "kernel": f"causal attention {TOKENS}x128 bf16"}
-    yield "instructions recorded without data, thousands per second", "1/ms", record, facts
-    yield "instructions recorded and timed, thousands per second", "1/ms", timed, facts
+            base = _seconds(lambda: simulated(*shapes))
+            run = _run(simulated)
+            one = _seconds(lambda run=run: cost.central(run))  # type: ignore[misc]
+            three = _seconds(lambda run=run: cost.estimate(run))  # type: ignore[misc]
+        count = len(run.instructions)
+        record.append(count / base / 1e3)
+        central.append(count / (base + one) / 1e3)
+        band.append(count / (base + three) / 1e3)
+    return record, central, band, {"instructions": count}
 
 
 def _run(simulated: Simulated) -> Run:

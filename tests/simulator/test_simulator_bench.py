@@ -61,10 +61,11 @@ def test_rows_and_what_is_printed(monkeypatch):
     monkeypatch.setattr(bench, "cases", lambda: [small])
     monkeypatch.setattr(bench, "SMALL", 20)
     monkeypatch.setattr(bench.bench_profile, "TOKENS", 512)
+    monkeypatch.setattr(bench.bench_profile, "MATRIX", 512)
     rows = bench.run(rounds=2)
     assert [r.unit for r in rows] == ["ratio", "ms", "ms", "us", "ratio", "us", "ratio"] + [
         "1/ms"
-    ] * 2
+    ] * 6
     lines = [json.loads(line) for line in bench.to_lines(rows)]
     assert all(
         line["kind"] == "measured" and "shared machine" in line["on"]["note"] for line in lines

@@ -37,7 +37,7 @@ KNOW_BACKENDS = {"backends", "compile_check", "cli"}
 KNOW_SIMULATOR = RANK["backends"]
 SIMULATOR_NEEDS = {"numpy", "ml_dtypes"}
 # Optional exporters and plug-ins of the simulator, imported by nothing else in it.
-SIMULATOR_EXTRAS = {"pytest_plugin.py": {"pytest"}, "trace.py": {"perfetto"}}
+SIMULATOR_EXTRAS = {"pytest_plugin.py": {"pytest"}, "plots.py": {"matplotlib"}}
 
 
 @cache

@@ -30,6 +30,8 @@ DTYPES = ("bfloat16",)
 GROUPS = (16, 1)
 
 _TRITON_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_MEASURED = ("shared_bytes", "registers", "local_bytes", "spills_in_loops", "wgmma")
+_REASON_LIMIT = 300
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 
@@ -40,7 +42,8 @@ class Row:
 
     Attributes:
         constants: the plan's constants, `num_warps` and `num_stages` included.
-        shared_bytes, registers: per block, per thread.
+        shared_bytes, registers: per block, per thread. Like what follows, None where the kernel
+            does not compile.
         local_bytes: stack of a thread; not zero when registers were spilled.
         spills_in_loops: loads and stores of local memory inside a loop body.
         wgmma: whether matrix products use the warpgroup instruction.
@@ -54,11 +57,11 @@ class Row:
     group: int
     dtype: str
     constants: dict[str, Any]
-    shared_bytes: int
-    registers: int
-    local_bytes: int
-    spills_in_loops: int
-    wgmma: bool
+    shared_bytes: int | None
+    registers: int | None
+    local_bytes: int | None
+    spills_in_loops: int | None
+    wgmma: bool | None
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -109,11 +112,33 @@ def iterate(
             if key in seen:
                 continue
             seen.add(key)
-            measured = compile_kernel(function, entry, arguments, dtype)
+            measured, problems = _measure(function, entry, arguments, dtype)
             yield Row(
                 entry.op, entry.kernel, dk, dv, group, dtype, constants, **measured,
-                problems=_problems(entry, dtype, measured),
+                problems=problems,
             )  # fmt: skip
+
+
+def _measure(
+    function: Any, entry: KernelEntry, arguments: dict[str, Any], dtype: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What `compile_kernel` reads and the problems with it; a refusal of Triton is a problem too.
+
+    The other kernels are still worth compiling then, and Triton's versions differ in what they
+    refuse.
+    """
+    import triton
+    from triton.errors import TritonError
+
+    try:
+        measured = compile_kernel(function, entry, arguments, dtype)
+    # Failed compiler passes are plain RuntimeErrors.
+    except (TritonError, RuntimeError) as error:
+        # A CompilationError's text begins with the kernel's source up to the bad line.
+        reason = " ".join(str(getattr(error, "error_message", None) or error).split())
+        problem = f"Triton {triton.__version__} does not compile it: {reason[:_REASON_LIMIT]}"
+        return dict.fromkeys(_MEASURED), (problem,)
+    return measured, _problems(entry, dtype, measured)
 
 
 def compile_kernel(

@@ -43,7 +43,11 @@ def _text(rows: list[compile_check.Row]) -> str:
     lines = [
         [
             row.op, row.kernel, f"{row.dk}/{row.dv}", str(row.group), row.dtype,
-            f"{row.shared_bytes}", f"{row.registers}", f"{row.local_bytes}", row.verdict,
+            *(
+                "-" if value is None else str(value)
+                for value in (row.shared_bytes, row.registers, row.local_bytes)
+            ),
+            row.verdict,
         ]
         for row in rows
     ]  # fmt: skip

@@ -57,6 +57,30 @@ def test_no_plan_says_what_is_missing():
         plans.find("h100", "attention", dk=64, dv=64, dtype="float16", group=1)
 
 
+@pytest.mark.parametrize("error", ["pass", "source"])
+def test_a_kernel_that_does_not_compile_is_a_row(monkeypatch, error):
+    """The kernels after it are still compiled."""
+    import triton
+
+    class NotSupported(triton.compiler.errors.CompilationError):
+        def __init__(self):
+            super().__init__("def kernel():\n    pass", None, "no such\nlayout")
+
+    def refuse(source, target, options):
+        raise RuntimeError("PassManager::run failed") if error == "pass" else NotSupported()
+
+    monkeypatch.setattr(triton, "compile", refuse)
+    rows = compile_check.run(
+        [entry("gated_sum", "forward"), entry("gated_sum", "backward")],
+        head_dims=[(128, 128)],
+        groups=[1],
+    )
+    reason = "PassManager::run failed" if error == "pass" else "no such layout"
+    assert [row.kernel for row in rows] == ["forward", "backward"]
+    assert all(row.verdict.endswith(f"does not compile it: {reason}") for row in rows)
+    assert rows[0].shared_bytes is None and rows[0].wgmma is None
+
+
 @pytest.mark.slow
 def test_a_kernel_that_fits():
     (row,) = compile_check.run(

@@ -81,11 +81,39 @@ class KernelPackage:
         return {name: sys.modules.pop(name) for name in names}
 
 
-@contextmanager
-def triton_interpreter() -> Iterator[None]:
-    """Environment in which `@triton.jit` makes interpreted kernels (CPU tensors, no GPU needed)."""
+def interpreter_hindrance() -> str:
+    """Why Triton's interpreter cannot run kernels here; empty: it can.
+
+    In Triton 3.6 a scalar is an array of one element that `range` converts with `int()`, which
+    numpy refuses since 2.4; Triton 3.7 squeezes it first.
+    """
+    import numpy
     import triton
 
+    if _release(numpy.__version__) < (2, 4) or _release(triton.__version__) >= (3, 7):
+        return ""
+    return (
+        f"Triton {triton.__version__}'s interpreter cannot loop over range(tensor) with numpy "
+        f"{numpy.__version__}; install triton>=3.7 or numpy<2.4"
+    )
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+@contextmanager
+def triton_interpreter() -> Iterator[None]:
+    """Environment in which `@triton.jit` makes interpreted kernels (CPU tensors, no GPU needed).
+
+    Raises:
+        ToolchainError: this interpreter cannot run them, see `interpreter_hindrance`.
+    """
+    import triton
+
+    if hindrance := interpreter_hindrance():
+        raise ToolchainError(hindrance)
     _interpret_library_functions()
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True

@@ -17,7 +17,7 @@ import torch
 from nsa_neuron.backends import composite
 from nsa_neuron.backends.cuda import plans
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
-from nsa_neuron.toolchain import KernelPackage, triton_interpreter
+from nsa_neuron.toolchain import KernelPackage, interpreter_hindrance, triton_interpreter
 
 if TYPE_CHECKING:
     from nsa_neuron.registry import Lowered
@@ -50,7 +50,7 @@ class CudaBackend:
         if importlib.util.find_spec("triton") is None:
             missing = "the package 'triton' is not installed"
             return {"hw": missing, "sim": missing}
-        return {"hw": _hardware_hindrance(), "sim": ""}
+        return {"hw": _hardware_hindrance(), "sim": interpreter_hindrance()}
 
     def supports(self, bound: Bound, mode: str) -> Verdict:
         if bound.spec.name in composite.WHOLE:

@@ -73,11 +73,10 @@ class Tracker:
                 if allocation not in written:
                     continue  # an input nobody writes
                 storage = storages.get(allocation)
-                region = (
-                    storage.regions.get((access.start, access.layout, access.dynamic))
-                    if storage is not None
-                    else None
-                ) or self._region(access, lane, deps)
+                key = (access.start, access.layout, access.dynamic)
+                region = storage.regions.get(key) if storage is not None else None
+                if region is None:
+                    region = self._region(access, key, lane, deps)
                 if region.writer >= 0:
                     deps.append(region.writer << SHIFT | RAW)
                 for other in region.near:
@@ -95,11 +94,10 @@ class Tracker:
             for access in i.writes:
                 allocation = access.allocation
                 storage = storages.get(allocation)
-                region = (
-                    storage.regions.get((access.start, access.layout, access.dynamic))
-                    if storage is not None
-                    else None
-                ) or self._region(access, lane, deps)
+                key = (access.start, access.layout, access.dynamic)
+                region = storage.regions.get(key) if storage is not None else None
+                if region is None:
+                    region = self._region(access, key, lane, deps)
                 if not region.written:
                     (storage or storages[allocation]).write(region)
                 self._write(region, me, lane if lane < in_order else -1, deps)
@@ -148,7 +146,7 @@ class Tracker:
                 r.writer = -1
                 r.readers = []
 
-    def _region(self, access: Access, lane: int, deps: list[int]) -> Region:
+    def _region(self, access: Access, key: object, lane: int, deps: list[int]) -> Region:
         """The region of an access that was not found at once; places new tensors."""
         allocation = access.allocation
         storage = self.storages.get(allocation)
@@ -162,7 +160,6 @@ class Tracker:
                     users = self.spaces[allocation.buffer].take(allocation)
                     deps += [u << SHIFT | SPACE for u in users if self.lanes[u] != own]
             self.storages[allocation] = storage
-        key: object = (access.start, access.layout, access.dynamic)
         if access.dynamic:
             access = _anywhere(access)
         if allocation.address is not None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..memory import Allocation
 
 _NARROW_ENOUGH = 64  # stretches a region may span before it is kept aside
+_FEW = 8  # regions that are sooner looked through than looked up
 _NONE: list[Region] = []
 _NOBODY: list[int] = []
 
@@ -95,7 +96,7 @@ class Storage:
 
     Attributes:
         regions: by pattern and place.
-        all, written: the same by place; made for the second region, as most tensors have one.
+        all, written: the same by place; made once there are several, as most tensors have few.
     """
 
     __slots__ = ("all", "regions", "written")
@@ -108,34 +109,40 @@ class Storage:
     def add(self, key: object, access: Access) -> Region:
         """Make the region of a new pattern; find the written regions it meets."""
         region = Region(access)
-        if self.regions:
-            if self.all is None or self.written is None:
+        regions = self.regions
+        if regions:
+            if self.all is None and len(regions) >= _FEW:
                 self._make_indices()
-                assert self.all is not None and self.written is not None
-            for other in self.written.around(region):
+            if self.all is not None and self.written is not None:
+                others = self.written.around(region)
+                self.all.insert(region)
+            else:
+                others = [r for r in regions.values() if r.written]
+            for other in others:
                 if may_overlap(access, other.access):
                     region.meets(other)
-            self.all.insert(region)
-        self.regions[key] = region
+        regions[key] = region
         return region
 
     def write(self, region: Region) -> None:
         """Note that a region is written for the first time; find those only read that it meets."""
         region.written = True
-        if self.all is None or self.written is None:
+        if self.all is None and len(self.regions) == 1:
             return
-        for other in self.all.around(region):
+        others = self.regions.values() if self.all is None else self.all.around(region)
+        for other in others:
             if not other.written and may_overlap(region.access, other.access):
                 region.meets(other)
-        self.written.insert(region)
+        if self.written is not None:
+            self.written.insert(region)
 
     def _make_indices(self) -> None:
-        (first,) = self.regions.values()
-        lo, hi = _bytes(first.access)
+        lo, hi = _bytes(next(iter(self.regions.values())).access)
         self.all, self.written = Index(max(hi - lo, 1)), Index(max(hi - lo, 1))
-        self.all.insert(first)
-        if first.written:
-            self.written.insert(first)
+        for region in self.regions.values():
+            self.all.insert(region)
+            if region.written:
+                self.written.insert(region)
 
     def last_users(self) -> list[int]:
         """Instructions that must end before the bytes are anybody else's."""

@@ -31,7 +31,7 @@ def peak(trace: CoreTrace, buffer: str, machine: Machine) -> tuple[int, list[All
         if a.buffer == buffer and a.last_use >= 0:
             events.append((a.first_use, 1, number, a))
             events.append((a.last_use + 1, 0, number, a))
-    events.sort(key=lambda e: e[:3])
+    events.sort()  # the first three of each differ, so allocations are never compared
     live: dict[int, Allocation] = {}
     placed = best = 0
     at_best: list[Allocation] = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_neuron.backends.cuda import plans
-from nsa_neuron.backends.cuda.kernel_table import KERNELS, KernelEntry, Shape
+from nsa_neuron.backends.cuda.kernel_table import KERNELS, PACKED_KERNELS, KernelEntry, Shape
 from nsa_neuron.toolchain import KernelPackage
 
 SHARED_MEMORY_LIMIT = 232_448
@@ -41,6 +41,7 @@ class Row:
     """What one kernel becomes at one plan.
 
     Attributes:
+        kernel: its name and variant.
         constants: the plan's constants, `num_warps` and `num_stages` included.
         shared_bytes, registers: per block, per thread. Like what follows, None where the kernel
             does not compile.
@@ -70,7 +71,7 @@ class Row:
 
 
 def run(
-    entries: Iterable[KernelEntry] = KERNELS,
+    entries: Iterable[KernelEntry] = KERNELS + PACKED_KERNELS,
     *,
     device: str = "h200",
     head_dims: Iterable[tuple[int, int]] = HEAD_DIMS,
@@ -114,7 +115,7 @@ def iterate(
             seen.add(key)
             measured, problems = _measure(function, entry, arguments, dtype)
             yield Row(
-                entry.op, entry.kernel, dk, dv, group, dtype, constants, **measured,
+                entry.op, entry.label, dk, dv, group, dtype, constants, **measured,
                 problems=problems,
             )  # fmt: skip
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nsa_neuron import compile_check
-from nsa_neuron.backends.cuda.kernel_table import KERNELS
+from nsa_neuron.backends.cuda.kernel_table import KERNELS, PACKED_KERNELS
 from nsa_neuron.cli import FAILED, shared
 from nsa_neuron.terminal import progress, table
 
@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     rows = []
-    entries, dims = list(KERNELS), list(compile_check.HEAD_DIMS)
+    entries, dims = list(KERNELS + PACKED_KERNELS), list(compile_check.HEAD_DIMS)
     with progress("compile-check", len(entries) * len(dims)) as advance:
         found = compile_check.iterate(
             entries, "h200", dims, list(compile_check.DTYPES), list(compile_check.GROUPS)

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from nsa_neuron import compile_check
 from nsa_neuron.backends.cuda import plans
-from nsa_neuron.backends.cuda.kernel_table import KERNELS, Shape
+from nsa_neuron.backends.cuda.kernel_table import KERNELS, PACKED_KERNELS, Shape
 from nsa_neuron.toolchain import KernelPackage
 
 LISTING = """
@@ -50,6 +50,16 @@ def test_every_kernel_has_a_plan_and_all_its_constants(device, dtype, dims):
             constants = e.constants(Shape(*dims, group, found[e.plan or e.kernel]))
             wanted = {p.name for p in function.params if p.is_constexpr}
             assert wanted <= set(constants), (e.op, e.kernel)
+
+
+def test_packed_variants_are_other_kernels_under_other_names():
+    for e in PACKED_KERNELS:
+        unpacked = entry(e.op, e.kernel)
+        found = plans.find("h200", e.op, dk=128, dv=128, dtype="bfloat16", group=4)
+        shape = Shape(128, 128, 4, found[e.plan or e.kernel])
+        assert unpacked.constants(shape)["PACKED"] is False
+        assert e.constants(shape) == unpacked.constants(shape) | {"PACKED": True}
+        assert e.label == f"{unpacked.label} packed"
 
 
 def test_no_plan_says_what_is_missing():

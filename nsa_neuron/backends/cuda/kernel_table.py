@@ -11,7 +11,7 @@ names what differs from the conventions all kernels follow:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nsa_neuron.backends.cuda.launch.common import head_dim_constants, query_tile_constants
@@ -49,6 +49,7 @@ class KernelEntry:
             compute dtype, as in `"*dtype"`.
         wants_wgmma: whether its matrix products must be warpgroup instructions.
         min_group, max_group: the group sizes it is launched for.
+        packed: whether this is the variant for packed sequences.
     """
 
     op: str
@@ -60,10 +61,17 @@ class KernelEntry:
     plan: str = ""
     min_group: int = 1
     max_group: int = 1 << 30
+    packed: bool = False
+
+    @property
+    def label(self) -> str:
+        """The kernel's name and variant."""
+        return f"{self.kernel} packed" if self.packed else self.kernel
 
     def constants(self, shape: Shape) -> dict[str, Any]:
         """All constants of a launch: the plan's and the launcher's."""
-        return {**shape.planned, **self.derive(shape)}
+        constants = {**shape.planned, **self.derive(shape)}
+        return constants | {"PACKED": True} if self.packed else constants
 
     def type_of(self, name: str) -> str:
         """The Triton type of argument `name`, `dtype` standing for the compute dtype."""
@@ -262,3 +270,18 @@ KERNELS: tuple[KernelEntry, ...] = (
         for kernel in ("score", "attend")
     ),
 )
+
+_HAVE_PACKED = {
+    "attention": ("forward", "backward_dq", "backward_dkv"),
+    "sliding_window_attention": ("forward", "backward_dq", "backward_dkv"),
+    "selected_attention": (
+        *("union_blocks", "forward", "forward_by_block", "backward_dq", "backward_dq_by_block"),
+        *("backward_dkv", "reduce_dkv"),
+    ),
+}
+PACKED_KERNELS: tuple[KernelEntry, ...] = tuple(
+    replace(entry, packed=True)
+    for entry in KERNELS
+    if entry.kernel in _HAVE_PACKED.get(entry.op, ())
+)
+"""The same kernels for packed sequences, where that changes loops and addresses most."""

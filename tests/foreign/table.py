@@ -29,6 +29,7 @@ HEAD = (
 def row(case: LibraryCase | SdkCase) -> tuple[str, bool]:
     """One line of the table, and whether it agrees."""
     name = getattr(case, "kernel", case.id)
+    print(case.id, flush=True)
     source = case.source.replace("::", " ")
     try:
         outcome = case.run()

@@ -239,13 +239,11 @@ def forward(
             two: a tile has BLOCKS * RATIO keys. BLOCKS divides SLOTS and NP.
     """
     HKV = HQ // G
-    program = tl.program_id(0).to(tl.int64)
-    scores += program * TOKENS * SLOTS
-    carried_ids += program * TOKENS * NP
     scale_log2 = scale * LOG2E
     tokens = S
     keys = T
-    for item in range(tl.program_id(0), tiles * HKV_B, tl.num_programs(0)):
+    # What tiles have in common would be hoisted over this loop and spilled there.
+    for item in tl.range(tl.program_id(0), tiles * HKV_B, tl.num_programs(0), disable_licm=True):
         tile = tiles - 1 - item // HKV_B
         kv_head = tl.cast(item % HKV_B % HKV, tl.int64)
         batch = tl.cast(item % HKV_B // HKV, tl.int64)
@@ -257,6 +255,7 @@ def forward(
         )
         first_token = tile * TOKENS
         if first_token < S:
+            program = tl.program_id(0).to(tl.int64)
             head = kv_head * G
             token = first_token + tl.arange(0, TOKENS)
             own = tl.where(token < S, (T - S + token) // SELECT, -1)
@@ -280,7 +279,8 @@ def forward(
             out = block_indices + (row_start * HKV + kv_head) * N
             _select_tile(
                 q0, q1, lse2, limit[None, :], least, end, tl.arange(0, TOKENS), token < S, own,
-                k_head, stride_kt, scores, carried_ids, out, HKV * N, scale_log2, GP, TOKENS,
+                k_head, stride_kt, scores + program * (TOKENS * SLOTS),
+                carried_ids + program * (TOKENS * NP), out, HKV * N, scale_log2, GP, TOKENS,
                 DK, D0, D1, BLOCK, STRIDE, SELECT, N, NP, INITIAL, LOCAL, BLOCKS, RATIO, SLOTS,
                 UPCAST, PRECISION,
             )  # fmt: skip

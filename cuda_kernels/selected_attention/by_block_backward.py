@@ -71,7 +71,8 @@ def backward_dkv(
         g_head = grad_o + batch * stride_gb + kv_head * G * stride_gh
         stat = batch * tokens * KV_HEADS * G + kv_head * G
         scale_log2 = scale * LOG2E
-        past = (T - S - q_start).to(tl.int32)
+        # In the numbering of `queries`, so that the loop holds no offset between the two.
+        last_seen_by = key - (T - S - q_start).to(tl.int32)
         rows = (end - begin).to(tl.int32) * G
         dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
         dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else D0], tl.float32)
@@ -90,7 +91,7 @@ def backward_dkv(
             lse2 = load_base2_lse(lse + stats, valid)
             row_delta = tl.load(delta + stats, mask=valid, other=0.0)
             logits = dot_split(k0, k1, q0, q1, D1, UPCAST, PRECISION) * scale_log2
-            seen = key[:, None] <= (past + query)[None, :]
+            seen = last_seen_by[:, None] <= query[None, :]
             logits = tl.where(seen, logits, float("-inf"))
             p = tl.math.exp2(logits - lse2[None, :])
             p_low = narrow(p, g0.dtype, UPCAST)

@@ -90,7 +90,7 @@ class NeuronCore:
         self.trace = CoreTrace(index)
         self.accumulators = {e: Accumulators(self.machine.partitions) for e in ("scalar", "vector")}
         self.pending: list[tuple[Access, Message, str]] = []
-        self.state: dict[str, Any] = {}
+        self.state: dict[Any, Any] = {}
         self._pool = Pool()
         self._arenas = {b: Arena(self.machine, b) for b in ON_CHIP}
         self._plans = _PLANS.setdefault((options.target, options.relax), {})

@@ -41,7 +41,7 @@ class NKIObject:
                 annotated.setdefault(name, Any)
         cls.__annotations__ = annotated
         if "__init__" not in cls.__dict__ and all(
-            "__init__" not in c.__dict__ or c.__init__ is NKIObject.__init__
+            "__init__" not in c.__dict__ or c.__dict__["__init__"] is NKIObject.__init__
             for c in cls.__mro__[1:-1]
         ):
             cls.__init__ = NKIObject.__init__  # type: ignore[method-assign]  # dataclass keeps it
@@ -53,7 +53,7 @@ class NKIObject:
 def _set_fields(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Set fields by position and keyword; one without a value or default stays unset, as in NKI."""
     owners = type(self).__mro__
-    names = [n for c in reversed(owners) for n in c.__dict__.get("__annotations__", ())]
+    names = [n for c in reversed(owners) for n in inspect.get_annotations(c)]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     unknown = [n for n in given if names and n not in names]
     if unknown or len(args) > len(names):

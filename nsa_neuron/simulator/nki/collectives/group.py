@@ -1,6 +1,7 @@
 """Replica groups, and the exchange of tensors among the members of one."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ...context import violation
 from ...operands import Spec
@@ -149,7 +150,7 @@ class Exchange:
         return chosen
 
 
-_SPECS = {}
+_SPECS: dict[Any, Any] = {}
 
 
 def _check(c):

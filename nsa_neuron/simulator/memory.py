@@ -223,21 +223,29 @@ def _mark_alias(mask: NDArray[np.bool_], access: Access, other: Memory) -> None:
     """Set in `mask` the elements of `access` that another memory of the arena has written."""
     here, there = access.allocation.address, other.allocation.address
     assert here is not None and there is not None
+    written = other.written
+    apart = (
+        access.p1 + here[0] <= there[0]
+        or there[0] + other.allocation.partitions <= access.p0 + here[0]
+        or access.hi + here[1] <= there[1]
+        or there[1] + other.allocation.pitch_bytes <= access.lo + here[1]
+    )
+    if apart or written.empty:
+        return
     layout, itemsize = access.layout, access.layout.dtype.itemsize
     row, column = divmod(access.start, layout.pitch)
-    bytes_map = np.zeros((other.written.rows, other.written.width), np.bool_)
-    if other.written.full:
-        bytes_map[...] = True
-    elif not other.written.empty:
-        other.written._materialise()
-        assert other.written._map is not None
-        bytes_map[...] = np.repeat(other.written._map, other.written.granule, axis=1)
-    for index in np.argwhere(~mask):
-        p = here[0] + row + int(index[0]) * layout.step - there[0]
-        free = column + sum(int(i) * s for i, s in zip(index[1:], layout.strides[1:], strict=True))
-        f = here[1] + free * itemsize - there[1]
-        if 0 <= p < bytes_map.shape[0] and 0 <= f and f + itemsize <= bytes_map.shape[1]:
-            mask[tuple(index)] = bytes_map[p, f : f + itemsize].all()
+    missing = np.argwhere(~mask)
+    p = here[0] + row + missing[:, 0] * layout.step - there[0]
+    free = column + missing[:, 1:] @ np.array(layout.strides[1:], np.int64)
+    first = here[1] + free * itemsize - there[1]
+    inside = (p >= 0) & (p < written.rows) & (first >= 0) & (first + itemsize <= written.width)
+    missing, p, first = missing[inside], p[inside], first[inside]
+    if not written.full:
+        written._materialise()
+        assert written._map is not None
+        granules = (first[:, None] + np.arange(itemsize)) // written.granule
+        missing = missing[written._map[p[:, None], granules].all(axis=1)]
+    mask[tuple(missing.T)] = True
 
 
 class Pool:

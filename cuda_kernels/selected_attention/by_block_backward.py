@@ -78,7 +78,8 @@ def backward_dkv(
         dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else D0], tl.float32)
         dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
         dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else V0], tl.float32)
-        for first_row in range(0, rows, BLOCK_M):
+        # What the rows need would be hoisted over this loop and spilled there.
+        for first_row in tl.range(0, rows, BLOCK_M, disable_licm=True):
             row = first_row + tl.arange(0, BLOCK_M)
             valid = row < rows
             query = tl.load(queries + begin + row // G, mask=valid, other=0)

@@ -206,7 +206,8 @@ def backward_dq_by_block(
         scale_log2 = scale * LOG2E
         past = (T - S - q_start).to(tl.int32)
         rows = (end - begin).to(tl.int32) * G
-        for first_row in range(0, rows, BLOCK_M):
+        # As in `backward_dkv`.
+        for first_row in tl.range(0, rows, BLOCK_M, disable_licm=True):
             row = first_row + tl.arange(0, BLOCK_M)
             valid = row < rows
             query = tl.load(queries + begin + row // G, mask=valid, other=0)

@@ -37,12 +37,15 @@ class Choice(NamedTuple):
         bound: the sizes.
         lowered: the chosen callable.
         index_names: tensors whose contents are checked at each call.
+        shared: whether they are offsets only, which the layers of a model share: contents that the
+            last call checked are not read again.
     """
 
     generation: int
     bound: Bound
     lowered: Lowered
     index_names: tuple[str, ...]
+    shared: bool
 
 
 class Router:
@@ -62,7 +65,7 @@ class Router:
         self._defaults = [spec.defaults.get(name) for name in spec.names]
         self._tensors = sum(isinstance(arg, TensorArg) for arg in spec.args)
         self._calls: dict[Any, Choice] = {}
-        self._checked: tuple[Bound | None, list[tuple[Any, int]]] = (None, [])
+        self._checked: tuple[Choice | None, list[tuple[Any, int]]] = (None, [])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         values = [*args, *self._defaults[len(args) :]]
@@ -80,8 +83,10 @@ class Router:
         by_name = dict(zip(self._names, values, strict=False))
         if known is None or known.generation != REGISTRY.generation:
             return self._first(frozen, by_name)
-        if known.index_names:
-            self._check_values(known.bound, known.index_names, by_name)
+        if known.index_names and not (known.shared and self._just_checked(known, by_name)):
+            self.spec.check_values(known.bound, by_name)
+            if known.shared:
+                self._remember(known, by_name)
         return known.lowered(**by_name)
 
     def _first(self, key: Any, values: dict[str, Any]) -> Any:
@@ -89,11 +94,14 @@ class Router:
         bound = self.spec.bind(values)
         index_names = self._to_check(bound)
         if index_names:
-            self._check_values(bound, index_names, values)
+            self.spec.check_values(bound, values)
         selection = REGISTRY.select(bound, key[0])
         results = selection.lowered(**values)
         check_results(bound, results, selection.target)
-        self._calls[key] = Choice(REGISTRY.generation, bound, selection.lowered, index_names)
+        shared = all(self.spec.tensor(name).optional for name in index_names)
+        self._calls[key] = Choice(
+            REGISTRY.generation, bound, selection.lowered, index_names, shared
+        )
         return results
 
     def _to_check(self, bound: Bound) -> tuple[str, ...]:
@@ -104,22 +112,22 @@ class Router:
         names = (arg.name for arg in self.spec.tensors if arg.dtype == "i32")
         return tuple(name for name in names if name in bound.shapes)
 
-    def _check_values(self, bound: Bound, names: tuple[str, ...], values: dict[str, Any]) -> None:
-        """Refuses bad offsets and ids.
-
-        Contents checked in the last call are not read again while torch's version counter says that
-        they are the same, so that the layers of a packed model check their offsets once.
-        """
+    def _just_checked(self, known: Choice, values: dict[str, Any]) -> bool:
+        """Whether the last call checked the same tensors and torch's version counters say that
+        their contents are the same still."""
         last, seen = self._checked
-        if bound is last and all(
-            ref() is values[name] and values[name]._version == version
-            for name, (ref, version) in zip(names, seen, strict=True)
-        ):
-            return
-        self.spec.check_values(bound, values)
-        tensors = [values[name] for name in names]
+        if known is not last:
+            return False
+        for name, (ref, version) in zip(known.index_names, seen, strict=True):
+            x = values[name]
+            if ref() is not x or x._version != version:
+                return False
+        return True
+
+    def _remember(self, known: Choice, values: dict[str, Any]) -> None:
+        tensors = [values[name] for name in known.index_names]
         if not any(x.is_inference() for x in tensors):  # those count no versions
-            self._checked = (bound, [(weakref.ref(x), x._version) for x in tensors])
+            self._checked = (known, [(weakref.ref(x), x._version) for x in tensors])
 
     def fake(self, *args: Any, **kwargs: Any) -> Any:
         """Empty results of the right sizes, dtypes and strides (always contiguous)."""

@@ -70,15 +70,15 @@ def attend(
 ):  # fmt: skip
     """One split of the selected branch of one (sequence, token, kv head); the last one combines.
 
-    Grid: (SLC_SPLITS, B * S * Hkv).
+    Grid: (B * S * Hkv * SLC_SPLITS,), as in `score`.
 
     Args:
         q: [B, S, Hq, DK]; k_slc, v_slc: pools [P, page, Hkv, D]; slc_table: int32 [B, slc_pages].
         gates: [B, S, Hq, 3] (compressed, selected, window) and o: [B, S, Hq, DV], contiguous.
         ids, partial_o, partial_ml, counters: as `score` left them.
     """
-    split = tl.program_id(0)
-    item = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(0) % SLC_SPLITS
+    item = (tl.program_id(0) // SLC_SPLITS).to(tl.int64)
     batch, query, kv_head, position = position_of(item, seqlens, S, HKV)
     rows = tl.arange(0, GP)
     q_rows = q + batch * stride_qb + query * stride_qt + (kv_head * G + rows) * stride_qh

@@ -202,7 +202,8 @@ def score(
 ):  # fmt: skip
     """One split of the compressed or window branch of one (sequence, token, kv head).
 
-    Grid: (CMP_SPLITS + WIN_SPLITS, B * S * Hkv).
+    Grid: (B * S * Hkv * (CMP_SPLITS + WIN_SPLITS),), the splits of an item side by side: a grid may
+    have 2**31 - 1 programs along x, but only 65,535 along y.
 
     Args:
         q: [B, S, Hq, DK], last dim contiguous. k_cmp, v_cmp, k_win, v_win: pools
@@ -214,8 +215,8 @@ def score(
             MAX_TILES, G]; ids: int32 [items, NP], id_scores: float32 [items, NP].
         counters: int32 [items], all 0, and 0 again afterwards.
     """
-    split = tl.program_id(0)
-    item = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(0) % (CMP_SPLITS + WIN_SPLITS)
+    item = (tl.program_id(0) // (CMP_SPLITS + WIN_SPLITS)).to(tl.int64)
     batch, query, kv_head, position = position_of(item, seqlens, S, HKV)
     scale_log2 = scale * LOG2E
     rows = tl.arange(0, GP)

@@ -160,7 +160,7 @@ def forward(
         "CMP_SPLITS": sizes.cmp_splits, "WIN_SPLITS": sizes.win_splits, "PLACES": sizes.places,
     }  # fmt: skip
     constants = {k: v for k, v in plan["score"].items() if k not in ("KEYS", "PROGRAMS")}
-    kernels.score[(sizes.cmp_splits + sizes.win_splits, sizes.items)](
+    kernels.score[((sizes.cmp_splits + sizes.win_splits) * sizes.items,)](
         q, caches.k_cmp, caches.v_cmp, caches.k_win, caches.v_win, caches.cmp_table,
         caches.win_table, caches.seqlens, w.partial_o, w.partial_ml, w.importance, w.over,
         w.tile_maximum, w.ids, w.id_scores, w.counters, queries, heads, kv_heads, sizes.tiles,
@@ -171,7 +171,7 @@ def forward(
         WIN_PAGE=caches.k_win.shape[1], BLOCKS=sizes.blocks, RATIO=sizes.ratio,
         HEADS=min(16, _next_power_of_two(group)), **shared, **constants,
     )  # fmt: skip
-    kernels.attend[(sizes.slc_splits, sizes.items)](
+    kernels.attend[(sizes.slc_splits * sizes.items,)](
         q, caches.k_slc, caches.v_slc, caches.slc_table, caches.seqlens, gates.contiguous(), o,
         w.ids, w.partial_o, w.partial_ml, w.counters, queries, heads, kv_heads,
         caches.slc_table.shape[1], geometry.scale, *q.stride()[:3],

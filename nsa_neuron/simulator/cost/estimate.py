@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..machine import machine_for
 from .parameters import DEFAULT_SET, LEVELS, load
-from .schedule import Program, analyse, schedule
+from .program import Program, analyse
+from .schedule import schedule
 from .timeline import Band, Timeline
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ repositories chenhzhu/ and chengli2003/asst4-trainium2 (trn2.3xlarge, compiler 2
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 LEVELS = ("low", "central", "high")
@@ -273,6 +274,7 @@ CONSTANTS: dict[str, Constant] = {
 }
 
 
+@cache
 def load(set: str = DEFAULT_SET, level: str = "central") -> Parameters:
     """The constants of a set at one end of their band.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..cost import program_of
 from ..cost import schedule as schedule_program
 from ..cost.dependencies import SHIFT
-from ..cost.schedule import LANES
+from ..cost.program import LANES
 from .lines import Key, Lines
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..cost import Timeline
     from ..cost.dma import Transfer
     from ..cost.instructions import Cost
-    from ..cost.schedule import Program
+    from ..cost.program import Program
 
 CAUSE = (1 << SHIFT) - 1  # bits of a dependency that hold its cause
 

@@ -1,0 +1,149 @@
+"""What a schedule needs of a run and no constant changes: lanes, dependencies, meetings.
+
+Lanes are the in-order queues of a core: five engines and six DMA queues.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from .dependencies import MEETINGS, SHIFT, Tracker
+from .instructions import COMPUTE, Cost, cost_of
+from .parameters import Parameters, load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..machine import Machine
+    from ..record import Instruction, Run
+
+LANES = (*COMPUTE, "dma-load", "dma-store", "dma-copy", "dma-sync", "dma-scalar", "dma-gpsimd")
+LANE = {name: k for k, name in enumerate(LANES)}
+IN_ORDER = len(COMPUTE)  # lanes below this number, of each core, are compute engines
+
+
+@dataclass
+class Program:
+    """What a schedule needs of a run and no constant changes.
+
+    Attributes:
+        run: the record.
+        instructions: of all cores.
+        kind: number of the signature of each.
+        examples: one instruction of each signature.
+        lane: lane of each, core after core.
+        deps: `producer << SHIFT | cause` of each, by global index.
+        partner: the instruction of the other core it meets.
+    """
+
+    run: Run
+    instructions: list[Instruction]
+    kind: list[int]
+    examples: list[Instruction]
+    lane: list[int]
+    deps: list[list[int]]
+    partner: dict[int, int]
+
+    @cached_property
+    def order(self) -> list[list[int]]:
+        """The instructions of each lane."""
+        order: list[list[int]] = [[] for _ in range(len(LANES) * self.run.lnc)]
+        for index, lane in enumerate(self.lane):
+            order[lane].append(index)
+        return order
+
+    @cached_property
+    def banks(self) -> dict[int, list[object]]:
+        """PSUM banks that an instruction has touched in a schedule; see `banks_of`."""
+        return {}
+
+    def banks_of(self, index: int) -> list[object]:
+        """The PSUM banks an instruction touches: what stands for each, equal for equal banks."""
+        found = self.banks.get(index)
+        if found is None:
+            found = self.banks[index] = []
+            instruction = self.instructions[index]
+            for a in (*instruction.writes, *instruction.reads):
+                allocation = a.allocation
+                if allocation.buffer != "psum":
+                    continue
+                placed = allocation.address
+                base = placed[1] if placed else 0
+                first, last = (base + a.lo) // 2048, (base + a.hi - 1) // 2048
+                owner = self.lane[index] // len(LANES) if placed else allocation
+                found += [(owner, bank) for bank in range(first, last + 1)]
+        return found
+
+
+def analyse(run: Run, machine: Machine) -> Program:
+    """Find lanes, dependencies and meetings of a run."""
+    instructions = run.instructions
+    kind, examples = _kinds(instructions)
+    p = load()
+    lane_of_kind = [_lane(cost_of(i, p)) for i in examples]
+    lane: list[int] = []
+    deps: list[list[int]] = []
+    for number, core in enumerate(run.cores):
+        offset = len(lane)
+        own = [lane_of_kind[k] for k in kind[offset : offset + len(core.instructions)]]
+        found = Tracker(core, machine, own, IN_ORDER, run.lnc > 1).run()
+        if number:
+            found = [[d + (offset << SHIFT) for d in ds] for ds in found]
+        lane += [k + number * len(LANES) for k in own] if number else own
+        deps += found
+    return Program(run, instructions, kind, examples, lane, deps, _partners(run))
+
+
+def _kinds(instructions: Sequence[Instruction]) -> tuple[list[int], list[Instruction]]:
+    """Number of the signature of each instruction, and an instruction of each signature."""
+    known: dict[object, int] = {}
+    kind: list[int] = []
+    examples: list[Instruction] = []
+    for i in instructions:
+        plan = i.plan
+        number = known.get(plan)
+        if number is None or plan is None:
+            number = known[plan] = len(examples)
+            examples.append(i)
+        kind.append(number)
+    return kind, examples
+
+
+def costs_of(program: Program, p: Parameters) -> list[Cost]:
+    """The cost of each instruction; one object per signature.
+
+    Cores of a launch share an HBM stack, so each counts on its part of the bandwidth.
+    """
+    cores = program.run.lnc
+    if cores > 1:
+        p = replace(p, hbm_stack=p.hbm_stack / cores)
+    costs = [cost_of(i, p) for i in program.examples]
+    return [costs[k] for k in program.kind]
+
+
+def _lane(cost: Cost) -> int:
+    return LANE[cost.transfer.queue if cost.transfer else cost.engine]
+
+
+def _partners(run: Run) -> dict[int, int]:
+    """Pairs of instructions at which the cores meet: the k-th of a kind and pipe on both."""
+    if run.lnc < 2:
+        return {}
+    keyed: list[dict[object, int]] = []
+    offset = 0
+    for core in run.cores:
+        count: Counter[object] = Counter()
+        found: dict[object, int] = {}
+        for i in core.instructions:
+            if i.opcode in MEETINGS:
+                kind = (i.opcode, i.params.pipe_id if i.opcode == "sendrecv" else None)
+                found[(kind, count[kind])] = i.index + offset
+                count[kind] += 1
+        keyed.append(found)
+        offset += len(core.instructions)
+    first, second = keyed
+    pairs = {first[k]: second[k] for k in first.keys() & second.keys()}
+    return pairs | {b: a for a, b in pairs.items()}

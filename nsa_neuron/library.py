@@ -186,12 +186,14 @@ def _define(library: Library, qualified: str, router: Router) -> None:
 
 
 def _register() -> None:
-    for spec in OPS:
+    routers = [(spec, Router(spec)) for spec in OPS]
+    for spec, router in routers:
         qualified = f"{NAMESPACE}::{spec.name}"
-        _define(_library, qualified, Router(spec))
+        _define(_library, qualified, router)
         register_vmap(_library, qualified, spec)
-    for spec in OPS:
-        register_autograd(_library, spec, get(spec.backward) if spec.backward else None)
+    for spec, router in routers:
+        backward = get(spec.backward) if spec.backward else None
+        register_autograd(_library, spec, backward, router)
 
 
 _register()

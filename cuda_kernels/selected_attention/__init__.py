@@ -1,11 +1,11 @@
 """Attention of each query over the tokens of its selected blocks: forward and backward.
 
-Two designs, chosen by the launcher from the plan (see `by_query` and `by_block`):
+Two designs, chosen from the plan or, where that depends on the ids, on the device (see `union`):
 
 - `by_query`: a tile of a few adjacent queries x G heads walks the union of their blocks. For large
-  G, where a tile holds few queries and these select mostly the same blocks.
-- `by_block`: a block of keys walks the list of queries that selected it. For small G, and for
-  dk, dv always.
+  G, and where neighbours select mostly the same blocks.
+- `by_block`: a block of keys walks the list of queries that selected it. For small G, where
+  neighbours disagree, and for dk, dv always.
 """
 
 from ..common import backward_delta as backward_delta
@@ -17,4 +17,7 @@ from .by_block_backward import reduce_dkv as reduce_dkv
 from .by_block_backward import sum_dq as sum_dq
 from .by_query import backward_dq as backward_dq
 from .by_query import forward as forward
-from .by_query import union_blocks as union_blocks
+from .union import BY_BLOCK as BY_BLOCK
+from .union import BY_QUERY as BY_QUERY
+from .union import choose_strategy as choose_strategy
+from .union import union_blocks as union_blocks

@@ -1,4 +1,4 @@
-"""Selected attention with tiles of keys, forward: for small groups.
+"""Selected attention with tiles of keys, forward: for small groups, or where neighbours disagree.
 
 A work item is a block of keys (of one kv head) and at most CHUNK of the queries that selected it,
 from a list sorted by block and then by query (CSR). Its K and V stay on chip while the rows of its
@@ -6,7 +6,7 @@ queries (list order x G heads, gathered) pass by.
 
 Forward bytes per (query, slot, head): Dk * 2 of q in, Dv * 2 of partial output out and in again, so
 at 64K tokens, 64 heads, 16 slots, 192/128: 25.8 + 34.4 GB, about 14 ms. It grows with Hq whatever
-G is, while `by_query` reads K, V per kv head: by_block wins where G is small (up to about 4).
+G is, while `by_query` reads K, V per kv head; see `union` for where which one wins.
 """
 
 import triton
@@ -23,11 +23,13 @@ from ..common import (
     store_split,
     token_rows,
 )
+from .union import BY_BLOCK
 
 
 @triton.jit
 def work_item(
-    item, item_block, item_start, list_start, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS,
+    item, item_block, item_start, list_start, list_end, cu_q, cu_k, num_seqs, S, T,
+    blocks_per_head, KV_HEADS,
     SELECT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """What a work item covers.
@@ -39,7 +41,7 @@ def work_item(
     number = tl.load(item_block + item)
     chunk = item - tl.load(item_start + number)
     begin = tl.load(list_start + number) + chunk.to(tl.int64) * CHUNK
-    end = tl.minimum(begin + CHUNK, tl.load(list_start + number + 1))
+    end = tl.minimum(begin + CHUNK, tl.load(list_end + number))
     batch = number // blocks_per_head // KV_HEADS
     kv_head = number // blocks_per_head % KV_HEADS
     block = number % blocks_per_head
@@ -58,14 +60,15 @@ def work_item(
 
 @triton.jit
 def forward_by_block(
-    q, k, v, partial_o, partial_lse, queries, order, item_block, item_start, list_start,
-    num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
+    q, k, v, partial_o, partial_lse, chosen, queries, order, item_block, item_start, list_start,
+    list_end, first_pair, num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    MEASURED: tl.constexpr,
 ):  # fmt: skip
     """Attention of each listed query over one block: a normalised partial output and its lse.
 
@@ -73,17 +76,21 @@ def forward_by_block(
     is finished in one tile.
 
     Args:
+        chosen: int32 [1], see `choose_strategy`; read where MEASURED.
         queries: int32 [entries], token numbers (over the whole packed batch), sorted by block.
-        order: int64 [entries], where each entry stands in [B, tokens, Hkv, n].
-        item_block: int32 [items]; item_start: int32 [num_blocks + 1]; list_start: int64
-            [num_blocks + 1]: an item's block, a block's first item, a block's first entry.
-        partial_o: [B * tokens * Hkv * n, G, DV], contiguous; partial_lse: float32, base 2,
-            [B * tokens * Hkv * n, G].
+        order: int64 [entries], where each entry stands in [B * S, Hkv, n].
+        item_block: int32 [items], an item's block; item_start: int32 [num_blocks + 1], a block's
+            first item; list_start, list_end: int64 [num_blocks], its entries in this pass.
+        first_pair: where the pass begins in [B * S, Hkv, n].
+        partial_o: [pairs of the pass, G, DV], contiguous; partial_lse: float32, base 2, [pairs, G].
     """
+    if MEASURED:
+        if tl.load(chosen) != BY_BLOCK:
+            return
     item = tl.program_id(0)
     if item < tl.load(item_start + num_blocks):
         _, begin, end, batch, kv_head, q_start, S, k_start, T, first_key = work_item(
-            item, item_block, item_start, list_start, cu_q, cu_k, num_seqs, S, T,
+            item, item_block, item_start, list_start, list_end, cu_q, cu_k, num_seqs, S, T,
             blocks_per_head, KV_HEADS, SELECT_BLOCK, CHUNK, PACKED,
         )  # fmt: skip
         offset = tl.arange(0, BLOCK_N)
@@ -118,7 +125,7 @@ def forward_by_block(
             o1 = o0
             if V1 > 0:
                 o1 = dot(p, v1, tl.zeros([BLOCK_M, V1], tl.float32), UPCAST, PRECISION)
-            out = entry * G + row % G
+            out = (entry - first_pair) * G + row % G
             inverse = (1.0 / total)[:, None]
             store_split(partial_o + out * DV, valid, o0 * inverse, o1 * inverse, DV, V0, V1)
             tl.store(partial_lse + out, maximum + tl.math.log2(total), mask=valid)
@@ -126,48 +133,49 @@ def forward_by_block(
 
 @triton.jit
 def combine(
-    partial_o, partial_lse, o, lse, tokens, first_token, S, KV_HEADS, num_rows,
+    partial_o, partial_lse, used, o, lse, chosen, num_rows,
     G: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    NUM_SELECTED: tl.constexpr, BLOCK_M: tl.constexpr,
+    NUM_SELECTED: tl.constexpr, BLOCK_M: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial outputs of a query's blocks: `o = sum exp(lse_i - lse) o_i`.
 
-    Bytes bound; reads every partial output once. Grid: (tiles of BLOCK_M rows,), a row being a
-    (token, query head) pair.
+    Bytes bound; reads every partial output once. Grid: any number of programs, which share the
+    tiles of BLOCK_M rows, a row being a (token, query head) pair of the pass: no more programs than
+    stay resident, so that little is launched in vain.
 
     Args:
-        partial_o: [B, tokens, Hkv, NUM_SELECTED, G, DV]; partial_lse: float32, base 2,
-            [B, tokens, Hkv, NUM_SELECTED, G], -inf where the slot is empty.
-        o: [B, S, Hq, DV]; lse: float32 [B, S, Hq]; written for tokens [first_token,
-            first_token + tokens). num_rows: B * tokens * Hq.
+        partial_o, partial_lse, chosen: as `forward_by_block` wrote and read them.
+        used: int8 [tokens, Hkv, NUM_SELECTED], 0 where the slot is empty and nothing was written.
+        o: [num_rows, DV]; lse: float32 [num_rows]: the rows of the pass.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < num_rows
-    first = (row // G) * (NUM_SELECTED * G) + row % G
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else V0], tl.float32)
-    for slot in range(0, NUM_SELECTED):
-        entry = first + slot * G
-        part = tl.load(partial_lse + entry, mask=valid, other=float("-inf"))
-        used = part > float("-inf")
-        o0, o1 = load_split(partial_o + entry * DV, used, DV, V0, V1, True)
-        new_maximum = tl.maximum(maximum, part)
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weight = tl.math.exp2(part - shift)
-        factor = tl.math.exp2(maximum - shift)
-        total = total * factor + weight
-        acc0 = acc0 * factor[:, None] + o0.to(tl.float32) * weight[:, None]
-        if V1 > 0:
-            acc1 = acc1 * factor[:, None] + o1.to(tl.float32) * weight[:, None]
-        maximum = new_maximum
-    dead = total == 0.0
-    total = tl.where(dead, 1.0, total)
-    row_lse = tl.where(dead, float("-inf"), (maximum + tl.math.log2(total)) * LN2)
-    heads = KV_HEADS * G
-    token = row // heads
-    out = ((token // tokens) * S + first_token + token % tokens) * heads + row % heads
-    inverse = (1.0 / total)[:, None]
-    store_split(o + out * DV, valid, acc0 * inverse, acc1 * inverse, DV, V0, V1)
-    tl.store(lse + out, row_lse, mask=valid)
+    if MEASURED:
+        if tl.load(chosen) != BY_BLOCK:
+            return
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = row < num_rows
+        first = (row // G) * NUM_SELECTED
+        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+        acc1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else V0], tl.float32)
+        for slot in range(0, NUM_SELECTED):
+            there = valid & (tl.load(used + first + slot, mask=valid, other=0) != 0)
+            entry = (first + slot) * G + row % G
+            part = tl.load(partial_lse + entry, mask=there, other=float("-inf"))
+            o0, o1 = load_split(partial_o + entry * DV, there, DV, V0, V1, True)
+            new_maximum = tl.maximum(maximum, part)
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            weight = tl.math.exp2(part - shift)
+            factor = tl.math.exp2(maximum - shift)
+            total = total * factor + weight
+            acc0 = acc0 * factor[:, None] + o0.to(tl.float32) * weight[:, None]
+            if V1 > 0:
+                acc1 = acc1 * factor[:, None] + o1.to(tl.float32) * weight[:, None]
+            maximum = new_maximum
+        dead = total == 0.0
+        total = tl.where(dead, 1.0, total)
+        row_lse = tl.where(dead, float("-inf"), (maximum + tl.math.log2(total)) * LN2)
+        inverse = (1.0 / total)[:, None]
+        store_split(o + row * DV, valid, acc0 * inverse, acc1 * inverse, DV, V0, V1)
+        tl.store(lse + row, row_lse, mask=valid)

@@ -5,8 +5,8 @@ entries. A list longer than CHUNK becomes several items; their dk, dv go to a fl
 `reduce_dkv` adds them up in order. A block with one item writes its dk, dv itself. No atomics, and
 the same sum in every run; nothing of size G is written.
 
-dq by block writes a partial dq per (query, slot, head) and adds the slots up: for small G only, for
-the same reasons as the forward.
+dq by block writes a partial dq per (query, slot, head) and adds the slots up; see `union` for where
+that wins.
 """
 
 import triton
@@ -24,12 +24,13 @@ from ..common import (
     token_rows,
 )
 from .by_block import work_item
+from .union import BY_BLOCK
 
 
 @triton.jit
 def backward_dkv(
     q, k, v, grad_o, lse, delta, dk, dv, workspace, queries, item_block, item_start, list_start,
-    slot_start, num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
+    list_end, slot_start, num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh,
     G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -43,7 +44,7 @@ def backward_dkv(
     so that p and ds are left operands as they are.
 
     Args:
-        queries .. list_start: as `forward_by_block`; slot_start: int32 [num_blocks + 1], a block's
+        queries .. list_end: as `forward_by_block`; slot_start: int32 [num_blocks + 1], a block's
             first slot in the workspace (blocks of a single item have none).
         dk: [B, T, Hkv, DK]; dv: [B, T, Hkv, DV], contiguous.
         workspace: float32 [slots, SELECT_BLOCK, DK + DV].
@@ -54,7 +55,7 @@ def backward_dkv(
         tokens = S
         keys = T
         number, begin, end, batch, kv_head, q_start, S, k_start, T, first_key = work_item(
-            item, item_block, item_start, list_start, cu_q, cu_k, num_seqs, S, T,
+            item, item_block, item_start, list_start, list_end, cu_q, cu_k, num_seqs, S, T,
             blocks_per_head, KV_HEADS, SELECT_BLOCK, CHUNK, PACKED,
         )  # fmt: skip
         offset = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -170,25 +171,30 @@ def reduce_dkv(
 
 @triton.jit
 def backward_dq_by_block(
-    q, k, v, grad_o, lse, delta, partial_dq, queries, order, item_block, item_start, list_start,
-    num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
+    q, k, v, grad_o, lse, delta, partial_dq, chosen, queries, order, item_block, item_start,
+    list_start, list_end, first_pair, num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head,
+    KV_HEADS, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh,
     G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    MEASURED: tl.constexpr,
 ):  # fmt: skip
     """What one block gives to dq of each query on its list.
 
     Grid: (bound of items,). BLOCK_N is a power of two >= SELECT_BLOCK. Arguments as
-    `forward_by_block` and `backward_dkv`; partial_dq: [B * tokens * Hkv * n, G, DK], contiguous.
+    `forward_by_block` and `backward_dkv`; partial_dq: float32 [pairs of the pass, G, DK].
     """
+    if MEASURED:
+        if tl.load(chosen) != BY_BLOCK:
+            return
     item = tl.program_id(0)
     if item < tl.load(item_start + num_blocks):
         tokens = S
         _, begin, end, batch, kv_head, q_start, S, k_start, T, first_key = work_item(
-            item, item_block, item_start, list_start, cu_q, cu_k, num_seqs, S, T,
+            item, item_block, item_start, list_start, list_end, cu_q, cu_k, num_seqs, S, T,
             blocks_per_head, KV_HEADS, SELECT_BLOCK, CHUNK, PACKED,
         )  # fmt: skip
         offset = tl.arange(0, BLOCK_N)
@@ -229,39 +235,35 @@ def backward_dq_by_block(
             dq1 = dq0
             if D1 > 0:
                 dq1 = dot(ds, k1, tl.zeros([BLOCK_M, D1], tl.float32), UPCAST, PRECISION)
-            out = partial_dq + (entry * G + row % G) * DK
+            out = partial_dq + ((entry - first_pair) * G + row % G) * DK
             store_split(out, valid, dq0 * scale, dq1 * scale, DK, D0, D1)
 
 
 @triton.jit
 def sum_dq(
-    partial_dq, used, dq, tokens, first_token, S, KV_HEADS, num_rows,
+    partial_dq, used, dq, chosen, num_rows,
     G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    NUM_SELECTED: tl.constexpr, BLOCK_M: tl.constexpr,
+    NUM_SELECTED: tl.constexpr, BLOCK_M: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
     """Adds up the partial dq of a query's blocks in float32, in the order of its slots.
 
-    Grid: (tiles of BLOCK_M rows,), a row being a (token, query head) pair.
-
-    Args:
-        partial_dq: [B, tokens, Hkv, NUM_SELECTED, G, DK]; used: int8 [B, tokens, Hkv,
-            NUM_SELECTED], 0 where the slot is empty and its partial dq was never written.
-        dq: [B, S, Hq, DK], written for tokens [first_token, first_token + tokens).
-            num_rows: B * tokens * Hq.
+    Grid as `combine`. Args: partial_dq, chosen: as `backward_dq_by_block`; used: as `combine`;
+    dq: [num_rows, DK], the rows of the pass.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < num_rows
-    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
-    dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else D0], tl.float32)
-    for slot in range(0, NUM_SELECTED):
-        entry = (row // G) * NUM_SELECTED + slot
-        there = valid & (tl.load(used + entry, mask=valid, other=0) != 0)
-        rows = partial_dq + (entry * G + row % G) * DK
-        part0, part1 = load_split(rows, there, DK, D0, D1, True)
-        dq0 += part0.to(tl.float32)
-        if D1 > 0:
-            dq1 += part1.to(tl.float32)
-    heads = KV_HEADS * G
-    token = row // heads
-    out = ((token // tokens) * S + first_token + token % tokens) * heads + row % heads
-    store_split(dq + out * DK, valid, dq0, dq1, DK, D0, D1)
+    if MEASURED:
+        if tl.load(chosen) != BY_BLOCK:
+            return
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = row < num_rows
+        dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+        dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else D0], tl.float32)
+        for slot in range(0, NUM_SELECTED):
+            entry = (row // G) * NUM_SELECTED + slot
+            there = valid & (tl.load(used + entry, mask=valid, other=0) != 0)
+            rows = partial_dq + (entry * G + row % G) * DK
+            part0, part1 = load_split(rows, there, DK, D0, D1, True)
+            dq0 += part0.to(tl.float32)
+            if D1 > 0:
+                dq1 += part1.to(tl.float32)
+        store_split(dq + row * DK, valid, dq0, dq1, DK, D0, D1)

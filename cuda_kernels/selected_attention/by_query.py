@@ -8,9 +8,9 @@ one token per program reads 16 blocks = 655 KB of K, V through L2 for 10.5 MFLOP
 rows of a tile whose instruction has 64; at 64K tokens and 4 kv heads that is 172 GB, 31 ms of L2.
 The union of 4 tokens reads between 164 KB (all blocks shared) and 563 KB (only the three forced
 ones shared: 3 + 4 * 13 blocks), and the rows of tokens that did not select a block ride along in
-an instruction that is issued anyway. So the union is never the slower one at G = 16; how much it
-wins depends on the overlap, and QUERIES in the plan is the knob.
-Query-outer with one token is QUERIES = 1.
+an instruction that is issued anyway. So the union is never slower than single tokens; QUERIES in
+the plan is the knob, and QUERIES = 1 is query-outer with one token. Whether it is faster than
+`by_block` depends on the overlap: see `union`.
 """
 
 import triton
@@ -23,78 +23,13 @@ from ..common import (
     load_base2_lse,
     load_split,
     narrow,
-    packed_tile,
     softmax_result,
     softmax_step,
     store_split,
     token_group_rows,
     token_rows,
 )
-
-
-@triton.jit
-def _query_tile(
-    tile, cu_q, cu_k, num_seqs, S, T, QUERIES: tl.constexpr, PACKED: tl.constexpr
-):  # fmt: skip
-    """Where a tile of QUERIES tokens lies: query start, queries, key start, keys, first token."""
-    q_start = tl.full([], 0, tl.int64)
-    k_start = tl.full([], 0, tl.int64)
-    if PACKED:
-        sequence, tile = packed_tile(tile, cu_q, num_seqs, 1, QUERIES)
-        q_start = tl.load(cu_q + sequence).to(tl.int64)
-        k_start = tl.load(cu_k + sequence).to(tl.int64)
-        S = (tl.load(cu_q + sequence + 1) - q_start).to(tl.int32)
-        T = (tl.load(cu_k + sequence + 1) - k_start).to(tl.int32)
-    return q_start, S, k_start, T, tile * QUERIES
-
-
-@triton.jit
-def union_blocks(
-    block_indices, entries, counts, cu_q, cu_k, num_seqs, S, T,
-    NUM_SELECTED: tl.constexpr, SELECTED_POW2: tl.constexpr, SELECT_BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Lists the distinct blocks that a tile of QUERIES adjacent tokens selected.
-
-    Grid: (query tiles, Hkv, B). An entry is `block << QUERIES | members`, bit i of members set when
-    token i of the tile selected the block. Ids below 0 and blocks that start after the token are
-    left out. QUERIES is a power of two <= 8, which leaves 23 bits for the block.
-
-    Args:
-        block_indices: int32 [B, S, Hkv, NUM_SELECTED], contiguous.
-        entries: int32 [B, Hkv, tiles, QUERIES * NUM_SELECTED]; counts: int32 [B, Hkv, tiles].
-    """
-    number = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
-    kv_heads = tl.num_programs(1)
-    tokens = S
-    q_start, S, _, T, first_token = _query_tile(number, cu_q, cu_k, num_seqs, S, T, QUERIES, PACKED)
-    stride_token = kv_heads * NUM_SELECTED
-    ids = block_indices + (batch * tokens + q_start + first_token) * stride_token
-    ids += tl.program_id(1) * NUM_SELECTED
-
-    slot = tl.arange(0, SELECTED_POW2)
-    flat = tl.arange(0, QUERIES * SELECTED_POW2)
-    query = flat // SELECTED_POW2
-    inside = (flat % SELECTED_POW2 < NUM_SELECTED) & (first_token + query < S)
-    own = tl.load(ids + query * stride_token + flat % SELECTED_POW2, mask=inside, other=-1)
-    position = T - S + first_token + query
-    own = tl.where(own.to(tl.int64) * SELECT_BLOCK <= position, own, -1)
-    members = tl.zeros([QUERIES * SELECTED_POW2], tl.int32)
-    for other in tl.static_range(QUERIES):
-        there = (slot < NUM_SELECTED) & (first_token + other < S)
-        row = tl.load(ids + other * stride_token + slot, mask=there, other=-1)
-        row = tl.where(row.to(tl.int64) * SELECT_BLOCK <= T - S + first_token + other, row, -1)
-        equal = (own[:, None] == row[None, :]).to(tl.int32)
-        members |= tl.max(equal, 1) << other
-    # The first token that selected a block is the one that lists it.
-    earlier = members & ((1 << query) - 1)
-    listed = (own >= 0) & (earlier == 0)
-    order = tl.cumsum(listed.to(tl.int32), 0) - 1
-    out = (batch * kv_heads + tl.program_id(1)) * tl.num_programs(0) + number
-    slots = entries + out * (QUERIES * NUM_SELECTED) + order
-    tl.store(slots, (own << QUERIES) | members, mask=listed)
-    tl.store(counts + out, tl.sum(listed.to(tl.int32), 0))
+from .union import BY_QUERY, query_tile
 
 
 @triton.jit
@@ -115,14 +50,15 @@ def _keys_of(
 
 @triton.jit
 def forward(
-    q, k, v, o, lse, entries, counts, cu_q, cu_k, num_seqs, S, T, HQ, scale,
+    q, k, v, o, lse, entries, counts, chosen, cu_q, cu_k, num_seqs, S, T, HQ,
+    scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     NUM_SELECTED: tl.constexpr, SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr,
     QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of QUERIES tokens x G heads, over the entries that `union_blocks` listed.
 
@@ -132,13 +68,17 @@ def forward(
     Args:
         q: [B, S, Hq, DK]; k: [B, T, Hkv, DK]; v: [B, T, Hkv, DV], last dim contiguous.
         o: [B, S, Hq, DV], contiguous; lse: float32 [B, S, Hq], contiguous.
+        chosen: int32 [1], see `choose_strategy`; read where MEASURED.
         BLOCK_M: power of two >= QUERIES * G; the rows past that are idle.
     """
+    if MEASURED:
+        if tl.load(chosen) != BY_QUERY:
+            return
     number = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     tokens = S
-    q_start, S, k_start, T, first_token = _query_tile(
+    q_start, S, k_start, T, first_token = query_tile(
         number, cu_q, cu_k, num_seqs, S, T, QUERIES, PACKED
     )
     if first_token < S:
@@ -193,14 +133,15 @@ def forward(
 
 @triton.jit
 def backward_dq(
-    q, k, v, grad_o, lse, delta, dq, entries, counts, cu_q, cu_k, num_seqs, S, T, HQ, scale,
+    q, k, v, grad_o, lse, delta, dq, entries, counts, chosen, cu_q, cu_k, num_seqs, S, T, HQ,
+    scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh,
     G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     NUM_SELECTED: tl.constexpr, SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr,
     QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
     """dq of QUERIES tokens x G heads: the loop of `forward` over the same entries.
 
@@ -210,11 +151,14 @@ def backward_dq(
         grad_o: [B, S, Hq, DV], last dim contiguous; lse, delta: float32 [B, S, Hq], contiguous.
         dq: [B, S, Hq, DK], contiguous.
     """
+    if MEASURED:
+        if tl.load(chosen) != BY_QUERY:
+            return
     number = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     tokens = S
-    q_start, S, k_start, T, first_token = _query_tile(
+    q_start, S, k_start, T, first_token = query_tile(
         number, cu_q, cu_k, num_seqs, S, T, QUERIES, PACKED
     )
     if first_token < S:

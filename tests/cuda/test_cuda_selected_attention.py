@@ -24,11 +24,12 @@ STRATEGIES = ["by_query", "by_block"]
 
 def plan(
     strategy: str, queries: int = 4, block_m: int = 64, block_n: int = 64, chunk: int = 64,
-    tokens_per_pass: int = 1024,
+    rows_per_pass: int = 4096, pairs_per_sort: int = 4096,
 ) -> dict:  # fmt: skip
     op = "selected_attention"
     found = plans.find("interpret", op, dk=64, dv=64, dtype="float32", group=1)
-    found["dispatch"] = {"strategy": strategy, "tokens_per_pass": tokens_per_pass}
+    limits = {"rows_per_pass": rows_per_pass, "pairs_per_sort": pairs_per_sort}
+    found["dispatch"] = {"strategy": strategy, **limits}
     for kernel in ("forward", "backward_dq"):
         found[kernel] |= {"QUERIES": queries, "BLOCK_N": block_n}
     for kernel in ("forward_by_block", "backward_dq_by_block", "backward_dkv"):
@@ -95,7 +96,7 @@ def test_any_shape(queries, past, group, dims, select_block, slots, per_tile, st
     keys = queries + past
     problem = oracle.Problem.random(1, queries, keys, 1, group, *dims, seed=queries)
     ids = random_ids(queries, keys, 1, slots, select_block, seed=past)
-    tiles = plan(strategy, per_tile, 16, 16, chunk=8, tokens_per_pass=10)
+    tiles = plan(strategy, per_tile, 16, 16, chunk=8, rows_per_pass=10 * group, pairs_per_sort=70)
     check(problem, ids, select_block, tiles)
 
 
@@ -120,7 +121,7 @@ def test_packed(strategy):
     ]
     every = torch.cat(ids, 1)
     options = {"select_block": block, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-    tiles = plan(strategy, 4, 16, 16, chunk=4, tokens_per_pass=12)
+    tiles = plan(strategy, 4, 16, 16, chunk=4, rows_per_pass=48, pairs_per_sort=100)
     oracle.check(
         problem,
         masks,

@@ -19,7 +19,7 @@ from nsa_neuron.backends.cuda.launch.select_blocks import tile_constants as sele
 
 INTEGERS = frozenset(
     {"num_seqs", "S", "T", "HQ", "KV_HEADS", "rows", "heads", "tokens", "num_rows", "num_blocks"}
-    | {"first_token", "blocks_per_head"}
+    | {"first_token", "first_pair", "blocks_per_head"}
 )
 FLOAT32_TENSORS = frozenset({"lse", "delta", "grad_lse"})
 
@@ -113,12 +113,17 @@ def _flash(op: str, window: int) -> tuple[KernelEntry, ...]:
 
 _SELECT_BLOCK, _NUM_SELECTED = 64, 16
 _SELECTED_TYPES = {
-    **dict.fromkeys(("block_indices", "entries", "counts", "queries"), "*i32"),
+    **dict.fromkeys(("block_indices", "entries", "counts", "pairs", "chosen", "queries"), "*i32"),
     **dict.fromkeys(("item_block", "item_start", "slot_start"), "*i32"),
-    **dict.fromkeys(("order", "list_start"), "*i64"),
+    **dict.fromkeys(("order", "list_start", "list_end"), "*i64"),
     **dict.fromkeys(("partial_lse", "partial_dq", "workspace"), "*fp32"),
-    "used": "*i8",
+    **{"used": "*i8", "tiles": "i32", "min_sharing": "fp32"},
 }
+
+
+def _measured(shape: Shape) -> dict[str, bool]:
+    """Whether the plans let the overlap decide, so that the kernel begins with reading a flag."""
+    return {"MEASURED": 5 <= shape.group <= 32}
 
 
 def _by_query(shape: Shape) -> Mapping[str, Any]:
@@ -128,12 +133,13 @@ def _by_query(shape: Shape) -> Mapping[str, Any]:
         "NUM_SELECTED": _NUM_SELECTED,
         "SELECT_BLOCK": _SELECT_BLOCK,
         "PACKED": False,
+        **_measured(shape),
     }
 
 
 def _by_block(shape: Shape) -> Mapping[str, Any]:
     constants = {"SELECT_BLOCK": _SELECT_BLOCK, "PACKED": False, "G": shape.group, **_dims(shape)}
-    return {"BLOCK_N": _SELECT_BLOCK, **constants}
+    return {"BLOCK_N": _SELECT_BLOCK, **constants, **_measured(shape)}
 
 
 def _reduce(shape: Shape) -> Mapping[str, Any]:
@@ -153,13 +159,17 @@ def _union(shape: Shape) -> Mapping[str, Any]:
 def _combine(shape: Shape) -> Mapping[str, Any]:
     dims = _dims(shape)
     constants = {name: dims[name] for name in ("DV", "V0", "V1")}
-    return {"G": shape.group, "NUM_SELECTED": _NUM_SELECTED, **constants}
+    return {"G": shape.group, "NUM_SELECTED": _NUM_SELECTED, **constants, **_measured(shape)}
 
 
 def _sum_dq(shape: Shape) -> Mapping[str, Any]:
     dims = _dims(shape)
     constants = {name: dims[name] for name in ("DK", "D0", "D1")}
-    return {"G": shape.group, "NUM_SELECTED": _NUM_SELECTED, **constants}
+    return {"G": shape.group, "NUM_SELECTED": _NUM_SELECTED, **constants, **_measured(shape)}
+
+
+def _planned_only(shape: Shape) -> Mapping[str, Any]:
+    return {}
 
 
 def _selected(kernel: str, derive: Derive, **options: Any) -> KernelEntry:
@@ -249,12 +259,13 @@ KERNELS: tuple[KernelEntry, ...] = (
     *_flash("attention", 0),
     *_flash("sliding_window_attention", 512),
     _selected("union_blocks", _union, wants_wgmma=False),
+    _selected("choose_strategy", _planned_only, wants_wgmma=False, min_group=5, max_group=32),
     _selected("forward", _by_query, min_group=5),
-    _selected("forward_by_block", _by_block, max_group=4),
-    _selected("combine", _combine, wants_wgmma=False, max_group=4),
+    _selected("forward_by_block", _by_block, max_group=32),
+    _selected("combine", _combine, wants_wgmma=False, max_group=32),
     _selected("backward_dq", _by_query, min_group=5),
-    _selected("backward_dq_by_block", _by_block, max_group=4),
-    _selected("sum_dq", _sum_dq, wants_wgmma=False, max_group=4),
+    _selected("backward_dq_by_block", _by_block, max_group=32),
+    _selected("sum_dq", _sum_dq, wants_wgmma=False, max_group=32),
     _selected("backward_dkv", _by_block),
     _selected("reduce_dkv", _reduce, wants_wgmma=False),
     _delta_entry("selected_attention"),

@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import masked_oracle as oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poisoned import poison  # noqa: F401
+from selected_oracle import check, kernels, mask_of, plan, random_ids
 
-from nsa_neuron.backends.cuda import plans
 from nsa_neuron.backends.cuda.launch import selected_attention as launch
-from nsa_neuron.toolchain import KernelPackage, triton_interpreter
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.sim
 
-KERNELS = KernelPackage("cuda_kernels", triton_interpreter).load("selected_attention")
+KERNELS = kernels()
 STRATEGIES = ["by_query", "by_block"]
-
-
-def plan(
-    strategy: str, queries: int = 4, block_m: int = 64, block_n: int = 64, chunk: int = 64,
-    rows_per_pass: int = 4096, pairs_per_sort: int = 4096,
-) -> dict:  # fmt: skip
-    op = "selected_attention"
-    found = plans.find("interpret", op, dk=64, dv=64, dtype="float32", group=1)
-    limits = {"rows_per_pass": rows_per_pass, "pairs_per_sort": pairs_per_sort}
-    found["dispatch"] = {"strategy": strategy, **limits}
-    for kernel in ("forward", "backward_dq"):
-        found[kernel] |= {"QUERIES": queries, "BLOCK_N": block_n}
-    for kernel in ("forward_by_block", "backward_dq_by_block", "backward_dkv"):
-        found[kernel] |= {"BLOCK_M": block_m, "CHUNK": chunk}
-    found["backward_dkv"]["BLOCK_N"] = block_n
-    found["reduce_dkv"]["BLOCK_N"] = min(block_n, 16)
-    return found
-
-
-def random_ids(
-    queries: int, keys: int, kv_heads: int, slots: int, select_block: int, seed: int = 0
-) -> torch.Tensor:
-    """int32 [1, S, Hkv, n]: 0 to n distinct visible blocks, ascending, -1 on the right."""
-    gen = torch.Generator().manual_seed(seed)
-    ids = torch.full((1, queries, kv_heads, slots), -1, dtype=torch.int32)
-    for s in range(queries):
-        visible = (keys - queries + s) // select_block + 1
-        for h in range(kv_heads):
-            count = int(torch.randint(0, slots + 1, (), generator=gen))
-            chosen = torch.randperm(visible, generator=gen)[:count].sort().values
-            ids[0, s, h, : len(chosen)] = chosen
-    return ids
-
-
-def mask_of(ids: torch.Tensor, keys: int, select_block: int, group: int) -> torch.Tensor:
-    """[1, Hq, S, keys]: tokens of a row's blocks, up to its own position."""
-    blocks = torch.arange(keys) // select_block
-    chosen = (ids[..., None] == blocks).any(-2)
-    chosen = chosen.permute(0, 2, 1, 3).repeat_interleave(group, 1)
-    return chosen & oracle.causal(ids.shape[1], keys)
-
-
-def check(problem: oracle.Problem, ids: torch.Tensor, select_block: int, tiles: dict) -> None:
-    group = problem.q.shape[2] // problem.k.shape[2]
-    mask = mask_of(ids, problem.k.shape[1], select_block, group)
-    bind = lambda f: partial(f, KERNELS, tiles, select_block=select_block)  # noqa: E731
-    oracle.check(
-        problem,
-        [(slice(None), slice(None), mask)],
-        lambda q, k, v, **o: bind(launch.forward)(q, k, v, ids, **o),
-        lambda g, q, k, v, *rest, **o: bind(launch.backward)(g, q, k, v, ids, *rest, **o),
-    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -81,7 +26,7 @@ def test_dtypes(dtype, strategy):
     check(problem, random_ids(21, 40, 1, 3, 16), 16, plan(strategy, chunk=16))
 
 
-@settings(max_examples=7)
+@settings(max_examples=8)
 @given(
     queries=st.integers(1, 24),
     past=st.integers(0, 40),
@@ -90,13 +35,15 @@ def test_dtypes(dtype, strategy):
     select_block=st.sampled_from([8, 16, 24, 40]),
     slots=st.integers(1, 5),
     per_tile=st.sampled_from([1, 2, 8]),
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from([*STRATEGIES, "by_overlap"]),
 )
 def test_any_shape(queries, past, group, dims, select_block, slots, per_tile, strategy):
     keys = queries + past
     problem = oracle.Problem.random(1, queries, keys, 1, group, *dims, seed=queries)
     ids = random_ids(queries, keys, 1, slots, select_block, seed=past)
-    tiles = plan(strategy, per_tile, 16, 16, chunk=8, rows_per_pass=10 * group, pairs_per_sort=70)
+    limits = {"rows_per_pass": 10 * group, "pairs_per_sort": 70}
+    rows = 1.3 * group * 64 / select_block
+    tiles = plan(strategy, per_tile, 16, 16, chunk=8, overlap_rows=rows, **limits)
     check(problem, ids, select_block, tiles)
 
 

@@ -1,15 +1,23 @@
-"""Where an operand lies: interned layouts and the byte ranges that dependencies are made of."""
+"""Where an operand lies: interned layouts and the byte ranges that dependencies are made of.
+
+A kernel's loop makes tensors of a few forms and looks at them in a few ways, so what does not
+depend on the tensor itself is worked out once per form (`Form`, `Place`).
+"""
 
 from __future__ import annotations
 
+from copy import copy
 from math import prod
 from typing import TYPE_CHECKING
+
+from .views import row_major
 
 if TYPE_CHECKING:
     from .dtypes import DType
     from .memory import Allocation
 
 Shape = tuple[int, ...]
+ON_CHIP = ("sbuf", "psum")
 
 
 class Layout:
@@ -83,11 +91,10 @@ _NOWHERE = (0, 0)
 _SIGNATURES: dict[tuple[Layout, str, tuple[int, int], bool], object] = {}
 
 
-class Access:
-    """One operand of one instruction: an allocation and the bytes of it that are touched.
+class Place:
+    """Where in a tensor an operand lies, whichever tensor: one object for all made alike.
 
     Attributes:
-        allocation: metadata of the storage (no data).
         layout: interned layout.
         p0, p1: partition range [p0, p1) in the allocation; [0, 1) in HBM.
         lo, hi: byte range [lo, hi) in each partition; in the whole tensor for HBM. Exact when
@@ -99,21 +106,9 @@ class Access:
             lookup hashes it at once.
     """
 
-    __slots__ = (
-        "allocation",
-        "dynamic",
-        "hi",
-        "inside",
-        "layout",
-        "lo",
-        "p0",
-        "p1",
-        "signature",
-        "start",
-    )
+    __slots__ = ("dynamic", "hi", "inside", "layout", "lo", "p0", "p1", "signature", "start")
 
-    def __init__(self, allocation: Allocation, layout: Layout, start: int, dynamic: bool) -> None:
-        self.allocation = allocation
+    def __init__(self, form: Form, layout: Layout, start: int, dynamic: bool) -> None:
         self.layout = layout
         self.start = start
         self.dynamic = dynamic
@@ -123,19 +118,132 @@ class Access:
             p1 = p0 + (layout.partitions - 1) * layout.step + 1
             lo = (column + layout.low) * itemsize
             hi = (column + layout.high + 1) * itemsize
-            lane = p0 + allocation.address[0] if allocation.address else p0
-            place = lane, lo if allocation.buffer == "psum" else 0
+            lane = p0 + form.address[0] if form.address else p0
+            spot = lane, lo if form.buffer == "psum" else 0
         else:
             p0, p1 = 0, 1
             lo = (start + layout.low) * itemsize
             hi = (start + layout.high + 1) * itemsize
-            place = _NOWHERE
+            spot = _NOWHERE
         self.p0, self.p1, self.lo, self.hi = p0, p1, lo, hi
-        self.inside = (
-            lo >= 0 and hi <= allocation.pitch_bytes and p0 >= 0 and p1 <= allocation.partitions
-        )
-        key = (layout, allocation.buffer, place, dynamic)
+        self.inside = lo >= 0 and hi <= form.pitch_bytes and p0 >= 0 and p1 <= form.partitions
+        key = (layout, form.buffer, spot, dynamic)
         self.signature = _SIGNATURES.get(key) or _SIGNATURES.setdefault(key, object())
+
+    def anywhere(self, form: Form) -> Place:
+        """The same pattern, but as far as bytes go all of the tensor."""
+        new = copy(self)
+        new.p0, new.p1, new.lo, new.hi, new.inside = 0, form.partitions, 0, form.pitch_bytes, True
+        return new
+
+
+class Form:
+    """What tensors made alike have in common; a loop makes the same few again and again.
+
+    Attributes:
+        buffer, shape, dtype, address, on_chip, partitions, pitch_bytes: as of `Allocation`.
+        strides: of the whole tensor, in elements.
+        places: places of operands, by layout or by view, as they are first met.
+    """
+
+    __slots__ = (
+        "address",
+        "buffer",
+        "dtype",
+        "on_chip",
+        "partitions",
+        "pitch_bytes",
+        "places",
+        "shape",
+        "strides",
+    )
+
+    def __init__(
+        self, buffer: str, shape: Shape, dtype: DType, address: tuple[int, int] | None
+    ) -> None:
+        self.buffer = buffer
+        self.shape = shape
+        self.strides = row_major(shape)
+        self.dtype = dtype
+        self.address = address
+        self.on_chip = on_chip = buffer in ON_CHIP
+        self.partitions = shape[0] if on_chip else 1
+        self.pitch_bytes = prod(shape[1:] if on_chip else shape) * dtype.itemsize
+        self.places: dict[object, Place] = {}
+
+    def place(self, layout: Layout, start: int, dynamic: bool) -> Place:
+        """The place of a layout at an element offset."""
+        key = (layout, start, dynamic)
+        found = self.places.get(key)
+        if found is None:
+            found = self.places[key] = Place(self, layout, start, dynamic)
+        return found
+
+
+class Access:
+    """One operand of one instruction: an allocation and the bytes of it that are touched.
+
+    A record holds millions, so all but the allocation is the place's; see `Place` for what the
+    properties mean.
+
+    Attributes:
+        allocation: metadata of the storage (no data).
+        place: what of it is touched; one object for tensors made alike.
+    """
+
+    __slots__ = ("allocation", "place")
+
+    def __init__(self, allocation: Allocation, layout: Layout, start: int, dynamic: bool) -> None:
+        self.allocation = allocation
+        self.place = allocation.form.place(layout, start, dynamic)
+
+    @classmethod
+    def at(cls, allocation: Allocation, place: Place) -> Access:
+        """The access of a known place."""
+        new = object.__new__(cls)
+        new.allocation = allocation
+        new.place = place
+        return new
+
+    @property
+    def layout(self) -> Layout:
+        """Interned layout."""
+        return self.place.layout
+
+    @property
+    def start(self) -> int:
+        """Element offset of the view."""
+        return self.place.start
+
+    @property
+    def dynamic(self) -> bool:
+        """True when the place came from a run-time index."""
+        return self.place.dynamic
+
+    @property
+    def p0(self) -> int:
+        """First partition in the allocation; 0 in HBM."""
+        return self.place.p0
+
+    @property
+    def p1(self) -> int:
+        """Partition after the last; 1 in HBM."""
+        return self.place.p1
+
+    @property
+    def lo(self) -> int:
+        """First byte in each partition; of the tensor in HBM. Hulls where not `layout.dense`."""
+        return self.place.lo
+
+    @property
+    def hi(self) -> int:
+        """Byte after the last."""
+        return self.place.hi
+
+    @property
+    def inside(self) -> bool:
+        """True when the access stays in its tensor."""
+        return self.place.inside
 
     @property
     def nbytes(self) -> int:

@@ -62,9 +62,13 @@ def require_core(what: str) -> NeuronCore:
     return core
 
 
-def call_site() -> tuple[CodeType, int] | None:
-    """Code object and instruction offset of the innermost frame outside the simulator."""
-    frame = sys._getframe(2)  # this function and its caller are the simulator's
+def call_site(known: int = 2) -> tuple[CodeType, int] | None:
+    """Code object and instruction offset of the innermost frame outside the simulator.
+
+    Args:
+        known: how many frames, this function's and its caller's first, are the simulator's.
+    """
+    frame = sys._getframe(known)
     internal = _INTERNAL
     while internal[frame.f_code.co_filename]:
         frame = frame.f_back  # type: ignore[assignment]

@@ -9,13 +9,13 @@ import numpy as np
 
 from . import faults
 from . import operands as ops
-from .access import Access
+from .access import ON_CHIP, Access, Form
 from .accumulators import Accumulators
 from .checks import RULES
 from .context import STATE, call_site, locate, violate, violation
-from .dtypes import resolve
+from .dtypes import DType, resolve
 from .machine import Machine, machine_for
-from .memory import ON_CHIP, Allocation, Arena, Memory, Pool, PooledMemory
+from .memory import AbsentMemory, Allocation, Arena, Memory, Pool, PooledMemory
 from .record import CoreTrace, Instruction
 from .registers import VirtualRegister
 from .tensor import NkiTensor, resolved
@@ -91,6 +91,8 @@ class NeuronCore:
         self.accumulators = {e: Accumulators(self.machine.partitions) for e in ("scalar", "vector")}
         self.pending: list[tuple[Access, Message, str]] = []
         self.state: dict[Any, Any] = {}
+        self._precise = options.precise
+        self._forms: dict[tuple[Any, ...], Form] = {}
         self._pool = Pool()
         self._arenas = {b: Arena(self.machine, b) for b in ON_CHIP}
         self._plans = _PLANS.setdefault((options.target, options.relax), {})
@@ -122,6 +124,52 @@ class NeuronCore:
         Raises:
             SimulationError: rules "shape", "on-chip-rank", "address", "partition-limit".
         """
+        form = self._known_form(shape, dtype, buffer) if address is None else None
+        if form is None:
+            form = self._form(shape, dtype, buffer, address)
+        launch = self.launch
+        if buffer == "shared_hbm":
+            shared = launch.join_shared(self.index, form.shape, form.dtype)
+            if shared is not None:
+                return NkiTensor.whole(shared, name)
+        trace = self.trace
+        allocation = Allocation(
+            launch.next_id(),
+            self.index,
+            buffer,
+            form.shape,
+            form.dtype,
+            name,
+            address,
+            len(trace.instructions),
+            call_site(),
+            role,
+            form,
+        )
+        if address is not None:
+            faults.check_address(allocation, self.machine)
+        if not form.on_chip:
+            faults.check_fits_hbm(allocation, self.machine)
+        trace.allocations.append(allocation)
+        memory = self._memory(allocation)
+        if buffer == "shared_hbm":
+            launch.add_shared(self.index, memory)
+        if self._fill and self.data:
+            _fill_sentinel(memory)
+        return NkiTensor.whole(memory, name)
+
+    def _known_form(self, shape: Any, dtype: Any, buffer: str) -> Form | None:
+        """The form of tensors like these that passed all checks before."""
+        if type(shape) is not tuple or type(dtype) is not DType:
+            return None
+        for size in shape:
+            if type(size) is not int:  # True and 1.0 would be found as 1
+                return None
+        return self._forms.get((buffer, shape, dtype))
+
+    def _form(self, shape: Any, dtype: Any, buffer: str, address: tuple[int, int] | None) -> Form:
+        """Check shape and dtype of a new tensor."""
+        noted = len(self.trace.relaxed)
         dims = faults.check_shape(shape, buffer, self.machine)
         kind = resolve(dtype)
         if kind.gen4_only and self.machine.generation < 4:
@@ -133,40 +181,17 @@ class NeuronCore:
                 value=kind.name,
                 limit="trn3",
             )
-        launch = self.launch
-        if buffer == "shared_hbm":
-            shared = launch.join_shared(self.index, dims, kind)
-            if shared is not None:
-                return NkiTensor(dims, kind, shared, name=name)
-        allocation = Allocation(
-            launch.next_id(),
-            self.index,
-            buffer,
-            dims,
-            kind,
-            name,
-            address,
-            len(self.trace.instructions),
-            call_site(),
-            role,
-        )
-        if address is not None:
-            faults.check_address(allocation, self.machine)
-        if not allocation.on_chip:
-            faults.check_fits_hbm(allocation, self.machine)
-        self.trace.allocations.append(allocation)
-        memory = self._memory(allocation)
-        if buffer == "shared_hbm":
-            launch.add_shared(self.index, memory)
-        if self._fill and self.data:
-            _fill_sentinel(memory)
-        return NkiTensor(dims, kind, memory, name=name)
+        key = (buffer, dims, kind) if address is None else (buffer, dims, kind, address)
+        form = self._forms.get(key) or Form(buffer, dims, kind, address)
+        if len(self.trace.relaxed) == noted:
+            self._forms[key] = form
+        return form
 
     def _memory(self, allocation: Allocation) -> Memory:
-        precise = self.options.precise
-        width = allocation.pitch_bytes
+        precise = self._precise
         if not self.data:
-            return Memory(allocation, None, 0, width, precise)
+            return AbsentMemory(allocation, precise)
+        width = allocation.pitch_bytes
         if not precise:
             itemsize = allocation.dtype.itemsize
             width = width // itemsize * allocation.dtype.storage(False).itemsize
@@ -207,45 +232,45 @@ class NeuronCore:
             indices: tensors that were read for the addresses of the operands.
         """
         key: list[Any] = [spec, params]
-        outs: list[Access] = []
-        ins: list[Access] = []
-        for tensors, accesses in ((writes, outs), (reads, ins)):
-            for tensor in tensors:
-                if type(tensor) is not NkiTensor:
-                    key.append(type(tensor))
-                    continue
-                if tensor.dynamic is not None:
-                    found: list[Access] = []
-                    writes = tuple([self.static(t, spec, found) for t in writes])
-                    reads = tuple([self.static(t, spec, found) for t in reads])
-                    return self.issue(spec, writes, reads, params, name, extra, tuple(found))
-                access = tensor._access or tensor.access()
-                key.append(access.signature)
-                accesses.append(access)
-        plan = self._plans.get(tuple(key))
+        accesses: list[Access] = []
+        for tensor in writes + reads:
+            if type(tensor) is not NkiTensor:
+                key.append(type(tensor))
+                continue
+            if tensor.dynamic is not None:
+                found: list[Access] = []
+                writes = tuple([self.static(t, spec, found) for t in writes])
+                reads = tuple([self.static(t, spec, found) for t in reads])
+                return self.issue(spec, writes, reads, params, name, extra, tuple(found))
+            access = tensor._access or tensor.access()
+            key.append(access.place.signature)
+            accesses.append(access)
+        known = tuple(key)
+        plan = self._plans.get(known)
         if plan is None:
-            plan = self._plans[tuple(key)] = ops.make_plan(spec, self, writes, reads, params)
+            plan = self._plans[known] = ops.make_plan(spec, self, writes, reads, params)
         if plan.violations:
             self.trace.relaxed.extend(plan.violations)
         trace = self.trace.instructions
         index = len(trace)
-        for access in (*outs, *ins):
+        for access in accesses:
             allocation = access.allocation
             if allocation.last_use < 0:
                 allocation.first_use = index
             allocation.last_use = index
             if allocation.closed:
                 faults.out_of_scope(spec, access)
-            if not access.inside:
+            if not access.place.inside:
                 faults.out_of_bounds(spec, access)
         if self.data:
             if self.pending:
-                self.settle((*outs, *ins))
+                self.settle(accesses)
             self._execute(spec, plan, writes, reads, params)
-        touched = (*ins, *indices) if indices else tuple(ins)
-        site = call_site()
+        written = len(writes) - writes.count(None)
+        outs, ins = tuple(accesses[:written]), (*accesses[written:], *indices)
+        site = call_site(3)
         instruction = Instruction(
-            index, spec.opcode, plan.engine, tuple(outs), touched, params, name, site, extra, plan
+            index, spec.opcode, plan.engine, outs, ins, params, name, site, extra, plan
         )
         trace.append(instruction)
         if self._alternate:

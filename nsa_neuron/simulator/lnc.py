@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Launch:
         meeting: where two cores meet, or None with one core.
         world: the ranks of the run.
         rank: rank of this launch among them.
+        next_id: gives a fresh allocation id.
     """
 
     def __init__(
@@ -46,14 +48,9 @@ class Launch:
         self.rank = rank
         self.meeting = Meeting(self.world, rank) if lnc > 1 else None
         self.races = Races() if lnc > 1 and options.data else None
-        self._next = 0
+        self.next_id = count().__next__
         self._shared: list[Memory] = []
         self._made = [0] * lnc
-
-    def next_id(self) -> int:
-        """A fresh allocation id."""
-        self._next += 1
-        return self._next - 1
 
     def join_shared(self, core: int, shape: tuple[int, ...], dtype: DType) -> Memory | None:
         """The shared tensor the other core already made at this point of the program.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .access import Form
 from .written import Written
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from .access import Access
     from .dtypes import DType
     from .machine import Machine
-
-ON_CHIP = ("sbuf", "psum")
 
 
 class Allocation:
@@ -41,6 +39,7 @@ class Allocation:
         site: code object and instruction offset of the kernel line that made it.
         role: "input", "output" or "scratch".
         pitch_bytes: bytes per partition on chip; of the whole tensor in HBM.
+        form: what it shares with tensors made alike.
     """
 
     __slots__ = (
@@ -51,6 +50,7 @@ class Allocation:
         "created",
         "dtype",
         "first_use",
+        "form",
         "id",
         "last_use",
         "name",
@@ -74,22 +74,26 @@ class Allocation:
         created: int,
         site: tuple[CodeType, int] | None,
         role: str,
+        form: Form | None = None,
     ) -> None:
         self.id = id
         self.core = core
+        if form is None:
+            form = Form(buffer, shape, dtype, address)
+        self.form = form
         self.buffer = buffer
         self.shape = shape
         self.dtype = dtype
-        self.name = name
         self.address = address
+        self.on_chip = form.on_chip
+        self.partitions = form.partitions
+        self.pitch_bytes = form.pitch_bytes
+        self.name = name
         self.created = created
         self.first_use = self.last_use = -1
         self.closed = False
         self.site = site
         self.role = role
-        on_chip = self.on_chip = buffer in ON_CHIP
-        self.partitions = shape[0] if on_chip else 1
-        self.pitch_bytes = prod(shape[1:] if on_chip else shape) * dtype.itemsize
 
     @property
     def partition(self) -> int:
@@ -195,6 +199,23 @@ class Memory:
             if other is not self:
                 _mark_alias(mask, access, other)
         return bool(mask.all())
+
+
+class AbsentMemory(Memory):
+    """Memory of a shape-only run: no bytes; the rest is made where somebody asks for it."""
+
+    __slots__ = ()
+
+    def __init__(self, allocation: Allocation, precise: bool) -> None:
+        self.allocation = allocation
+        self.precise = precise
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for slots that are not set: set them all."""
+        if name not in Memory.__slots__:
+            raise AttributeError(name)
+        super().__init__(self.allocation, None, 0, self.allocation.pitch_bytes, self.precise)
+        return getattr(self, name)
 
 
 class PooledMemory(Memory):

@@ -45,9 +45,36 @@ class NkiTensor(BaseTensor):
         return index
 
     def __getitem__(self, key: Any) -> NkiTensor:
-        keys = key if type(key) is tuple else (key,)
+        """Every dim as `:`, `first:stop` inside it or an index: here; all else: `_getitem`."""
+        shape = self.shape
+        if type(key) is not tuple or len(key) != len(shape) or self.dynamic is not None:
+            return self._general(key)
+        offset = self.offset
+        out_shape: list[int] = []
+        out_strides: list[int] = []
+        for item, size, stride in zip(key, shape, self.strides):  # noqa: B905  same length
+            if type(item) is slice:
+                first, stop = item.start, item.stop
+                if item.step is not None:
+                    return self._general(key)
+                if type(first) is int and type(stop) is int and 0 <= first < stop <= size:
+                    offset += first * stride
+                    size = stop - first
+                elif first is not None or stop is not None:
+                    return self._general(key)
+                out_shape.append(size)
+                out_strides.append(stride)
+            elif type(item) is int and 0 <= item < size and (out_shape or not self.on_chip):
+                offset += item * stride
+            else:
+                return self._general(key)
+        if len(out_shape) < 2 and (not out_shape or self.on_chip):
+            return self._general(key)
+        return self._view(tuple(out_shape), tuple(out_strides), offset)
+
+    def _general(self, key: Any) -> NkiTensor:
         try:
-            return self._getitem(keys)
+            return self._getitem(key if type(key) is tuple else (key,))
         except ViewError as error:
             raise self._error(error, "[]") from None
 

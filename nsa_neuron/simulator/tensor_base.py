@@ -147,6 +147,22 @@ class BaseTensor(NKIObject):
         self._access: Access | None = None
         self._array: NDArray[Any] | None = None
 
+    @classmethod
+    def whole(cls, memory: Memory, name: str) -> Self:
+        """The view of all of a memory, in the shape it was made with."""
+        form = memory.allocation.form
+        new = object.__new__(cls)
+        new.shape = form.shape
+        new.strides = form.strides
+        new.offset = 0
+        new.dtype = form.dtype
+        new.memory = memory
+        new.name = name
+        new.dynamic = None
+        new._access = None
+        new._array = None
+        return new
+
     @property
     def buffer(self) -> Any:
         """Memory region: `nl.sbuf`, `nl.psum`, `nl.private_hbm` or `nl.shared_hbm`."""
@@ -195,11 +211,16 @@ class BaseTensor(NKIObject):
         found = self._access
         if found is None:
             allocation = self.memory.allocation
-            if 0 in self.shape:
-                raise self._error(ViewError("index", "an empty view is used", self.shape))
-            pitch = allocation.pitch_bytes // self.dtype.itemsize if allocation.on_chip else 0
-            layout = layout_of(self.shape, self.strides, self.dtype, pitch)
-            found = self._access = Access(allocation, layout, self.offset, False)
+            form = allocation.form
+            key = (self.shape, self.strides, self.offset, self.dtype)
+            place = form.places.get(key)
+            if place is None:
+                if 0 in self.shape:
+                    raise self._error(ViewError("index", "an empty view is used", self.shape))
+                pitch = form.pitch_bytes // self.dtype.itemsize if form.on_chip else 0
+                layout = layout_of(self.shape, self.strides, self.dtype, pitch)
+                place = form.places[key] = form.place(layout, self.offset, False)
+            found = self._access = Access.at(allocation, place)
         return found
 
     def array(self) -> NDArray[Any]:
@@ -241,7 +262,7 @@ class BaseTensor(NKIObject):
         dtype: DType | None = None,
         dynamic: Dynamic | None = None,
     ) -> Self:
-        new = type(self).__new__(type(self))
+        new = object.__new__(type(self))
         new.shape = shape
         new.strides = strides
         new.offset = self.offset if offset is None else offset

@@ -161,12 +161,13 @@ class Written:
 
     def _rect(self, access: Access) -> Rect | None:
         """The access as one rectangle of the grid, or None where it is not one."""
-        layout = access.layout
+        place = access.place
+        layout = place.layout
         if layout.pitch:
             if layout.dense and layout.step <= 1:
-                return access.p0, access.p1, access.lo, access.hi
+                return place.p0, place.p1, place.lo, place.hi
             return None
-        lo, hi, width = access.lo, access.hi, self.width
+        lo, hi, width = place.lo, place.hi, self.width
         if layout.dense:
             row, column = divmod(lo, width)
             if column + hi - lo <= width:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .storage import Region, Space, Storage
+from .storage import NOBODY, Region, Relations, Space, Storage
 from .timeline import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..access import Access
+    from ..access import Access, Place
     from ..machine import Machine
     from ..memory import Allocation
     from ..record import CoreTrace, Instruction
@@ -49,34 +49,38 @@ class Tracker:
         self.lanes = lanes
         self.in_order = in_order
         self.pair = pair
-        self.storages: dict[Allocation, Storage] = {}
-        self.arenas = {"sbuf": Storage(), "psum": Storage()}
+        self.relations = Relations()
+        self.first: dict[Allocation, Region] = {}  # of each tensor that is ever written
+        self.regions: dict[Allocation, dict[object, Region]] = {}  # of those with several
+        self.storages: dict[Allocation, Storage] = {}  # likewise, without addressed ones
+        self.arenas = {buffer: Storage({}, self.relations) for buffer in ("sbuf", "psum")}
         self.spaces = {
             "sbuf": Space(machine.sbuf_bytes, 1),
             "psum": Space(machine.psum_bytes, machine.psum_bank_bytes),
         }
+        self._written = {a.allocation for i in trace.instructions for a in i.writes}
+        self._everywhere: dict[Place, Place] = {}
         self._released: set[Allocation] = set()
         self._fences: list[int] = []
         self._shared_users: dict[int, int] = {}
 
     def run(self) -> list[list[int]]:
         """Dependencies of each instruction, as `producer << SHIFT | cause`."""
-        instructions = self.trace.instructions
-        written = {a.allocation for i in instructions for a in i.writes}
-        storages, lanes, in_order = self.storages, self.lanes, self.in_order
+        first, regions, lanes, in_order = self.first, self.regions, self.lanes, self.in_order
         result: list[list[int]] = []
-        for me, i in enumerate(instructions):
+        for me, i in enumerate(self.trace.instructions):
             lane = lanes[me]
             deps: list[int] = []
             for access in i.reads:
                 allocation = access.allocation
-                if allocation not in written:
-                    continue  # an input nobody writes
-                storage = storages.get(allocation)
-                key = (access.start, access.layout, access.dynamic)
-                region = storage.regions.get(key) if storage is not None else None
-                if region is None:
-                    region = self._region(access, key, lane, deps)
+                region = first.get(allocation)
+                if region is None or region.place is not access.place:
+                    known = regions.get(allocation)
+                    region = known.get(access.place) if known is not None else None
+                    if region is None:
+                        region = self._region(access, lane, deps)
+                        if region is None:
+                            continue  # an input nobody writes
                 if region.writer >= 0:
                     deps.append(region.writer << SHIFT | RAW)
                 for other in region.near:
@@ -84,7 +88,7 @@ class Tracker:
                         deps.append(other.writer << SHIFT | RAW)
                 readers = region.readers
                 if not readers:
-                    readers.append(me)
+                    region.readers = [me]
                 elif lane < in_order and lanes[readers[-1]] == lane:
                     readers[-1] = me
                 else:
@@ -93,14 +97,26 @@ class Tracker:
                     self._release(allocation)
             for access in i.writes:
                 allocation = access.allocation
-                storage = storages.get(allocation)
-                key = (access.start, access.layout, access.dynamic)
-                region = storage.regions.get(key) if storage is not None else None
-                if region is None:
-                    region = self._region(access, key, lane, deps)
+                region = first.get(allocation)
+                if region is None or region.place is not access.place:
+                    known = regions.get(allocation)
+                    region = known.get(access.place) if known is not None else None
+                    if region is None:
+                        region = self._region(access, lane, deps)
+                        assert region is not None
                 if not region.written:
-                    (storage or storages[allocation]).write(region)
-                self._write(region, me, lane if lane < in_order else -1, deps)
+                    self._first_write(region)
+                own = lane if lane < in_order else -1
+                if region.writer >= 0 and lanes[region.writer] != own:
+                    deps.append(region.writer << SHIFT | WAW)
+                region.writer = me
+                if region.readers:
+                    for reader in region.readers:
+                        if reader != me and lanes[reader] != own:
+                            deps.append(reader << SHIFT | WAR)
+                    region.readers = NOBODY
+                if region.near:
+                    self._write_near(region, me, own, deps)
                 if allocation.last_use == me:
                     self._release(allocation)
             if i.after:
@@ -117,61 +133,93 @@ class Tracker:
     def _latest(self, deps: list[int]) -> list[int]:
         """Drop what an in-order lane's later instruction implies; the latest first."""
         lanes, in_order = self.lanes, self.in_order
-        latest: dict[int, int] = {}
+        deps.sort(reverse=True)
+        latest: list[int] = []
+        seen, last = 0, -1
         for code in deps:
+            if code == last:
+                continue
+            last = code
             lane = lanes[code >> SHIFT]
-            key = lane if lane < in_order else code + in_order
-            if code > latest.get(key, -1):
-                latest[key] = code
-        return sorted(latest.values(), reverse=True)
+            if lane < in_order:
+                if seen >> lane & 1:
+                    continue
+                seen |= 1 << lane
+            latest.append(code)
+        return latest
 
-    def _write(self, region: Region, me: int, own: int, deps: list[int]) -> None:
-        """WAW and WAR of a write; `own` is its lane where that needs none on itself."""
+    def _write_near(self, region: Region, me: int, own: int, deps: list[int]) -> None:
+        """WAW and WAR of a write on the neighbours; `own` is its lane if it needs none on that."""
         lanes = self.lanes
-        if region.writer >= 0 and lanes[region.writer] != own:
-            deps.append(region.writer << SHIFT | WAW)
-        region.writer = me
-        if region.readers:
-            for reader in region.readers:
-                if reader != me and lanes[reader] != own:
-                    deps.append(reader << SHIFT | WAR)
-            region.readers = []
         for r in region.near:
             if r.writer >= 0 and lanes[r.writer] != own:
                 deps.append(r.writer << SHIFT | WAW)
             for reader in r.readers:
                 if reader != me and lanes[reader] != own:
                     deps.append(reader << SHIFT | WAR)
-            if region.covers(r):
-                r.writer = -1
-                r.readers = []
+        for r in region.inside:
+            r.writer = -1
+            r.readers = NOBODY
 
-    def _region(self, access: Access, key: object, lane: int, deps: list[int]) -> Region:
-        """The region of an access that was not found at once; places new tensors."""
-        allocation = access.allocation
-        storage = self.storages.get(allocation)
-        if storage is None:
-            if allocation.address is not None and allocation.on_chip:
-                storage = self.arenas[allocation.buffer]
-            else:
-                storage = Storage()
-                if allocation.buffer in self.spaces:
-                    own = lane if lane < self.in_order else -1
-                    users = self.spaces[allocation.buffer].take(allocation)
-                    deps += [u << SHIFT | SPACE for u in users if self.lanes[u] != own]
-            self.storages[allocation] = storage
-        if access.dynamic:
-            access = _anywhere(access)
+    def _region(self, access: Access, lane: int, deps: list[int]) -> Region | None:
+        """The region of an access that was not found at once; places new tensors.
+
+        Returns:
+            None for a tensor that nobody writes.
+        """
+        allocation, place = access.allocation, access.place
+        first = self.first.get(allocation)
+        if first is None:
+            if allocation not in self._written:
+                return None
+            if allocation.on_chip and allocation.address is None:
+                own = lane if lane < self.in_order else -1
+                users = self.spaces[allocation.buffer].take(allocation)
+                deps += [u << SHIFT | SPACE for u in users if self.lanes[u] != own]
+        region = Region(access, place)
+        if place.dynamic:
+            region.access = self._anywhere(access)
         if allocation.address is not None:
-            key = (allocation.address, allocation.shape, key)
-        return storage.regions.get(key) or storage.add(key, access)
+            arena = self.arenas[allocation.buffer]
+            key = allocation.address, allocation.shape, place.layout, place.start, place.dynamic
+            region = arena.regions.get(key) or arena.add(key, region)
+        elif first is not None:
+            storage = self.storages.get(allocation)
+            if storage is None:
+                known: dict[object, Region] = {first.place: first}
+                self.regions[allocation] = known
+                storage = self.storages[allocation] = Storage(known, self.relations)
+            return storage.add(place, region)
+        if first is None:
+            self.first[allocation] = region
+        else:
+            self.regions.setdefault(allocation, {})[place] = region
+        return region
+
+    def _anywhere(self, access: Access) -> Access:
+        """A run-time index may touch all of the tensor: the compiler must assume it does."""
+        allocation, place = access.allocation, access.place
+        whole = self._everywhere.get(place)
+        if whole is None:
+            whole = self._everywhere[place] = place.anywhere(allocation.form)
+        return type(access).at(allocation, whole)
+
+    def _first_write(self, region: Region) -> None:
+        """Note that a region is written for the first time."""
+        allocation = region.access.allocation
+        region.written = True
+        if allocation.address is not None:
+            self.arenas[allocation.buffer].write(region)
+        elif allocation in self.storages:
+            self.storages[allocation].write(region)
 
     def _release(self, allocation: Allocation) -> None:
-        space = self.spaces.get(allocation.buffer)
-        if space is None or allocation.address is not None or allocation in self._released:
-            return
-        self._released.add(allocation)
-        space.release(allocation, self.storages[allocation])
+        """A tensor is used for the last time: others may have its room."""
+        if allocation.on_chip and allocation.address is None and allocation not in self._released:
+            self._released.add(allocation)
+            regions = self.regions.get(allocation)
+            users = (self.first[allocation],) if regions is None else regions.values()
+            self.spaces[allocation.buffer].release(allocation, users)
 
     def _note(self, readers: list[int], me: int, lane: int) -> None:
         """Add a reader; in-order lanes need only their latest."""
@@ -201,12 +249,3 @@ class Tracker:
 
 
 MEETINGS = ("core_barrier", "sendrecv")
-
-
-def _anywhere(access: Access) -> Access:
-    """A run-time index may touch all of the tensor: the compiler must assume it does."""
-    allocation = access.allocation
-    whole = type(access)(allocation, access.layout, access.start, True)
-    whole.p0, whole.p1 = 0, allocation.partitions
-    whole.lo, whole.hi = 0, allocation.pitch_bytes
-    return whole

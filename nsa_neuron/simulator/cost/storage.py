@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 from .overlap import may_overlap
 
 if TYPE_CHECKING:
-    from ..access import Access
+    from collections.abc import Iterable
+
+    from ..access import Access, Place
     from ..memory import Allocation
 
 _NARROW_ENOUGH = 64  # stretches a region may span before it is kept aside
 _FEW = 8  # regions that are sooner looked through than looked up
-_NONE: list[Region] = []
-_NOBODY: list[int] = []
+_MEETS, _COVERS, _COVERED = 1, 2, 4
+_NONE: list[Region] = []  # never appended to
+NOBODY: list[int] = []  # likewise
 
 
 class Region:
@@ -22,40 +25,74 @@ class Region:
 
     Attributes:
         access: the pattern.
+        place: what the regions of one tensor are told apart by.
         writer: index of the last instruction that wrote it, -1 before.
-        readers: who read it since, at most the latest per lane.
+        readers: who read it since, at most the latest per lane; `_NOBODY` where none did.
         near: other patterns that may touch the same bytes, of which one of the two was written.
+        inside: those of them that a write here overwrites as a whole.
         written: True once an instruction wrote it.
     """
 
-    __slots__ = ("access", "near", "readers", "writer", "written")
+    __slots__ = ("access", "inside", "near", "place", "readers", "writer", "written")
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, place: Place) -> None:
         self.access = access
+        self.place = place
         self.writer = -1
-        self.readers: list[int] = []
-        self.near: list[Region] = _NONE  # shared until the first neighbour
+        self.readers = NOBODY
+        self.near = _NONE  # shared until the first neighbour
+        self.inside = _NONE
         self.written = False
 
-    def meets(self, other: Region) -> None:
+    def meets(self, other: Region, relation: int) -> None:
         """Make neighbours of two regions."""
-        for a, b in ((self, other), (other, self)):
+        for a, b, covers in ((self, other, _COVERS), (other, self, _COVERED)):
             if a.near is _NONE:
                 a.near = []
             a.near.append(b)
+            if relation & covers:
+                if a.inside is _NONE:
+                    a.inside = []
+                a.inside.append(b)
 
-    def covers(self, other: Region) -> bool:
-        """True when a write here overwrites all of another pattern."""
-        a, b = self.access, other.access
-        return (
-            a.layout.dense
-            and not a.dynamic
-            and a.allocation is b.allocation
-            and a.p0 <= b.p0
-            and a.p1 >= b.p1
-            and a.lo <= b.lo
-            and a.hi >= b.hi
-        )
+
+class Relations:
+    """How access patterns lie to each other: equal ones meet in tensor after tensor."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Place, Place], int] = {}
+
+    def of(self, a: Access, b: Access) -> int:
+        """0 where two patterns of a storage are apart, else bits: meet, covers, covered."""
+        if a.allocation is not b.allocation:  # at addresses of their own
+            return _relation(a, b)
+        pair = (a.place, b.place)
+        known = self._known.get(pair)
+        if known is None:
+            known = self._known[pair] = _relation(a, b)
+        return known
+
+
+def _relation(a: Access, b: Access) -> int:
+    if not may_overlap(a, b):
+        return 0
+    return _MEETS | (_COVERS if _covers(a, b) else 0) | (_COVERED if _covers(b, a) else 0)
+
+
+def _covers(one: Access, other: Access) -> bool:
+    """True when a write of one pattern overwrites all of another."""
+    a, b = one.place, other.place
+    return (
+        a.layout.dense
+        and not a.dynamic
+        and one.allocation is other.allocation
+        and a.p0 <= b.p0
+        and a.p1 >= b.p1
+        and a.lo <= b.lo
+        and a.hi >= b.hi
+    )
 
 
 class Index:
@@ -94,21 +131,26 @@ class Index:
 class Storage:
     """The patterns used in one allocation, or in all addressed tensors of one memory.
 
+    Args:
+        regions: by what stands for pattern and place; may be filled further by others.
+        relations: of patterns.
+
     Attributes:
-        regions: by pattern and place.
-        all, written: the same by place; made once there are several, as most tensors have few.
+        regions, relations: as above.
+        all, written: regions by place; made once there are several, as most tensors have few.
     """
 
-    __slots__ = ("all", "regions", "written")
+    __slots__ = ("all", "regions", "relations", "written")
 
-    def __init__(self) -> None:
-        self.regions: dict[object, Region] = {}
+    def __init__(self, regions: dict[object, Region], relations: Relations) -> None:
+        self.regions = regions
+        self.relations = relations
         self.all: Index | None = None
         self.written: Index | None = None
 
-    def add(self, key: object, access: Access) -> Region:
-        """Make the region of a new pattern; find the written regions it meets."""
-        region = Region(access)
+    def add(self, key: object, region: Region) -> Region:
+        """Take in the region of a new pattern; find the written regions it meets."""
+        access = region.access
         regions = self.regions
         if regions:
             if self.all is None and len(regions) >= _FEW:
@@ -118,21 +160,23 @@ class Storage:
                 self.all.insert(region)
             else:
                 others = [r for r in regions.values() if r.written]
+            relation_of = self.relations.of
             for other in others:
-                if may_overlap(access, other.access):
-                    region.meets(other)
+                relation = relation_of(access, other.access)
+                if relation:
+                    region.meets(other, relation)
         regions[key] = region
         return region
 
     def write(self, region: Region) -> None:
         """Note that a region is written for the first time; find those only read that it meets."""
         region.written = True
-        if self.all is None and len(self.regions) == 1:
-            return
         others = self.regions.values() if self.all is None else self.all.around(region)
         for other in others:
-            if not other.written and may_overlap(region.access, other.access):
-                region.meets(other)
+            if not other.written:
+                relation = self.relations.of(region.access, other.access)
+                if relation:
+                    region.meets(other, relation)
         if self.written is not None:
             self.written.insert(region)
 
@@ -143,16 +187,6 @@ class Storage:
             self.all.insert(region)
             if region.written:
                 self.written.insert(region)
-
-    def last_users(self) -> list[int]:
-        """Instructions that must end before the bytes are anybody else's."""
-        users: list[int] = []
-        for region in self.regions.values():
-            if region.readers:
-                users += region.readers
-            elif region.writer >= 0:
-                users.append(region.writer)
-        return users
 
 
 def _bytes(access: Access) -> tuple[int, int]:
@@ -168,24 +202,25 @@ class Space:
     def __init__(self, limit: int, granule: int) -> None:
         self.free = limit
         self.granule = granule
-        self.released: deque[tuple[int, Storage]] = deque()
-
-    def size(self, a: Allocation) -> int:
-        """Bytes per partition, in whole granules (PSUM banks)."""
-        return -(-a.pitch_bytes // self.granule) * self.granule
+        self.released: deque[tuple[int, Iterable[Region]]] = deque()
 
     def take(self, a: Allocation) -> list[int]:
         """Place a tensor; return the instructions that must have ended."""
-        self.free -= self.size(a)
+        self.free -= -(-a.pitch_bytes // self.granule) * self.granule
         if self.free >= 0:
-            return _NOBODY
+            return NOBODY
         users: list[int] = []
         while self.free < 0 and self.released:
-            size, storage = self.released.popleft()
+            size, regions = self.released.popleft()
             self.free += size
-            users += storage.last_users()
+            for region in regions:
+                if region.readers:
+                    users += region.readers
+                elif region.writer >= 0:
+                    users.append(region.writer)
         return users
 
-    def release(self, a: Allocation, storage: Storage) -> None:
+    def release(self, a: Allocation, regions: Iterable[Region]) -> None:
         """Note that a tensor was used for the last time."""
-        self.released.append((self.size(a), storage))
+        size = -(-a.pitch_bytes // self.granule) * self.granule  # in whole granules (PSUM banks)
+        self.released.append((size, regions))

@@ -1,6 +1,7 @@
 """Scalar Engine: activation, activation_reduce."""
 
 from collections import namedtuple
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from .constants import reduce_cmd as commands
 from .shared import command_of, on_chip, one_of, operand, same_tiles
 
 ActivationParams = namedtuple("ActivationParams", "op reduce_op reduce_cmd")
+_params = lru_cache(ActivationParams)  # a look-up is cheaper than another named tuple
 
 
 def _check_activation(c):
@@ -118,9 +120,7 @@ def activation(
 ):
     """dst = op(data * scale + bias), with an optional running sum per partition."""
     reduce = None if reduce_op is None else op_name(reduce_op, "activation", "reduce_op")
-    params = ActivationParams(
-        op_name(op, "activation", "op"), reduce, command_of(reduce_cmd, "activation")
-    )
+    params = _params(op_name(op, "activation", "op"), reduce, command_of(reduce_cmd, "activation"))
     core = core_of("activation")
     return core.issue(ACTIVATION, (dst, reduce_res), (data, bias, scale), params, name)
 
@@ -129,8 +129,6 @@ def activation(
 def activation_reduce(dst, op, data, reduce_op, reduce_res, bias=None, scale=1.0, name=None):
     """`activation` that also sums its outputs of each partition into reduce_res."""
     what = "activation_reduce"
-    params = ActivationParams(
-        op_name(op, what, "op"), op_name(reduce_op, what, "reduce_op"), "reset_reduce"
-    )
+    params = _params(op_name(op, what, "op"), op_name(reduce_op, what, "reduce_op"), "reset_reduce")
     core = core_of(what)
     return core.issue(ACTIVATION_REDUCE, (dst, reduce_res), (data, bias, scale), params, name)

@@ -1,6 +1,7 @@
 """Vector Engine: copies and element-wise arithmetic of two tensors."""
 
 from collections import namedtuple
+from functools import lru_cache
 from numbers import Integral
 
 import numpy as np
@@ -15,6 +16,8 @@ from .shared import arithmetic, engine_for, engine_of, integers, on_chip, one_ps
 
 EngineParams = namedtuple("EngineParams", "engine")
 TensorTensorParams = namedtuple("TensorTensorParams", "op engine")
+_engine_params = lru_cache(EngineParams)  # a look-up is cheaper than another named tuple
+_two_params = lru_cache(TensorTensorParams)
 
 
 def _check_copy(c):
@@ -35,7 +38,7 @@ COPY = Spec("tensor_copy", ("dst",), ("src",), _check_copy, _run_copy)
 @instruction
 def tensor_copy(dst, src, engine=engines.unknown, name=None):
     """dst = src; bit-exact between equal dtypes, through fp32 otherwise and on Scalar."""
-    params = EngineParams(engine_of(engine, "tensor_copy"))
+    params = _engine_params(engine_of(engine, "tensor_copy"))
     return core_of("tensor_copy").issue(COPY, (dst,), (src,), params, name)
 
 
@@ -88,7 +91,7 @@ MEMSET = Spec("memset", ("dst",), ("value",), _check_memset, _run_memset)
 @instruction
 def memset(dst, value, engine=engines.unknown, name=None):
     """Fill dst with a constant."""
-    params = EngineParams(engine_of(engine, "memset"))
+    params = _engine_params(engine_of(engine, "memset"))
     return core_of("memset").issue(MEMSET, (dst,), (value,), params, name)
 
 
@@ -139,7 +142,5 @@ TENSOR_TENSOR = Spec(
 @instruction
 def tensor_tensor(dst, data1, data2, op, engine=engines.unknown, name=None):
     """dst = data1 op data2, element by element; exact for 32-bit integers on GpSimd."""
-    params = TensorTensorParams(
-        op_name(op, "tensor_tensor", "op"), engine_of(engine, "tensor_tensor")
-    )
+    params = _two_params(op_name(op, "tensor_tensor", "op"), engine_of(engine, "tensor_tensor"))
     return core_of("tensor_tensor").issue(TENSOR_TENSOR, (dst,), (data1, data2), params, name)

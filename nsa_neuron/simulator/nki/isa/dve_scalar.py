@@ -1,6 +1,7 @@
 """Vector Engine: arithmetic with one scalar per partition."""
 
 from collections import namedtuple
+from functools import lru_cache
 
 from ...context import violation
 from ...dtypes import float32, store_bits
@@ -23,6 +24,9 @@ from .shared import (
 
 TensorScalarParams = namedtuple("TensorScalarParams", "op0 reverse0 op1 reverse1 engine")
 ScalarTensorTensorParams = namedtuple("ScalarTensorTensorParams", "op0 reverse0 op1 reverse1")
+# A look-up is cheaper than another named tuple.
+_scalar_params = lru_cache(TensorScalarParams)
+_two_params = lru_cache(ScalarTensorTensorParams)
 
 # Operator pairs of the Scalar Engine on trn2 (isa docstring of tensor_scalar).
 _SCALAR_ENGINE = (("multiply", "add"), ("multiply", None), ("add", None))
@@ -119,7 +123,7 @@ def tensor_scalar(
     no_operand(first, operand0, "tensor_scalar", "operand0")
     if second is None or second in alu.UNARY:
         _unused(operand1, second)
-    params = TensorScalarParams(
+    params = _scalar_params(
         first, bool(reverse0), second, bool(reverse1), engine_of(engine, "tensor_scalar")
     )
     core = core_of("tensor_scalar")
@@ -181,7 +185,7 @@ def scalar_tensor_tensor(
     what = "scalar_tensor_tensor"
     first, second = op_name(op0, what, "op0"), op_name(op1, what, "op1")
     no_operand(first, operand0, what, "operand0")
-    params = ScalarTensorTensorParams(first, bool(reverse0), second, bool(reverse1))
+    params = _two_params(first, bool(reverse0), second, bool(reverse1))
     return core_of(what).issue(
         SCALAR_TENSOR_TENSOR, (dst,), (data, operand0, operand1), params, name
     )

@@ -18,9 +18,9 @@ def anywhere(view):
     """A stand-in for an indirect view in checks and record: it may touch the whole storage."""
     stand_in = view._view(view.shape, view.strides, 0)
     stand_in.dynamic = None
-    access = Access(view.memory.allocation, view.access().layout, 0, True)
-    access.lo, access.hi, access.inside = 0, view.memory.allocation.pitch_bytes, True
-    stand_in._access = access
+    allocation = view.memory.allocation
+    place = allocation.form.place(view.access().layout, 0, True)
+    stand_in._access = Access.at(allocation, place.anywhere(allocation.form))
     return stand_in
 
 

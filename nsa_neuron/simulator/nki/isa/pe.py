@@ -319,7 +319,9 @@ def nc_matmul(
     return core.issue(MATMUL, (dst,), (stationary, moving), params, name)
 
 
-_params = lru_cache(MatmulParams)  # a look-up is cheaper than another named tuple
+# A look-up is cheaper than another named tuple.
+_params = lru_cache(MatmulParams)
+_transpose_params = lru_cache(TransposeParams)
 
 
 def _flag(value):
@@ -384,5 +386,5 @@ TRANSPOSE = Spec("nc_transpose", ("dst",), ("data",), _check_transpose, _run_tra
 @instruction
 def nc_transpose(dst, data, engine=engines.unknown, name=None):
     """dst[F, P] = data[P, F], bit-exact, on the Tensor or Vector Engine."""
-    params = TransposeParams(engine_of(engine, "nc_transpose"))
+    params = _transpose_params(engine_of(engine, "nc_transpose"))
     return core_of("nc_transpose").issue(TRANSPOSE, (dst,), (data,), params, name)

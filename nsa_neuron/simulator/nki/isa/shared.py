@@ -20,7 +20,7 @@ def engine_of(value, name):
 
 def command_of(value, name):
     """The name of the `reduce_cmd=` argument."""
-    return enum_of(commands, value, name, "reduce_cmd").name
+    return enum_of(commands, value, name, "reduce_cmd")._name_  # .name is a slow descriptor
 
 
 def on_chip(c, *roles):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...context import require_core, violation
+from ...context import STATE, require_core, violation
 from ...machine import TRN2
 from ...regions import MemoryRegion
 from ...tensor import DynamicSlice, NKIObject
@@ -57,10 +57,8 @@ def is_on_chip(buffer):
     return buffer in (sbuf, psum)
 
 
-def _region(buffer):
-    if isinstance(buffer, MemoryRegion):
-        return buffer._value_  # .value is a slow descriptor
-    raise violation(
+def _no_region(buffer):
+    return violation(
         "usage",
         "buffer= takes a region object (strings went with NKI 0.3)",
         operand="buffer",
@@ -71,8 +69,11 @@ def _region(buffer):
 
 def ndarray(shape, dtype, buffer=sbuf, name="", address=None):
     """A new tensor with undefined contents."""
-    core = require_core("nl.ndarray")
-    return core.allocate(shape, dtype, _region(buffer), name or "", address)
+    core = STATE.core or require_core("nl.ndarray")
+    if type(buffer) is not MemoryRegion:
+        raise _no_region(buffer)
+    # .value is a slow descriptor
+    return core.allocate(shape, dtype, buffer._value_, name or "", address)
 
 
 def full(shape, fill_value, dtype, buffer=sbuf, name=""):

@@ -6,8 +6,10 @@ For each unit of `tune_candidates.json` (a stage, a pass and the kernel whose co
 and each head shape, it runs the stage with the shipped constants and with every candidate, compares
 the result with the float32 reference of the peers' harness first, and times only what is right. A
 candidate that wins by 2% becomes a row of `plans/<device>/<op>.json`, in front of those that it did
-not measure, which stay as they are. Every measurement is a line of `--out`; a run with the same
-file goes on where the last one stopped: out of time (exit status 3), or killed by a kernel.
+not measure, which stay as they are. Then `tune_overlap` measures from which overlap on selected
+attention prefers the union of neighbouring queries. Every measurement is a line of `--out`; a run
+with the same file goes on where the last one stopped: out of time (exit status 3), or killed by a
+kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/peers")]
 
 import plan_files  # noqa: E402
 import torch  # noqa: E402
+import tune_overlap  # noqa: E402
 from adapters import Own  # noqa: E402
 from measure import check_backward, check_forward  # noqa: E402
 from peers import describe, listed  # noqa: E402
 from problem import GRADS, Geometry, Heads, make_decode, make_problem  # noqa: E402
+from tune_units import Crossover, Unit  # noqa: E402
 
 from nsa_neuron import environment  # noqa: E402
 from nsa_neuron.backends.cuda import plans  # noqa: E402
@@ -44,22 +47,6 @@ from nsa_neuron.registry import REGISTRY  # noqa: E402
 OUT_OF_TIME = 3
 LEAST_GAIN = 0.02
 """A candidate must be this much faster than the shipped constants: less is noise."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A kernel to tune, and how: `direction` is `fwd`, `bwd` or `eager` (decode)."""
-
-    stage: str
-    direction: str
-    op: str
-    kernel: str
-    candidates: tuple[dict[str, Any], ...]
-
-    @staticmethod
-    def of(data: dict[str, Any]) -> Unit:
-        names = ("stage", "pass", "op", "kernel")
-        return Unit(*(data[name] for name in names), tuple(data["try"]))
 
 
 @contextlib.contextmanager
@@ -108,7 +95,7 @@ class Tuner:
         self.rows: list[dict[str, Any]] = []
         if args.out.exists():
             self.rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-        self.current: tuple[Any, Any] | None = None
+        self.current: tuple[Any, Any] | None = None  # the last problem, by its settings
 
     @cached_property
     def machine(self) -> dict[str, Any]:
@@ -122,17 +109,27 @@ class Tuner:
             for unit in self.args.units:
                 if not self.tune(unit, heads):
                     return False
-        return True
+        return all(
+            tune_overlap.tune(self, crossover, heads)
+            for heads in self.args.heads
+            for crossover in self.args.crossovers
+        )
 
     def tune(self, unit: Unit, heads: Heads) -> bool:
         """Measures what a unit still lacks and writes its plan; False when out of time."""
-        point = plan_files.Point(heads.dk, heads.dv, heads.q // heads.kv, self.args.dtype_name)
-        key = [unit.stage, unit.direction, unit.op, unit.kernel, str(heads), self.args.tokens]
-        done = [row for row in self.rows if row["key"] == key]
+        done = self.measured(unit, heads)
         # The first row of a unit has the constants that were shipped when it was begun.
-        base = done[0]["constants"] if done else self.shipped(unit, point)
-        tried = [row["constants"] for row in done]
-        for constants in [base, *({**base, **change} for change in unit.candidates)]:
+        base = done[0]["constants"] if done else self.shipped(unit, self.point(heads))
+        if not self.complete(unit, heads, [base, *({**base, **c} for c in unit.candidates)]):
+            return False
+        self.settle(self.measured(unit, heads), unit, self.point(heads))
+        return True
+
+    def complete(self, unit: Unit, heads: Heads, every: list[dict[str, Any]]) -> bool:
+        """Measures the constants that were not measured yet; False when out of time."""
+        key = self.key(unit, heads)
+        tried = [row["constants"] for row in self.measured(unit, heads)]
+        for constants in every:
             if constants in tried:
                 continue
             if time.time() - self.args.started > self.args.budget:
@@ -140,8 +137,19 @@ class Tuner:
             with self.limit(key, constants):
                 self.measure(key, unit, heads, constants)
             tried.append(constants)
-        self.settle(key, unit, point)
         return True
+
+    def key(self, unit: Unit, heads: Heads) -> list[Any]:
+        """What the rows of a unit have in common."""
+        names = [unit.stage, unit.direction, unit.op, unit.kernel, str(heads), self.args.tokens]
+        return names if unit.rho is None else [*names, unit.rho]
+
+    def measured(self, unit: Unit, heads: Heads) -> list[dict[str, Any]]:
+        """The rows of a unit, of earlier runs too."""
+        return [row for row in self.rows if row["key"] == self.key(unit, heads)]
+
+    def point(self, heads: Heads) -> plan_files.Point:
+        return plan_files.Point(heads.dk, heads.dv, heads.q // heads.kv, self.args.dtype_name)
 
     def shipped(self, unit: Unit, point: plan_files.Point) -> dict[str, Any]:
         wanted = {"dk": point.dk, "dv": point.dv, "dtype": point.dtype, "group": point.group}
@@ -184,33 +192,39 @@ class Tuner:
     def prepare(self, unit: Unit, heads: Heads) -> tuple[Any, Any, list[Any]]:
         """The problem (the last one is kept), the stage's call, fresh leaves."""
         args, decode = self.args, unit.stage == "decode"
-        if self.current is None or self.current[0] != (heads, decode):
+        rho = args.rho if unit.rho is None else unit.rho
+        if self.current is None or self.current[0] != (heads, decode, rho):
             self.current = None  # free its memory first
             like = (args.dtype, args.device)
             if decode:
                 p = make_decode(heads, args.geom, args.decode_batch, args.decode_tokens, *like)
             else:
-                p = make_problem(heads, args.geom, args.tokens, args.rho, 16, *like)
-            self.current = ((heads, decode), p)
+                p = make_problem(heads, args.geom, args.tokens, rho, 16, *like)
+            self.current = ((heads, decode, rho), p)
         p = self.current[1]
         leaves = [getattr(p, name).detach() for name in GRADS.get(unit.stage, ())]
         return p, self.own.stages()[unit.stage](p), [leaf.requires_grad_() for leaf in leaves]
 
-    def settle(self, key: list[Any], unit: Unit, point: plan_files.Point) -> None:
+    def settle(self, rows: list[dict[str, Any]], unit: Unit, point: plan_files.Point) -> None:
         """Writes the fastest right constants, if they beat the shipped ones clearly."""
-        rows = [row for row in self.rows if row["key"] == key]
         right = [row for row in rows if row["status"] == "ok"]
         if not right:
             return
         best, base = min(right, key=lambda row: row["median_ms"]), rows[0]
         if base["status"] == "ok" and best["median_ms"] > (1 - LEAST_GAIN) * base["median_ms"]:
             return
-        path = plans.PLANS_FOLDER / self.args.device_plans / f"{unit.op}.json"
-        listed_rows = json.loads(path.read_text())
         names = ("tokens", "median_ms", "shipped_ms", "device", "revision")
         facts = {**best, "shipped_ms": base.get("median_ms")}
         measured = {name: facts[name] for name in names}
-        plan_files.put(listed_rows, unit.kernel, point, best["constants"], measured)
+        self.write_plan(unit, point, best["constants"], measured)
+
+    def write_plan(
+        self, unit: Unit, point: plan_files.Point, constants: dict[str, Any], measured: Any
+    ) -> None:
+        """Makes these constants what is found at a point from now on."""
+        path = plans.PLANS_FOLDER / self.args.device_plans / f"{unit.op}.json"
+        listed_rows = json.loads(path.read_text())
+        plan_files.put(listed_rows, unit.kernel, point, constants, measured)
         plan_files.write(path, listed_rows)
         self.write_bundle()
         plans.load.cache_clear()
@@ -223,7 +237,7 @@ class Tuner:
 
     def emit(self, key: list[Any], constants: dict[str, Any], **fields: Any) -> None:
         names = ("stage", "direction", "op", "kernel", "heads", "tokens")
-        row = {"key": key, **dict(zip(names, key, strict=True)), "constants": constants}
+        row = {"key": key, **dict(zip(names, key, strict=False)), "constants": constants}
         row |= fields | self.machine
         self.rows.append(row)
         if self.args.shard:
@@ -271,12 +285,11 @@ class Tuner:
         every = [
             (heads, unit, change)
             for heads in self.args.heads
-            for unit in self.args.units
+            for unit in [*self.args.units, *tune_overlap.units(self.args)]
             for change in ({}, *unit.candidates)
         ]
         for heads, unit, change in every[index::count]:
-            point = plan_files.Point(heads.dk, heads.dv, heads.q // heads.kv, self.args.dtype_name)
-            constants = {**self.shipped(unit, point), **change}
+            constants = {**self.shipped(unit, self.point(heads)), **change}
             # the measuring process records what fails
             with contextlib.suppress(Exception), torch.set_grad_enabled(unit.stage in GRADS):
                 _, call, leaves = self.prepare(unit, heads)
@@ -331,10 +344,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         shrink(args)
     args.dtype_name = str(args.dtype).removeprefix("torch.")
     args.revision = args.revision or environment.revision()
-    data = json.loads(args.candidates.read_text())["dry_run" if args.dry_run else "units"]
-    units = [Unit.of(item) for item in data]
-    wanted = args.only or [unit.op for unit in units]
-    args.units = [u for u in units if {u.op, f"{u.op}.{u.kernel}"} & set(wanted)]
+    data = json.loads(args.candidates.read_text())
+    units = [Unit.of(item) for item in data["dry_run" if args.dry_run else "units"]]
+    every = [Crossover(**item) for item in data.get("crossovers", ())]
+    wanted = set(args.only or [unit.op for unit in (*units, *every)])
+    args.units = [u for u in units if {u.op, f"{u.op}.{u.kernel}"} & wanted]
+    args.crossovers = [c for c in every if {c.op, f"{c.op}.dispatch"} & wanted]
     return args
 
 

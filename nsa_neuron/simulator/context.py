@@ -66,7 +66,8 @@ def call_site(known: int = 2) -> tuple[CodeType, int] | None:
     """Code object and instruction offset of the innermost frame outside the simulator.
 
     Args:
-        known: how many frames, this function's and its caller's first, are the simulator's.
+        known: how many frames, first this function's and its caller's, are surely the simulator's;
+            each one less to look at counts, as every instruction asks.
     """
     frame = sys._getframe(known)
     internal = _INTERNAL

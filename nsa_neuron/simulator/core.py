@@ -142,7 +142,7 @@ class NeuronCore:
             name,
             address,
             len(trace.instructions),
-            call_site(),
+            call_site(3),
             role,
             form,
         )

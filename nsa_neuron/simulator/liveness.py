@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from . import overlap
 from .context import locate, violate
 
@@ -26,11 +28,31 @@ def peak(trace: CoreTrace, buffer: str, machine: Machine) -> tuple[int, list[All
 
     PSUM tensors count in whole banks of 2 KiB.
     """
+    used = [a for a in trace.allocations if a.buffer == buffer and a.last_use >= 0]
+    if any(a.address for a in used):
+        return _peak_with_addresses(used, machine)
+    if not used:
+        return 0, []
+    first = np.array([a.first_use for a in used])
+    after = np.array([a.last_use for a in used]) + 1
+    sizes = np.array([_footprint(a, machine) for a in used])
+    change = np.zeros(int(after.max()) + 1, np.int64)
+    np.add.at(change, first, sizes)
+    np.subtract.at(change, after, sizes)
+    live = change.cumsum()
+    when = int(live.argmax())
+    there = [used[k] for k in np.flatnonzero((first <= when) & (after > when))]
+    there.sort(key=lambda a: a.first_use)
+    there.sort(key=lambda a: -a.pitch_bytes)
+    return int(live[when]), there
+
+
+def _peak_with_addresses(used: list[Allocation], machine: Machine) -> tuple[int, list[Allocation]]:
+    """`peak` where some tensors share bytes, which count once."""
     events: list[tuple[int, int, int, Allocation]] = []
-    for number, a in enumerate(trace.allocations):
-        if a.buffer == buffer and a.last_use >= 0:
-            events.append((a.first_use, 1, number, a))
-            events.append((a.last_use + 1, 0, number, a))
+    for number, a in enumerate(used):
+        events.append((a.first_use, 1, number, a))
+        events.append((a.last_use + 1, 0, number, a))
     events.sort()  # the first three of each differ, so allocations are never compared
     live: dict[int, Allocation] = {}
     placed = best = 0

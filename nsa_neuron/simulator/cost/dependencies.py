@@ -58,15 +58,14 @@ class Tracker:
             "sbuf": Space(machine.sbuf_bytes, 1),
             "psum": Space(machine.psum_bytes, machine.psum_bank_bytes),
         }
-        self._written = {a.allocation for i in trace.instructions for a in i.writes}
         self._everywhere: dict[Place, Place] = {}
-        self._released: set[Allocation] = set()
         self._fences: list[int] = []
         self._shared_users: dict[int, int] = {}
 
     def run(self) -> list[list[int]]:
         """Dependencies of each instruction, as `producer << SHIFT | cause`."""
         first, regions, lanes, in_order = self.first, self.regions, self.lanes, self.in_order
+        written = {a.allocation for i in self.trace.instructions for a in i.writes}
         result: list[list[int]] = []
         for me, i in enumerate(self.trace.instructions):
             lane = lanes[me]
@@ -78,9 +77,9 @@ class Tracker:
                     known = regions.get(allocation)
                     region = known.get(access.place) if known is not None else None
                     if region is None:
-                        region = self._region(access, lane, deps)
-                        if region is None:
+                        if allocation not in written:
                             continue  # an input nobody writes
+                        region = self._region(access, lane, deps)
                 if region.writer >= 0:
                     deps.append(region.writer << SHIFT | RAW)
                 for other in region.near:
@@ -103,7 +102,6 @@ class Tracker:
                     region = known.get(access.place) if known is not None else None
                     if region is None:
                         region = self._region(access, lane, deps)
-                        assert region is not None
                 if not region.written:
                     self._first_write(region)
                 own = lane if lane < in_order else -1
@@ -161,21 +159,10 @@ class Tracker:
             r.writer = -1
             r.readers = NOBODY
 
-    def _region(self, access: Access, lane: int, deps: list[int]) -> Region | None:
-        """The region of an access that was not found at once; places new tensors.
-
-        Returns:
-            None for a tensor that nobody writes.
-        """
+    def _region(self, access: Access, lane: int, deps: list[int]) -> Region:
+        """The region of an access that was not found at once; places new tensors."""
         allocation, place = access.allocation, access.place
         first = self.first.get(allocation)
-        if first is None:
-            if allocation not in self._written:
-                return None
-            if allocation.on_chip and allocation.address is None:
-                own = lane if lane < self.in_order else -1
-                users = self.spaces[allocation.buffer].take(allocation)
-                deps += [u << SHIFT | SPACE for u in users if self.lanes[u] != own]
         region = Region(access, place)
         if place.dynamic:
             region.access = self._anywhere(access)
@@ -183,17 +170,25 @@ class Tracker:
             arena = self.arenas[allocation.buffer]
             key = allocation.address, allocation.shape, place.layout, place.start, place.dynamic
             region = arena.regions.get(key) or arena.add(key, region)
+            if first is not None:
+                self.regions.setdefault(allocation, {})[place] = region
         elif first is not None:
             storage = self.storages.get(allocation)
             if storage is None:
                 known: dict[object, Region] = {first.place: first}
                 self.regions[allocation] = known
                 storage = self.storages[allocation] = Storage(known, self.relations)
-            return storage.add(place, region)
+            storage.add(place, region)
+        elif allocation.on_chip:
+            space = self.spaces[allocation.buffer]
+            space.free -= space.size(allocation)
+            if space.free < 0:
+                own = lane if lane < self.in_order else -1
+                for user in space.reclaim():
+                    if self.lanes[user] != own:
+                        deps.append(user << SHIFT | SPACE)
         if first is None:
             self.first[allocation] = region
-        else:
-            self.regions.setdefault(allocation, {})[place] = region
         return region
 
     def _anywhere(self, access: Access) -> Access:
@@ -215,10 +210,11 @@ class Tracker:
 
     def _release(self, allocation: Allocation) -> None:
         """A tensor is used for the last time: others may have its room."""
-        if allocation.on_chip and allocation.address is None and allocation not in self._released:
-            self._released.add(allocation)
+        first = self.first[allocation]
+        if allocation.on_chip and allocation.address is None and not first.released:
+            first.released = True
             regions = self.regions.get(allocation)
-            users = (self.first[allocation],) if regions is None else regions.values()
+            users = (first,) if regions is None else regions.values()
             self.spaces[allocation.buffer].release(allocation, users)
 
     def _note(self, readers: list[int], me: int, lane: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from .dependencies import MEETINGS, SHIFT, Tracker
@@ -82,8 +82,7 @@ def analyse(run: Run, machine: Machine) -> Program:
     """Find lanes, dependencies and meetings of a run."""
     instructions = run.instructions
     kind, examples = _kinds(instructions)
-    p = load()
-    lane_of_kind = [_lane(cost_of(i, p)) for i in examples]
+    lane_of_kind = [_lane(cost) for cost in _costs(examples, load())]
     lane: list[int] = []
     deps: list[list[int]] = []
     for number, core in enumerate(run.cores):
@@ -120,8 +119,26 @@ def costs_of(program: Program, p: Parameters) -> list[Cost]:
     cores = program.run.lnc
     if cores > 1:
         p = replace(p, hbm_stack=p.hbm_stack / cores)
-    costs = [cost_of(i, p) for i in program.examples]
+    costs = _costs(program.examples, p)
     return [costs[k] for k in program.kind]
+
+
+@lru_cache(maxsize=8)
+def _known_costs(p: Parameters) -> dict[object, Cost]:
+    """The costs that were worked out with these constants, by signature."""
+    return {}
+
+
+def _costs(examples: list[Instruction], p: Parameters) -> list[Cost]:
+    """The cost of an instruction of each signature; looked up where another run had it."""
+    known = _known_costs(p)
+    costs = []
+    for i in examples:
+        cost = known.get(i.plan)
+        if cost is None or i.plan is None:
+            cost = known[i.plan] = cost_of(i, p)
+        costs.append(cost)
+    return costs
 
 
 def _lane(cost: Cost) -> int:

@@ -30,30 +30,34 @@ class Region:
         readers: who read it since, at most the latest per lane; `_NOBODY` where none did.
         near: other patterns that may touch the same bytes, of which one of the two was written.
         inside: those of them that a write here overwrites as a whole.
+        released: of the first region of a tensor: True once the tensor's room was given back.
         written: True once an instruction wrote it.
     """
 
-    __slots__ = ("access", "inside", "near", "place", "readers", "writer", "written")
+    __slots__ = ("access", "inside", "near", "place", "readers", "released", "writer", "written")
 
     def __init__(self, access: Access, place: Place) -> None:
         self.access = access
         self.place = place
         self.writer = -1
         self.readers = NOBODY
-        self.near = _NONE  # shared until the first neighbour
-        self.inside = _NONE
-        self.written = False
+        self.near = self.inside = _NONE
+        self.written = self.released = False
 
     def meets(self, other: Region, relation: int) -> None:
         """Make neighbours of two regions."""
-        for a, b, covers in ((self, other, _COVERS), (other, self, _COVERED)):
-            if a.near is _NONE:
-                a.near = []
-            a.near.append(b)
-            if relation & covers:
-                if a.inside is _NONE:
-                    a.inside = []
-                a.inside.append(b)
+        if self.near:
+            self.near.append(other)
+        else:
+            self.near = [other]
+        if other.near:
+            other.near.append(self)
+        else:
+            other.near = [self]
+        if relation & _COVERS:
+            self.inside = [*self.inside, other]
+        if relation & _COVERED:
+            other.inside = [*other.inside, self]
 
 
 class Relations:
@@ -204,11 +208,12 @@ class Space:
         self.granule = granule
         self.released: deque[tuple[int, Iterable[Region]]] = deque()
 
-    def take(self, a: Allocation) -> list[int]:
-        """Place a tensor; return the instructions that must have ended."""
-        self.free -= -(-a.pitch_bytes // self.granule) * self.granule
-        if self.free >= 0:
-            return NOBODY
+    def size(self, a: Allocation) -> int:
+        """Bytes per partition, in whole granules (PSUM banks)."""
+        return -(-a.pitch_bytes // self.granule) * self.granule
+
+    def reclaim(self) -> list[int]:
+        """Make up for taking more than there was; return the instructions that must have ended."""
         users: list[int] = []
         while self.free < 0 and self.released:
             size, regions = self.released.popleft()
@@ -222,5 +227,4 @@ class Space:
 
     def release(self, a: Allocation, regions: Iterable[Region]) -> None:
         """Note that a tensor was used for the last time."""
-        size = -(-a.pitch_bytes // self.granule) * self.granule  # in whole granules (PSUM banks)
-        self.released.append((size, regions))
+        self.released.append((self.size(a), regions))

@@ -364,14 +364,14 @@ def backward_dkv(
         dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else D0], tl.float32)
         dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
         dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else V0], tl.float32)
-        for first_row in range(begin, full, BLOCK_M):
+        for first_row in tl.range(begin, full, BLOCK_M, disable_licm=True):
             dk0, dk1, dv0, dv1 = _dkv_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, g_head, lse_head, delta_head,
                 stride_qt, stride_qh, stride_gt, stride_gh, HQ, first_row, S, T, key, scale_log2,
                 G, DK, D0, D1, DV, V0, V1, WINDOW, True, BLOCK_M, UPCAST, PRECISION,
             )  # fmt: skip
         if WINDOW == 0:
-            for first_row in range(full, rows, BLOCK_M):
+            for first_row in tl.range(full, rows, BLOCK_M, disable_licm=True):
                 dk0, dk1, dv0, dv1 = _dkv_step(
                     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, g_head, lse_head, delta_head,
                     stride_qt, stride_qh, stride_gt, stride_gh, HQ, first_row, S, T, key,

@@ -3,34 +3,40 @@
 What a GPU would refuse or slow down is visible in the machine code: more shared memory than a block
 may have, registers spilled to local memory inside a loop, matrix products that are not `wgmma`.
 `run()` compiles each kernel of `nsa_neuron.backends.cuda.kernel_table` for sm_90 with the plans of
-device `h200` and returns one `Row` per kernel and plan. Nothing is executed: this says that a
+device `h200` and gives one `Row` per kernel and plan. Nothing is executed: this says that a
 kernel fits the machine, not how fast or how right it is.
 """
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nsa_neuron.backends.cuda import plans
-from nsa_neuron.backends.cuda.kernel_table import KERNELS, PACKED_KERNELS, KernelEntry, Shape
+from nsa_neuron.backends.cuda.kernel_table import (
+    EVERY_KERNEL,
+    IEEE_PRODUCT,
+    PRODUCTS,
+    KernelEntry,
+    Shape,
+)
+from nsa_neuron.backends.cuda.plan_points import Point, points
 from nsa_neuron.toolchain import KernelPackage
 
 SHARED_MEMORY_LIMIT = 232_448
 """Bytes of shared memory one block may use on sm_90 (CUDA C++ Programming Guide, table of compute
 capabilities: 227 KiB)."""
 
-HEAD_DIMS = ((128, 128), (192, 128))
-DTYPES = ("bfloat16",)
-GROUPS = (16, 1)
-
 _TRITON_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_MEASURED = ("shared_bytes", "registers", "local_bytes", "spills_in_loops", "wgmma")
+_MEASURED = ("shared_bytes", "registers", "local_bytes", "spills_in_loops", "products")
 _REASON_LIMIT = 300
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
@@ -47,7 +53,8 @@ class Row:
             does not compile.
         local_bytes: stack of a thread; not zero when registers were spilled.
         spills_in_loops: loads and stores of local memory inside a loop body.
-        wgmma: whether matrix products use the warpgroup instruction.
+        products: the instructions that multiply matrices: `wgmma`, `mma` or neither (`fma`).
+        exempt: why they need not be `wgmma`; empty: they must.
         problems: why the verdict is not ok.
     """
 
@@ -62,62 +69,93 @@ class Row:
     registers: int | None
     local_bytes: int | None
     spills_in_loops: int | None
-    wgmma: bool | None
-    problems: tuple[str, ...] = field(default=())
+    products: str | None
+    exempt: str
+    problems: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         return "; ".join(self.problems) or "ok"
 
 
-def run(
-    entries: Iterable[KernelEntry] = KERNELS + PACKED_KERNELS,
-    *,
-    device: str = "h200",
-    head_dims: Iterable[tuple[int, int]] = HEAD_DIMS,
-    dtypes: Iterable[str] = DTYPES,
-    groups: Iterable[int] = GROUPS,
-) -> list[Row]:
-    """Compiles `entries` for every combination of head dims, dtype and group size.
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile: with which constants, `planned` being those of the tile plan."""
 
-    Kernels that do not depend on a dimension are compiled once for equal constants.
+    entry: KernelEntry
+    point: Point
+    planned: dict[str, Any]
+    arguments: dict[str, Any]
+
+
+def job_at(entry: KernelEntry, point: Point, device: str = "h200") -> Job:
+    """The job of a kernel at one call.
+
+    Raises:
+        PlanError: the kernel has no plan on `device` for this call.
+    """
+    planned = plans.find(device, entry.op, **asdict(point))[entry.planned]
+    shape = Shape(point.dk, point.dv, point.group, planned)
+    return Job(entry, point, planned, entry.constants(shape))
+
+
+def jobs(
+    entries: Iterable[KernelEntry] = EVERY_KERNEL, *, device: str = "h200", full: bool = False
+) -> list[Job]:
+    """What `plan_points.points` names for `entries`, once for equal constants.
 
     Raises:
         PlanError: a kernel has no plan on `device`.
+    """
+    found: dict[tuple[str, ...], Job] = {}
+    for entry in entries:
+        for point in points(entry, device, full=full):
+            job = job_at(entry, point, device)
+            key = (entry.op, entry.label, point.dtype, repr(sorted(job.arguments.items())))
+            found.setdefault(key, job)
+    return list(found.values())
+
+
+def run(todo: Iterable[Job], processes: int = 1) -> Iterator[Row]:
+    """Compiles the jobs, in order.
+
+    Args:
+        processes: how many compile at once; 1: this one.
+
+    Raises:
         ToolchainError: Triton is not installed.
     """
-    return list(iterate(entries, device, list(head_dims), list(dtypes), list(groups)))
+    if processes == 1:
+        yield from map(compile_job, todo)
+        return
+    # How constants are derived is a function, which does not travel between processes.
+    settled = [replace(job, entry=replace(job.entry, derive=_settled)) for job in todo]
+    # Forking a process in which torch or a progress bar has threads can deadlock.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_job, settled)
 
 
-def iterate(
-    entries: Iterable[KernelEntry],
-    device: str,
-    head_dims: list[tuple[int, int]],
-    dtypes: list[str],
-    groups: list[int],
-) -> Iterator[Row]:
-    """`run` row by row, so that a table can grow while kernels compile."""
-    package = KernelPackage("cuda_kernels")
-    seen = set()
-    for entry in entries:
-        function = getattr(package.load(entry.module), entry.kernel)
-        for (dk, dv), dtype, group in (
-            (dims, dtype, group) for dims in head_dims for dtype in dtypes for group in groups
-        ):
-            if not entry.min_group <= group <= entry.max_group:
-                continue
-            found = plans.find(device, entry.op, dk=dk, dv=dv, dtype=dtype, group=group)
-            constants = found[entry.plan or entry.kernel]
-            arguments = entry.constants(Shape(dk, dv, group, constants))
-            key = (entry.op, entry.kernel, dtype, repr(sorted(arguments.items())))
-            if key in seen:
-                continue
-            seen.add(key)
-            measured, problems = _measure(function, entry, arguments, dtype)
-            yield Row(
-                entry.op, entry.label, dk, dv, group, dtype, constants, **measured,
-                problems=problems,
-            )  # fmt: skip
+def compile_job(job: Job) -> Row:
+    """The row of one job."""
+    entry, point = job.entry, job.point
+    function = getattr(_kernels().load(entry.module), entry.kernel)
+    measured, problems = _measure(function, entry, job.arguments, point.dtype)
+    exempt = entry.products(point.dtype, job.arguments)[1]
+    if measured["products"] == "wgmma":
+        exempt = ""
+    return Row(
+        entry.op, entry.label, point.dk, point.dv, point.group, point.dtype, job.planned,
+        **measured, exempt=exempt, problems=problems,
+    )  # fmt: skip
+
+
+@functools.cache
+def _kernels() -> KernelPackage:
+    return KernelPackage("cuda_kernels")
+
+
+def _settled(shape: Shape) -> Mapping[str, Any]:
+    raise AssertionError(f"constants were derived before, for {shape}")
 
 
 def _measure(
@@ -139,7 +177,7 @@ def _measure(
         reason = " ".join(str(getattr(error, "error_message", None) or error).split())
         problem = f"Triton {triton.__version__} does not compile it: {reason[:_REASON_LIMIT]}"
         return dict.fromkeys(_MEASURED), (problem,)
-    return measured, _problems(entry, dtype, measured)
+    return measured, find_problems(entry, arguments, dtype, measured)
 
 
 def compile_kernel(
@@ -175,7 +213,7 @@ def compile_kernel(
         "registers": int(_field("REG", usage)),
         "local_bytes": int(_field("STACK", usage)) + int(_field("LOCAL", usage)),
         "spills_in_loops": spills_in_loops(listing),
-        "wgmma": "HGMMA" in listing,
+        "products": "wgmma" if "HGMMA" in listing else "mma" if "HMMA" in listing else "fma",
     }
 
 
@@ -198,15 +236,20 @@ def spills_in_loops(listing: str) -> int:
     )
 
 
-def _problems(entry: KernelEntry, dtype: str, measured: dict[str, Any]) -> tuple[str, ...]:
+def find_problems(
+    entry: KernelEntry, arguments: dict[str, Any], dtype: str, measured: dict[str, Any]
+) -> tuple[str, ...]:
+    """What a GPU would refuse, or what would slow it down, of what `compile_kernel` measured."""
     problems = []
     if measured["shared_bytes"] > SHARED_MEMORY_LIMIT:
         problems.append(f"shared memory {measured['shared_bytes']} > {SHARED_MEMORY_LIMIT} bytes")
     if measured["spills_in_loops"]:
         problems.append(f"{measured['spills_in_loops']} spill instructions inside loops")
-    # float32 products are made exact by ordinary multiply-adds; there is no float32 wgmma.
-    if entry.wants_wgmma and dtype != "float32" and not measured["wgmma"]:
-        problems.append("matrix products do not use wgmma")
+    wanted, reason = entry.products(dtype, arguments)
+    if PRODUCTS.index(measured["products"]) < PRODUCTS.index(wanted):
+        problems.append(f"matrix products are {measured['products']}, not {wanted}")
+    if reason == IEEE_PRODUCT and measured["products"] != "fma":
+        problems.append(f"IEEE float32 products are {measured['products']}: not exact")
     return tuple(problems)
 
 

@@ -6,11 +6,11 @@ Exit code 1 when a kernel has a problem.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nsa_neuron import compile_check
-from nsa_neuron.backends.cuda.kernel_table import KERNELS, PACKED_KERNELS
 from nsa_neuron.cli import FAILED, shared
 from nsa_neuron.terminal import progress, table
 
@@ -19,17 +19,23 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--all", action="store_true",
+        help="every dtype and group size at four pairs of head dims, packed or not (an hour of "
+        "CPU time); default: what reaches every row of every plan, and every dtype",
+    )  # fmt: skip
+    parser.add_argument("--op", help="only the kernels of this op")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     shared.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    jobs = [
+        job for job in compile_check.jobs(full=args.all) if args.op in (None, job.entry.op)
+    ]  # fmt: skip
     rows = []
-    entries, dims = list(KERNELS + PACKED_KERNELS), list(compile_check.HEAD_DIMS)
-    with progress("compile-check", len(entries) * len(dims)) as advance:
-        found = compile_check.iterate(
-            entries, "h200", dims, list(compile_check.DTYPES), list(compile_check.GROUPS)
-        )
-        for row in found:
+    with progress("compile-check", len(jobs)) as advance:
+        for row in compile_check.run(jobs, args.processes):
             advance(f"{row.op} {row.kernel}")
             rows.append(row)
     if args.json:
@@ -45,12 +51,18 @@ def _text(rows: list[compile_check.Row]) -> str:
             row.op, row.kernel, f"{row.dk}/{row.dv}", str(row.group), row.dtype,
             *(
                 "-" if value is None else str(value)
-                for value in (row.shared_bytes, row.registers, row.local_bytes)
+                for value in (row.shared_bytes, row.registers, row.local_bytes, row.products)
             ),
-            row.verdict,
+            row.verdict, row.exempt,
         ]
         for row in rows
     ]  # fmt: skip
     styles = ["bad" if row.problems else "" for row in rows]
-    headers = "op kernel Dk/Dv G dtype shared_B regs local_B verdict".split()
-    return table("compiled for sm_90, not run", headers, lines, styles)
+    headers = "op kernel Dk/Dv G dtype shared_B regs local_B products verdict".split()
+    bad = sum(bool(row.problems) for row in rows)
+    return "\n".join(
+        [
+            table("compiled for sm_90, not run", [*headers, "why not wgmma"], lines, styles),
+            f"{len(rows)} kernels and plans, {bad} with a problem",
+        ]
+    )

@@ -7,8 +7,9 @@ import pytest
 pytest.importorskip("triton")
 
 from nsa_neuron import compile_check
-from nsa_neuron.backends.cuda import plans
-from nsa_neuron.backends.cuda.kernel_table import KERNELS, PACKED_KERNELS, Shape
+from nsa_neuron.backends.cuda import plan_points, plans
+from nsa_neuron.backends.cuda.kernel_table import EVERY_KERNEL, KERNELS, PACKED_KERNELS, Shape
+from nsa_neuron.backends.cuda.plan_points import Point
 from nsa_neuron.toolchain import KernelPackage
 
 LISTING = """
@@ -25,6 +26,12 @@ LISTING = """
 
 def entry(op: str, kernel: str):
     return next(e for e in KERNELS if (e.op, e.kernel) == (op, kernel))
+
+
+def check(op: str, kernel: str, dk=192, dv=128, dtype="bfloat16", group=16):
+    """The row of one kernel at one call."""
+    job = compile_check.job_at(entry(op, kernel), Point(dk, dv, dtype, group))
+    return compile_check.compile_job(job)
 
 
 def test_spills_are_counted_inside_loops_only():
@@ -80,24 +87,100 @@ def test_a_kernel_that_does_not_compile_is_a_row(monkeypatch, error):
         raise RuntimeError("PassManager::run failed") if error == "pass" else NotSupported()
 
     monkeypatch.setattr(triton, "compile", refuse)
-    rows = compile_check.run(
-        [entry("gated_sum", "forward"), entry("gated_sum", "backward")],
-        head_dims=[(128, 128)],
-        groups=[1],
-    )
+    entries = [entry("gated_sum", "forward"), entry("gated_sum", "backward")]
+    todo = [compile_check.job_at(e, Point(128, 128, "bfloat16", 1)) for e in entries]
+    rows = list(compile_check.run(todo))
     reason = "PassManager::run failed" if error == "pass" else "no such layout"
     assert [row.kernel for row in rows] == ["forward", "backward"]
     assert all(row.verdict.endswith(f"does not compile it: {reason}") for row in rows)
-    assert rows[0].shared_bytes is None and rows[0].wgmma is None
+    assert rows[0].shared_bytes is None and rows[0].products is None
+
+
+def test_every_plan_row_is_compiled():
+    rows = plan_points.rows_of("h200")
+    assert len(rows) > 50 and {op for op, _, _ in rows} == {e.op for e in KERNELS}
+    assert plan_points.rows_reached(EVERY_KERNEL, "h200") == rows
+
+
+def test_a_row_that_nothing_reaches_is_missed(monkeypatch):
+    """A row behind one that takes all of its calls, and a row of a kernel that no entry has."""
+    shipped = plans.load("h200", "gated_sum")
+    dead = [*shipped["forward"], {"max_dk": 64, "constants": {}}]
+    other = {**shipped, "forward": dead, "no_such_kernel": [{"constants": {}}]}
+    load = plans.load
+    monkeypatch.setattr(plans, "load", lambda d, op: other if op == "gated_sum" else load(d, op))
+    missed = plan_points.rows_of("h200") - plan_points.rows_reached(EVERY_KERNEL, "h200")
+    assert missed == {("gated_sum", "forward", 1), ("gated_sum", "no_such_kernel", 0)}
+
+
+def test_a_row_is_compiled_at_its_widest(monkeypatch):
+    rows = [
+        {"dtypes": ["float32"], "max_dk": 128, "max_dv": 64, "constants": {"a": 1}},
+        {"max_dk": 192, "min_g": 3, "max_g": 6, "constants": {"a": 2}},
+        {"constants": {"a": 3}},
+    ]
+    monkeypatch.setattr(plans, "load", lambda device, op: {"forward": rows})
+    found = plan_points.points(entry("attention", "forward"), "h200")
+    assert {
+        Point(128, 64, "float32", 16), Point(192, 256, "bfloat16", 3),
+        Point(256, 256, "bfloat16", 16),
+    } <= set(found)  # fmt: skip
+
+
+def test_every_kernel_is_compiled_for_every_dtype():
+    for e in KERNELS:
+        found = {point.dtype for point in plan_points.points(e, "h200")}
+        assert found == {"bfloat16", "float16", "float32"}, e
+        dims = {(p.dk, p.dv) for p in plan_points.points(e, "h200") if p.dtype == "bfloat16"}
+        assert dims >= {(192, 128), (128, 128)}, e
+
+
+def test_everything_is_more():
+    few, every = compile_check.jobs(), compile_check.jobs(full=True)
+    assert len(every) > 4 * len(few)
+    packed = {job.point.dtype for job in every if job.entry.packed}
+    assert packed == {"bfloat16", "float16", "float32"}
+
+
+MEASURED = {"shared_bytes": 1000, "spills_in_loops": 0}
+
+
+@pytest.mark.parametrize(
+    "op, kernel, dtype, products, problem",
+    [
+        ("attention", "forward", "bfloat16", "mma", "are mma, not wgmma"),
+        ("attention", "forward", "float32", "mma", "not exact"),
+        ("attention", "forward", "float32", "fma", ""),
+        ("compressed_attention", "forward", "float32", "fma", "are fma, not mma"),
+        ("compress", "linear_forward", "float32", "wgmma", ""),
+        ("decode", "score", "float16", "fma", "are fma, not mma"),
+        ("gated_sum", "forward", "float16", "fma", ""),
+    ],
+)
+def test_which_products_are_demanded(op, kernel, dtype, products, problem):
+    job = compile_check.job_at(entry(op, kernel), Point(192, 128, dtype, 16))
+    measured = MEASURED | {"products": products}
+    found = compile_check.find_problems(job.entry, job.arguments, dtype, measured)
+    assert len(found) == bool(problem) and all(problem in text for text in found)
+
+
+def test_what_is_not_wgmma_says_why():
+    for job in compile_check.jobs():
+        wanted, reason = job.entry.products(job.point.dtype, job.arguments)
+        assert (wanted == "wgmma") == (reason == ""), job
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_rows():
+    todo = compile_check.jobs([entry("gated_sum", "forward")])
+    assert list(compile_check.run(todo, 2)) == list(compile_check.run(todo))
 
 
 @pytest.mark.slow
 def test_a_kernel_that_fits():
-    (row,) = compile_check.run(
-        [entry("sliding_window_attention", "forward")], head_dims=[(192, 128)], groups=[16]
-    )
-    assert row.verdict == "ok"
-    assert row.wgmma and row.spills_in_loops == 0
+    row = check("sliding_window_attention", "forward")
+    assert row.verdict == "ok" and row.exempt == ""
+    assert row.products == "wgmma" and row.spills_in_loops == 0
     # q [128, 192] and three stages of k [64, 192] and v [64, 128], two bytes each.
     assert row.shared_bytes == 2 * (128 * 192 + 3 * 64 * (192 + 128))
 
@@ -107,7 +190,5 @@ def test_a_kernel_that_does_not_fit(monkeypatch):
     constants = {"BLOCK_M": 64, "BLOCK_N": 128, "UPCAST": False, "PRECISION": "ieee"}
     rows = {"backward_dkv": [{"constants": constants | {"num_warps": 8, "num_stages": 4}}]}
     monkeypatch.setattr(plans, "load", lambda device, op: rows)
-    (row,) = compile_check.run(
-        [entry("attention", "backward_dkv")], head_dims=[(192, 128)], groups=[16]
-    )
+    row = check("attention", "backward_dkv")
     assert "shared memory" in row.verdict and "spill instructions inside loops" in row.verdict

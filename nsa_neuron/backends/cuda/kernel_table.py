@@ -10,6 +10,7 @@ names what differs from the conventions all kernels follow:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,11 @@ INTEGERS = frozenset(
     | {"first_token", "first_pair", "blocks_per_head"}
 )
 FLOAT32_TENSORS = frozenset({"lse", "delta", "grad_lse"})
+PRODUCTS = ("fma", "mma", "wgmma")
+"""Ordinary arithmetic; the tensor core instruction of a warp; that of a warpgroup (4 warps)."""
+
+NO_PRODUCT = "no matrix product"
+IEEE_PRODUCT = "IEEE float32: tensor cores would round to tf32"
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,10 @@ class KernelEntry:
         derive: the constants that the launcher adds to those of the plan.
         types: Triton types of arguments that break the conventions; `"dtype"` stands for the
             compute dtype, as in `"*dtype"`.
-        wants_wgmma: whether its matrix products must be warpgroup instructions.
+        wants_wgmma: whether its matrix products must be warpgroup instructions. exempt: why they
+            are not, where they are not: `NO_PRODUCT` or a reason, then they must be `mma`.
         min_group, max_group: the group sizes it is launched for.
+        variant: what sets it apart from other entries of the same kernel.
         packed: whether this is the variant for packed sequences.
     """
 
@@ -58,15 +66,40 @@ class KernelEntry:
     derive: Derive
     types: Mapping[str, str] = field(default_factory=dict)
     wants_wgmma: bool = True
+    exempt: str = NO_PRODUCT
     plan: str = ""
     min_group: int = 1
     max_group: int = 1 << 30
+    variant: str = ""
     packed: bool = False
+
+    @property
+    def planned(self) -> str:
+        """Under which name plans hold its constants."""
+        return self.plan or self.kernel
 
     @property
     def label(self) -> str:
         """The kernel's name and variant."""
-        return f"{self.kernel} packed" if self.packed else self.kernel
+        return " ".join(
+            [self.kernel, *[self.variant] * bool(self.variant), *["packed"] * self.packed]
+        )
+
+    def products(self, dtype: str, constants: Mapping[str, Any]) -> tuple[str, str]:
+        """The least that matrix products must be done with, and why that is not `wgmma`.
+
+        Returns:
+            One of `PRODUCTS`; the reason, empty for `wgmma`.
+        """
+        if self.exempt == NO_PRODUCT and not self.wants_wgmma:
+            return "fma", NO_PRODUCT
+        if dtype == "float32" and constants["PRECISION"] == "ieee":
+            return "fma", IEEE_PRODUCT
+        if not self.wants_wgmma:
+            return "mma", self.exempt
+        if dtype == "float32":
+            return "mma", "float32 (tf32x3): tiles of 64 rows, as wgmma has, spill"
+        return "wgmma", ""
 
     def constants(self, shape: Shape) -> dict[str, Any]:
         """All constants of a launch: the plan's and the launcher's."""
@@ -181,7 +214,11 @@ def _selected(kernel: str, derive: Derive, **options: Any) -> KernelEntry:
 _COMPRESSION = {"BLOCK": 32, "STRIDE": 16}
 _SELECTABLE = 1024
 _FORCED = {"INITIAL": 1, "LOCAL": 2}
-_COMPRESSED_TYPES = {"NC": "i32", "elements": "i32", "partial": "*fp32"}
+_COLUMN_SPLITS = 64  # of `column_sum` in the shipped plans; reduce_splits adds them up
+_COMPRESSED_TYPES = {
+    **{"NC": "i32", "elements": "i32", "partial": "*fp32"},
+    **{"dk": "*fp32", "dv": "*fp32"},  # split over queries in every shipped plan, see SPLITS
+}
 _SELECT_TYPES = {
     **dict.fromkeys(("HKV_B", "tiles"), "i32"),
     **dict.fromkeys(("block_indices", "carried_ids"), "*i32"),
@@ -191,6 +228,7 @@ _COMPRESS_TYPES = {
     **dict.fromkeys(("B", "NC", "HKV", "HEADS", "elements"), "i32"),
     **dict.fromkeys(("starts", "total"), "*i32"),
     **dict.fromkeys(("hidden", "partial", "y_sum"), "*fp32"),
+    "bias": "*fp32",  # with the encoding's share in it
 }
 _DECODE_TYPES = {
     **dict.fromkeys(("HKV", "MAX_TILES", "cmp_pages", "win_pages", "slc_pages"), "i32"),
@@ -211,11 +249,12 @@ def _select(shape: Shape) -> Mapping[str, Any]:
     return {**_compressed(shape), **fixed, **_FORCED, **tiles}
 
 
-def _compress(shape: Shape) -> Mapping[str, Any]:
+def _compress(shape: Shape, **change: Any) -> Mapping[str, Any]:
     flags = {"PACKED": False, "HAS_PE": True, "HAS_BIAS": True, "GELU": False}
     width = 1 << (shape.dk - 1).bit_length()
     rows = _COMPRESSION["BLOCK"] * shape.dk
-    return {"N": shape.dk, "D": shape.dk, "WIDTH": width, "ROWS": rows, **flags, **_COMPRESSION}
+    sizes = {"N": shape.dk, "D": shape.dk, "WIDTH": width, "ROWS": rows}
+    return {**sizes, **flags, **_COMPRESSION, **change}
 
 
 def _gated(shape: Shape) -> Mapping[str, Any]:
@@ -235,6 +274,12 @@ def _decode(shape: Shape) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
+_DECODE_KERNEL = KernelEntry(
+    "decode", "", "decode", _decode, _DECODE_TYPES, wants_wgmma=False,
+    exempt="16 rows, wgmma has 64",
+)  # fmt: skip
+
+
 def _compressed_entries() -> tuple[KernelEntry, ...]:
     op = "compressed_attention"
     matmuls = ("forward", "backward_dq", "backward_dkv")
@@ -247,11 +292,26 @@ def _compressed_entries() -> tuple[KernelEntry, ...]:
 
 
 def _compress_entries() -> tuple[KernelEntry, ...]:
-    matmuls = ("linear_forward", "linear_backward_x", "linear_backward_w")
+    def entry(kernel: str, variant: str = "", types: Any = {}, **flags: Any) -> KernelEntry:  # noqa: B006
+        return KernelEntry(
+            "compress", kernel, "compress", functools.partial(_compress, **flags),
+            _COMPRESS_TYPES | types, wants_wgmma=kernel.startswith("linear"), variant=variant,
+        )  # fmt: skip
+
+    # The second layer of the mlp reads one row per block, and its backward the hidden layer.
+    second = {"BLOCK": 1, "STRIDE": 1}
     others = ("mean_forward", "mean_backward", "column_sum", "encoding_gradient")
-    return tuple(
-        KernelEntry("compress", k, "compress", _compress, _COMPRESS_TYPES, wants_wgmma=k in matmuls)
-        for k in (*matmuls, *others)
+    return (
+        entry("linear_forward"),
+        entry("linear_forward", "gelu", {"bias": "*dtype"}, GELU=True),
+        entry("linear_forward", "to float32", {"y": "*fp32"}),
+        entry("linear_forward", "second", {"bias": "*dtype"}, **second),
+        entry("linear_backward_x"),
+        entry("linear_backward_x", "second", **second, GELU=True),
+        entry("linear_backward_w"),
+        entry("linear_backward_w", "second", {"x": "*fp32"}, **second, GELU=True, HAS_PE=False),
+        *(entry(kernel) for kernel in others),
+        entry("reduce_splits", "", {"total": "*fp32"}, SPLITS=_COLUMN_SPLITS),
     )
 
 
@@ -276,10 +336,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         KernelEntry("gated_sum", kernel, "gated_sum", _gated, wants_wgmma=False)
         for kernel in ("forward", "backward")
     ),
-    *(
-        KernelEntry("decode", kernel, "decode", _decode, _DECODE_TYPES, wants_wgmma=False)
-        for kernel in ("score", "attend")
-    ),
+    *(replace(_DECODE_KERNEL, kernel=kernel) for kernel in ("score", "attend")),
 )
 
 _HAVE_PACKED = {
@@ -296,3 +353,5 @@ PACKED_KERNELS: tuple[KernelEntry, ...] = tuple(
     if entry.kernel in _HAVE_PACKED.get(entry.op, ())
 )
 """The same kernels for packed sequences, where that changes loops and addresses most."""
+
+EVERY_KERNEL = KERNELS + PACKED_KERNELS

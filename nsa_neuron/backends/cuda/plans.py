@@ -59,14 +59,19 @@ def find(device: str, op: str, *, dk: int, dv: int, dtype: str, group: int) -> d
     return {kernel: _first_fit(device, op, kernel, wanted) for kernel in load(device, op)}
 
 
+def fits(row: dict[str, Any], *, dk: int, dv: int, dtype: str, group: int) -> bool:
+    """Whether a call is within the bounds of a plan row."""
+    return bool(
+        dk <= row.get("max_dk", dk)
+        and dv <= row.get("max_dv", dv)
+        and dtype in row.get("dtypes", [dtype])
+        and row.get("min_g", 1) <= group <= row.get("max_g", group)
+    )
+
+
 def _first_fit(device: str, op: str, kernel: str, wanted: dict[str, Any]) -> Constants:
     for row in load(device, op)[kernel]:
-        if (
-            wanted["dk"] <= row.get("max_dk", wanted["dk"])
-            and wanted["dv"] <= row.get("max_dv", wanted["dv"])
-            and wanted["dtype"] in row.get("dtypes", [wanted["dtype"]])
-            and row.get("min_g", 1) <= wanted["group"] <= row.get("max_g", wanted["group"])
-        ):
+        if fits(row, **wanted):
             return dict(row["constants"])
     raise PlanError(
         f"no tile plan for kernel '{kernel}' of op '{op}' on device '{device}' with {wanted}: "

@@ -1,0 +1,283 @@
+"""Launches at a million tokens: grids within CUDA's limits, arguments as the kernels want them.
+
+Nothing runs: launchers get tensors without memory and kernels that record (`recorder`). A grid of
+more than 65,535 along y or z, or an argument in the wrong place, would show on a GPU only.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from recorder import Kernels, Memory, tensor
+
+from nsa_neuron.backends.cuda import plans
+from nsa_neuron.backends.cuda.kernel_table import KERNELS
+from nsa_neuron.backends.cuda.launch import (
+    attention,
+    compress,
+    compressed_attention,
+    decode,
+    gated_sum,
+    select_blocks,
+    selected_attention,
+    sliding_window_attention,
+)
+
+MILLION = 2**20
+LIMITS = (2**31 - 1, 65_535, 65_535)
+"""CUDA C++ Programming Guide, compute capability 9.0: the largest grid along x, y and z."""
+
+H200_BYTES = 143_771 * 2**20
+"""What nvidia-smi shows of an H200 (machine notes of 2026-10-27)."""
+
+GEOMETRY = {"block": 32, "stride": 16}
+SELECTION = {"select_block": 64, "num_selected": 16, "num_initial": 1, "num_local": 2}
+CASES = {
+    "1M, G=16": SimpleNamespace(batch=1, tokens=MILLION, heads=64, kv=4, sequences=0),
+    "1M, G=1": SimpleNamespace(batch=1, tokens=MILLION, heads=64, kv=64, sequences=0),
+    "64 x 1M, G=16": SimpleNamespace(batch=64, tokens=MILLION, heads=64, kv=4, sequences=0),
+    "64 x 1M, G=1": SimpleNamespace(batch=64, tokens=MILLION, heads=16, kv=16, sequences=0),
+    "1M packed": SimpleNamespace(batch=1, tokens=MILLION, heads=64, kv=4, sequences=5000),
+    "1M packed, G=1": SimpleNamespace(batch=1, tokens=MILLION, heads=16, kv=16, sequences=5000),
+}
+
+
+def attention_inputs(case, keys=None, dk=192, dv=128):
+    keys = case.tokens if keys is None else keys
+    q = tensor(case.batch, case.tokens, case.heads, dk)
+    k, v = (tensor(case.batch, keys, case.kv, dim) for dim in (dk, dv))
+    return q, k, v
+
+
+def lengths(case):
+    if not case.sequences:
+        return {}
+    cu = tensor(case.sequences + 1, dtype=torch.int32)
+    return {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+
+
+def plan(op, case, dtype="bfloat16"):
+    group = case.heads // case.kv
+    return plans.find("h200", op, dk=192, dv=128, dtype=dtype, group=group)
+
+
+def both_ways(launcher, op, case, inputs, **named):
+    """Forward and backward of an attention-like op; what they launched."""
+    kernels = Kernels(op)
+    named |= {"scale": 0.1, **lengths(case)}
+    o, lse = launcher.forward(kernels, plan(op, case), *inputs, **named)
+    grads = launcher.backward(
+        kernels, plan(op, case), torch.empty_like(o), *inputs, o, lse, torch.empty_like(lse),
+        **named,
+    )  # fmt: skip
+    assert all(g.shape == x.shape and g.is_meta for g, x in zip(grads, inputs[:3], strict=True))
+    return kernels.launches
+
+
+def run_attention(case):
+    return both_ways(attention, "attention", case, attention_inputs(case))
+
+
+def run_window(case):
+    op = "sliding_window_attention"
+    return both_ways(sliding_window_attention, op, case, attention_inputs(case), window=512)
+
+
+def run_selected(case):
+    ids = tensor(case.batch, case.tokens, case.kv, 16, dtype=torch.int32)
+    inputs = (*attention_inputs(case), ids)
+    return both_ways(selected_attention, "selected_attention", case, inputs, select_block=64)
+
+
+def run_compressed(case):
+    blocks = (case.tokens - 32) // 16 + 1
+    inputs = attention_inputs(case, keys=blocks)
+    named = {"kv_len": case.tokens, **GEOMETRY}
+    return both_ways(compressed_attention, "compressed_attention", case, inputs, **named)
+
+
+def run_select(case):
+    q, k_cmp, _ = attention_inputs(case, keys=(case.tokens - 32) // 16 + 1)
+    lse = tensor(case.batch, case.tokens, case.heads, dtype=torch.float32)
+    kernels = Kernels("select_blocks")
+    named = {"kv_len": case.tokens, "scale": 0.1, **GEOMETRY, **SELECTION, **lengths(case)}
+    ids = select_blocks.forward(kernels, plan("select_blocks", case), q, k_cmp, lse, **named)
+    assert ids.shape == (case.batch, case.tokens, case.kv, 16) and ids.is_meta
+    return kernels.launches
+
+
+def run_compress(case):
+    kernels, dim, hidden = Kernels("compress"), 192, 256
+    x = tensor(case.batch, case.tokens, case.kv, dim)
+    w1, w2 = tensor(32 * dim, hidden), tensor(hidden, dim)
+    b1, b2, pe = tensor(hidden), tensor(dim), tensor(case.kv, 32, dim)
+    cu = {name: cu for name, cu in lengths(case).items() if name == "cu_seqlens_k"}
+    for method, weights in (
+        ("mean", (None, None, None, None)),
+        ("linear", (w1, b1, None, None)),
+        ("mlp", (w1, b1, w2, b2)),
+    ):
+        named = {"method": method, **GEOMETRY, **cu}
+        constants = plan("compress", case)
+        y = compress.forward(kernels, constants, x, *weights, pe, **named)
+        grads = compress.backward(kernels, constants, y, x, *weights, pe, **named)
+        for grad, value in zip(grads, (x, *weights, pe), strict=True):
+            assert (grad is None) == (value is None)
+            assert grad is None or (grad.shape == value.shape and grad.is_meta)
+    return kernels.launches
+
+
+def run_gated(case):
+    kernels = Kernels("gated_sum")
+    branches = [tensor(case.batch, case.tokens, case.heads, 128) for _ in range(3)]
+    gates = tensor(case.batch, case.tokens, case.heads, 3)
+    constants = plan("gated_sum", case)
+    o = gated_sum.forward(kernels, constants, *branches, gates)
+    gated_sum.backward(kernels, constants, o, *branches, gates)
+    return kernels.launches
+
+
+RUN = {
+    "attention": run_attention,
+    "sliding_window_attention": run_window,
+    "selected_attention": run_selected,
+    "compressed_attention": run_compressed,
+    "select_blocks": run_select,
+    "compress": run_compress,
+    "gated_sum": run_gated,
+}
+
+
+def run_decode(batch, kv_heads, group, pages):
+    kernels = Kernels("decode")
+    case = SimpleNamespace(heads=kv_heads * group, kv=kv_heads)
+
+    def pools():
+        return (tensor(batch * pages, 128, kv_heads, dim) for dim in (192, 128))
+
+    def table():
+        return tensor(batch, pages, dtype=torch.int32)
+
+    k_cmp, v_cmp = pools()
+    k, v = pools()
+    caches = decode.PagedCaches(
+        seqlens=tensor(batch, dtype=torch.int32), k_cmp=k_cmp, v_cmp=v_cmp, cmp_table=table(),
+        k_slc=k, v_slc=v, slc_table=table(), k_win=k, v_win=v, win_table=table(),
+    )  # fmt: skip
+    geometry = decode.Geometry(**GEOMETRY, **SELECTION, window=512, scale=0.1)
+    q = tensor(batch, 1, kv_heads * group, 192)
+    gates = tensor(batch, 1, kv_heads * group, 3)
+    o = decode.forward(kernels, plan("decode", case), q, gates, caches, geometry)
+    assert o.shape == (batch, 1, kv_heads * group, 128)
+    return kernels.launches
+
+
+def check_grid(launch):
+    assert 1 <= len(launch.grid) <= 3
+    for size, limit in zip(launch.grid, LIMITS, strict=False):
+        assert 1 <= size <= limit, f"{launch.name}: grid {launch.grid}"
+
+
+TRITON_NAMES = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8",
+}  # fmt: skip
+# Arguments that are not read under these constants; launchers pass any tensor for them.
+UNREAD = {
+    "PACKED": ("cu_q", "cu_k", "cu_cmp", "starts", "total"),
+    "HAS_PE": ("pe", "y_sum"),
+    "HAS_BIAS": ("bias",),
+    "GELU": ("hidden",),
+    "HAS_GRAD_LSE": ("grad_lse",),
+}
+
+
+def check_arguments(op, launch):
+    """The types that the compile check compiles for are those of the launch."""
+    entries = [e for e in KERNELS if (e.op, e.kernel) == (op, launch.name)]
+    constants = {p.name for p in launch.function.params if p.is_constexpr}
+    unread = {
+        name
+        for flag, names in UNREAD.items()
+        if launch.arguments.get(flag, True) is False
+        for name in names
+    }
+    for name, value in launch.arguments.items():
+        compiled = {entry.type_of(name).replace("dtype", "bf16") for entry in entries}
+        if name in constants:
+            right = isinstance(value, int | bool | str)
+        elif isinstance(value, torch.Tensor):
+            right = f"*{TRITON_NAMES[value.dtype]}" in compiled or name in unread
+            right = right and value.is_meta and all(kind.startswith("*") for kind in compiled)
+        else:
+            right = compiled == {"fp32" if type(value) is float else "i32"}
+        assert right, f"{op}.{launch.name}: {name} = {value!r}, compiled for {compiled}"
+
+
+def check(op, launches):
+    """All grids, and the arguments of the first and the last launch of each kernel."""
+    assert launches
+    for launch in launches:
+        check_grid(launch)
+    for order in (launches, launches[::-1]):
+        for launch in {launch.name: launch for launch in order}.values():
+            check_arguments(op, launch)
+
+
+@pytest.mark.parametrize("op", RUN)
+@pytest.mark.parametrize("name", CASES)
+def test_a_million_tokens(op, name):
+    check(op, RUN[op](CASES[name]))
+
+
+@pytest.mark.parametrize("op", RUN)
+def test_a_million_tokens_fit_the_memory(op):
+    """Forward and backward of one op with all inputs, outputs, gradients and workspaces."""
+    with Memory() as memory:
+        RUN[op](CASES["1M, G=16"])
+    assert memory.peak < H200_BYTES, f"{memory.peak / 2**30:.0f} GiB"
+
+
+@pytest.mark.parametrize("batch, kv_heads, group", [(1, 1, 1), (32, 4, 16), (4096, 64, 1)])
+def test_decode(batch, kv_heads, group):
+    launches = run_decode(batch, kv_heads, group, pages=2 + MILLION // 128)
+    assert [launch.name for launch in launches] == ["score", "attend"]
+    check("decode", launches)
+
+
+def test_the_widest_batch_that_a_grid_takes():
+    """y and z count kv heads and batches: the most that the backend lets through still fit."""
+    case = SimpleNamespace(batch=4095, tokens=64, heads=16, kv=16, sequences=0)
+    assert case.batch * case.kv <= LIMITS[1]
+    for op, run in RUN.items():
+        check(op, run(case))
+
+
+def test_a_wrong_launch_is_noticed():
+    """The checks can fail."""
+    kernels = Kernels("gated_sum")
+    x, gates = tensor(8, 128), tensor(8, 3)
+    good = {"rows": 8, "DV": 128, "WIDTH": 128, "BLOCK_M": 16}
+    kernels.forward[(65_536,)](x, x, x, gates, x, **good)
+    check_grid(kernels.launches[-1])
+    check_arguments("gated_sum", kernels.launches[-1])
+    kernels.forward[1, 65_536](x, x, x, gates.float(), x, **good)
+    with pytest.raises(AssertionError, match="grid"):
+        check_grid(kernels.launches[-1])
+    with pytest.raises(AssertionError, match="gates"):
+        check_arguments("gated_sum", kernels.launches[-1])
+    with pytest.raises(AssertionError, match="missing"):
+        kernels.forward[(1,)](x, x, x, gates, **good)
+    with pytest.raises(AssertionError, match="unknown"):
+        kernels.forward[(1,)](x, x, x, gates, x, **good, BLOCK_X=1)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        gates.max().item()
+
+
+assert math.prod(LIMITS) > 0

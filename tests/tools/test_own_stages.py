@@ -80,6 +80,12 @@ def test_the_harness_checks_itself():
         getattr(dry_run, f"check_{check}")(p)
 
 
+@pytest.mark.parametrize("tokens", [128, 129, 1030])
+@pytest.mark.parametrize("window", [1, 80, 127, 128, 129, 512, 1030])
+def test_block_masks_of_flex_attention(tokens, window):
+    dry_run.check_block_mask(tokens, window)
+
+
 def test_a_run_out_of_time_resumes(tmp_path):
     out = tmp_path / "rows.jsonl"
     command = [

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from problem import GRADS, AnyProblem, Decode, Problem, paged
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 STAGES = (*GRADS, "select", "cmp_select", "dense_decode", "decode")
 Call = Callable[..., Tensor]
@@ -132,6 +132,28 @@ class Sdpa(Peer):
         return lambda: self._attend(c.q[:, :, None], k, v, causal=False)[:, :, 0, :dv]
 
 
+def causal_blocks(
+    tokens: int, window: int, mask_mod: Callable[..., Tensor], device: torch.device
+) -> BlockMask:
+    """FlexAttention's block mask of a causal window of `window` tokens.
+
+    `create_block_mask` evaluates the mask at every pair of tokens, 4 GB per intermediate at 64K
+    tokens and 17 GB at 128K; which blocks of 128 are empty or full follows from their edges.
+    """
+    size = 128
+    first = torch.arange(0, tokens, size, device=device)
+    last = first + size - 1
+    q_first, q_last, k_first, k_last = first[:, None], last[:, None], first, last
+    some = (k_first <= q_last) & (k_last > q_first - window)
+    full = some & (k_last <= q_first) & (k_first > q_last - window)
+    full &= (q_last < tokens) & (k_last < tokens)  # FlexAttention masks what the end cuts off
+    lists = []
+    for blocks in (some & ~full, full):
+        order = blocks.int().argsort(dim=1, descending=True, stable=True)
+        lists += [blocks.sum(1).int()[None, None], order.int()[None, None]]
+    return BlockMask.from_kv_blocks(*lists, size, mask_mod, (tokens, tokens))
+
+
 class Flex(Peer):
     """torch FlexAttention, compiled on a GPU."""
 
@@ -143,8 +165,8 @@ class Flex(Peer):
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         self.attend = flex_attention if device == "cpu" else compiled
 
-    def _masked(self, p: Problem, mask_mod: Callable[..., Tensor]) -> Call:
-        mask = create_block_mask(mask_mod, None, None, len(p.q), len(p.k), p.q.device.type)
+    def _masked(self, p: Problem, mask_mod: Callable[..., Tensor], window: int) -> Call:
+        mask = causal_blocks(len(p.q), window, mask_mod, p.q.device)
 
         def call(*x: Tensor) -> Tensor:
             o = self.attend(*map(heads_first, x), block_mask=mask, enable_gqa=True)
@@ -153,11 +175,11 @@ class Flex(Peer):
         return call
 
     def dense(self, p: Problem) -> Call:
-        return self._masked(p, lambda b, h, i, j: i >= j)
+        return self._masked(p, lambda b, h, i, j: i >= j, len(p.k))
 
     def window(self, p: Problem) -> Call:
         w = p.geom.w
-        return self._masked(p, lambda b, h, i, j: (i >= j) & (i - w < j))
+        return self._masked(p, lambda b, h, i, j: (i >= j) & (i - w < j), w)
 
     def dense_decode(self, c: Decode) -> Call:
         k, v = c.k.transpose(1, 2), c.v.transpose(1, 2)

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from adapters import STAGES, Flex, Lucidrains, equal_dims, heads_first, ids_to_hsn
+from adapters import (
+    STAGES,
+    Flex,
+    Lucidrains,
+    causal_blocks,
+    equal_dims,
+    heads_first,
+    ids_to_hsn,
+)
 from measure import compare, compare_selection, decided
 from problem import (
     GRADS,
@@ -30,6 +38,7 @@ from problem import (
     visible,
 )
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 if TYPE_CHECKING:
     import argparse
@@ -150,6 +159,27 @@ def check_flex(p: Problem) -> None:
     for stage, call in (("dense", Flex("cpu").dense(p)), ("window", Flex("cpu").window(p))):
         out = call(p.q, p.k, p.v)[p.rows]
         torch.testing.assert_close(out, expected(stage, p)[0], rtol=1e-4, atol=1e-5)
+    for tokens in (128, 129, 1030):
+        for window in (1, 80, 127, 128, 129, 512, tokens):
+            check_block_mask(tokens, window)
+
+
+def check_block_mask(tokens: int, window: int) -> None:
+    """The blocks that edges say are empty, full or mixed, against every pair of tokens."""
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - window < j)
+
+    quick = causal_blocks(tokens, window, seen, torch.device("cpu"))
+    slow = create_block_mask(seen, None, None, tokens, tokens, "cpu")
+    assert quick.seq_lengths == slow.seq_lengths
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, lists = (
+            [getattr(mask, f"{name}_{what}")[0, 0].tolist() for mask in (quick, slow)]
+            for what in ("num_blocks", "indices")
+        )
+        pairs = zip(*counts, *lists, strict=True)
+        assert all(n == m and set(x[:n]) == set(y[:m]) for n, m, x, y in pairs), (tokens, window)
 
 
 def check_refusals(p: Problem) -> None:

@@ -81,11 +81,9 @@ class Bench:
         self.machine = describe_machine(args.device)
         self.rows: list[dict] = []
         if args.resume and args.out.exists():
-            rows = map(json.loads, args.out.read_text().splitlines())
-            self.rows = [row for row in rows if row["status"] != "skipped"]
+            self.rows = [row for row in read_rows(args.out) if row["status"] != "skipped"]
         if not args.shard:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            write_rows(args.out, self.rows)
         self.done = [row["key"] for row in self.rows]
         self.peers = {peer.name: peer for peer in self.load_peers()}
         torch.set_float32_matmul_precision("highest")  # for the reference, whatever imports did
@@ -106,7 +104,8 @@ class Bench:
                 continue
             try:
                 yield make(source)
-            except Exception as error:  # whatever an import raises is a result of this benchmark
+            # Whatever an import raises is a result of this benchmark, an exit included.
+            except (Exception, SystemExit) as error:
                 self.emit(["import", name], peer=name, stage="import", reason=describe(error))
 
     def problem(self, cell: Cell) -> AnyProblem:
@@ -212,9 +211,8 @@ class Bench:
 
     def restart(self) -> None:
         """Replaces this process by one that goes on after the last recorded row."""
-        sys.stdout.flush()
         resumed = ["--resume", "--prewarm", "0", "--started", str(self.args.started)]
-        os.execv(sys.executable, [sys.executable, *sys.argv, *resumed])
+        replace_process([sys.executable, *sys.argv, *resumed])
 
     def record(self, cell: Cell, direction: str, **fields: object) -> None:
         where = cell._asdict() | {"heads": str(cell.heads), "direction": direction}
@@ -248,6 +246,37 @@ class Bench:
                 out = call(*leaves)
                 if leaves:
                     torch.autograd.grad(out, leaves, torch.ones_like(out))
+                del call, leaves, out
+            if self.args.device == "cuda":
+                torch.cuda.empty_cache()  # the other shards need the memory
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Replaces a file of JSON lines at once, so that an interrupted run leaves a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draft.replace(path)
+
+
+def replace_process(command: list[str]) -> None:
+    """Runs `command` in place of this process, which may hold a lost or hanging CUDA context.
+
+    The driver frees a context when its device files are closed. What keeps those open across an
+    exec is the driver's choice, so all files but the standard ones are closed here.
+    """
+    sys.stdout.flush()
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.execv(command[0], command)
 
 
 def prewarm(jobs: int, seconds: float) -> None:

@@ -31,6 +31,8 @@ class _Internal(dict[str, bool]):
 
 
 _INTERNAL = _Internal()
+# The latest call site at each offset: a loop comes back to the same few, a record holds many.
+_SITES: dict[int, tuple[CodeType, int]] = {}
 
 
 class _State(threading.local):
@@ -75,7 +77,11 @@ def call_site(known: int = 2) -> tuple[CodeType, int] | None:
         frame = frame.f_back  # type: ignore[assignment]
         if frame is None:
             return None
-    return frame.f_code, frame.f_lasti
+    code, last = frame.f_code, frame.f_lasti
+    site = _SITES.get(last)
+    if site is None or site[0] is not code:
+        site = _SITES[last] = code, last
+    return site
 
 
 def locate(site: tuple[CodeType, int] | None) -> Location | None:

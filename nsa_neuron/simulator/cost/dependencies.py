@@ -59,12 +59,14 @@ class Tracker:
             "psum": Space(machine.psum_bytes, machine.psum_bank_bytes),
         }
         self._everywhere: dict[Place, Place] = {}
+        self._dead: list[Allocation] = []  # in the instruction looked at
         self._fences: list[int] = []
         self._shared_users: dict[int, int] = {}
 
     def run(self) -> list[list[int]]:
         """Dependencies of each instruction, as `producer << SHIFT | cause`."""
         first, regions, lanes, in_order = self.first, self.regions, self.lanes, self.in_order
+        dead = self._dead
         written = {a.allocation for i in self.trace.instructions for a in i.writes}
         result: list[list[int]] = []
         for me, i in enumerate(self.trace.instructions):
@@ -117,6 +119,8 @@ class Tracker:
                     self._write_near(region, me, own, deps)
                 if allocation.last_use == me:
                     self._release(allocation)
+            while dead:
+                self._forget(dead.pop())
             if i.after:
                 deps += [e.index << SHIFT | EDGE for e in i.after]
             if self.pair:
@@ -216,6 +220,13 @@ class Tracker:
             regions = self.regions.get(allocation)
             users = (first,) if regions is None else regions.values()
             self.spaces[allocation.buffer].release(allocation, users)
+            self._dead.append(allocation)
+
+    def _forget(self, allocation: Allocation) -> None:
+        """Drop what is known of a tensor nobody uses any more, so that memory stays small."""
+        del self.first[allocation]
+        if self.regions.pop(allocation, None) is not None:
+            del self.storages[allocation]
 
     def _note(self, readers: list[int], me: int, lane: int) -> None:
         """Add a reader; in-order lanes need only their latest."""

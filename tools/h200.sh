@@ -12,10 +12,11 @@
 #
 # OUT: steps.jsonl (what ran, how it ended), tests.log, tune.jsonl, plans.json (all tile plans after
 # tuning; `tools/tune.py --install` puts them in place), bench.jsonl, profile.jsonl, machine.txt.
-# Exit status: 0 all done, 3 steps are left for another run, 1 a step failed.
+# Exit status: 0 all done, 3 steps are left for another run, 1 a step failed; 2 nothing could run:
+# wrong arguments, or kernels that cannot run on this machine (the reason is printed).
 set -uo pipefail
 
-(($# >= 1)) || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+(($# >= 1)) || { sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2; }
 started=$SECONDS
 root=$(cd "$(dirname "$0")/.." && pwd)
 peers=$(realpath -m "$1")
@@ -32,6 +33,9 @@ if grep -qs "\"dry_run\": $other" "$out/steps.jsonl"; then
 fi
 revision=${REVISION:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
 export PYTHONPATH="$root:$root/tools:$root/tools/peers${PYTHONPATH:+:$PYTHONPATH}"
+for folder in /usr/local/cuda/bin /opt/nvidia/nsight-compute/*/; do # ncu, compute-sanitizer
+  [[ ! -d $folder ]] || PATH="$PATH:${folder%/}"
+done
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/nsa-h200-triton}
 failed=0
 left=0
@@ -47,8 +51,9 @@ note() { # NAME STATUS SECONDS CODE
 # its limit as $LIMIT; exit status 3 means that it has more to do. Failed steps are tried again by
 # the next run.
 step() {
-  local name=$1 limit=$2 code begun=$SECONDS status
+  local name=$1 limit=$2 begun=$SECONDS status
   shift 2
+  code=0
   [[ -z ${STEPS:-} || " $STEPS " == *" $name "* ]] || return 0
   if grep -qs "\"step\": \"$name\", \"status\": \"done\"" "$out/steps.jsonl"; then
     echo "== $name: done by an earlier run"
@@ -80,11 +85,13 @@ machine() {
     nvidia-smi -q -d CLOCK,MEMORY 2>&1 | head -60
     for tool in ncu compute-sanitizer nvcc; do echo "$tool: $(command -v $tool || echo none)"; done
   } >"$out/machine.txt"
-  "$python" - <<'PY' | tee -a "$out/machine.txt"
-import json
+  "$python" - "${dry:+dry}" <<'PY' | tee -a "$out/machine.txt"
+import json, sys
 from nsa_neuron import environment, registry
 print(json.dumps(environment.describe()))
-print("cuda backend:", registry.REGISTRY.get("cuda").modes())
+modes = registry.REGISTRY.get("cuda").modes()
+print("cuda backend:", modes)
+sys.exit(9 if modes["hw"] and not sys.argv[1] else 0)
 PY
 }
 
@@ -97,6 +104,8 @@ tests() { # FILE of tests/cuda_hw, ARGUMENTS of pytest
   fi
   NSA_HW_TESTS_ON_CPU=$dry "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" "$file" "$@" \
     2>&1 | tee -a "$out/tests.log"
+  local code=${PIPESTATUS[0]}
+  return $((code == 3 ? 70 : code)) # pytest's 3 is an internal error, not "more to do"
 }
 
 tune() {
@@ -109,7 +118,9 @@ bench() { # ARGUMENTS of peers.py
   for name in fla sfnsa xunhao fsa lucidrains; do
     [[ -d $peers/$name ]] || continue
     given+=("--$name" "$peers/$name")
-    commit=$(git -C "$peers/$name" rev-parse HEAD 2>/dev/null || cat "$peers/$name.commit" 2>/dev/null)
+    # A folder inside another repository would get that one's commit.
+    commit=$(cat "$peers/$name.commit" 2>/dev/null ||
+      { [[ -e $peers/$name/.git ]] && git -C "$peers/$name" rev-parse HEAD; } 2>/dev/null)
     [[ -z $commit ]] || given+=(--commit "$name=$commit")
   done
   if [[ $dry ]]; then given=(--tiny --only nsa-neuron); fi
@@ -123,6 +134,12 @@ profile() {
     ${dry:+--dry-run} "$@"
 }
 
+# Without a GPU that takes the kernels, tests would be skipped and count as done.
+usable() {
+  step machine "$1" machine
+  [[ $code != 9 ]] || { echo "the kernels cannot run here; see $out/machine.txt" >&2; exit 2; }
+}
+
 # `timeout` starts a process, so the steps run in a shell of their own.
 export -f inner machine tests tune bench profile
 export root peers out python dry revision
@@ -131,13 +148,13 @@ if [[ -z $dry && -f $out/plans.json ]]; then # tuned by an earlier run, perhaps 
 fi
 
 if [[ $dry ]]; then
-  step machine 60 machine
+  usable 60
   step smoke 300 tests test_hw_ops.py -k "smoke and gated_sum and float32"
   step tune 300 tune
   step bench-64k 400 bench --stages window,decode --dists random
   step profile 300 profile
 else
-  step machine 25 machine
+  usable 45
   step smoke 60 tests test_hw_ops.py -k smoke
   step tune 115 tune
   step bench-64k 165 bench --lengths 65536

@@ -2,10 +2,11 @@
 
     python tools/profile_nsa.py --out profile.jsonl [--ncu]
 
-One line per kernel and pass: calls, ms per call of the pass, share. With `--ncu`, the forward runs
-once more under Nsight Compute in a process of its own; a machine where it cannot read the counters
-gives one line with the reason. On a CPU (`--dry-run`) the lines hold torch's own operators, which
-shows that the script works and nothing else.
+One line per kernel and pass: calls, ms per call of the pass, share. With `--ncu` a forward runs
+under Nsight Compute instead, in a process of its own; a machine where it cannot read the counters
+gives one line with the reason. The lines of other passes in `--out` stay, and every pass is written
+when it is done. On a CPU (`--dry-run`) the lines hold torch's own operators, which shows that the
+script works and nothing else.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/peers")]
 
 import torch  # noqa: E402
 from adapters import Own  # noqa: E402
+from peers import read_rows, write_rows  # noqa: E402
 from problem import GRADS, Geometry, Heads, make_decode, make_problem  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
@@ -37,12 +38,12 @@ METRICS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
     "dram__bytes.sum": "dram_bytes",
     "lts__t_bytes.sum": "l2_bytes",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_percent",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor_percent",
 }
 """Nsight Compute's names and ours."""
 
 
-def passes(args: argparse.Namespace, own: Own) -> dict[str, Callable[[], object]]:
+def passes(args: argparse.Namespace, own: Own) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is profiled: forward and backward of the whole, and a decode step."""
     like = (args.dtype, args.device)
     p = make_problem(args.heads, args.geom, args.tokens, 0.0, 1, *like)
@@ -50,12 +51,10 @@ def passes(args: argparse.Namespace, own: Own) -> dict[str, Callable[[], object]
     forward = own.stages()["nsa"](p)
     out = forward(*leaves)
     grad = torch.randn_like(out)
-    found = {
-        "forward": lambda: forward(*leaves),
-        "backward": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
-    }
+    yield "forward", lambda: forward(*leaves)
+    yield "backward", lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
     step = make_decode(args.heads, args.geom, args.decode_batch, args.decode_tokens, *like)
-    return {**found, "decode": own.stages()["decode"](step)}
+    yield "decode", own.stages()["decode"](step)
 
 
 def kernel_times(run: Callable[[], object], device: str) -> list[dict[str, Any]]:
@@ -78,6 +77,8 @@ def kernel_times(run: Callable[[], object], device: str) -> list[dict[str, Any]]
     ]
     total = sum(row["ms"] for row in rows) or 1.0
     rows = [{**row, "share": row["ms"] / total} for row in rows if row["ms"] > 0]
+    if not rows:
+        return [{"status": "failed", "reason": f"torch.profiler recorded no {kind.name} events"}]
     return sorted(rows, key=lambda row: -row["ms"])
 
 
@@ -85,7 +86,7 @@ def counters(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Counters of the kernels of one forward, by Nsight Compute; or why there are none."""
     ncu = shutil.which("ncu")
     if ncu is None:
-        return [{"pass": "ncu", "status": "skipped", "reason": "ncu is not installed"}]
+        return [{"status": "skipped", "reason": "ncu is not installed"}]
     command = [
         ncu, "--clock-control", "none", "--csv", "--page", "raw", "--profile-from-start", "off",
         "--metrics", ",".join(METRICS), sys.executable, __file__, "--under-ncu",
@@ -95,12 +96,12 @@ def counters(args: argparse.Namespace) -> list[dict[str, Any]]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.ncu_limit)
     except subprocess.TimeoutExpired:
         reason = f"ncu took more than {args.ncu_limit:.0f} s"
-        return [{"pass": "ncu", "status": "failed", "reason": reason}]
+        return [{"status": "failed", "reason": reason}]
     rows = parse_counters(done.stdout)
     if rows:
         return rows
     reason = (done.stdout + done.stderr)[-400:]
-    return [{"pass": "ncu", "status": "failed", "reason": reason}]
+    return [{"status": "failed", "reason": reason}]
 
 
 def parse_counters(text: str) -> list[dict[str, Any]]:
@@ -108,10 +109,9 @@ def parse_counters(text: str) -> list[dict[str, Any]]:
     start = text.find('"ID"')
     if start < 0:
         return []
-    units, *launches = csv.DictReader(io.StringIO(text[start:]))
+    units, *launches = [*csv.DictReader(io.StringIO(text[start:]))] or [{}]
     return [
         {
-            "pass": "ncu",
             "kernel": launch["Kernel Name"],
             **{ours: launch.get(theirs) for theirs, ours in METRICS.items()},
             "units": {ours: units.get(theirs) for theirs, ours in METRICS.items()},
@@ -121,7 +121,7 @@ def parse_counters(text: str) -> list[dict[str, Any]]:
 
 
 def run_under_ncu(args: argparse.Namespace) -> None:
-    forward = passes(args, Own("own_stages:STAGES"))["forward"]
+    _, forward = next(passes(args, Own("own_stages:STAGES")))
     forward()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()
@@ -164,19 +164,28 @@ def main(argv: list[str] | None = None) -> int:
     revision = args.revision or environment.revision()
     machine = {"device": device, "versions": environment.versions(), "revision": revision}
     shape = {"heads": str(args.heads), "tokens": args.tokens}
-    rows = []
-    for name, run in passes(args, Own("own_stages:STAGES")).items():
-        rows += [{"pass": name, **row} for row in kernel_times(run, args.device)[: args.top]]
-    torch.cuda.empty_cache()
-    if args.ncu:
-        rows += counters(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w") as file:
-        file.writelines(json.dumps({**shape, **row, **machine}) + "\n" for row in rows)
-    for row in rows:
-        if "ms" in row:
-            print(f"{row['pass']:9} {row['ms']:9.3f} ms {row['share']:6.1%}  {row['kernel'][:80]}")
+    for name, found in profiled(args):
+        rows = [{**shape, "pass": name, **row, **machine} for row in found]
+        kept = [row for row in read_rows(args.out) if row["pass"] != name]
+        write_rows(args.out, kept + rows)
+        for row in rows:
+            print(name, row.get("reason") or shown(row))
     return 0
+
+
+def profiled(args: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each pass: counters, or kernel times."""
+    if args.ncu:
+        yield "ncu", counters(args)
+        return
+    for name, run in passes(args, Own("own_stages:STAGES")):
+        yield name, kernel_times(run, args.device)[: args.top]
+
+
+def shown(row: dict[str, Any]) -> str:
+    if "ms" not in row:
+        return f"{row['kernel'][:60]} {row['duration']} {row['tensor_percent']}"
+    return f"{row['ms']:9.3f} ms {row['share']:6.1%}  {row['kernel'][:80]}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools/h200.sh"
 # Stands in for Python: notes what it was asked, and ends as the test wants for that tool.
 SHIM = """#!/usr/bin/env bash
-[[ $1 == - || $1 == -c ]] && exit 0
+[[ $1 == - ]] && exit "${EXIT_machine:-0}"
+[[ $1 == -c ]] && exit 0
 echo "$*" >>"$CALLS"
 for tool in tune peers profile_nsa pytest; do
   [[ " $* " == *"$tool"* ]] || continue
@@ -80,6 +81,28 @@ def test_a_step_that_hangs_is_ended_and_the_budget_holds(script):
     assert code == 3 and by_name(steps)["tune"] == "unfinished"
     assert sum(row["seconds"] for row in steps) <= 17
     assert "bench-64k: no time left" in out and not any("peers.py" in call for call in calls)
+
+
+def test_without_a_usable_gpu_nothing_counts_as_done(script):
+    code, _, steps, calls = script(EXIT_machine="9")
+    assert code == 2 and by_name(steps) == {"machine": "failed"} and calls == []
+    code, _, steps, _ = script()
+    assert code == 0 and by_name(steps)["machine"] == "done"
+
+
+def test_an_internal_error_of_pytest_is_no_unfinished_step(script):
+    code, _, steps, _ = script(EXIT_pytest="3")
+    assert code == 1 and by_name(steps)["smoke"] == "failed"
+
+
+def test_peers_without_git_get_no_commit_of_the_folder_around_them(script, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    git = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
+    (tmp_path / "peers/fla").mkdir(parents=True)
+    _, _, _, calls = script()
+    bench = next(call for call in calls if "peers.py" in call)
+    assert "--fla " in bench and "--commit fla" not in bench
 
 
 def test_a_dry_run_shares_no_folder_with_a_real_one(script):

@@ -80,7 +80,7 @@ class Bench:
         self.commits = dict(pair.split("=", 1) for pair in args.commit)
         self.machine = describe_machine(args.device)
         self.rows: list[dict] = []
-        if args.resume and args.out.exists():
+        if args.resume:
             self.rows = [row for row in read_rows(args.out) if row["status"] != "skipped"]
         if not args.shard:
             write_rows(args.out, self.rows)
@@ -252,9 +252,9 @@ class Bench:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines; a last line that was cut off is left out."""
+    """The rows of a file of JSON lines, if it exists; a line that was cut off is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows

@@ -261,15 +261,15 @@ class Access:
         Addressed tensors of one memory are compared by machine address.
         """
         a, b = self.allocation, other.allocation
+        p, q = self.place, other.place
         if a is b:
-            pa = pb = fa = fb = 0
-        elif a.buffer == b.buffer and a.address is not None and b.address is not None:
-            (pa, fa), (pb, fb) = a.address, b.address
-        else:
+            return p.p0 < q.p1 and q.p0 < p.p1 and p.lo < q.hi and q.lo < p.hi
+        if a.buffer != b.buffer or a.address is None or b.address is None:
             return False
+        (pa, fa), (pb, fb) = a.address, b.address
         return (
-            self.p0 + pa < other.p1 + pb
-            and other.p0 + pb < self.p1 + pa
-            and self.lo + fa < other.hi + fb
-            and other.lo + fb < self.hi + fa
+            p.p0 + pa < q.p1 + pb
+            and q.p0 + pb < p.p1 + pa
+            and p.lo + fa < q.hi + fb
+            and q.lo + fb < p.hi + fa
         )

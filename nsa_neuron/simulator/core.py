@@ -231,8 +231,11 @@ class NeuronCore:
             extra: run-time facts for the record.
             indices: tensors that were read for the addresses of the operands.
         """
+        trace = self.trace.instructions
+        index = len(trace)
         key: list[Any] = [spec, params]
         accesses: list[Access] = []
+        sound = True
         for tensor in writes + reads:
             if type(tensor) is not NkiTensor:
                 key.append(type(tensor))
@@ -243,31 +246,30 @@ class NeuronCore:
                 reads = tuple([self.static(t, spec, found) for t in reads])
                 return self.issue(spec, writes, reads, params, name, extra, tuple(found))
             access = tensor._access or tensor.access()
-            key.append(access.place.signature)
+            place, allocation = access.place, access.allocation
+            key.append(place.signature)
             accesses.append(access)
+            if allocation.last_use < 0:
+                allocation.first_use = index
+            allocation.last_use = index
+            if allocation.closed or not place.inside:
+                sound = False
         known = tuple(key)
         plan = self._plans.get(known)
         if plan is None:
             plan = self._plans[known] = ops.make_plan(spec, self, writes, reads, params)
         if plan.violations:
             self.trace.relaxed.extend(plan.violations)
-        trace = self.trace.instructions
-        index = len(trace)
-        for access in accesses:
-            allocation = access.allocation
-            if allocation.last_use < 0:
-                allocation.first_use = index
-            allocation.last_use = index
-            if allocation.closed:
-                faults.out_of_scope(spec, access)
-            if not access.place.inside:
-                faults.out_of_bounds(spec, access)
+        if not sound:
+            faults.misplaced(spec, accesses)
         if self.data:
             if self.pending:
                 self.settle(accesses)
             self._execute(spec, plan, writes, reads, params)
-        written = len(writes) - writes.count(None)
-        outs, ins = tuple(accesses[:written]), (*accesses[written:], *indices)
+        written = 1 if len(writes) == 1 else len(writes) - writes.count(None)
+        outs, ins = tuple(accesses[:written]), tuple(accesses[written:])
+        if indices:
+            ins += indices
         site = call_site(3)
         instruction = Instruction(
             index, spec.opcode, plan.engine, outs, ins, params, name, site, extra, plan

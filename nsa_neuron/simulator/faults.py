@@ -8,6 +8,8 @@ from .context import locate, violate, violation
 from .written import Written
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .access import Access
     from .machine import Machine
     from .memory import Allocation, Memory
@@ -82,7 +84,16 @@ def check_fits_hbm(allocation: Allocation, machine: Machine) -> None:
         )
 
 
-def out_of_bounds(spec: Spec, access: Access) -> None:
+def misplaced(spec: Spec, accesses: Iterable[Access]) -> None:
+    """Break the rules of accesses to tensors that are no more, or that leave their tensor."""
+    for access in accesses:
+        if access.allocation.closed:
+            _out_of_scope(spec, access)
+        if not access.inside:
+            _out_of_bounds(spec, access)
+
+
+def _out_of_bounds(spec: Spec, access: Access) -> None:
     """Break rule "bounds" for an access that leaves its tensor."""
     a = access.allocation
     violate(
@@ -95,7 +106,7 @@ def out_of_bounds(spec: Spec, access: Access) -> None:
     )
 
 
-def out_of_scope(spec: Spec, access: Access) -> None:
+def _out_of_scope(spec: Spec, access: Access) -> None:
     """Break rule "loop-scope" for a tensor made in the body of a hardware loop that has ended."""
     a = access.allocation
     made = locate(a.site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from .context import locate
@@ -150,7 +151,7 @@ class Run:
     @property
     def instructions(self) -> list[Instruction]:
         """All instructions, core after core."""
-        return [i for core in self.cores for i in core.instructions]
+        return [*chain.from_iterable(core.instructions for core in self.cores)]
 
     @property
     def dma_bytes(self) -> int:

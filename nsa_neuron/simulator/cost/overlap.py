@@ -25,11 +25,12 @@ def may_overlap(a: Access, b: Access) -> bool:
     """
     if not a.overlaps(b):
         return False
-    if (a.layout.dense and b.layout.dense) or a.dynamic or b.dynamic:
+    p, q = a.place, b.place
+    if (p.layout.dense and q.layout.dense) or p.dynamic or q.dynamic:
         return True
     if a.allocation is not b.allocation:
         return True
-    return _patterns_meet(a.lo, a.layout, b.lo, b.layout)
+    return _patterns_meet(p.lo, p.layout, q.lo, q.layout)
 
 
 # Loops over fresh tensors compare the same patterns at the same places again and again.

@@ -98,17 +98,10 @@ def analyse(run: Run, machine: Machine) -> Program:
 
 def _kinds(instructions: Sequence[Instruction]) -> tuple[list[int], list[Instruction]]:
     """Number of the signature of each instruction, and an instruction of each signature."""
-    known: dict[object, int] = {}
-    kind: list[int] = []
-    examples: list[Instruction] = []
-    for i in instructions:
-        plan = i.plan
-        number = known.get(plan)
-        if number is None or plan is None:
-            number = known[plan] = len(examples)
-            examples.append(i)
-        kind.append(number)
-    return kind, examples
+    plans = [i.plan or i for i in instructions]  # one made by hand is a kind of its own
+    first = dict(zip(reversed(plans), reversed(instructions), strict=True))
+    number = {plan: k for k, plan in enumerate(dict.fromkeys(plans))}
+    return [number[plan] for plan in plans], [first[plan] for plan in number]
 
 
 def costs_of(program: Program, p: Parameters) -> list[Cost]:

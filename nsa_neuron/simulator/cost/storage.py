@@ -116,8 +116,12 @@ class Index:
         if last - first >= _NARROW_ENOUGH:
             self.wide.append(region)
             return
+        buckets = self.buckets
         for b in range(first, last + 1):
-            self.buckets.setdefault(b, []).append(region)
+            if b in buckets:
+                buckets[b].append(region)
+            else:
+                buckets[b] = [region]
 
     def around(self, region: Region) -> list[Region]:
         """Regions whose hulls may meet that of `region`, each once."""
@@ -195,9 +199,9 @@ class Storage:
 
 def _bytes(access: Access) -> tuple[int, int]:
     """Hull in bytes of a partition of the memory, or of the tensor."""
-    address = access.allocation.address
+    address, place = access.allocation.address, access.place
     base = address[1] if address else 0
-    return access.lo + base, access.hi + base
+    return place.lo + base, place.hi + base
 
 
 class Space:

@@ -270,6 +270,7 @@ class NeuronCore:
         outs, ins = tuple(accesses[:written]), tuple(accesses[written:])
         if indices:
             ins += indices
+            self.trace.indexed.update([a.allocation for a in indices])
         site = call_site(3)
         instruction = Instruction(
             index, spec.opcode, plan.engine, outs, ins, params, name, site, extra, plan

@@ -111,6 +111,7 @@ class CoreTrace:
         loops: iterations of dynamic loops.
         relaxed: rules broken but relaxed by name.
         warnings: doubtful but legal use, one line each.
+        indexed: tensors read for the address of an operand, which does not count as their use.
     """
 
     core: int
@@ -119,6 +120,7 @@ class CoreTrace:
     loops: list[LoopMark] = field(default_factory=list)
     relaxed: list[SimulationError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    indexed: set[Allocation] = field(default_factory=set)
 
     @property
     def dma_bytes(self) -> int:

@@ -220,7 +220,8 @@ class Tracker:
             regions = self.regions.get(allocation)
             users = (first,) if regions is None else regions.values()
             self.spaces[allocation.buffer].release(allocation, users)
-            self._dead.append(allocation)
+            if allocation not in self.trace.indexed:
+                self._dead.append(allocation)
 
     def _forget(self, allocation: Allocation) -> None:
         """Drop what is known of a tensor nobody uses any more, so that memory stays small."""

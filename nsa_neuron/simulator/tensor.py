@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import views
 from .dtypes import DType, resolve
 from .registers import VirtualRegister
-from .tensor_base import BaseTensor, Dynamic, NKIObject
+from .tensor_base import BaseTensor, Dynamic, NKIObject, same_width
 from .views import ViewError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class NkiTensor(BaseTensor):
         shape, strides, offset = self.shape, self.strides, self.offset
         ndim = len(shape)
         if len(keys) > ndim:
-            keys = _expand(keys, ndim)
+            keys = views.expand(keys, ndim)
             if len(keys) > ndim:
                 raise ViewError("index", "too many indices", len(keys), ndim)
         dynamic = self.dynamic
@@ -111,12 +111,12 @@ class NkiTensor(BaseTensor):
                 else:
                     first, step, count = views.slice_range(size, begin, begin + item.size, 1)
             elif item is Ellipsis:
-                return self._getitem(_expand(keys, ndim))
+                return self._getitem(views.expand(keys, ndim))
             elif kind is not int and isinstance(item, VirtualRegister | NkiTensor):
                 what = "a run-time index needs .select() or .ap(scalar_offset=...)"
                 raise ViewError("index", what, kind.__name__, "int")
             else:
-                first = _index(item, size)
+                first = views.index_in(item, size)
                 step, count = 1, 1
                 if not (d == 0 and fixed):
                     if dynamic is not None:
@@ -171,7 +171,7 @@ class NkiTensor(BaseTensor):
                 _scalar_index(index)
                 dynamic = Dynamic("scalar", index, self.strides[d], d, self.shape[d])
                 return self._view(shape or (1,), strides or (1,), dynamic=dynamic)
-            first = _index(index, self.shape[d])
+            first = views.index_in(index, self.shape[d])
             if d == 0 and self.on_chip:
                 return self.slice(0, first, first + 1)
             return self._view(shape or (1,), strides or (1,), self.offset + first * self.strides[d])
@@ -305,7 +305,7 @@ class NkiTensor(BaseTensor):
             new = resolve(dtype)
             if self.dynamic is not None:
                 raise ViewError("view", "view(dtype) is not possible after a dynamic select")
-            _same_width(self, new)
+            same_width(self, new)
             shape, strides, offset = views.reinterpret(
                 self.shape,
                 self.strides,
@@ -366,7 +366,7 @@ class NkiTensor(BaseTensor):
         strides, shape = (tuple(x) for x in zip(*pairs, strict=True))
         start = self.offset * old_size // new_size if offset is None else offset
         if self.on_chip:
-            _same_width(self, new)
+            same_width(self, new)
             pitch = self.memory.allocation.pitch_bytes // new_size
             if shape[0] > 1 and strides[0] != pitch:
                 raise ViewError(
@@ -404,30 +404,6 @@ class NkiTensor(BaseTensor):
         return view
 
 
-def _expand(keys: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
-    """Replace one Ellipsis by full slices."""
-    places = [i for i, k in enumerate(keys) if k is Ellipsis]
-    if not places:
-        return keys
-    if len(places) > 1:
-        raise ViewError("index", "one Ellipsis per index", len(places), 1)
-    missing = ndim - (len(keys) - 1)
-    return keys[: places[0]] + (slice(None),) * missing + keys[places[0] + 1 :]
-
-
-def _index(item: Any, size: int) -> int:
-    if type(item) is int and 0 <= item < size:
-        return item
-    try:
-        value = int(item.__index__())
-    except (AttributeError, TypeError):
-        what = "an index is an int, a slice, nl.ds or Ellipsis"
-        raise ViewError("index", what, type(item).__name__, "int") from None
-    if not -size <= value < size:
-        raise ViewError("index", "the index leaves the dim", value, f"0..{size - 1}")
-    return value % size
-
-
 def _scalar_index(index: Any) -> None:
     if isinstance(index, VirtualRegister):
         return
@@ -453,19 +429,6 @@ def _vector_index(index: Any) -> int:
             "integer sbuf",
         )
     return index.shape[0]
-
-
-def _same_width(tensor: NkiTensor, new: DType) -> None:
-    """Under NKI_PRECISE_FP=0 narrow floats are held as fp32 and have no bits to look at."""
-    memory = tensor.memory
-    if memory.precise:
-        return
-    if any(d.storage(False).itemsize != d.itemsize for d in (tensor.dtype, new)) and (
-        new.name != tensor.dtype.name
-    ):
-        raise ViewError(
-            "view", "NKI_PRECISE_FP=0 holds narrow floats as fp32: no reinterpretation", new.name
-        )
 
 
 def resolved(tensor: NkiTensor, value: int) -> NkiTensor:

@@ -284,3 +284,16 @@ class BaseTensor(NKIObject):
             limit=error.limit,
             table=(repr(self),),
         )
+
+
+def same_width(tensor: BaseTensor, new: DType) -> None:
+    """Under NKI_PRECISE_FP=0 narrow floats are held as fp32 and have no bits to look at."""
+    memory = tensor.memory
+    if memory.precise:
+        return
+    if any(d.storage(False).itemsize != d.itemsize for d in (tensor.dtype, new)) and (
+        new.name != tensor.dtype.name
+    ):
+        raise ViewError(
+            "view", "NKI_PRECISE_FP=0 holds narrow floats as fp32: no reinterpretation", new.name
+        )

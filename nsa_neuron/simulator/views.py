@@ -84,6 +84,31 @@ def _integer(value: Any, what: str) -> int:
         ) from None
 
 
+def expand(keys: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
+    """Replace one Ellipsis by full slices."""
+    places = [i for i, k in enumerate(keys) if k is Ellipsis]
+    if not places:
+        return keys
+    if len(places) > 1:
+        raise ViewError("index", "one Ellipsis per index", len(places), 1)
+    missing = ndim - (len(keys) - 1)
+    return keys[: places[0]] + (slice(None),) * missing + keys[places[0] + 1 :]
+
+
+def index_in(item: Any, size: int) -> int:
+    """An integer index of a dim, counted from the front."""
+    if type(item) is int and 0 <= item < size:
+        return item
+    try:
+        value = int(item.__index__())
+    except (AttributeError, TypeError):
+        what = "an index is an int, a slice, nl.ds or Ellipsis"
+        raise ViewError("index", what, type(item).__name__, "int") from None
+    if not -size <= value < size:
+        raise ViewError("index", "the index leaves the dim", value, f"0..{size - 1}")
+    return value % size
+
+
 def permute(shape: Dims, strides: Dims, dims: Sequence[int], fixed: bool) -> tuple[Dims, Dims]:
     """Reorder dims; `fixed` keeps dim 0 outermost (on chip, or after a vector select)."""
     order = tuple(dims)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import views
-from .dtypes import DType, resolve
+from .dtypes import resolve
 from .registers import VirtualRegister
 from .tensor_base import BaseTensor, Dynamic, NKIObject, same_width
 from .views import ViewError

@@ -150,7 +150,8 @@ def _planned(call: Call, kernel: str, pairs: Pairs) -> tuple[dict[str, Any], Wor
 
 def _tokens_per_pass(call: Call) -> int:
     """From the planned (token, query head) rows of a pass, each with a partial result per slot."""
-    return max(1, call.plan["dispatch"]["rows_per_pass"] // call.q.shape[2])
+    rows: int = call.plan["dispatch"]["rows_per_pass"]
+    return max(1, rows // call.q.shape[2])
 
 
 def _most_rows(call: Call, pairs: Pairs, items: WorkItems) -> int:

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 from recorder import Kernels, Memory, tensor
 
-from nsa_neuron.backends.cuda import plans
-from nsa_neuron.backends.cuda.kernel_table import KERNELS
+from nsa_neuron.backends.cuda import BACKEND, plans
+from nsa_neuron.backends.cuda.kernel_table import KERNELS, Shape
 from nsa_neuron.backends.cuda.launch import (
     attention,
     compress,
@@ -28,6 +28,8 @@ from nsa_neuron.backends.cuda.launch import (
     selected_attention,
     sliding_window_attention,
 )
+from nsa_neuron.ops import get
+from nsa_neuron.registry import Supported, Unsupported
 
 MILLION = 2**20
 LIMITS = (2**31 - 1, 65_535, 65_535)
@@ -113,7 +115,7 @@ def run_select(case):
 
 
 def run_compress(case):
-    kernels, dim, hidden = Kernels("compress"), 192, 256
+    kernels, dim, hidden = Kernels("compress"), 192, 192
     x = tensor(case.batch, case.tokens, case.kv, dim)
     w1, w2 = tensor(32 * dim, hidden), tensor(hidden, dim)
     b1, b2, pe = tensor(hidden), tensor(dim), tensor(case.kv, 32, dim)
@@ -220,6 +222,22 @@ def check_arguments(op, launch):
         assert right, f"{op}.{launch.name}: {name} = {value!r}, compiled for {compiled}"
 
 
+# Flags of a call, not of a plan.
+CHOSEN = {"PACKED", "MEASURED", "HAS_PE", "HAS_BIAS", "GELU", "HAS_GRAD_LSE"}
+
+
+def check_constants(op, launch, case):
+    """The constants of the launch are among those that the compile check derives."""
+    found = plan(op, case)
+    shape = Shape(192, 128, case.heads // case.kv, found[launch.name])
+    compiled = [e.constants(shape) for e in KERNELS if (e.op, e.kernel) == (op, launch.name)]
+    for param in launch.function.params:
+        if param.is_constexpr and param.name not in CHOSEN:
+            value = launch.arguments[param.name]
+            known = [constants[param.name] for constants in compiled]
+            assert value in known, f"{op}.{launch.name}: {param.name} = {value}, not in {known}"
+
+
 def check(op, launches):
     """All grids, and the arguments of the first and the last launch of each kernel."""
     assert launches
@@ -234,6 +252,13 @@ def check(op, launches):
 @pytest.mark.parametrize("name", CASES)
 def test_a_million_tokens(op, name):
     check(op, RUN[op](CASES[name]))
+
+
+@pytest.mark.parametrize("op", RUN)
+@pytest.mark.parametrize("name", ["1M, G=16", "1M, G=1"])
+def test_what_is_launched_is_what_is_compiled(op, name):
+    for launch in RUN[op](CASES[name]):
+        check_constants(op, launch, CASES[name])
 
 
 @pytest.mark.parametrize("op", RUN)
@@ -257,6 +282,17 @@ def test_the_widest_batch_that_a_grid_takes():
     assert case.batch * case.kv <= LIMITS[1]
     for op, run in RUN.items():
         check(op, run(case))
+
+
+def test_a_wider_batch_is_refused():
+    def verdict(batch, heads):
+        x = torch.empty(batch, 1, heads, 16)
+        values = {"q": x, "k": x, "v": x, "cu_seqlens_q": None, "cu_seqlens_k": None, "scale": None}
+        return BACKEND.supports(get("attention").bind(values), "sim")
+
+    assert isinstance(verdict(4369, 15), Supported)  # 65,535
+    refused = verdict(4096, 16)
+    assert isinstance(refused, Unsupported) and "B * Hkv = 65536" in str(refused)
 
 
 def test_a_wrong_launch_is_noticed():

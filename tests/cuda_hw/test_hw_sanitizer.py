@@ -1,4 +1,4 @@
-"""compute-sanitizer on small shapes: bad addresses, races, uninitialised reads."""
+"""compute-sanitizer on small shapes: bad addresses, races, misused barriers."""
 
 from __future__ import annotations
 

@@ -27,6 +27,10 @@ PACKAGE = "cuda_kernels"
 LAUNCHERS = "nsa_neuron.backends.cuda.launch"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+MAX_GRID_YZ = 65_535
+"""Programs of a CUDA grid along y and z, where the kernels have kv heads and batches (CUDA C++
+Programming Guide, technical specifications of compute capabilities)."""
+
 PLANS_OF_MODE = {"hw": "h200", "sim": "interpret"}
 DEVICE_OF_MODE = {"hw": "cuda", "sim": "cpu"}
 # The ops that have kernels, by stem; `nsa_attention` is made of them.
@@ -66,6 +70,11 @@ class CudaBackend:
         for symbol in ("Dk", "Dv", "D"):
             if symbol in bound.sizes and bound[symbol] > MAX_HEAD_DIM:
                 return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
+        lanes = bound.sizes.get("B", 1) * bound.sizes.get("Hkv", 1)
+        if lanes > MAX_GRID_YZ:
+            return Unsupported(
+                "batch", f"B * Hkv = {lanes} > {MAX_GRID_YZ}, CUDA's limit of a grid"
+            )
         try:
             plan = _plan(bound, stem, PLANS_OF_MODE[mode])
         except plans.PlanError as error:

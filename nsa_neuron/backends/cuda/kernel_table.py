@@ -15,7 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nsa_neuron.backends.cuda.launch.common import head_dim_constants, query_tile_constants
+from nsa_neuron.backends.cuda.launch.common import (
+    head_dim_constants,
+    key_tile,
+    query_tile_constants,
+)
 from nsa_neuron.backends.cuda.launch.select_blocks import tile_constants as select_tiles
 
 INTEGERS = frozenset(
@@ -175,6 +179,12 @@ def _by_block(shape: Shape) -> Mapping[str, Any]:
     return {"BLOCK_N": _SELECT_BLOCK, **constants, **_measured(shape)}
 
 
+def _dkv_by_block(shape: Shape) -> Mapping[str, Any]:
+    """As `_by_block`, but a block may be cut in several tiles."""
+    tile = key_tile(shape.planned["BLOCK_N"], _SELECT_BLOCK)
+    return {**_by_block(shape), "BLOCK_N": tile}
+
+
 def _reduce(shape: Shape) -> Mapping[str, Any]:
     return {"SELECT_BLOCK": _SELECT_BLOCK, "PACKED": False, **_dims(shape)}
 
@@ -283,11 +293,17 @@ _DECODE_KERNEL = KernelEntry(
 def _compressed_entries() -> tuple[KernelEntry, ...]:
     op = "compressed_attention"
     matmuls = ("forward", "backward_dq", "backward_dkv")
-    split = lambda shape: {"SPLITS": 4}  # noqa: E731
+
+    def reduce(splits: int) -> KernelEntry:
+        return KernelEntry(
+            op, "reduce_splits", op, lambda shape: {"SPLITS": splits}, _COMPRESSED_TYPES,
+            wants_wgmma=False, variant=f"of {splits}",
+        )  # fmt: skip
+
     return (
         *(KernelEntry(op, kernel, op, _compressed, _COMPRESSED_TYPES) for kernel in matmuls),
         _delta_entry(op),
-        KernelEntry(op, "reduce_splits", op, split, _COMPRESSED_TYPES, wants_wgmma=False),
+        *(reduce(splits) for splits in (2, 4)),  # SPLITS of backward_dkv's plans
     )
 
 
@@ -305,6 +321,7 @@ def _compress_entries() -> tuple[KernelEntry, ...]:
         entry("linear_forward"),
         entry("linear_forward", "gelu", {"bias": "*dtype"}, GELU=True),
         entry("linear_forward", "to float32", {"y": "*fp32"}),
+        entry("linear_forward", "encoding", {"y": "*fp32", "bias": "*dtype"}, STRIDE=32),
         entry("linear_forward", "second", {"bias": "*dtype"}, **second),
         entry("linear_backward_x"),
         entry("linear_backward_x", "second", **second, GELU=True),
@@ -326,7 +343,7 @@ KERNELS: tuple[KernelEntry, ...] = (
     _selected("backward_dq", _by_query, min_group=5),
     _selected("backward_dq_by_block", _by_block, max_group=32),
     _selected("sum_dq", _sum_dq, wants_wgmma=False, max_group=32),
-    _selected("backward_dkv", _by_block),
+    _selected("backward_dkv", _dkv_by_block),
     _selected("reduce_dkv", _reduce, wants_wgmma=False),
     _delta_entry("selected_attention"),
     *_compressed_entries(),

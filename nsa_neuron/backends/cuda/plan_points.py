@@ -62,11 +62,11 @@ def points(entry: KernelEntry, device: str, *, full: bool = False) -> list[Point
     found = _legal(entry, HEAD_DIMS, DTYPES[:1], GROUPS)
     if entry.packed:  # the same products as its unpacked twin, other loops around them
         return found
-    for dtype in DTYPES[1:]:
-        found += _legal(entry, HEAD_DIMS[:1], [dtype], GROUPS)[:1]
     for number, row in enumerate(plans.load(device, entry.op)[entry.planned]):
         widest = (p for p in _widest_first(entry, device, row) if p.row(device, entry) == number)
         found += itertools.islice(widest, 1)
+    for dtype in [d for d in DTYPES if d not in {point.dtype for point in found}]:
+        found += _legal(entry, HEAD_DIMS[:1], [dtype], GROUPS)[:1]
     return list(dict.fromkeys(found))
 
 

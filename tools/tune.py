@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,7 @@ import torch  # noqa: E402
 import tune_overlap  # noqa: E402
 from adapters import Own  # noqa: E402
 from measure import check_backward, check_forward  # noqa: E402
-from peers import describe, listed  # noqa: E402
+from peers import describe, listed, read_rows, replace_process  # noqa: E402
 from problem import GRADS, Geometry, Heads, make_decode, make_problem  # noqa: E402
 from tune_units import Crossover, Unit  # noqa: E402
 
@@ -92,9 +91,7 @@ class Tuner:
     def __init__(self, args: argparse.Namespace, own: Any = None, timer: Any = time_call) -> None:
         self.args, self.timer = args, timer
         self.own = own or Own("own_stages:STAGES")
-        self.rows: list[dict[str, Any]] = []
-        if args.out.exists():
-            self.rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        self.rows: list[dict[str, Any]] = read_rows(args.out)
         self.current: tuple[Any, Any] | None = None  # the last problem, by its settings
 
     @cached_property
@@ -260,7 +257,7 @@ class Tuner:
     def restart(self) -> None:
         """Replaces this process by one that goes on after the last recorded row."""
         resumed = ["--prewarm", "0", "--started", str(self.args.started)]
-        os.execv(sys.executable, [sys.executable, *sys.argv, *resumed])
+        replace_process([sys.executable, *sys.argv, *resumed])
 
     @contextlib.contextmanager
     def limit(self, key: list[Any], constants: dict[str, Any]) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Gradients of the registered ops: each backward pass is an op of its own.
 
 A forward op's gradient calls `torch.ops.nsa.<name>_backward`, so the backward gets its own
-lowering. Backward ops themselves refuse to be differentiated. The Autograd kernels are our own
+lowering. Backward ops and `decode` refuse to be differentiated. The Autograd kernels are our own
 `autograd.Function`s with a separate `setup_context`, which `torch.func` needs and
 `torch.library.register_autograd` (2.13) does not make.
 
@@ -48,7 +48,7 @@ def register_autograd(
         return
     if backward is not None:
         function = _function(spec, backward)
-    elif spec.name.endswith("_backward"):
+    elif any(item.dtype == "float" for item in spec.returns):
         function = _refusing_function(spec)
     else:
         return
@@ -163,16 +163,19 @@ def _function(spec: OpSpec, backward: OpSpec) -> type[torch.autograd.Function]:
 
 
 def _refusing_function(spec: OpSpec) -> type[torch.autograd.Function]:
-    """For backward ops: a graph node that raises when it is differentiated."""
+    """For backward ops and `decode`: a graph node that raises when it is differentiated."""
+    why = (
+        "NSA defines first derivatives only. Do not use create_graph=True or a second "
+        "torch.func.grad through it."
+        if spec.name.endswith("_backward")
+        else "it is for inference. Train with nsa_attention."
+    )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
 
     def refuse(ctx: Any, *grads: Tensor | None) -> Any:
-        raise UnsupportedTransform(
-            f"{spec.name} cannot be differentiated: NSA defines first derivatives only. "
-            "Do not use create_graph=True or a second torch.func.grad through it."
-        )
+        raise UnsupportedTransform(f"{spec.name} cannot be differentiated: {why}")
 
     members = {
         "forward": staticmethod(_forward(getattr(torch.ops.nsa, spec.name).default)),

@@ -16,6 +16,7 @@ from nsa_neuron.errors import InvalidType
 from nsa_neuron.ops import attention as _attention
 from nsa_neuron.ops import compress as _compress
 from nsa_neuron.ops import compressed_attention as _compressed
+from nsa_neuron.ops import decode as _decode
 from nsa_neuron.ops import gated_sum as _gated_sum
 from nsa_neuron.ops import nsa_attention as _nsa_attention
 from nsa_neuron.ops import select_blocks as _select_blocks
@@ -75,3 +76,4 @@ sliding_window_attention = _public(_sliding.sliding_window_attention)
 attention = _public(_attention.attention)
 gated_sum = _public(_gated_sum.gated_sum)
 nsa_attention = _public(_nsa_attention.nsa_attention)
+decode = _public(_decode.decode)

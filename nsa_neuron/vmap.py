@@ -34,7 +34,7 @@ def _fold(spec: OpSpec, arg: Any, x: Any, dim: int | None, size: int) -> Any:
     """Moves a mapped axis into B; what is not mapped is repeated along it."""
     if not isinstance(x, Tensor):
         return x
-    if isinstance(arg, TensorArg) and arg.dims.startswith("B "):
+    if isinstance(arg, TensorArg) and arg.dims.split()[0] == "B":
         each = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
         return each.reshape(size * each.shape[1], *each.shape[2:])
     if dim is not None or arg.name.startswith("cu_seqlens"):

@@ -150,7 +150,7 @@ def paged(k: Tensor, v: Tensor, page: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def decode(q: Tensor, state: DecodeState, gate_logits: Tensor, geom: Any) -> Tensor:
     """The newest token of each sequence, o [B, 1, Hq, Dv]."""
-    return launch.forward(
+    return launch.step(
         state.kernels, state.plan, q, gate_logits.sigmoid(), state.caches, state.geometry,
         state.workspace,
     )  # fmt: skip

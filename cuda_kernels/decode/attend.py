@@ -23,8 +23,7 @@ def _selected_split(
     SELECT: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial softmax over the selected blocks [first, first + SHARE), BLOCK_N >= SELECT."""
-    inside = tl.arange(0, BLOCK_N)
+    """Partial softmax over the selected blocks [first, first + SHARE), BLOCK_N tokens at a time."""
     maximum = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     acc0 = tl.zeros([GP, V0], tl.float32)
@@ -32,16 +31,18 @@ def _selected_split(
     for place in range(first, tl.minimum(first + SHARE, N)):
         block = tl.load(ids + place)
         if block >= 0:
-            token = block * SELECT + inside
-            seen = (inside < SELECT) & (token <= position)
-            k_rows = paged_rows(k_head, table, token, seen, stride_kp, stride_kt, PAGE)
-            v_rows = paged_rows(v_head, table, token, seen, stride_vp, stride_vt, PAGE)
-            k0, k1 = load_split(k_rows, seen, DK, D0, D1, True)
-            v0, v1 = load_split(v_rows, seen, DV, V0, V1, True)
-            acc0, acc1, maximum, total = attend_tile(
-                acc0, acc1, maximum, total, q0, q1, k0, k1, v0, v1, seen, scale_log2, D1, V1,
-                UPCAST, PRECISION,
-            )  # fmt: skip
+            for tile in range(0, SELECT, BLOCK_N):
+                inside = tile + tl.arange(0, BLOCK_N)
+                token = block * SELECT + inside
+                seen = (inside < SELECT) & (token <= position)
+                k_rows = paged_rows(k_head, table, token, seen, stride_kp, stride_kt, PAGE)
+                v_rows = paged_rows(v_head, table, token, seen, stride_vp, stride_vt, PAGE)
+                k0, k1 = load_split(k_rows, seen, DK, D0, D1, True)
+                v0, v1 = load_split(v_rows, seen, DV, V0, V1, True)
+                acc0, acc1, maximum, total = attend_tile(
+                    acc0, acc1, maximum, total, q0, q1, k0, k1, v0, v1, seen, scale_log2, D1, V1,
+                    UPCAST, PRECISION,
+                )  # fmt: skip
     return acc0, acc1, maximum, total
 
 

@@ -173,6 +173,11 @@ def _judge(problem: Problem, solution: Solution, got: tuple[Tensor, ...]) -> dic
     return worst
 
 
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same values; NaN, which poisons unused memory, equals NaN."""
+    return torch.equal(x, y) or torch.allclose(x, y, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def _side_effects(
     inputs: Mapping[str, Any], given: Mapping[str, Any], results: tuple[Tensor, ...]
 ) -> str:
@@ -180,7 +185,7 @@ def _side_effects(
     owners = {}
     for name, x in inputs.items():
         if isinstance(x, Tensor) and x.numel():
-            if not torch.equal(x.cpu(), given[name]):
+            if not _same(x.cpu(), given[name]):
                 return f"the call changed its argument '{name}'"
             owners[x.untyped_storage().data_ptr()] = name
     for result in results:

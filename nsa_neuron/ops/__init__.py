@@ -9,6 +9,7 @@ from nsa_neuron.ops import (
     attention,
     compress,
     compressed_attention,
+    decode,
     gated_sum,
     nsa_attention,
     select_blocks,
@@ -36,6 +37,7 @@ OPS: tuple[OpSpec, ...] = (
     nsa_attention.SPEC,
     nsa_attention.FORWARD,
     nsa_attention.BACKWARD,
+    decode.SPEC,
 )
 BY_NAME = {spec.name: spec for spec in OPS}
 

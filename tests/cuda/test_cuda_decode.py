@@ -114,7 +114,7 @@ def test_float64(lengths, S, Hkv, G, dk, dv, geometry, change):
     constants = plan(**change)
     workspace = launch.Workspace.allocate(constants, q, caches, geometry)
     for _ in range(2):  # the second call finds the workspace as the first one left it
-        o = launch.forward(KERNELS, constants, q, gates, caches, geometry, workspace)
+        o = launch.step(KERNELS, constants, q, gates, caches, geometry, workspace)
         assert not workspace.counters.any()
         ids = workspace.ids.view(len(lengths), S, Hkv, -1)[..., : geometry.num_selected]
         for b, tokens in enumerate(lengths):
@@ -129,7 +129,7 @@ def test_idle_slots_give_zeros():
     gen = torch.Generator().manual_seed(0)
     q, gates, whole, caches = make([40, 40], 1, 1, 4, 16, 16, SMALL, gen)
     caches.seqlens[0] = 0
-    o = launch.forward(KERNELS, plan(), q, gates, caches, SMALL)
+    o = launch.step(KERNELS, plan(), q, gates, caches, SMALL)
     assert not o[0].any()
     want, _ = expected(q[1], gates[1], whole, 1, 40, SMALL)
     assert (o[1].double() - want).abs().max() <= 3e-6
@@ -142,7 +142,7 @@ def test_one_captured_call_serves_growing_sequences():
     workspace = launch.Workspace.allocate(plan(), q, caches, SMALL)
     for lengths in ([3, 60], [80, 1], [100, 17]):
         caches.seqlens.copy_(torch.tensor(lengths))
-        o = launch.forward(KERNELS, plan(), q, gates, caches, SMALL, workspace)
+        o = launch.step(KERNELS, plan(), q, gates, caches, SMALL, workspace)
         for b, tokens in enumerate(lengths):
             cut = {
                 n: tuple(
@@ -159,7 +159,7 @@ def test_one_captured_call_serves_growing_sequences():
 def test_low_precision(dtype, tolerance):
     gen = torch.Generator().manual_seed(2)
     q, gates, whole, caches = make([120], 1, 1, 8, 32, 32, SMALL, gen, dtype)
-    o = launch.forward(KERNELS, plan(), q, gates, caches, SMALL)
+    o = launch.step(KERNELS, plan(), q, gates, caches, SMALL)
     want, _ = expected(q[0], gates[0], whole, 0, 120, SMALL)
     assert o.dtype == dtype
     assert (o[0].double() - want).abs().max() <= tolerance
@@ -189,7 +189,7 @@ def test_golden():
     workspace = launch.Workspace.allocate(plan(), q, caches, geometry)
     for branch, key in enumerate(("o_cmp", "o_slc", "o_win")):
         gates = F.one_hot(torch.full(q.shape[:3], branch), 3).float()
-        o = launch.forward(KERNELS, plan(), q, gates, caches, geometry, workspace)
+        o = launch.step(KERNELS, plan(), q, gates, caches, geometry, workspace)
         error = (o - torch.from_numpy(z[key])).abs().max().item()
         assert error <= 1e-5 * max(1.0, meta["max_abs"][key]), key
     assert workspace.ids.view(8, 1, 1, 16).equal(torch.from_numpy(z["topk_idx"]))

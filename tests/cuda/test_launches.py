@@ -175,7 +175,7 @@ def run_decode(batch, kv_heads, group, pages):
     geometry = decode.Geometry(**GEOMETRY, **SELECTION, window=512, scale=0.1)
     q = tensor(batch, 1, kv_heads * group, 192)
     gates = tensor(batch, 1, kv_heads * group, 3)
-    o = decode.forward(kernels, plan("decode", case), q, gates, caches, geometry)
+    o = decode.step(kernels, plan("decode", case), q, gates, caches, geometry)
     assert o.shape == (batch, 1, kv_heads * group, 128)
     return kernels.launches
 

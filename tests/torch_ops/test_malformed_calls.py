@@ -18,6 +18,7 @@ B, S, T, HQ, HKV, DK, DV = 2, 12, 20, 4, 2, 6, 5
 GEOMETRY = {"block": 4, "stride": 2}
 NC = (T - 4) // 2 + 1
 SELECTION = {"select_block": 8, "num_selected": 3}
+PAGES = 6
 
 
 def rand(*shape: int) -> Tensor:
@@ -26,6 +27,10 @@ def rand(*shape: int) -> Tensor:
 
 def cu(*edges: int) -> Tensor:
     return torch.tensor(edges, dtype=torch.int32)
+
+
+def pages(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 def legal(op: str) -> dict[str, Any]:
@@ -55,6 +60,14 @@ def legal(op: str) -> dict[str, Any]:
             **GEOMETRY, **SELECTION, "window": 5,
         },
         "compress": {"x": k, **GEOMETRY},
+        "decode": {
+            "q": q, "k_cmp": rand(PAGES, 4, HKV, DK), "v_cmp": rand(PAGES, 4, HKV, DV),
+            "k_slc": rand(PAGES, 16, HKV, DK), "v_slc": rand(PAGES, 16, HKV, DV),
+            "k_win": rand(PAGES, 16, HKV, DK), "v_win": rand(PAGES, 16, HKV, DV),
+            "gates": gates, "seqlens": cu(T, 13), "cmp_table": pages([2, 0, 4], [1, 5, -1]),
+            "slc_table": pages([5, 0], [1, 9]), "win_table": pages([3, 2], [4, -7]),
+            **GEOMETRY, **SELECTION, "window": 5,
+        },
     }  # fmt: skip
     made = values[op.removeprefix("packed_")]
     if op.startswith("packed_"):
@@ -66,9 +79,9 @@ def legal(op: str) -> dict[str, Any]:
 
 PUBLIC = (
     "attention", "sliding_window_attention", "selected_attention", "compressed_attention",
-    "select_blocks", "gated_sum", "nsa_attention", "compress",
+    "select_blocks", "gated_sum", "nsa_attention", "compress", "decode",
 )  # fmt: skip
-PACKED = tuple(f"packed_{op}" for op in PUBLIC if op != "gated_sum")
+PACKED = tuple(f"packed_{op}" for op in PUBLIC if op not in ("gated_sum", "decode"))
 
 
 @dataclass(frozen=True)
@@ -232,6 +245,32 @@ TABLE = (
         {"k_cmp": rand(1, 4, HKV, DK), "v_cmp": rand(1, 4, HKV, DV)},
         "k_cmp",
     ),
+    # paged caches
+    Bad("decode", {"q": rand(B, S, 3, DK)}, "gates"),
+    Bad("decode", {"q": rand(3, S, HQ, DK)}, "gates"),
+    Bad("decode", {"k_cmp": rand(B, PAGES, 4, HKV, DK)}, "k_cmp"),
+    Bad("decode", {"v_cmp": rand(PAGES, 5, HKV, DV)}, "v_cmp"),
+    Bad("decode", {"v_slc": rand(PAGES + 1, 16, HKV, DV)}, "v_slc"),
+    Bad("decode", {"v_win": rand(PAGES, 16, HKV, DV).half()}, "v_win", InvalidType),
+    Bad(
+        "decode",
+        {"k_slc": rand(PAGES, 12, HKV, DK), "v_slc": rand(PAGES, 12, HKV, DV)},
+        "k_slc",
+    ),
+    Bad("decode", {"gates": rand(B, S, HQ, 2)}, "gates"),
+    Bad("decode", {"seqlens": cu(T, 13).long()}, "seqlens", InvalidType),
+    Bad("decode", {"seqlens": cu(T)}, "seqlens"),
+    Bad("decode", {"slc_table": pages([5, 0])}, "slc_table"),
+    Bad("decode", {"win_table": rand(B, 2)}, "win_table", InvalidType),
+    Bad("decode", {"window": 0}, "window"),
+    Bad("decode", {"num_selected": 2}, "num_selected"),
+    Bad("decode", {"stride": 3}, "stride"),
+    Bad("decode", {"seqlens": cu(T, -1)}, "seqlens"),
+    Bad("decode", {"seqlens": cu(T, 33)}, "seqlens"),
+    Bad("decode", {"cmp_table": pages([2, 0], [1, 5])}, "seqlens"),
+    Bad("decode", {"cmp_table": pages([2, 0, PAGES], [1, 5, -1])}, "cmp_table"),
+    Bad("decode", {"slc_table": pages([5, 0], [-1, 9])}, "slc_table"),
+    Bad("decode", {"win_table": pages([3, -2], [4, -7])}, "win_table"),
     # contents: block ids
     Bad("selected_attention", {"block_indices": ids(0, 3)}, "block_indices"),
     Bad("selected_attention", {"block_indices": ids(0, -2)}, "block_indices"),

@@ -24,6 +24,7 @@ CASES = {
     "nsa_attention": (*ATTENTION, "l_d_m_equal"),
     "select_blocks": (*ATTENTION, "no_initial_one_local"),
     "attention": (*ATTENTION, "custom_scale"),
+    "decode": ("one_token", "edges", "more_queries_than_tokens", "odd_pages"),
 }  # fmt: skip
 UTILITIES = (
     "test_schema",

@@ -38,6 +38,7 @@ STEMS = (
     "attention",
     "compress",
     "compressed_attention",
+    "decode",
     "gated_sum",
     "select_blocks",
     "selected_attention",
@@ -89,7 +90,9 @@ class CudaBackend:
         launcher = importlib.import_module(f"{LAUNCHERS}.{stem}")
         kernels = kernel_package(mode).load(stem)
         direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
-        launch = functools.partial(getattr(launcher, direction), kernels, constants)
+        launch: Lowered = functools.partial(getattr(launcher, direction), kernels, constants)
+        if mode == "hw":
+            launch = _on_device(launch, bound.device)
         if bound.spec.name == "compress_backward":
             return _with_empty_gradients(launch)
         takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
@@ -102,6 +105,21 @@ def kernel_package(mode: str) -> KernelPackage:
     if mode == "sim":
         return KernelPackage(PACKAGE, triton_interpreter)
     return KernelPackage(PACKAGE)
+
+
+def _on_device(launch: Lowered, device: torch.device) -> Lowered:
+    """Launches where the tensors lie: Triton launches on the current device, whichever that is.
+
+    A model spread over several GPUs calls with tensors of one while another is current.
+    """
+
+    def call(**values: Any) -> Any:
+        if torch.cuda.current_device() == device.index:
+            return launch(**values)
+        with torch.cuda.device(device):
+            return launch(**values)
+
+    return call
 
 
 def _with_scale(launch: Lowered) -> Lowered:

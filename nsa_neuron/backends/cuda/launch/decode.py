@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsa_neuron.backends.cuda.launch.common import head_dim_constants
+from nsa_neuron.backends.cuda.launch.common import head_dim_constants, key_tile
 
 if TYPE_CHECKING:
     from nsa_neuron.backends.cuda.launch.common import Plan
+
+SELECTED_KEYS = 64
+"""Tokens of a tile of `attend`: a selection block, or part of a longer one."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class _Sizes:
         items = batch * queries * kv_heads
         per_block = geometry.select_block // geometry.stride
         ratio = _next_power_of_two(per_block)
-        blocks = max(2, constants["KEYS"] // ratio)
+        blocks = tile_blocks(constants["KEYS"], ratio)
         capacity = caches.cmp_table.shape[1] * caches.k_cmp.shape[1]
         tiles = max(1, -(-capacity // (blocks * per_block)))
         share = max(1, constants["PROGRAMS"] // items)
@@ -126,6 +129,30 @@ class _Sizes:
 
 
 def forward(
+    kernels: Any,
+    plan: Plan,
+    *,
+    q: Tensor,
+    gates: Tensor,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_selected: int,
+    num_initial: int,
+    num_local: int,
+    window: int,
+    scale: float,
+    **caches: Tensor,
+) -> Tensor:
+    """The op `decode`: a `step` with buffers of its own; arguments as in its spec."""
+    geometry = Geometry(
+        block, stride, select_block, num_selected, num_initial, num_local, window, scale
+    )
+    paged = PagedCaches(**{name: _rows_contiguous(x) for name, x in caches.items()})
+    return step(kernels, plan, q, gates, paged, geometry)
+
+
+def step(
     kernels: Any,
     plan: Plan,
     q: Tensor,
@@ -160,6 +187,9 @@ def forward(
         "CMP_SPLITS": sizes.cmp_splits, "WIN_SPLITS": sizes.win_splits, "PLACES": sizes.places,
     }  # fmt: skip
     constants = {k: v for k, v in plan["score"].items() if k not in ("KEYS", "PROGRAMS")}
+    constants["SLOTS"] = max(constants["SLOTS"], 2 * sizes.kept)
+    if sizes.blocks * sizes.ratio > plan["score"]["KEYS"]:
+        constants["num_stages"] = 1  # tiles this large leave no room for the next ones
     kernels.score[((sizes.cmp_splits + sizes.win_splits) * sizes.items,)](
         q, caches.k_cmp, caches.v_cmp, caches.k_win, caches.v_win, caches.cmp_table,
         caches.win_table, caches.seqlens, w.partial_o, w.partial_ml, w.importance, w.over,
@@ -176,7 +206,7 @@ def forward(
         w.ids, w.partial_o, w.partial_ml, w.counters, queries, heads, kv_heads,
         caches.slc_table.shape[1], geometry.scale, *q.stride()[:3],
         *_strides(caches.k_slc, caches.v_slc), SLC_PAGE=caches.k_slc.shape[1],
-        SLC_SPLITS=sizes.slc_splits, BLOCK_N=max(16, _next_power_of_two(geometry.select_block)),
+        SLC_SPLITS=sizes.slc_splits, BLOCK_N=key_tile(SELECTED_KEYS, geometry.select_block),
         **shared, **plan["attend"],
     )  # fmt: skip
     return o
@@ -198,6 +228,21 @@ def _allocate(sizes: _Sizes, device: torch.device) -> Workspace:
         id_scores=floats(s.kept),
         counters=torch.zeros(s.items, dtype=torch.int32, device=device),
     )
+
+
+def tile_blocks(keys: int, ratio: int) -> int:
+    """Selection blocks whose compressed keys, `ratio` each, one tile of `score` holds."""
+    return max(2, keys // ratio)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """Pools with gaps inside rows, and tables with any gaps, are copied: kernels do not take them.
+
+    A serving engine's caches and tables have none, so nothing is copied there.
+    """
+    if x.dim() == 4:
+        return x if x.stride(-1) == 1 else x.contiguous()
+    return x.contiguous()
 
 
 def _strides(*pools: Tensor) -> list[int]:

@@ -63,7 +63,8 @@ def attend(
     S, HQ, HKV, slc_pages, scale,
     stride_qb, stride_qt, stride_qh, stride_kp, stride_kt, stride_kh,
     stride_vp, stride_vt, stride_vh,
-    G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr,
+    DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SLC_PAGE: tl.constexpr,
     CMP_SPLITS: tl.constexpr, WIN_SPLITS: tl.constexpr, SLC_SPLITS: tl.constexpr,
@@ -71,17 +72,18 @@ def attend(
 ):  # fmt: skip
     """One split of the selected branch of one (sequence, token, kv head); the last one combines.
 
-    Grid: (B * S * Hkv * SLC_SPLITS,), as in `score`.
+    Grid: (B * S * Hkv * SLC_SPLITS * PARTS,), as in `score`.
 
     Args:
         q: [B, S, Hq, DK]; k_slc, v_slc: pools [P, page, Hkv, D]; slc_table: int32 [B, slc_pages].
         gates: [B, S, Hq, 3] (compressed, selected, window) and o: [B, S, Hq, DV], contiguous.
         ids, partial_o, partial_ml, counters: as `score` left them.
     """
-    split = tl.program_id(0) % SLC_SPLITS
-    item = (tl.program_id(0) // SLC_SPLITS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    split = tl.program_id(0) // PARTS % SLC_SPLITS
+    item = (tl.program_id(0) // (PARTS * SLC_SPLITS)).to(tl.int64)
     batch, query, kv_head, position = position_of(item, seqlens, S, HKV)
-    rows = tl.arange(0, GP)
+    rows = part * GP + tl.arange(0, GP)
     q_rows = q + batch * stride_qb + query * stride_qt + (kv_head * G + rows) * stride_qh
     q0, q1 = load_split(q_rows, rows < G, DK, D0, D1, True)
     SHARE: tl.constexpr = (N + SLC_SPLITS - 1) // SLC_SPLITS
@@ -97,7 +99,7 @@ def attend(
         partial_o, partial_ml, first_selected + split, acc0, acc1, maximum, total, rows,
         G, DV, V0, V1,
     )  # fmt: skip
-    if is_last(counters + item, SLC_SPLITS):
+    if is_last(counters + item * PARTS + part, SLC_SPLITS):
         out_row = (batch * S + query) * HQ + kv_head * G + rows
         out0 = tl.zeros([GP, V0], tl.float32)
         out1 = tl.zeros([GP, V1 if V1 > 0 else V0], tl.float32)

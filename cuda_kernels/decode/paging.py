@@ -55,7 +55,7 @@ def store_partial(
 
     Args:
         partial_o: float32 [places, G, DV]; partial_ml: float32 [places, 2, G]; place: int64.
-        rows: int32 [GP], 0 .. GP - 1 with GP >= G.
+        rows: int32 [GP], consecutive heads of the group; those from G on are padding.
     """
     tl.store(partial_ml + place * (2 * G) + rows, maximum, mask=rows < G)
     tl.store(partial_ml + place * (2 * G) + G + rows, total, mask=rows < G)

@@ -18,18 +18,18 @@ from .paging import (
 
 @triton.jit
 def _tile_importance(
-    p, importance, over, GP: tl.constexpr, G: tl.constexpr,
+    p, importance, over, rows, GP: tl.constexpr, G: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
     BLOCKS: tl.constexpr, RATIO: tl.constexpr,
 ):  # fmt: skip
     """Stores what a tile of exponentials p [GP, BLOCKS * RATIO] adds to its selection blocks.
 
-    Per head, relative to the tile's maximum: importance [G, BLOCKS], and what the last block passes
-    on to the next tile's first, over [G]. The weights are those of `select_blocks`.
+    Per head (rows, of which those below G are real), relative to the tile's maximum: importance
+    [G, BLOCKS], and what the last block passes on to the next tile's first, over [G]. The weights
+    are those of `select_blocks`.
     """
     R: tl.constexpr = SELECT // STRIDE
     A: tl.constexpr = BLOCK // STRIDE
-    head = tl.arange(0, GP)
     block = tl.arange(0, BLOCKS)
     place = tl.arange(0, BLOCKS * RATIO) % RATIO
     own = tl.where(place < R, tl.minimum(A, R - place), 0).to(tl.float32)
@@ -42,14 +42,14 @@ def _tile_importance(
         last = tl.sum(tl.where(block[None, :] == BLOCKS - 1, passed, 0.0), 1)
     else:
         last = tl.zeros([GP], tl.float32)
-    tl.store(importance + head[:, None] * BLOCKS + block[None, :], scores, mask=(head < G)[:, None])
-    tl.store(over + head, last, mask=head < G)
+    tl.store(importance + rows[:, None] * BLOCKS + block[None, :], scores, mask=(rows < G)[:, None])
+    tl.store(over + rows, last, mask=rows < G)
 
 
 @triton.jit
 def _compressed_split(
     q0, q1, k_head, v_head, table, stride_kp, stride_kt, stride_vp, stride_vt,
-    importance, over, tile_maximum, first_tile, last_tile, visible, scale_log2,
+    importance, over, tile_maximum, first_tile, last_tile, visible, scale_log2, rows,
     GP: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PAGE: tl.constexpr,
@@ -57,7 +57,6 @@ def _compressed_split(
 ):  # fmt: skip
     """Partial softmax over key tiles [first_tile, last_tile), storing their importance."""
     R: tl.constexpr = SELECT // STRIDE
-    head = tl.arange(0, GP)
     index = tl.arange(0, BLOCKS * RATIO)
     maximum = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
@@ -78,9 +77,9 @@ def _compressed_split(
         p = tl.math.exp2(logits - highest[:, None])
         _tile_importance(
             p, importance + tl.cast(tile, tl.int64) * (G * BLOCKS),
-            over + tl.cast(tile, tl.int64) * G, GP, G, BLOCK, STRIDE, SELECT, BLOCKS, RATIO,
+            over + tl.cast(tile, tl.int64) * G, rows, GP, G, BLOCK, STRIDE, SELECT, BLOCKS, RATIO,
         )  # fmt: skip
-        tl.store(tile_maximum + tl.cast(tile, tl.int64) * G + head, highest, mask=head < G)
+        tl.store(tile_maximum + tl.cast(tile, tl.int64) * G + rows, highest, mask=rows < G)
         new_maximum = tl.maximum(maximum, highest)
         factor = tl.math.exp2(maximum - new_maximum)
         tile_factor = tl.math.exp2(highest - new_maximum)
@@ -191,7 +190,8 @@ def score(
     stride_qb, stride_qt, stride_qh, stride_kp, stride_kt, stride_kh,
     stride_vp, stride_vt, stride_vh, stride_wkp, stride_wkt, stride_wkh,
     stride_wvp, stride_wvt, stride_wvh,
-    G: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr,
+    DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr,
     NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -202,8 +202,9 @@ def score(
 ):  # fmt: skip
     """One split of the compressed or window branch of one (sequence, token, kv head).
 
-    Grid: (B * S * Hkv * (CMP_SPLITS + WIN_SPLITS),), the splits of an item side by side: a grid may
-    have 2**31 - 1 programs along x, but only 65,535 along y.
+    Grid: (B * S * Hkv * (CMP_SPLITS + WIN_SPLITS) * PARTS,): a grid may have 2**31 - 1 programs
+    along x, but only 65,535 along y. A group's heads are cut into PARTS of GP heads, side by side,
+    since they read the same keys.
 
     Args:
         q: [B, S, Hq, DK], last dim contiguous. k_cmp, v_cmp, k_win, v_win: pools
@@ -213,13 +214,13 @@ def score(
             splits (the merged result replaces the first), then the window's.
         importance: float32 [items, MAX_TILES, G, BLOCKS]; over, tile_maximum: float32 [items,
             MAX_TILES, G]; ids: int32 [items, NP], id_scores: float32 [items, NP].
-        counters: int32 [items], all 0, and 0 again afterwards.
+        counters: int32 [items, PARTS], all 0, and 0 again afterwards.
     """
-    split = tl.program_id(0) % (CMP_SPLITS + WIN_SPLITS)
-    item = (tl.program_id(0) // (CMP_SPLITS + WIN_SPLITS)).to(tl.int64)
+    split = tl.program_id(0) // PARTS % (CMP_SPLITS + WIN_SPLITS)
+    item = (tl.program_id(0) // (PARTS * (CMP_SPLITS + WIN_SPLITS))).to(tl.int64)
     batch, query, kv_head, position = position_of(item, seqlens, S, HKV)
     scale_log2 = scale * LOG2E
-    rows = tl.arange(0, GP)
+    rows = tl.program_id(0) % PARTS * GP + tl.arange(0, GP)
     q_rows = q + batch * stride_qb + query * stride_qt + (kv_head * G + rows) * stride_qh
     q0, q1 = load_split(q_rows, rows < G, DK, D0, D1, True)
     if split >= CMP_SPLITS:
@@ -251,23 +252,26 @@ def score(
             q0, q1, k_cmp + kv_head * stride_kh, v_cmp + kv_head * stride_vh,
             cmp_table + batch * cmp_pages, stride_kp, stride_kt, stride_vp, stride_vt,
             item_importance, item_over, item_maximum, first_tile, last_tile, visible, scale_log2,
-            GP, G, DK, D0, D1, DV, V0, V1, BLOCK, STRIDE, SELECT, CMP_PAGE, BLOCKS, RATIO,
+            rows, GP, G, DK, D0, D1, DV, V0, V1, BLOCK, STRIDE, SELECT, CMP_PAGE, BLOCKS, RATIO,
             UPCAST, PRECISION,
         )  # fmt: skip
         store_partial(
             partial_o, partial_ml, item * PLACES + split, acc0, acc1, maximum, total, rows,
             G, DV, V0, V1,
         )  # fmt: skip
-        if is_last(counters + item, CMP_SPLITS):
-            acc0, acc1, lse2 = merge_partials(
-                partial_o, partial_ml, item * PLACES, CMP_SPLITS, rows, GP, G, DV, V0, V1
-            )
-            tl.debug_barrier()
-            alive = tl.where(lse2 == float("-inf"), 0.0, 1.0)
-            store_partial(
-                partial_o, partial_ml, item * PLACES, acc0, acc1, lse2, alive, rows, G, DV, V0, V1
-            )
-            tl.debug_barrier()
+        if is_last(counters + item * PARTS, CMP_SPLITS * PARTS):
+            for part in range(PARTS):
+                heads = part * GP + tl.arange(0, GP)
+                acc0, acc1, lse2 = merge_partials(
+                    partial_o, partial_ml, item * PLACES, CMP_SPLITS, heads, GP, G, DV, V0, V1
+                )
+                tl.debug_barrier()
+                alive = tl.where(lse2 == float("-inf"), 0.0, 1.0)
+                store_partial(
+                    partial_o, partial_ml, item * PLACES, acc0, acc1, lse2, alive, heads, G,
+                    DV, V0, V1,
+                )  # fmt: skip
+                tl.debug_barrier()
             _select(
                 ids + item * NP, id_scores + item * NP, item_importance, item_over, item_maximum,
                 partial_ml + item * PLACES * (2 * G), position, tiles, G, SELECT, N, NP, INITIAL,

@@ -28,6 +28,7 @@ from nsa_neuron.backends.cuda.launch import (
     selected_attention,
     sliding_window_attention,
 )
+from nsa_neuron.cases import arguments
 from nsa_neuron.ops import get
 from nsa_neuron.registry import Supported, Unsupported
 
@@ -293,6 +294,20 @@ def test_a_wider_batch_is_refused():
     assert isinstance(verdict(4369, 15), Supported)  # 65,535
     refused = verdict(4096, 16)
     assert isinstance(refused, Unsupported) and "B * Hkv = 65536" in str(refused)
+
+
+@pytest.mark.parametrize(("select_block", "taken"), [(128, True), (130, False)])
+def test_decode_refuses_blocks_of_more_compressed_keys_than_a_tile_holds(select_block, taken):
+    spec = get("decode")
+    case = next(case for case in spec.cases if case.name == "stride_one")
+    values = arguments(spec, case, torch.bfloat16)
+    for name in ("k_slc", "v_slc"):
+        shape = values[name].shape
+        values[name] = values[name].new_empty(shape[0], 2 * select_block, *shape[2:])
+    bound = spec.bind({**values, "select_block": select_block})
+    verdict = BACKEND.supports(bound, "sim")
+    assert isinstance(verdict, Supported) == taken
+    assert taken or "select_block / stride = 130 > 128" in str(verdict)
 
 
 def test_a_wrong_launch_is_noticed():

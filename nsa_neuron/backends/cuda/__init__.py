@@ -16,6 +16,7 @@ import torch
 
 from nsa_neuron.backends import composite
 from nsa_neuron.backends.cuda import plans
+from nsa_neuron.backends.cuda.launch.decode import MAX_RATIO
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 from nsa_neuron.toolchain import KernelPackage, interpreter_hindrance, triton_interpreter
 
@@ -76,6 +77,9 @@ class CudaBackend:
             return Unsupported(
                 "batch", f"B * Hkv = {lanes} > {MAX_GRID_YZ}, CUDA's limit of a grid"
             )
+        if stem == "decode" and bound["m"] // bound["d"] > MAX_RATIO:
+            ratio = f"select_block / stride = {bound['m'] // bound['d']}"
+            return Unsupported("ratio", f"{ratio} > {MAX_RATIO}, what a tile of keys may hold")
         try:
             plan = _plan(bound, stem, PLANS_OF_MODE[mode])
         except plans.PlanError as error:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nsa_neuron.backends.cuda.launch import decode
 from nsa_neuron.backends.cuda.launch.common import (
     head_dim_constants,
     key_tile,
@@ -271,23 +272,42 @@ def _gated(shape: Shape) -> Mapping[str, Any]:
     return {"DV": shape.dv, "WIDTH": 1 << (shape.dv - 1).bit_length()}
 
 
-def _decode(shape: Shape) -> Mapping[str, Any]:
-    ratio = _SELECT_BLOCK // _COMPRESSION["STRIDE"]
+def _decode(shape: Shape, **change: int) -> Mapping[str, Any]:
     group = 1 << (shape.group - 1).bit_length()
     splits = {"CMP_SPLITS": 4, "WIN_SPLITS": 4, "SLC_SPLITS": _NUM_SELECTED}
+    sizes = {"SELECT": _SELECT_BLOCK, "N": _NUM_SELECTED, **_COMPRESSION, **change}
     return {
-        **_COMPRESSION, **_dims(shape), **_FORCED, **splits, "PLACES": sum(splits.values()),
-        "G": shape.group, "GP": max(16, group), "HEADS": min(16, group), "SELECT": _SELECT_BLOCK,
-        "N": _NUM_SELECTED, "NP": _NUM_SELECTED, "WINDOW": 512, "CMP_PAGE": 128, "WIN_PAGE": 128,
-        "SLC_PAGE": 128, "RATIO": ratio, "BLOCKS": shape.planned.get("KEYS", ratio) // ratio,
-        "BLOCK_N": _SELECT_BLOCK, **shape.planned,
+        **_dims(shape), **_FORCED, **splits, **sizes, "PLACES": sum(splits.values()),
+        "G": shape.group, "GP": decode.HEADS_PER_PROGRAM, "HEADS": min(16, group),
+        "PARTS": decode.group_parts(shape.group), "NP": 1 << (sizes["N"] - 1).bit_length(),
+        "WINDOW": 512, "CMP_PAGE": 128, "WIN_PAGE": 128, "SLC_PAGE": 128,
     }  # fmt: skip
 
 
-_DECODE_KERNEL = KernelEntry(
-    "decode", "", "decode", _decode, _DECODE_TYPES, wants_wgmma=False,
-    exempt="16 rows, wgmma has 64",
-)  # fmt: skip
+def _decode_score(shape: Shape, **change: int) -> Mapping[str, Any]:
+    sizes = _decode(shape, **change)
+    ratio = sizes["SELECT"] // sizes["STRIDE"]
+    return {**sizes, **decode.score_constants(shape.planned, ratio, sizes["NP"])}
+
+
+def _decode_attend(shape: Shape, **change: int) -> Mapping[str, Any]:
+    sizes = _decode(shape, **change)
+    return {**sizes, "BLOCK_N": key_tile(decode.SELECTED_KEYS, sizes["SELECT"])}
+
+
+def _decode_entries() -> tuple[KernelEntry, ...]:
+    def entry(kernel: str, derive: Any, variant: str = "", **change: int) -> KernelEntry:
+        return KernelEntry(
+            "decode", kernel, "decode", functools.partial(derive, **change), _DECODE_TYPES,
+            wants_wgmma=False, exempt="16 rows, wgmma has 64", variant=variant,
+        )  # fmt: skip
+
+    return (
+        entry("score", _decode_score),
+        entry("score", _decode_score, "stride 1", STRIDE=1),
+        entry("attend", _decode_attend),
+        entry("attend", _decode_attend, "m of 144", SELECT=144),
+    )
 
 
 def _compressed_entries() -> tuple[KernelEntry, ...]:
@@ -353,7 +373,7 @@ KERNELS: tuple[KernelEntry, ...] = (
         KernelEntry("gated_sum", kernel, "gated_sum", _gated, wants_wgmma=False)
         for kernel in ("forward", "backward")
     ),
-    *(replace(_DECODE_KERNEL, kernel=kernel) for kernel in ("score", "attend")),
+    *_decode_entries(),
 )
 
 _HAVE_PACKED = {

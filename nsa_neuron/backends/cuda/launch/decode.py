@@ -28,6 +28,13 @@ from nsa_neuron.backends.cuda.launch.common import head_dim_constants, key_tile
 if TYPE_CHECKING:
     from nsa_neuron.backends.cuda.launch.common import Plan
 
+HEADS_PER_PROGRAM = 16
+"""Rows of the smallest matrix product. Larger groups are cut into parts: with more rows a program's
+accumulators do not fit its registers, and the keys that the parts share come from L2."""
+
+MAX_RATIO = 128
+"""Compressed keys of a selection block, m / d, up to which a tile of `score` fits an SM."""
+
 SELECTED_KEYS = 64
 """Tokens of a tile of `attend`: a selection block, or part of a longer one."""
 
@@ -95,6 +102,7 @@ class Workspace:
 class _Sizes:
     items: int
     group: int
+    parts: int
     dv: int
     blocks: int
     ratio: int
@@ -116,13 +124,14 @@ class _Sizes:
         items = batch * queries * kv_heads
         per_block = geometry.select_block // geometry.stride
         ratio = _next_power_of_two(per_block)
-        blocks = tile_blocks(constants["KEYS"], ratio)
+        blocks = _tile_blocks(constants["KEYS"], ratio)
         capacity = caches.cmp_table.shape[1] * caches.k_cmp.shape[1]
         tiles = max(1, -(-capacity // (blocks * per_block)))
-        share = max(1, constants["PROGRAMS"] // items)
+        parts = group_parts(heads // kv_heads)
+        share = max(1, constants["PROGRAMS"] // (items * parts))
         window_tiles = -(-geometry.window // constants["BLOCK_N"])
         return _Sizes(
-            items=items, group=heads // kv_heads, dv=dv, blocks=blocks, ratio=ratio, tiles=tiles,
+            items=items, group=heads // kv_heads, parts=parts, dv=dv, blocks=blocks, ratio=ratio, tiles=tiles,
             kept=_next_power_of_two(geometry.num_selected), cmp_splits=min(share, tiles, 64),
             win_splits=min(share, window_tiles), slc_splits=min(share, geometry.num_selected),
         )  # fmt: skip
@@ -179,18 +188,14 @@ def step(
     q = q if q.stride(-1) == 1 else q.contiguous()
     batch, queries, heads, dk = q.shape
     kv_heads = caches.v_cmp.shape[2]
-    group = sizes.group
     o = torch.empty(batch, queries, heads, sizes.dv, dtype=q.dtype, device=q.device)
     shared: dict[str, Any] = {
-        "G": group, "GP": max(16, _next_power_of_two(group)), **head_dim_constants(dk, sizes.dv),
+        "G": sizes.group, "GP": HEADS_PER_PROGRAM, "PARTS": sizes.parts,
+        **head_dim_constants(dk, sizes.dv),
         "SELECT": geometry.select_block, "N": geometry.num_selected, "NP": sizes.kept,
         "CMP_SPLITS": sizes.cmp_splits, "WIN_SPLITS": sizes.win_splits, "PLACES": sizes.places,
     }  # fmt: skip
-    constants = {k: v for k, v in plan["score"].items() if k not in ("KEYS", "PROGRAMS")}
-    constants["SLOTS"] = max(constants["SLOTS"], 2 * sizes.kept)
-    if sizes.blocks * sizes.ratio > plan["score"]["KEYS"]:
-        constants["num_stages"] = 1  # tiles this large leave no room for the next ones
-    kernels.score[((sizes.cmp_splits + sizes.win_splits) * sizes.items,)](
+    kernels.score[((sizes.cmp_splits + sizes.win_splits) * sizes.parts * sizes.items,)](
         q, caches.k_cmp, caches.v_cmp, caches.k_win, caches.v_win, caches.cmp_table,
         caches.win_table, caches.seqlens, w.partial_o, w.partial_ml, w.importance, w.over,
         w.tile_maximum, w.ids, w.id_scores, w.counters, queries, heads, kv_heads, sizes.tiles,
@@ -198,10 +203,10 @@ def step(
         *_strides(caches.k_cmp, caches.v_cmp, caches.k_win, caches.v_win),
         BLOCK=geometry.block, STRIDE=geometry.stride, INITIAL=geometry.num_initial,
         LOCAL=geometry.num_local, WINDOW=geometry.window, CMP_PAGE=caches.k_cmp.shape[1],
-        WIN_PAGE=caches.k_win.shape[1], BLOCKS=sizes.blocks, RATIO=sizes.ratio,
-        HEADS=min(16, _next_power_of_two(group)), **shared, **constants,
+        WIN_PAGE=caches.k_win.shape[1], HEADS=min(16, _next_power_of_two(sizes.group)), **shared,
+        **score_constants(plan["score"], sizes.ratio, sizes.kept),
     )  # fmt: skip
-    kernels.attend[(sizes.slc_splits * sizes.items,)](
+    kernels.attend[(sizes.slc_splits * sizes.parts * sizes.items,)](
         q, caches.k_slc, caches.v_slc, caches.slc_table, caches.seqlens, gates.contiguous(), o,
         w.ids, w.partial_o, w.partial_ml, w.counters, queries, heads, kv_heads,
         caches.slc_table.shape[1], geometry.scale, *q.stride()[:3],
@@ -226,13 +231,30 @@ def _allocate(sizes: _Sizes, device: torch.device) -> Workspace:
         tile_maximum=floats(s.tiles, s.group),
         ids=torch.empty(s.items, s.kept, dtype=torch.int32, device=device),
         id_scores=floats(s.kept),
-        counters=torch.zeros(s.items, dtype=torch.int32, device=device),
+        counters=torch.zeros(s.items, s.parts, dtype=torch.int32, device=device),
     )
 
 
-def tile_blocks(keys: int, ratio: int) -> int:
-    """Selection blocks whose compressed keys, `ratio` each, one tile of `score` holds."""
-    return max(2, keys // ratio)
+def group_parts(group: int) -> int:
+    """Into how many programs the heads of a group are cut."""
+    return -(-group // HEADS_PER_PROGRAM)
+
+
+def score_constants(planned: Plan, ratio: int, kept: int) -> dict[str, Any]:
+    """The plan of `score`, filled in for selection blocks of `ratio` compressed keys.
+
+    A block may have more keys than the planned tile. It is a tile of its own then, with 8 warps,
+    since it does not fit the registers of 4, and unpipelined: the next one has no room beside it.
+    """
+    keys = planned["KEYS"]
+    passed = {k: v for k, v in planned.items() if k not in ("KEYS", "PROGRAMS")}
+    tile = {"BLOCKS": _tile_blocks(keys, ratio), "RATIO": ratio}
+    large = {"num_warps": 8, "num_stages": 1} if ratio > keys else {}
+    return {**passed, **tile, **large, "SLOTS": max(planned["SLOTS"], 2 * kept)}
+
+
+def _tile_blocks(keys: int, ratio: int) -> int:
+    return max(1, keys // ratio)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Two launches, since the selection needs every compressed logit and the selected 
 selection; one launch would have to wait for other programs inside a kernel, which only works as
 long as all of them are resident. "Last" is decided by a counter per (token, kv head): an atomic
 whose order changes nothing, since the last program, whichever it is, adds the splits by number.
+Groups of more than 16 heads are cut into parts, which run side by side and share keys through L2.
 
 Bound by bytes: with 64/4/192/128 at 64K tokens 2.6 MB of compressed and 1.0 MB of raw keys and
 values per sequence and kv head, 3 us per sequence. Tensor cores run mostly empty (16 rows), which

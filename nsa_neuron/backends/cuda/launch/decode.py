@@ -132,8 +132,9 @@ class _Sizes:
         window_tiles = -(-geometry.window // constants["BLOCK_N"])
         return _Sizes(
             items=items, group=heads // kv_heads, parts=parts, dv=dv, blocks=blocks, ratio=ratio,
-            tiles=tiles, kept=_next_power_of_two(geometry.num_selected), cmp_splits=min(share, tiles, 64),
-            win_splits=min(share, window_tiles), slc_splits=min(share, geometry.num_selected),
+            tiles=tiles, kept=_next_power_of_two(geometry.num_selected),
+            cmp_splits=min(share, tiles, 64), win_splits=min(share, window_tiles),
+            slc_splits=min(share, geometry.num_selected),
         )  # fmt: skip
 
 

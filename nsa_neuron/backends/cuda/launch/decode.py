@@ -26,6 +26,8 @@ from torch import Tensor
 from nsa_neuron.backends.cuda.launch.common import head_dim_constants, key_tile
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nsa_neuron.backends.cuda.launch.common import Plan
 
 HEADS_PER_PROGRAM = 16
@@ -241,7 +243,7 @@ def group_parts(group: int) -> int:
     return -(-group // HEADS_PER_PROGRAM)
 
 
-def score_constants(planned: Plan, ratio: int, kept: int) -> dict[str, Any]:
+def score_constants(planned: Mapping[str, Any], ratio: int, kept: int) -> dict[str, Any]:
     """The plan of `score`, filled in for selection blocks of `ratio` compressed keys.
 
     A block may have more keys than the planned tile. It is a tile of its own then, with 8 warps,

@@ -275,6 +275,7 @@ class Tuner:
             yield
         finally:
             watchdog.cancel()
+            watchdog.join()  # a thread that is still there at exit may abort the process
 
     def warm(self) -> None:
         """One shard of all candidates, launched once each, so that they are compiled."""

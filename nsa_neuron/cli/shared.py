@@ -15,6 +15,8 @@ from nsa_neuron.ops import common
 from nsa_neuron.spec import FLOATS, Bound, OpSpec
 
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+PAGES = {"cmp": 64, "slc": 256, "win": 64}
+"""Rows of a page of each paged cache, unless given as `page_cmp` and so on."""
 DEFAULT_SIZES = {"B": 1, "S": 8192, "Hq": 16, "Hkv": 1, "Dk": 128, "Dv": 128}
 # Weights that `compress` needs; other optional tensors are absent unless asked for.
 WEIGHTS = {"linear": ("w1",), "mlp": ("w1", "b1", "w2", "b2")}
@@ -143,6 +145,11 @@ def _derive(sizes: dict[str, int]) -> None:
     if "l" in sizes:
         sizes.setdefault("lD", sizes["l"] * sizes["D"])
         sizes.setdefault("Nc", common.compressed_blocks(sizes["T"], sizes["l"], sizes["d"]))
+    for name, page in PAGES.items():
+        rows = sizes.get("Nc", 0) if name == "cmp" else sizes["T"]
+        page = sizes.setdefault(f"page_{name}", page)
+        most = sizes.setdefault(f"most_{name}", max(1, -(-rows // max(1, page))))
+        sizes.setdefault(f"pages_{name}", sizes["B"] * most)
 
 
 def print_json(value: object) -> None:

@@ -208,6 +208,7 @@ class Bench:
             yield
         finally:
             watchdog.cancel()
+            watchdog.join()  # a thread that is still there at exit may abort the process
 
     def restart(self) -> None:
         """Replaces this process by one that goes on after the last recorded row."""

@@ -5,10 +5,9 @@ import triton.language as tl
 
 from ..common import LOG2E, load_split, store_split
 from .paging import (
-    attend_tile,
+    attend_tokens,
     is_last,
     merge_partials,
-    paged_rows,
     position_of,
     store_partial,
 )
@@ -35,13 +34,10 @@ def _selected_split(
                 inside = tile + tl.arange(0, BLOCK_N)
                 token = block * SELECT + inside
                 seen = (inside < SELECT) & (token <= position)
-                k_rows = paged_rows(k_head, table, token, seen, stride_kp, stride_kt, PAGE)
-                v_rows = paged_rows(v_head, table, token, seen, stride_vp, stride_vt, PAGE)
-                k0, k1 = load_split(k_rows, seen, DK, D0, D1, True)
-                v0, v1 = load_split(v_rows, seen, DV, V0, V1, True)
-                acc0, acc1, maximum, total = attend_tile(
-                    acc0, acc1, maximum, total, q0, q1, k0, k1, v0, v1, seen, scale_log2, D1, V1,
-                    UPCAST, PRECISION,
+                acc0, acc1, maximum, total = attend_tokens(
+                    acc0, acc1, maximum, total, q0, q1, k_head, v_head, table, token, seen,
+                    stride_kp, stride_kt, stride_vp, stride_vt, scale_log2, DK, D0, D1, DV, V0, V1,
+                    PAGE, UPCAST, PRECISION,
                 )  # fmt: skip
     return acc0, acc1, maximum, total
 

@@ -10,14 +10,14 @@ and the weighted sum of values, unnormalised. Split s of item z has them at `[z,
 import triton
 import triton.language as tl
 
-from ..common import dot, dot_split, narrow, softmax_step, store_split
+from ..common import dot, dot_split, load_split, narrow, softmax_step, store_split
 
 
 @triton.jit
 def paged_rows(base, table, token, valid, stride_page, stride_token, PAGE: tl.constexpr):
     """Pointers [N] to the rows of tokens [N]; base points to the head in page 0."""
     page = tl.load(table + token // PAGE, mask=valid, other=0).to(tl.int64)
-    return base + page * stride_page + (token % PAGE) * stride_token
+    return base + page * stride_page + (token % PAGE).to(tl.int64) * stride_token
 
 
 @triton.jit
@@ -31,11 +31,18 @@ def position_of(item, seqlens, S, HKV):
 
 
 @triton.jit
-def attend_tile(
-    acc0, acc1, maximum, total, q0, q1, k0, k1, v0, v1, seen, scale_log2,
-    D1: tl.constexpr, V1: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+def attend_tokens(
+    acc0, acc1, maximum, total, q0, q1, k_head, v_head, table, token, seen,
+    stride_kp, stride_kt, stride_vp, stride_vt, scale_log2,
+    DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PAGE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of keys, those that are `seen` [N], to the running softmax of all rows."""
+    """Adds tokens [N], those that are `seen`, to the running softmax of all rows."""
+    k_rows = paged_rows(k_head, table, token, seen, stride_kp, stride_kt, PAGE)
+    v_rows = paged_rows(v_head, table, token, seen, stride_vp, stride_vt, PAGE)
+    k0, k1 = load_split(k_rows, seen, DK, D0, D1, True)
+    v0, v1 = load_split(v_rows, seen, DV, V0, V1, True)
     logits = dot_split(q0, q1, k0, k1, D1, UPCAST, PRECISION) * scale_log2
     logits = tl.where(seen[None, :], logits, float("-inf"))
     p, factor, maximum, total = softmax_step(logits, maximum, total)

@@ -7,7 +7,7 @@ from ..common import LOG2E, dot, dot_split, load_split, narrow
 from ..compressed_attention import visible_blocks
 from ..select_blocks import keep_winners
 from .paging import (
-    attend_tile,
+    attend_tokens,
     is_last,
     merge_partials,
     paged_rows,
@@ -110,12 +110,9 @@ def _window_split(
     for first in range(begin, end, BLOCK_N):
         token = first + tl.arange(0, BLOCK_N)
         seen = token < end
-        k_rows = paged_rows(k_head, table, token, seen, stride_kp, stride_kt, PAGE)
-        v_rows = paged_rows(v_head, table, token, seen, stride_vp, stride_vt, PAGE)
-        k0, k1 = load_split(k_rows, seen, DK, D0, D1, True)
-        v0, v1 = load_split(v_rows, seen, DV, V0, V1, True)
-        acc0, acc1, maximum, total = attend_tile(
-            acc0, acc1, maximum, total, q0, q1, k0, k1, v0, v1, seen, scale_log2, D1, V1,
+        acc0, acc1, maximum, total = attend_tokens(
+            acc0, acc1, maximum, total, q0, q1, k_head, v_head, table, token, seen,
+            stride_kp, stride_kt, stride_vp, stride_vt, scale_log2, DK, D0, D1, DV, V0, V1, PAGE,
             UPCAST, PRECISION,
         )  # fmt: skip
     return acc0, acc1, maximum, total

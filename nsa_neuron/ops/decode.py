@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_neuron.cases import Case, exact_normal
 from nsa_neuron.numerics import Budget
 from nsa_neuron.ops import common
-from nsa_neuron.ops.nsa_attention import PART_SPECS, compose_forward
+from nsa_neuron.ops.nsa_attention import compose_forward, reference_of
 from nsa_neuron.spec import Bound, Cost, OpSpec, Return, TensorArg
 
 BRANCHES = ("cmp", "slc", "win")
@@ -96,12 +96,8 @@ def decode(
         ):
             k, v = (_gather(pool, table[b], part) for pool in pools)
             given |= {f"k_{name}": k, f"v_{name}": v}
-        out[rows] = compose_forward(_reference, {**values, **given})[0]
+        out[rows] = compose_forward(reference_of, {**values, **given})[0]
     return out
-
-
-def _reference(name: str) -> Any:
-    return PART_SPECS[name].reference
 
 
 def _first_seen(tokens: int, queries: int, window: int) -> int:
@@ -175,7 +171,7 @@ def inputs(case: Case, gen: torch.Generator) -> dict[str, Any]:
     `options["tokens"]` are the sequences' lengths; `options["pages"]` the rows of a page of each
     cache, those of the selected one in selection blocks.
     """
-    settings = {**SPEC_DEFAULTS, **case.scalars}
+    settings = {**SPEC.defaults, **case.scalars}
     lengths, queries = case.options["tokens"], case.size("S")
     l, d, m = (settings[name] for name in ("block", "stride", "select_block"))
     rows = {
@@ -232,7 +228,6 @@ def _case(name: str, tags: str, tokens: tuple[int, ...], s: int = 1, **change: A
 
 
 SMALL = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 20}
-SPEC_DEFAULTS = {"block": 32, "stride": 16, "select_block": 64, "window": 512}
 CASES = (
     _case("one_token", "smoke edge", (1,)),
     _case("two_sequences", "smoke", (40, 23), heads=(4, 2)),

@@ -106,7 +106,7 @@ def nsa_attention_forward(
         o, block_indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win.
     """
     values = dict(locals())
-    return compose_forward(_reference, values)
+    return compose_forward(reference_of, values)
 
 
 def nsa_attention_backward(
@@ -148,7 +148,7 @@ def nsa_attention_backward(
         block_indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win: what it returned.
     """
     values = dict(locals())
-    return compose_backward(_reference, values)
+    return compose_backward(reference_of, values)
 
 
 Part = Callable[[str], Callable[..., Any]]
@@ -253,7 +253,8 @@ PARTS = {
 }
 
 
-def _reference(name: str) -> Callable[..., Any]:
+def reference_of(name: str) -> Callable[..., Any]:
+    """The reference of a part by name, as `compose_forward` takes it."""
     return PART_SPECS[name].reference
 
 

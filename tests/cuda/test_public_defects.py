@@ -200,6 +200,22 @@ def test_offsets_beyond_32_bits():
     judge("sliding_window_attention", {"q": q, "k": k, "v": v, "window": 9}, **far)
 
 
+def test_offsets_beyond_32_bits_in_a_page():
+    """A contiguous cache is one page per sequence: its tokens lie as far apart as they like."""
+    values = case("decode", "one_token", torch.float16)
+    tokens = 1040
+    where = {"seqlens": torch.tensor([tokens], dtype=torch.int32), "scale": 0.3}
+    one_page = torch.zeros(1, 1, dtype=torch.int32)
+    tables = {f"{name}_table": one_page for name in ("cmp", "slc", "win")}
+    pools = {}
+    for i, (name, rows) in enumerate((("cmp", 259), ("slc", tokens), ("win", tokens))):
+        for side in "kv":
+            seed = 2 * i + (side == "v")
+            pools[f"{side}_{name}"] = normal(1, rows, 1, 32, dtype=torch.float16, seed=seed)
+    far = {name: far_apart(x) for name, x in pools.items() if x.shape[1] == tokens}
+    judge("decode", {**values, **where, **tables, **pools}, **far)
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 20])
 def test_any_group(group):
     """Not only 16 and its multiples."""

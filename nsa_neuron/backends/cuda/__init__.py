@@ -72,14 +72,8 @@ class CudaBackend:
         for symbol in ("Dk", "Dv", "D"):
             if symbol in bound.sizes and bound[symbol] > MAX_HEAD_DIM:
                 return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
-        lanes = bound.sizes.get("B", 1) * bound.sizes.get("Hkv", 1)
-        if lanes > MAX_GRID_YZ:
-            return Unsupported(
-                "batch", f"B * Hkv = {lanes} > {MAX_GRID_YZ}, CUDA's limit of a grid"
-            )
-        if stem == "decode" and bound["m"] // bound["d"] > MAX_RATIO:
-            ratio = f"select_block / stride = {bound['m'] // bound['d']}"
-            return Unsupported("ratio", f"{ratio} > {MAX_RATIO}, what a tile of keys may hold")
+        if refusal := _too_large(bound, stem):
+            return refusal
         try:
             plan = _plan(bound, stem, PLANS_OF_MODE[mode])
         except plans.PlanError as error:
@@ -101,6 +95,21 @@ class CudaBackend:
             return _with_empty_gradients(launch)
         takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
         return _with_scale(launch) if takes_scale else launch
+
+
+def _too_large(bound: Bound, stem: str) -> Unsupported | None:
+    """The refusal of what does not fit a launch; decode's grid is along x, which has room."""
+    if stem == "decode":
+        ratio = bound["m"] // bound["d"]
+        if ratio > MAX_RATIO:
+            reason = f"select_block / stride = {ratio} > {MAX_RATIO}, what a tile of keys may hold"
+            return Unsupported("ratio", reason)
+        return None
+    lanes = bound.sizes.get("B", 1) * bound.sizes.get("Hkv", 1)
+    if lanes > MAX_GRID_YZ:
+        reason = f"B * Hkv = {lanes} > {MAX_GRID_YZ}, CUDA's limit of a grid"
+        return Unsupported("batch", reason)
+    return None
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.backends.cuda.launch.blocks import compressed_offsets, count_blocks
-from nsa_neuron.backends.cuda.launch.common import addressable, count_tiles
+from nsa_neuron.backends.cuda.launch.common import addressable, count_tiles, next_power_of_two
 
 if TYPE_CHECKING:
     from nsa_neuron.backends.cuda.launch.common import Plan
@@ -173,7 +173,7 @@ def _mean_forward(
     pe_stride = pe.shape[-2] * pe.shape[-1] if pe is not None and pe.ndim == 3 else 0
     kernels.mean_forward[(-(-blocks.count // constants["BLOCK_I"]), heads, batch)](
         x, x if pe is None else pe.contiguous(), y, blocks.starts, blocks.total, blocks.count,
-        heads, *x.stride()[:3], pe_stride, D=dim, WIDTH=_next_power_of_two(dim),
+        heads, *x.stride()[:3], pe_stride, D=dim, WIDTH=next_power_of_two(dim),
         BLOCK=blocks.block, STRIDE=blocks.stride, HAS_PE=pe is not None,
         PACKED=blocks.num_seqs > 0, **constants,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def _mean_backward(kernels: Any, plan: Plan, grad_y: Tensor, x: Tensor, blocks: 
     tiles = count_tiles(tokens, 1, constants["BLOCK_T"], blocks.num_seqs)
     kernels.mean_backward[(tiles, heads, batch)](
         grad_y, dx, blocks.cu_k, blocks.cu_cmp, blocks.num_seqs, tokens, blocks.count, heads,
-        D=dim, WIDTH=_next_power_of_two(dim), BLOCK=blocks.block, STRIDE=blocks.stride,
+        D=dim, WIDTH=next_power_of_two(dim), BLOCK=blocks.block, STRIDE=blocks.stride,
         PACKED=blocks.num_seqs > 0, **constants,
     )  # fmt: skip
     return dx
@@ -339,7 +339,7 @@ def _like(per_head: Tensor, target: Tensor, shared_rank: int) -> Tensor:
 def _inner(plan: Plan, kernel: str, inner: int) -> dict[str, Any]:
     """The kernel's constants, with a tile of the inner dim no wider than it needs to be."""
     constants = dict(plan[kernel])
-    constants["BLOCK_K"] = min(constants["BLOCK_K"], max(16, _next_power_of_two(inner)))
+    constants["BLOCK_K"] = min(constants["BLOCK_K"], max(16, next_power_of_two(inner)))
     return constants
 
 
@@ -350,7 +350,3 @@ def _head_stride(x: Tensor, rank: int) -> int:
 
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _next_power_of_two(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()

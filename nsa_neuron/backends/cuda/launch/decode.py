@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsa_neuron.backends.cuda.launch.common import head_dim_constants, key_tile
+from nsa_neuron.backends.cuda.launch.common import head_dim_constants, key_tile, next_power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,7 +125,7 @@ class _Sizes:
         kv_heads, dv = caches.v_cmp.shape[2:]
         items = batch * queries * kv_heads
         per_block = geometry.select_block // geometry.stride
-        ratio = _next_power_of_two(per_block)
+        ratio = next_power_of_two(per_block)
         blocks = _tile_blocks(constants["KEYS"], ratio)
         capacity = caches.cmp_table.shape[1] * caches.k_cmp.shape[1]
         tiles = max(1, -(-capacity // (blocks * per_block)))
@@ -134,7 +134,7 @@ class _Sizes:
         window_tiles = -(-geometry.window // constants["BLOCK_N"])
         return _Sizes(
             items=items, group=heads // kv_heads, parts=parts, dv=dv, blocks=blocks, ratio=ratio,
-            tiles=tiles, kept=_next_power_of_two(geometry.num_selected),
+            tiles=tiles, kept=next_power_of_two(geometry.num_selected),
             cmp_splits=min(share, tiles, 64), win_splits=min(share, window_tiles),
             slc_splits=min(share, geometry.num_selected),
         )  # fmt: skip
@@ -206,7 +206,7 @@ def step(
         *_strides(caches.k_cmp, caches.v_cmp, caches.k_win, caches.v_win),
         BLOCK=geometry.block, STRIDE=geometry.stride, INITIAL=geometry.num_initial,
         LOCAL=geometry.num_local, WINDOW=geometry.window, CMP_PAGE=caches.k_cmp.shape[1],
-        WIN_PAGE=caches.k_win.shape[1], HEADS=min(16, _next_power_of_two(sizes.group)), **shared,
+        WIN_PAGE=caches.k_win.shape[1], HEADS=min(16, next_power_of_two(sizes.group)), **shared,
         **score_constants(plan["score"], sizes.ratio, sizes.kept),
     )  # fmt: skip
     kernels.attend[(sizes.slc_splits * sizes.parts * sizes.items,)](
@@ -272,7 +272,3 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def _strides(*pools: Tensor) -> list[int]:
     return [stride for pool in pools for stride in pool.stride()[:3]]
-
-
-def _next_power_of_two(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()

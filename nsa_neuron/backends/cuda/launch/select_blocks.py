@@ -11,6 +11,7 @@ from nsa_neuron.backends.cuda.launch.common import (
     Plan,
     addressable,
     count_tiles,
+    next_power_of_two,
     split_head_dim,
     strides,
 )
@@ -89,16 +90,12 @@ def tile_constants(
         selectable: selection blocks of the longest sequence.
     """
     passed = {k: v for k, v in planned.items() if k not in _LAUNCH_CONSTANTS}
-    padded_group, padded_ratio = _next_power_of_two(group), _next_power_of_two(ratio)
+    padded_group, padded_ratio = next_power_of_two(group), next_power_of_two(ratio)
     tokens = max(1, planned["COLUMNS"] // padded_group)
     blocks = max(1, planned["KEYS"] // padded_ratio)
-    kept = max(_next_power_of_two(num_selected), blocks)
-    slots = min(_next_power_of_two(selectable + kept), planned["SCORES"] // tokens)
+    kept = max(next_power_of_two(num_selected), blocks)
+    slots = min(next_power_of_two(selectable + kept), planned["SCORES"] // tokens)
     return {
         "G": group, "GP": padded_group, "TOKENS": tokens, "BLOCKS": blocks, "RATIO": padded_ratio,
         "NP": kept, "SLOTS": max(slots, 2 * kept), **passed,
     }  # fmt: skip
-
-
-def _next_power_of_two(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()

@@ -58,37 +58,6 @@ def test_backends_says_what_hinders_each_mode(read) -> None:
     assert rows["cuda:hw"]["reason"] == hindrance
 
 
-def test_conform_exits_with_zero_when_nothing_fails(read) -> None:
-    report = read("conform", "--backend", "reference", "--op", "gated_sum", "--tag", "smoke")
-    assert report["ok"]
-    assert {cell["dtype"] for cell in report["cells"]} == {
-        "float32", "float16", "bfloat16", "float64",
-    }  # fmt: skip
-
-
-def test_conform_prints_the_matrix_and_writes_a_page(tmp_path, capsys) -> None:
-    page = tmp_path / "report.html"
-    words = ["conform", "--backend", "reference", "--op", "gated_sum", "--case", "one_token"]
-    assert main([*words, "--dtype", "bf16", "--html", str(page), "--verbose"]) == 0
-    out = capsys.readouterr().out
-    assert "reference:eager" in out and "✓" in out and "0 of 2 cases fail" in out
-    assert page.read_text().startswith("<!doctype html>")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["conform", "--backend", "reference", "--op", "gated_sum", "--case", "no_such_case"],
-        ["conform", "--backend", "neuron:hw", "--op", "gated_sum", "--case", "one_token"],
-    ],
-)
-def test_conform_that_ran_nothing_is_no_success(words, capsys) -> None:
-    if words[2] == "neuron:hw" and not REGISTRY.get("neuron").modes()["hw"]:
-        pytest.skip("a Trainium2 is here")
-    assert main(words) == cli.UNUSABLE
-    assert "no case matches" in (out := capsys.readouterr().out) or "nothing could be run" in out
-
-
 def test_explain_names_the_chosen_target_and_every_refusal(read) -> None:
     found = read("explain", "attention", "--device", "cpu")["verdicts"]
     assert [row["target"] for row in found if row["chosen"]] == ["reference:eager"]

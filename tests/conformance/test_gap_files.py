@@ -46,3 +46,13 @@ def test_gaps_without_reason_or_with_other_keys_are_refused(
     file.write_text(json.dumps({"gaps": [row]}))
     with pytest.raises(NsaError, match="gap 0"):
         load_gaps(file)
+
+
+@pytest.mark.parametrize("field", ["op", "mode", "dtype", "case"])
+def test_a_gap_covers_nothing_that_differs_in_one_field(field: str) -> None:
+    case = {"op": "attention", "mode": "sim", "dtype": "float32", "case": "one_token"}
+    gap = Gap(**case, reason="why")
+    assert gap.covers(**case)
+    assert not gap.covers(**{**case, field: case[field] + "_"})
+    assert not gap.covers(**{**case, field: case[field][:-1]})
+    assert Gap(**{**case, field: "*"}, reason="why").covers(**{**case, field: "anything"})

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from nsa_neuron.conformance import Outcome, Place, Report, Status, text
+from nsa_neuron.conformance.html import KINDS
 from nsa_neuron.registry import Target
 
 FINE = Place(Target("fine", "hw"), "", "cpu")
@@ -37,6 +38,59 @@ def test_cells_show_the_most_telling_status_and_the_worst_case(report: Report) -
     assert cell.summary == "3e-06 of 4e-06 (lse, b)"
     assert cells["gated_sum", "fine:hw"].status is Status.FAIL
     assert cells["attention", "absent:hw"].status is Status.NOT_RUN
+
+
+S = Status
+MIXES = [  # in the order of the run: the cell's status, its glyph, whether the report is ok
+    ([S.PASS, S.PASS], S.PASS, "✓", True),
+    ([S.PASS, S.FAIL], S.FAIL, "✗", False),
+    ([S.FAIL, S.PASS], S.FAIL, "✗", False),
+    ([S.PASS, S.PASS, S.PASS, S.FAIL], S.FAIL, "✗", False),
+    ([S.GAP, S.FAIL], S.FAIL, "✗", False),
+    ([S.UNSUPPORTED, S.FAIL], S.FAIL, "✗", False),
+    ([S.PASS, S.GAP], S.GAP, "△", True),
+    ([S.GAP, S.UNSUPPORTED], S.GAP, "△", True),
+    ([S.PASS, S.UNSUPPORTED], S.PASS, "◐", True),
+    ([S.UNSUPPORTED, S.UNSUPPORTED], S.UNSUPPORTED, "–", True),
+    ([S.UNSUPPORTED, S.NOT_RUN], S.UNSUPPORTED, "–", True),
+    ([S.NOT_RUN], S.NOT_RUN, "·", True),
+]
+
+
+@pytest.mark.parametrize(("statuses", "wanted", "mark", "ok"), MIXES, ids=str)
+def test_a_cell_of_a_mix_never_looks_better_than_its_worst_case(statuses, wanted, mark, ok):
+    """In every form that a report has: one failed case of many is no pass."""
+    made = Report((FINE,))
+    for i, status in enumerate(statuses):
+        made.add(row(status, case=f"c{i}", detail=f"why {i}"))
+    (cell,) = made.cells
+    assert (cell.status, text.glyph(cell), made.ok) == (wanted, mark, ok)
+    assert made.matrix.splitlines()[3].split() == ["attention", mark]
+    assert made.to_dict()["ok"] is ok
+    assert made.to_dict()["cells"][0]["status"] == wanted.value
+    kind = "partial" if mark == "◐" else KINDS[wanted]
+    assert f'<span class="cell {kind}" title="{wanted.value}' in made.to_html()
+    assert ('<p class="verdict pass">' in made.to_html()) is ok
+    if wanted is not S.PASS:
+        first = next(i for i, status in enumerate(statuses) if status is wanted)
+        assert cell.summary == f"c{first}: why {first}"
+
+
+def test_cells_of_other_dtypes_ops_and_targets_keep_to_themselves():
+    made = Report((FINE, ABSENT))
+    for op, target, dtype, status in (
+        ("attention", "fine:hw", "float32", S.PASS), ("attention", "fine:hw", "float16", S.FAIL),
+        ("attention", "absent:hw", "float32", S.NOT_RUN), ("compress", "fine:hw", "float32", S.GAP),
+    ):  # fmt: skip
+        made.add(Outcome(op, target, dtype, "a", status))
+    assert [cell.status for cell in made.cells] == [S.PASS, S.FAIL, S.NOT_RUN, S.GAP]
+
+
+def test_adding_a_failure_reaches_cells_that_were_already_read():
+    made = Report((FINE,), [row(S.PASS)])
+    assert made.cells[0].status is S.PASS
+    made.add(row(S.FAIL, case="b"))
+    assert made.cells[0].status is S.FAIL and not made.ok
 
 
 def test_ok_and_failures_follow_the_rows(report: Report) -> None:

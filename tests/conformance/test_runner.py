@@ -9,9 +9,12 @@ import torch
 from backends import Distort, Fake, registered
 
 from nsa_neuron import conformance
-from nsa_neuron.conformance import Gap, Problem, Status, try_problem
+from nsa_neuron.conformance import Gap, Outcome, Problem, Status, try_problem
 from nsa_neuron.conformance.problems import scatter
+from nsa_neuron.conformance.pytest_suite import settle
 from nsa_neuron.conformance.runner import poisoned_allocations
+from nsa_neuron.numerics import Diff
+from nsa_neuron.ops import get
 
 PROBLEM = Problem("attention", "group4_s40", torch.float32)
 STRIDED = Problem("attention", "group4_s40", torch.float32, strided=True)
@@ -51,7 +54,36 @@ def raises(results, values):
     raise ZeroDivisionError("a tile of no rows")
 
 
+def wrong_in_the_last_result(results, values):
+    return (*results[:-1], results[-1] + 1e-3)
+
+
+def wrong_in_one_element(results, values):
+    out = results[0].clone()
+    out.view(-1)[-1] += 1e-3
+    return (out, *results[1:])
+
+
+def wrong_when_memory_is_clean(results, values):
+    """Right with poisoned memory, wrong without: the second run is judged as well."""
+    clean = not torch.are_deterministic_algorithms_enabled()
+    return (results[0] + 1e-3 * clean, *results[1:])
+
+
+def too_wide(results, values):
+    return (results[0].double(), *results[1:])
+
+
+def too_short(results, values):
+    return (results[0][:, :-1], *results[1:])
+
+
 DEFECTS = [
+    (wrong_in_the_last_result, "lse: largest error"),
+    (wrong_in_one_element, "o: largest error"),
+    (wrong_when_memory_is_clean, "o: largest error"),
+    (too_wide, "float64"),
+    (too_short, "39"),
     (slightly_wrong, "o: largest error"),
     (wrong_everywhere_by_little, "o: rms error"),
     (never_the_same, "rule 13"),
@@ -77,6 +109,46 @@ def test_a_right_backend_passes_with_its_error_and_budget() -> None:
     assert outcome.error is not None and outcome.budget is not None
     assert 0 <= outcome.error <= outcome.budget
     assert (outcome.op, outcome.target, outcome.dtype) == ("attention", "fake:hw", "float32")
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.99, Status.PASS), (1.01, Status.FAIL)])
+def test_the_suite_fails_what_exceeds_the_comparators_budget(monkeypatch, share, status) -> None:
+    """The budget of the result that decides is the one reported."""
+    spent = {"o": 0.5, "lse": share}
+
+    def comparing(name):
+        def compare(got, oracle, eager, inputs):
+            return Diff(spent[name] <= 1, spent[name], 1.0, "too much" if spent[name] > 1 else "")
+
+        return compare
+
+    for name in spent:
+        monkeypatch.setitem(get("attention").compare, name, comparing(name))
+    with registered(Fake()) as place:
+        outcome = try_problem(PROBLEM, place)
+    assert outcome.status is status
+    assert (outcome.result, outcome.error, outcome.budget) == ("lse", share, 1.0)
+    assert outcome.share == share
+
+
+ENDS = [
+    (Status.PASS, None),
+    (Status.FAIL, pytest.fail.Exception),
+    (Status.GAP, pytest.xfail.Exception),
+    (Status.UNSUPPORTED, pytest.skip.Exception),
+    (Status.NOT_RUN, pytest.skip.Exception),
+]
+
+
+@pytest.mark.parametrize(("status", "end"), ENDS)
+def test_a_pytest_of_the_suite_ends_as_its_outcome_says(status, end) -> None:
+    ended = None
+    try:
+        settle(Outcome("attention", "fake:hw", "float32", "a", status, "why"))
+    except (pytest.fail.Exception, pytest.xfail.Exception, pytest.skip.Exception) as error:
+        ended = type(error)
+        assert "why" in str(error)
+    assert ended is end
 
 
 def test_a_backend_that_ignores_strides_fails_on_strided_inputs_only() -> None:

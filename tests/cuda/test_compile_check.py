@@ -10,6 +10,7 @@ from nsa_neuron import compile_check
 from nsa_neuron.backends.cuda import plan_points, plans
 from nsa_neuron.backends.cuda.kernel_table import EVERY_KERNEL, KERNELS, PACKED_KERNELS, Shape
 from nsa_neuron.backends.cuda.plan_points import Point
+from nsa_neuron.cli import main
 from nsa_neuron.toolchain import KernelPackage
 
 LISTING = """
@@ -40,6 +41,13 @@ def test_spills_are_counted_inside_loops_only():
 
 def test_no_spills_without_a_loop():
     assert compile_check.spills_in_loops(LISTING.replace("@P1 BRA 0x10", "@P1 BRA 0x50")) == 0
+
+
+def test_a_loop_holds_its_first_and_last_instruction():
+    """Spills at a branch's target are inside; one instruction before is outside."""
+    at, after = (LISTING.replace("@P1 BRA 0x10", f"@P1 BRA {x}") for x in ("0x0", "0x20"))
+    assert compile_check.spills_in_loops(at) == 3
+    assert compile_check.spills_in_loops(after) == 1
 
 
 @pytest.mark.parametrize("device", plans.DEVICES)
@@ -162,6 +170,46 @@ def test_which_products_are_demanded(op, kernel, dtype, products, problem):
     measured = MEASURED | {"products": products}
     found = compile_check.find_problems(job.entry, job.arguments, dtype, measured)
     assert len(found) == bool(problem) and all(problem in text for text in found)
+
+
+LIMITS = [
+    ({"shared_bytes": 232_448}, ()),
+    ({"shared_bytes": 232_449}, ("shared memory 232449 > 232448 bytes",)),
+    ({"spills_in_loops": 1}, ("1 spill instructions inside loops",)),
+    ({"products": "mma"}, ("matrix products are mma, not wgmma",)),
+    (
+        {"shared_bytes": 1 << 20, "spills_in_loops": 2, "products": "fma"},
+        (
+            "shared memory 1048576 > 232448 bytes", "2 spill instructions inside loops",
+            "matrix products are fma, not wgmma",
+        ),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "problems"), LIMITS, ids=str)
+def test_what_a_gpu_would_refuse_at_its_limit(change, problems):
+    job = compile_check.job_at(entry("attention", "forward"), Point(192, 128, "bfloat16", 16))
+    measured = {**MEASURED, "products": "wgmma", **change}
+    assert compile_check.find_problems(job.entry, job.arguments, "bfloat16", measured) == problems
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+@pytest.mark.parametrize(("shared", "code"), [(232_448, 0), (232_449, 1)])
+def test_one_kernel_with_a_problem_is_exit_code_1(monkeypatch, capsys, shared, code, words):
+    """Of many: the last one does not fit."""
+
+    def compiled(function, e, arguments, dtype):
+        read = {"shared_bytes": next(sizes), "registers": 8, "local_bytes": 0}
+        return read | {"spills_in_loops": 0, "products": "wgmma"}
+
+    todo = [e for e in KERNELS if e.op == "gated_sum"]
+    jobs = compile_check.jobs(todo)
+    sizes = iter([1000] * (len(jobs) - 1) + [shared])
+    monkeypatch.setattr(compile_check, "jobs", lambda full: jobs)
+    monkeypatch.setattr(compile_check, "compile_kernel", compiled)
+    assert main(["compile-check", "--processes", "1", *words]) == code
+    assert ("shared memory 232449" in capsys.readouterr().out) == bool(code)
 
 
 def test_what_is_not_wgmma_says_why():

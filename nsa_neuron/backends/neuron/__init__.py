@@ -1,0 +1,103 @@
+"""The `neuron` backend: NKI kernels on a Trainium2 (`hw`), or on our simulator of one (`sim`).
+
+Launchers (`launch/<op>.py`) lay tensors out and start kernels; `run.py` says how a kernel is
+started; constants (`plans/`) are data; this file decides only whether a call can be taken. Nothing
+here has been run on hardware yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nsa_neuron.backends import composite
+from nsa_neuron.backends.neuron import plans, run
+from nsa_neuron.errors import NsaError
+from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
+
+if TYPE_CHECKING:
+    from nsa_neuron.registry import Lowered
+    from nsa_neuron.spec import Bound
+
+LAUNCHERS = "nsa_neuron.backends.neuron.launch"
+VENDOR_PACKAGE = "torch_neuronx"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+# The ops that have kernels; `nsa_attention` is made of them.
+OPS = ("gated_sum", "gated_sum_backward")
+LNC = "NEURON_LOGICAL_NC_CONFIG"
+"""AWS's variable for the number of physical cores of a logical one (nki/get-started/about/lnc)."""
+
+
+class NeuronBackend:
+    """NKI kernels. See the module docstring."""
+
+    name = "neuron"
+
+    def modes(self) -> dict[str, str]:
+        return {"hw": _hardware_hindrance(), "sim": ""}
+
+    def supports(self, bound: Bound, mode: str) -> Verdict:
+        name = bound.spec.name
+        if name in composite.WHOLE:
+            return composite.supports(bound, lambda part: self.supports(part, mode))
+        if name not in OPS:
+            return Unsupported("kernel", f"there is no NKI kernel for {name} yet")
+        if refusal := same_device(bound.device, "cpu"):
+            return refusal
+        if bound.dtype not in DTYPES:
+            known = "float32, float16, bfloat16"
+            return Unsupported("dtype", f"{bound.dtype} is not one of {known}")
+        for symbol in ("Dk", "Dv", "D"):
+            if symbol in bound.sizes and bound[symbol] > MAX_HEAD_DIM:
+                return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
+        return Supported()
+
+    def lower(self, bound: Bound, plan: Any) -> Lowered:
+        if bound.spec.name in composite.WHOLE:
+            return composite.lower(bound, plan, self.lower)
+        stem = bound.spec.name.removesuffix("_backward")
+        launcher = importlib.import_module(f"{LAUNCHERS}.{stem}")
+        direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
+        kernels = run.simulated(stem, logical_cores())
+        launch = functools.partial(getattr(launcher, direction), kernels, plans.load(stem))
+        takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
+        return _with_scale(launch) if takes_scale else launch
+
+
+def logical_cores() -> int:
+    """Physical cores per launch: 1, or what NEURON_LOGICAL_NC_CONFIG says.
+
+    Raises:
+        NsaError: it says neither 1 nor 2.
+    """
+    text = os.environ.get(LNC, "1")
+    if text not in ("1", "2"):
+        raise NsaError(f"{LNC} is {text!r}; it must be 1 or 2, the cores of a launch")
+    return int(text)
+
+
+def _with_scale(launch: Lowered) -> Lowered:
+    """Fills in the default scale; launchers take a number."""
+
+    def call(**values: Any) -> Any:
+        if values["scale"] is None:
+            values["scale"] = values["q"].shape[-1] ** -0.5
+        return launch(**values)
+
+    return call
+
+
+def _hardware_hindrance() -> str:
+    """Why kernels cannot run on a Trainium here."""
+    if importlib.util.find_spec(VENDOR_PACKAGE) is None:
+        return f"AWS's package '{VENDOR_PACKAGE}' is not installed"
+    return "this version has no path to the hardware yet"
+
+
+BACKEND = NeuronBackend()

@@ -1,0 +1,1 @@
+"""Launchers: one module per op; layout and padding are done here, once, with torch."""

@@ -1,0 +1,82 @@
+"""How a kernel is started: on the simulator of a NeuronCore.
+
+A launcher gets `Kernels` and calls `kernels.<name>(*tensors, **constants)`, whatever is behind it.
+Every launch of the simulator is strict: nothing is relaxed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nsa_neuron import simulator
+from nsa_neuron.toolchain import KernelPackage
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+PACKAGE = "nki_kernels"
+
+Start = Callable[..., Any]
+"""(kernel, arguments, constants) -> what the kernel returns."""
+
+_records: ContextVar[list[simulator.Run] | None] = ContextVar("neuron_records", default=None)
+
+
+class Kernels:
+    """The kernels of a module, as functions of torch tensors that return a tuple of them.
+
+    Args:
+        module: a module of `nki_kernels`.
+        start: runs one of its kernels.
+    """
+
+    def __init__(self, module: ModuleType, start: Start) -> None:
+        self._module = module
+        self._start = start
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Tensor, ...]]:
+        kernel = getattr(self._module, name)
+
+        def call(*tensors: Any, **constants: Any) -> tuple[Tensor, ...]:
+            results = self._start(kernel, tensors, constants)
+            return results if isinstance(results, tuple) else (results,)
+
+        return call
+
+
+@functools.cache
+def simulated(stem: str, lnc: int = 1) -> Kernels:
+    """Kernels of `nki_kernels.<stem>` on `lnc` simulated cores (1 or 2)."""
+
+    def start(kernel: Any, tensors: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+        launch = simulator.simulate(kernel[lnc], data=True, relax=())
+        results = launch(*tensors, **constants)
+        records = _records.get()
+        if records is not None:
+            records.extend(launch.runs)
+        return results
+
+    return Kernels(_package().load(stem), start)
+
+
+@contextmanager
+def recording() -> Iterator[list[simulator.Run]]:
+    """Collects the record of every simulated launch inside, in order."""
+    records: list[simulator.Run] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+@functools.cache
+def _package() -> KernelPackage:
+    """The private copy of the kernels that uses the simulator's nki."""
+    return KernelPackage(PACKAGE, simulator.activate)

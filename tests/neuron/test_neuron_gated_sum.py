@@ -1,0 +1,41 @@
+"""`gated_sum` kernels beyond the shared cases: many tiles, two cores, views."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsa_neuron.backends.neuron import run
+from nsa_neuron.backends.neuron.launch import gated_sum as launch
+
+pytestmark = pytest.mark.sim
+
+PLAN = {"forward": {"rows_per_partition": 3}, "backward": {"rows_per_partition": 3}}
+
+
+def inputs(rows: int, dv: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    gen = torch.Generator().manual_seed(rows)
+    branches = [torch.randn(1, rows, 1, dv, generator=gen).to(dtype) for _ in range(4)]
+    # Gates as the module makes them: a transposed view, so not contiguous.
+    gates = torch.rand(3, 1, rows, 1, generator=gen).to(dtype).permute(1, 2, 3, 0)
+    return [*branches, gates]
+
+
+@pytest.mark.parametrize("rows", [1, 127, 129, 383, 385, 1025])
+def test_any_number_of_rows_on_one_and_two_cores(rows):
+    """Whole tiles, tiles of fewer rows per partition, and a rest; odd counts on two cores."""
+    grad_o, *given = inputs(rows, 24, torch.float32)
+    wanted = [x.double().requires_grad_() for x in given]
+    o = sum(wanted[3][..., c, None] * wanted[c] for c in range(3))
+    want = (o.detach(), *torch.autograd.grad(o, wanted, grad_o.double()))
+    results = []
+    for lnc in (1, 2):
+        kernels = run.simulated("gated_sum", lnc)
+        with run.recording() as records:
+            got = launch.forward(kernels, PLAN, *given)
+            grads = launch.backward(kernels, PLAN, grad_o, *given)
+        assert [len(record.cores) for record in records] == [lnc, lnc]
+        results.append((got, *grads))
+        for mine, reference in zip(results[-1], want, strict=True):
+            torch.testing.assert_close(mine.double(), reference, rtol=0, atol=3e-5)
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))

@@ -29,7 +29,7 @@ VENDOR_PACKAGE = "torch_neuronx"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 # The ops that have kernels; `nsa_attention` is made of them.
-OPS = ("gated_sum", "gated_sum_backward")
+OPS = ("compress", "compress_backward", "gated_sum", "gated_sum_backward")
 LNC = "NEURON_LOGICAL_NC_CONFIG"
 """AWS's variable for the number of physical cores of a logical one (nki/get-started/about/lnc)."""
 

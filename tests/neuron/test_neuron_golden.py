@@ -1,0 +1,25 @@
+"""The golden vectors on `neuron:sim`, by the same tests that the reference has to pass."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_neuron.registry import use_backend
+
+pytestmark = pytest.mark.sim
+
+_PATH = Path(__file__).parents[1] / "reference" / "test_golden.py"
+_SPEC = importlib.util.spec_from_file_location("reference_golden", _PATH)
+assert _SPEC is not None and _SPEC.loader is not None
+golden = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(golden)
+
+
+@pytest.mark.parametrize("name", golden.files("compress"))
+def test_compress(name):
+    with use_backend("neuron", "sim"):
+        golden.test_compress(name, torch.float32)

@@ -29,7 +29,14 @@ VENDOR_PACKAGE = "torch_neuronx"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 # The ops that have kernels; `nsa_attention` is made of them.
-OPS = ("compress", "compress_backward", "gated_sum", "gated_sum_backward")
+OPS = (
+    "attention",
+    "compress",
+    "compress_backward",
+    "gated_sum",
+    "gated_sum_backward",
+    "sliding_window_attention",
+)
 LNC = "NEURON_LOGICAL_NC_CONFIG"
 """AWS's variable for the number of physical cores of a logical one (nki/get-started/about/lnc)."""
 

@@ -1,0 +1,200 @@
+"""Operands of the attention kernels: loads, transposes, row shifts, masks.
+
+Rows are (query, head) pairs. "Column" form has rows on partitions, "row" form along the free dim.
+"""
+
+import nki.isa as nisa
+import nki.language as nl
+
+from nki_kernels.common.range_attention.geometry import cut
+
+
+class Constants(nl.NKIObject):
+    """Tensors that every tile uses, made once.
+
+    `ones` [3, 128] adds shift rows to every key; `key_index` [128, 1] float32 counts partitions;
+    `minus_infinity` [128, 1] float32.
+    """
+
+    def __init__(self, dtype):
+        self.shift_dtype = nl.float32 if dtype == nl.float32 else nl.bfloat16
+        self.pieces = 1 if dtype == nl.float32 else 3
+        self.ones = sbuf((self.pieces, 128), self.shift_dtype)
+        nisa.memset(self.ones, 1.0)
+        self.key_index = sbuf((128, 1), nl.float32)
+        nisa.iota(self.key_index, [[0, 1]], offset=0, channel_multiplier=1)
+        self.minus_infinity = sbuf((128, 1), nl.float32)
+        nisa.memset(self.minus_infinity, float("-inf"))
+
+
+def sbuf(shape, dtype):
+    """An SBUF tensor with undefined contents."""
+    return nl.ndarray(shape, dtype=dtype, buffer=nl.sbuf)
+
+
+def psum(shape, dtype):
+    """A PSUM tensor with undefined contents."""
+    return nl.ndarray(shape, dtype=dtype, buffer=nl.psum)
+
+
+def load_rows(source, tile, p):
+    """Part p of `source` [B, S, Hq, D] as [rows, D]."""
+    first, rows = tile.part(p)
+    queries = rows // tile.heads
+    t0 = tile.t0 + first // tile.heads
+    loaded = sbuf((rows, source.shape[3]), source.dtype)
+    h1 = tile.h0 + tile.heads
+    nisa.dma_copy(loaded, source[tile.batch, t0 : t0 + queries, tile.h0 : h1, :])
+    return loaded
+
+
+def store_rows(target, tile, p, values):
+    """Writes [rows, D] to part p of `target` [B, S, Hq, D]."""
+    first, rows = tile.part(p)
+    t0 = tile.t0 + first // tile.heads
+    t1 = t0 + rows // tile.heads
+    nisa.dma_copy(target[tile.batch, t0:t1, tile.h0 : tile.h0 + tile.heads, :], values)
+
+
+def transpose_rows(parts, tile):
+    """Row tiles [rows, D] of a tile's parts -> chunks of at most 128 of D, [D chunk, columns]."""
+    found = []
+    dtype = parts[0].dtype
+    for d0, width in cut(parts[0].shape[1], 128):
+        turned = psum((width, tile.columns), dtype)
+        for p in range(tile.parts):
+            first, rows = tile.part(p)
+            nisa.nc_transpose(
+                turned[:, first : first + rows],
+                parts[p][:, d0 : d0 + width],
+                engine=nisa.engine.tensor,
+            )
+        kept = sbuf((width, tile.columns), dtype)
+        nisa.tensor_copy(kept, turned, engine=nisa.engine.vector)
+        found.append(kept)
+    return found
+
+
+def row_bounds(bounds, tile, p):
+    """lo and hi of part p's rows in column form, [rows, 2]."""
+    first, rows = tile.part(p)
+    t0 = tile.t0 + first // tile.heads
+    loaded = sbuf((rows, 2), nl.float32)
+    per_row = bounds[t0 : t0 + rows // tile.heads, :].expand_dim(1).broadcast(1, tile.heads)
+    nisa.dma_copy(loaded, per_row)
+    return loaded
+
+
+def query_bounds(bounds, tile):
+    """lo and hi of a tile's queries in row form on every partition, [128, queries, 2]."""
+    loaded = sbuf((128, tile.count, 2), nl.float32)
+    rows = bounds[tile.t0 : tile.t0 + tile.count, :]
+    nisa.dma_copy(loaded, rows.expand_dim(0).broadcast(0, 128))
+    return loaded
+
+
+def shift_rows(values, tile, constants):
+    """Minus one float32 per row, from column form [rows of a part, parts] to row form.
+
+    The result [pieces, columns] is added to score tiles by a matmul with `constants.ones`. With
+    16-bit inputs a value is the sum of three bfloat16 pieces, which is the float32 itself.
+    """
+    rows = values.shape[0]
+    rest = sbuf((rows, tile.parts), nl.float32)
+    nisa.tensor_scalar(rest, values, nl.multiply, -1.0)
+    pieces = sbuf((rows, tile.parts, constants.pieces), constants.shift_dtype)
+    for i in range(constants.pieces):
+        nisa.tensor_copy(pieces[:, :, i], rest, engine=nisa.engine.vector)
+        if i + 1 < constants.pieces:
+            nisa.tensor_tensor(rest, rest, pieces[:, :, i], nl.subtract)
+    turned = psum((constants.pieces, tile.columns), constants.shift_dtype)
+    for p in range(tile.parts):
+        first, count = tile.part(p)
+        nisa.nc_transpose(
+            turned[:, first : first + count], pieces[0:count, p, :], engine=nisa.engine.tensor
+        )
+    kept = sbuf((constants.pieces, tile.columns), constants.shift_dtype)
+    nisa.tensor_copy(kept, turned, engine=nisa.engine.vector)
+    return kept
+
+
+def visible(row_bounds, tile, constants, key0, keys):
+    """Which of the keys key0 .. key0 + keys each query sees, uint16 [keys, queries]."""
+    position = sbuf((keys, 1), nl.float32)
+    nisa.tensor_scalar(position, constants.key_index[0:keys, :], nl.add, float(key0))
+    below = sbuf((keys, tile.count), nl.float32)
+    nisa.tensor_scalar(below, row_bounds[0:keys, :, 1], nl.greater, position)
+    seen = sbuf((keys, tile.count), nl.uint16)
+    nisa.scalar_tensor_tensor(
+        seen, row_bounds[0:keys, :, 0], nl.less_equal, position, nl.multiply, below
+    )
+    return seen
+
+
+def hide(scores, seen, tile):
+    """Zeroes [keys, columns] where a query does not see a key; infinities there vanish too."""
+    keys = scores.shape[0]
+    by_head = scores.reshape((keys, tile.count, tile.heads))
+    predicate = seen.expand_dim(2).broadcast(2, tile.heads)
+    nisa.select_reduce(by_head, predicate, by_head, 0.0)
+
+
+class Keys(nl.NKIObject):
+    """Keys and values of one kv head, by chunks of `size` keys; kept in SBUF if all of them fit.
+
+    `k` of a chunk: [D chunk, keys] for each chunk of at most 128 of Dk. `v`: [128, tiles, Dv + 1],
+    128 keys a tile, whose last column is 1, so that P @ V sums P as well.
+    """
+
+    def __init__(self, k_t, v, size, resident):
+        self.k_t = k_t
+        self.v = v
+        self.size = size
+        self.resident = k_t.shape[3] <= resident
+        self.owner = (-1, -1)
+        self.k_chunks = {}
+        self.v_chunks = {}
+
+    def select(self, tile):
+        """Makes a tile's kv head the current one."""
+        if self.owner != (tile.batch, tile.kv_head):
+            self.owner = (tile.batch, tile.kv_head)
+            self.k_chunks = {}
+            self.v_chunks = {}
+
+    def load_k(self, first):
+        """The keys of the chunk that starts at `first`, transposed."""
+        name = str(first)
+        if name in self.k_chunks:
+            return self.k_chunks[name]
+        count = min(self.size, self.k_t.shape[3] - first)
+        chunk = []
+        for d0, width in cut(self.k_t.shape[2], 128):
+            part = sbuf((width, count), self.k_t.dtype)
+            batch, head = self.owner
+            nisa.dma_copy(part, self.k_t[batch, head, d0 : d0 + width, first : first + count])
+            chunk.append(part)
+        if self.resident:
+            self.k_chunks[name] = chunk
+        return chunk
+
+    def load_v(self, first):
+        """The values of the chunk that starts at `first`."""
+        name = str(first)
+        if name in self.v_chunks:
+            return self.v_chunks[name]
+        batch, head = self.owner
+        width = self.v.shape[3]
+        count = min(self.size, self.v.shape[1] - first)
+        chunk = sbuf((128, (count + 127) // 128, width + 1), self.v.dtype)
+        nisa.memset(chunk[:, :, width : width + 1], 1.0)
+        whole, rest = count // 128, count % 128
+        rows = self.v[batch, first : first + count, head, :]
+        if whole > 0:
+            tiles = rows[0 : whole * 128, :].reshape_dim(0, (whole, 128)).permute((1, 0, 2))
+            nisa.dma_copy(chunk[:, 0:whole, 0:width], tiles)
+        if rest > 0:
+            nisa.dma_copy(chunk[0:rest, whole, 0:width], rows[whole * 128 : count, :])
+        if self.resident:
+            self.v_chunks[name] = chunk
+        return chunk

@@ -1,0 +1,5 @@
+"""Launches `nki_kernels/sliding_window_attention.py`: `attention` of the last keys."""
+
+from nsa_neuron.backends.neuron.launch.attention import forward
+
+__all__ = ["forward"]

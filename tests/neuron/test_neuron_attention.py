@@ -1,0 +1,133 @@
+"""Range attention beyond the shared cases: shapes, packed batches, scales, cores, golden."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import masked_oracle as oracle
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nsa_neuron.backends.neuron import run
+from nsa_neuron.backends.neuron.launch import attention, sliding_window_attention
+
+pytestmark = pytest.mark.sim
+
+SMALL = {"forward": {"chunk": 512, "resident": 0}}  # several chunks, loaded again for every tile
+HELD = {"forward": {"chunk": 512, "resident": 4096}}
+
+
+def launcher(window: int = 0, plan=SMALL, lnc: int = 1, **options):
+    """forward(q, k, v, scale=...) of one of the two ops."""
+    if window:
+        kernels = run.simulated("sliding_window_attention", lnc)
+        return partial(sliding_window_attention.forward, kernels, plan, window=window, **options)
+    return partial(attention.forward, run.simulated("attention", lnc), plan, **options)
+
+
+def check(problem: oracle.Problem, window: int = 0, plan=SMALL) -> None:
+    """One core and two against float64, and against each other bit by bit."""
+    queries, keys = problem.q.shape[1], problem.k.shape[1]
+    masks = [(slice(None), slice(None), oracle.causal(queries, keys, window))]
+    check_masked(problem, masks, launcher(window, plan), launcher(window, plan, lnc=2))
+
+
+def check_masked(problem: oracle.Problem, masks, one, two) -> None:
+    q, k, v = problem.q, problem.k, problem.v
+    o, lse = one(q, k, v, scale=problem.scale)
+    want_o, want_lse, *_ = oracle.expected(problem, masks)
+    assert o.dtype == q.dtype and lse.dtype == torch.float32
+    oracle.close(o, want_o, oracle.TOLERANCE[q.dtype])
+    oracle.close(lse, want_lse, 3e-6)
+    again = two(q, k, v, scale=problem.scale)
+    assert o.equal(again[0]) and lse.equal(again[1])
+
+
+@settings(max_examples=12)
+@example(queries=1, past=0, group=1, dims=(16, 16), window=0)
+@example(queries=5, past=0, group=131, dims=(16, 16), window=0)  # more heads than rows of a tile
+@example(queries=3, past=1100, group=2, dims=(16, 16), window=600)  # chunks of keys, one skipped
+@example(queries=9, past=0, group=2, dims=(256, 256), window=4)
+@given(
+    queries=st.integers(1, 80),
+    past=st.sampled_from([0, 1, 127, 128, 515]),
+    group=st.sampled_from([1, 2, 3, 5, 16, 65]),
+    dims=st.sampled_from([(16, 16), (80, 24), (192, 128)]),
+    window=st.sampled_from([0, 1, 33, 300]),
+)
+def test_any_shape(queries, past, group, dims, window):
+    problem = oracle.Problem.random(1, queries, queries + past, 2, group, *dims, seed=queries)
+    check(problem, window)
+
+
+@pytest.mark.parametrize("plan", [SMALL, HELD])
+@pytest.mark.parametrize("window", [0, 700])
+def test_long_rows_of_several_tiles(plan, window):
+    """1,100 keys: several chunks, whole tiles that need no mask, several tiles of queries."""
+    problem = oracle.Problem.random(1, 1100, 1100, 1, 1, 32, 32, torch.bfloat16)
+    check(problem, window, plan)
+
+
+@pytest.mark.parametrize(("group", "window"), [(1, 13), (3, 0), (4, 130)])
+def test_packed(window, group):
+    """Sequences shorter and longer than a tile, some with a past, none sees another."""
+    lengths_q, lengths_k = [1, 150, 3, 16], [1, 150, 200, 17]
+    cu_q, cu_k, parts = oracle.sequences(lengths_q, lengths_k)
+    problem = oracle.Problem.random(1, sum(lengths_q), sum(lengths_k), 1, group, 16, 32)
+    lengths = zip(parts, lengths_q, lengths_k, strict=True)
+    masks = [(*part, oracle.causal(s, t, window)) for part, s, t in lengths]
+    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    check_masked(problem, masks, launcher(window, **options), launcher(window, lnc=2, **options))
+
+
+@pytest.mark.parametrize("spread", [60.0, 3000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_logits(dtype, spread):
+    """Any spread of logits, also where 16-bit numbers cannot hold them (the row shift is exact)."""
+    problem = oracle.Problem.random(1, 70, 70, 1, 2, 64, 16, dtype, scale=1.0, spread=spread)
+    want_o, want_lse, *_ = oracle.expected(
+        problem, [(slice(None), slice(None), oracle.causal(70, 70))]
+    )
+    assert want_lse.max() > 16 * spread
+    o, lse = launcher()(problem.q, problem.k, problem.v, scale=1.0)
+    oracle.close(o, want_o, 1e-3 if dtype == torch.float32 else 1e-2)
+    oracle.close(lse, want_lse, 3e-6)
+
+
+def test_very_uneven_rows():
+    """One shift for several rows would overflow for some and lose the others."""
+    problem = oracle.Problem.random(1, 64, 64, 1, 2, 64, 16, torch.bfloat16, scale=1.0)
+    problem.q[:, ::3] *= 1e-3
+    problem.q[:, 1::3] *= 300
+    check(problem)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.11, 1.7, -0.4, 0.0])
+def test_any_scale(scale):
+    """0.11 and 1.7 are not bfloat16 numbers: rounding q * scale would move lse by 1e-3."""
+    problem = oracle.Problem.random(1, 20, 20, 1, 2, 64, 16, torch.bfloat16, scale=scale)
+    check(problem)
+
+
+def test_window_is_exact():
+    """v counts the keys that a query sees: w of them, its own included."""
+    tokens, window = 40, 9
+    q, k = torch.zeros(1, tokens, 1, 16), torch.zeros(1, tokens, 1, 16)
+    v = torch.eye(tokens).reshape(1, tokens, 1, tokens)
+    prefill, _ = launcher(window)(q, k, v, scale=1.0)
+    decode, _ = launcher(window)(q[:, -1:], k, v, scale=1.0)
+    assert ((prefill[0, :, 0] > 0).sum(-1) == torch.arange(1, tokens + 1).clamp(max=window)).all()
+    assert (decode[0, 0, 0] > 0).nonzero().flatten().tolist() == list(range(31, 40))
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in oracle.GOLDEN.glob("window_*.npz")))
+def test_golden_windows(name):
+    meta, z = oracle.load_golden(name)
+    options = {"window": meta["w"]}
+    if meta["layout"] == "packed":
+        options |= {"cu_seqlens_q": z["cu_seqlens"], "cu_seqlens_k": z["cu_seqlens"]}
+    o, lse = launcher(**options)(z["q"], z["k"], z["v"], scale=meta["scale"])
+    oracle.close_to_golden(meta, z, "o_win", o)
+    oracle.close_to_golden(meta, z, "lse_win", lse)

@@ -1,4 +1,4 @@
-"""Plans, ids and masks for the tests of `selected_attention`, and its float64 check."""
+"""Plans for the tests of `selected_attention`, and its float64 check."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import partial
 
 import masked_oracle as oracle
 import torch
+from chosen_blocks import mask_of
 
 from nsa_neuron.backends.cuda import kernel_package, plans
 from nsa_neuron.backends.cuda.launch import selected_attention as launch
@@ -29,29 +30,6 @@ def plan(
     found["backward_dkv"]["BLOCK_N"] = block_n
     found["reduce_dkv"]["BLOCK_N"] = min(block_n, 16)
     return found
-
-
-def random_ids(
-    queries: int, keys: int, kv_heads: int, slots: int, select_block: int, seed: int = 0
-) -> torch.Tensor:
-    """int32 [1, S, Hkv, n]: 0 to n distinct visible blocks, ascending, -1 on the right."""
-    gen = torch.Generator().manual_seed(seed)
-    ids = torch.full((1, queries, kv_heads, slots), -1, dtype=torch.int32)
-    for s in range(queries):
-        visible = (keys - queries + s) // select_block + 1
-        for h in range(kv_heads):
-            count = int(torch.randint(0, slots + 1, (), generator=gen))
-            chosen = torch.randperm(visible, generator=gen)[:count].sort().values
-            ids[0, s, h, : len(chosen)] = chosen
-    return ids
-
-
-def mask_of(ids: torch.Tensor, keys: int, select_block: int, group: int) -> torch.Tensor:
-    """[1, Hq, S, keys]: tokens of a row's blocks, up to its own position."""
-    blocks = torch.arange(keys) // select_block
-    chosen = (ids[..., None] == blocks).any(-2)
-    chosen = chosen.permute(0, 2, 1, 3).repeat_interleave(group, 1)
-    return chosen & oracle.causal(ids.shape[1], keys)
 
 
 def check(problem: oracle.Problem, ids: torch.Tensor, select_block: int, tiles: dict) -> None:

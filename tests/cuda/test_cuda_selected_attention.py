@@ -5,10 +5,11 @@ from __future__ import annotations
 import masked_oracle as oracle
 import pytest
 import torch
+from chosen_blocks import mask_of, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poisoned import poison  # noqa: F401
-from selected_oracle import check, kernels, mask_of, plan, random_ids
+from selected_oracle import check, kernels, plan
 
 from nsa_neuron.backends.cuda.launch import selected_attention as launch
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import masked_oracle as oracle
 import pytest
 import torch
+from chosen_blocks import mask_of, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poisoned import poison  # noqa: F401
-from selected_oracle import OP, check, kernels, mask_of, plan, random_ids
+from selected_oracle import OP, check, kernels, plan
 
 import nsa_neuron
 from nsa_neuron.backends.cuda import plans

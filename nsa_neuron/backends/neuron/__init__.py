@@ -35,6 +35,8 @@ OPS = (
     "compress_backward",
     "gated_sum",
     "gated_sum_backward",
+    "selected_attention",
+    "selected_attention_backward",
     "sliding_window_attention",
 )
 LNC = "NEURON_LOGICAL_NC_CONFIG"

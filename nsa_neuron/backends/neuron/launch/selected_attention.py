@@ -1,0 +1,304 @@
+"""Launches `nki_kernels/selected_attention`: attention over selected blocks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nsa_neuron.backends.neuron.plans import Plan
+    from nsa_neuron.backends.neuron.run import Kernels
+
+PARTITIONS = 128
+MIN_QUERIES = 32
+"""Of a tile; fewer gather more blocks per query, more see more of what they did not choose."""
+HIDDEN = -3.0e38
+"""Twin of `nki_kernels.selected_attention.tile.HIDDEN`."""
+
+
+def forward(
+    kernels: Kernels,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    select_block: int,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, S, Hq, Dk] over the selected blocks of k, v [B, T, Hkv, D].
+
+    Args:
+        block_indices: int32 [B, S, Hkv, n], ids of blocks of `select_block` tokens, -1 for none.
+
+    Returns:
+        o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq] float32.
+    """
+    cu = (cu_seqlens_q, cu_seqlens_k)
+    grid = Grid.of(q, k, block_indices, select_block, *cu)
+    lists = grid.union(kernels, plan["forward"]["blocks_per_trip"])
+    o, lse = kernels.forward(
+        grid.columns(q), grid.pages(k).mT.contiguous(), grid.pages(v), *grid.choices, *lists,
+        grid.heads, scale=scale,
+    )  # fmt: skip
+    return grid.rows(o), grid.rows(lse[..., None])[..., 0]
+
+
+def backward(
+    kernels: Kernels,
+    plan: Plan,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None = None,
+    *,
+    select_block: int,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward` with respect to q, k and v, contiguous, in their dtypes.
+
+    Args:
+        grad_o: [B, S, Hq, Dv]. grad_lse: [B, S, Hq] float32 or None for zero.
+    """
+    cu = (cu_seqlens_q, cu_seqlens_k)
+    grid = Grid.of(q, k, block_indices, select_block, *cu)
+    lists = grid.union(kernels, plan["backward_dq"]["blocks_per_trip"])
+    dead = lse == -torch.inf
+    minus_lse = torch.where(dead, 0.0, math.log(scale) - lse)
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(dead, 0.0)
+    columns = grid.columns(q), grid.columns(grad_o)
+    rows = grid.by_tile(q), grid.by_tile(grad_o)
+    keys = grid.pages(k)
+    pages = keys.mT.contiguous(), grid.pages(v).mT.contiguous()
+    dq, delta = kernels.backward_dq(
+        *columns, rows[1], grid.by_tile(o),
+        grid.by_tile(torch.stack((minus_lse, grad_lse), -1)),
+        *pages, keys, *grid.choices, *lists, grid.heads, scale=scale,
+    )  # fmt: skip
+    stats = torch.cat((grid.by_tile(minus_lse[..., None]), delta), -1)
+    dk, dv = kernels.backward_dkv(
+        *columns, *rows, stats, *pages, *grid.choices, *grid.inverse(lists[0]), grid.heads,
+        scale=scale,
+    )  # fmt: skip
+    return grid.rows(dq), grid.tokens(dk, k.shape[1]), grid.tokens(dv, k.shape[1])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How queries are cut in tiles, and keys in pages of at most 128 tokens.
+
+    A page is a block, or one of the equal parts of a longer block. Pages are numbered over batches,
+    kv heads and (packed) sequences; the last one, which nobody chose, is zero.
+
+    Attributes:
+        batch, kv_heads, group, queries: B, Hkv, G, S. page: tokens of a page.
+        tile: queries of a tile. tiles: of a kv head. spare: null tiles at the end, so that two
+            cores get the same number.
+        source: int64 [pages of a head * page], the token at each place of the pages; T for none.
+        ids: int32 [tiles, tile, pages chosen], place: float32 [tiles, tile, 2]: see the kernels.
+    """
+
+    batch: int
+    kv_heads: int
+    group: int
+    queries: int
+    page: int
+    tile: int
+    tiles: int
+    spare: int
+    source: Tensor
+    ids: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        block_indices: Tensor,
+        select_block: int,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+    ) -> Grid:
+        """The grid of a call."""
+        (batch, queries, heads, _), kv_heads = q.shape, k.shape[2]
+        group = heads // kv_heads
+        page = _page(select_block)
+        sequences = _Sequences.of(queries, k.shape[1], page, cu_seqlens_q, cu_seqlens_k, q.device)
+        tile = min(queries, max(MIN_QUERIES, PARTITIONS // group))
+        tiles = -(-queries // tile)
+        total = batch * kv_heads * tiles
+        spare = total % 2 if total > 1 else 0
+        parts = select_block // page
+        ids = block_indices.long()
+        if parts > 1:
+            ids = ids[..., None] * parts + torch.arange(parts, device=q.device)
+            ids = torch.where(block_indices[..., None] >= 0, ids, -1).flatten(-2)
+        seen = (ids >= 0) & (ids * page <= sequences.position[:, None, None])
+        head = torch.arange(batch * kv_heads, device=q.device).view(batch, 1, kv_heads, 1)
+        first = head * sequences.pages + sequences.first_page[:, None, None]
+        ids = torch.where(seen, ids + first, -1)
+        own = (first + sequences.position[:, None, None] // page).expand(batch, -1, kv_heads, -1)
+        within = (sequences.position % page + 1)[:, None, None].expand_as(own)
+        place = torch.cat((own, within), -1).float()
+        cut = functools.partial(_cut, tile=tile, spare=spare)
+        return cls(
+            batch, kv_heads, group, queries, page, tile, tiles, spare, sequences.source,
+            cut(ids.int(), fill=-1), cut(place, fill=0),
+        )  # fmt: skip
+
+    @property
+    def choices(self) -> tuple[Tensor, Tensor]:
+        """ids and place."""
+        return self.ids, self.place
+
+    @functools.cached_property
+    def heads(self) -> Tensor:
+        """bfloat16 [tile, tile * G]: `HIDDEN` where a row is one of a query's heads."""
+        own = torch.eye(self.tile, device=self.ids.device).repeat_interleave(self.group, 1)
+        return (own * HIDDEN).to(torch.bfloat16)
+
+    @property
+    def null_page(self) -> int:
+        """The page that nobody chose."""
+        return self.batch * self.kv_heads * (self.source.numel() // self.page)
+
+    def union(self, kernels: Kernels, blocks_per_trip: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which pages each tile needs: lists, where each tile's starts, and its trips."""
+        ids = self.ids.flatten(1)
+        width = min(ids.shape[1], self.source.numel() // self.page)
+        step = PARTITIONS // self.page
+        slots = min(-(-blocks_per_trip // step), -(-width // step)) * step
+        width = -(-width // slots) * slots
+        lists, trips = kernels.union_lists(ids, width=width, slots=slots, null=self.null_page)
+        if len(trips) > 1:
+            # The two cores of a launch work on tiles of the two halves, equally long.
+            trips = trips.view(2, -1).amax(0).repeat(2)
+        starts = torch.arange(len(ids), device=ids.device, dtype=torch.int32) * (width // slots)
+        return lists.view(-1, slots), starts.view(-1, 1, 1), trips.view(-1, 1).int()
+
+    def inverse(self, lists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which tiles need each page: entries, where each page's start, and its trips.
+
+        Sorted by page and then by tile; see `backward_dkv` for the form. Sizes are known from
+        shapes alone.
+        """
+        flat = lists.flatten().long()
+        pages = self.null_page + self.null_page % 2
+        page, order = torch.sort(flat, stable=True)
+        tile = order // (len(flat) // len(self.ids))
+        edges = torch.searchsorted(page, torch.arange(pages + 1, device=flat.device))
+        edges[self.null_page :] = edges[self.null_page]
+        # The two cores of a launch work on pages of the two halves, equally long.
+        trips = edges.diff().view(2, -1).amax(0).repeat(2)
+        starts = trips.cumsum(0) - trips
+        entries = lists.new_tensor((0, -2)).repeat(2 * len(flat) + 1, 1)
+        rank = torch.arange(len(flat), device=flat.device) - edges[page.clamp(max=pages - 1)]
+        target = starts[page.clamp(max=pages - 1)] + rank
+        target = torch.where(page < self.null_page, target, 2 * len(flat))
+        entries[target] = torch.stack((tile, page), -1).to(entries.dtype)
+        # What is no page's landed in the last row.
+        entries[-1] = entries.new_tensor((0, -2))
+        return entries, starts.int().view(-1, 1, 1), trips.int().view(-1, 1)
+
+    def pages(self, x: Tensor) -> Tensor:
+        """k or v [B, T, Hkv, D] as pages [B * Hkv * pages + 1, page, D]."""
+        padded = F.pad(x, (0, 0, 0, 0, 0, 1)).transpose(1, 2)
+        found = padded.index_select(2, self.source).reshape(-1, self.page, x.shape[-1])
+        return F.pad(found, (0, 0, 0, 0, 0, 1))
+
+    def tokens(self, x: Tensor, keys: int) -> Tensor:
+        """Gradients of pages [B * Hkv * pages (+ 1), page, D] as [B, T, Hkv, D]."""
+        places = self.source.numel()
+        at = torch.empty(keys + 1, dtype=torch.long, device=x.device)
+        at[self.source] = torch.arange(places, device=x.device)
+        heads = x[: self.null_page].reshape(self.batch, self.kv_heads, places, x.shape[-1])
+        return heads.index_select(2, at[:keys]).transpose(1, 2).contiguous()
+
+    def by_tile(self, x: Tensor) -> Tensor:
+        """q or the like [B, S, Hq, D] as [tiles, tile * G, D]."""
+        grouped = x.unflatten(2, (self.kv_heads, -1)).flatten(3)
+        tiles = _cut(grouped, self.tile, self.spare, 0)
+        return tiles.unflatten(2, (self.group, -1)).flatten(1, 2)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The same as [tiles, D, tile * G]."""
+        return self.by_tile(x).mT.contiguous()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[tiles, tile * G, D] as [B, S, Hq, D]."""
+        shape = (self.batch, self.kv_heads, self.tiles * self.tile, self.group, x.shape[-1])
+        whole: Tensor = x[: len(x) - self.spare].reshape(shape)[:, :, : self.queries]
+        return whole.transpose(1, 2).flatten(2, 3).contiguous()
+
+
+def _page(select_block: int) -> int:
+    """The largest divisor of `select_block` that fits the partitions."""
+    return next(size for size in range(PARTITIONS, 0, -1) if select_block % size == 0)
+
+
+def _cut(x: Tensor, tile: int, spare: int, fill: float) -> Tensor:
+    """[B, S, Hkv, N] as [B * Hkv * tiles + spare, tile, N], filled up with `fill`."""
+    rest = -x.shape[1] % tile
+    whole = F.pad(x, (0, 0, 0, 0, 0, rest), value=fill).transpose(1, 2)
+    tiles = whole.reshape(-1, tile, x.shape[-1])
+    return F.pad(tiles, (0, 0, 0, 0, 0, spare), value=fill).contiguous()
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Where queries stand and where the tokens of pages are; `[S]` int64 tensors.
+
+    Attributes:
+        position: of each query in its sequence. first_page: of its sequence, within a kv head.
+        pages: of a kv head. source: see `Grid`.
+    """
+
+    position: Tensor
+    first_page: Tensor
+    pages: int
+    source: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        queries: int,
+        keys: int,
+        page: int,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        device: torch.device,
+    ) -> _Sequences:
+        token = torch.arange(queries, device=device)
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            pages = -(-keys // page)
+            source = torch.arange(pages * page, device=device).clamp_(max=keys)
+            return cls(token + (keys - queries), torch.zeros_like(token), pages, source)
+        q_edges, k_edges = cu_seqlens_q.long(), cu_seqlens_k.long()
+        count = len(q_edges) - 1
+        owner = torch.searchsorted(q_edges[1:].contiguous(), token, right=True)
+        position = token - q_edges[1:][owner] + (k_edges[1:] - k_edges[:-1])[owner]
+        # Room for a last page that is not full in each sequence.
+        first = k_edges[:-1] // page + torch.arange(count, device=device)
+        pages = keys // page + count
+        number = torch.arange(pages, device=device)
+        of_page = torch.searchsorted(first, number, right=True) - 1
+        start = k_edges[:-1][of_page] + (number - first[of_page]) * page
+        at = start[:, None] + torch.arange(page, device=device)
+        source = torch.where(at < k_edges[1:][of_page][:, None], at, keys).flatten()
+        return cls(position, first[owner], pages, source)

@@ -233,8 +233,8 @@ class Grid:
     def by_tile(self, x: Tensor) -> Tensor:
         """q or the like [B, S, Hq, D] as [tiles, tile * G, D]."""
         grouped = x.unflatten(2, (self.kv_heads, -1)).flatten(3)
-        tiles = _cut(grouped, self.tile, self.spare, 0)
-        return tiles.unflatten(2, (self.group, -1)).flatten(1, 2)
+        rows: Tensor = _cut(grouped, self.tile, self.spare, 0).unflatten(2, (self.group, -1))
+        return rows.flatten(1, 2)
 
     def columns(self, x: Tensor) -> Tensor:
         """The same as [tiles, D, tile * G]."""
@@ -243,7 +243,7 @@ class Grid:
     def rows(self, x: Tensor) -> Tensor:
         """[tiles, tile * G, D] as [B, S, Hq, D]."""
         shape = (self.batch, self.kv_heads, self.tiles * self.tile, self.group, x.shape[-1])
-        whole: Tensor = x[: len(x) - self.spare].reshape(shape)[:, :, : self.queries]
+        whole = x[: len(x) - self.spare].reshape(shape)[:, :, : self.queries]
         return whole.transpose(1, 2).flatten(2, 3).contiguous()
 
 

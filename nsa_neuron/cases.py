@@ -9,13 +9,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from nsa_neuron.spec import OpSpec
 
 TAGS = ("smoke", "edge", "conform", "bench")
 
@@ -100,15 +97,3 @@ def cast(values: Mapping[str, Any], dtype: torch.dtype, stats: Sequence[str]) ->
         else value
         for name, value in values.items()
     }
-
-
-def arguments(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """Every argument of a case by name, floating tensors in `dtype`.
-
-    Statistics (lse) are float32, or float64 in float64 calls. The same case in another dtype holds
-    the same numbers, but for what the op's own forward computes (o, lse of backward ops), which is
-    rounded from float64.
-    """
-    stats = tuple(arg.name for arg in spec.tensors if arg.dtype == "stat")
-    made = {**spec.defaults, **case.scalars, **spec.inputs(case, case.generator())}
-    return cast({name: made[name] for name in spec.names}, dtype, stats)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import nsa_neuron
 from nsa_neuron import conformance
+from nsa_neuron.conformance import text
 from nsa_neuron.nn import ByteLanguageModel, NsaConfig
 
 CONFIG = NsaConfig(dim=128, heads=4, kv_heads=1, dk=32, dv=32)
@@ -240,7 +241,7 @@ def main(argv: Sequence[str] = ()) -> int:
         return 0 if matrix.ok else 1
     print(report(result))
     print("\nWhat runs here, and how it compares to the float64 reference (smoke cases):\n")
-    print(matrix.matrix)
+    print(text.matrix(matrix))
     print()
     print(selection_report(result))
     return 0 if matrix.ok else 1

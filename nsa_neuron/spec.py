@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nsa_neuron.cases import cast
 from nsa_neuron.errors import InvalidArgument, InvalidType
 
 if TYPE_CHECKING:
@@ -212,6 +213,17 @@ class OpSpec:
         """Default values of the arguments that have one."""
         parameters = inspect.signature(self.reference).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def arguments(self, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+        """Every argument of a case by name, floating tensors in `dtype`.
+
+        Statistics (lse) are float32, or float64 in float64 calls. The same case in another dtype
+        holds the same numbers, but for what the op's own forward computes (o, lse of backward ops),
+        which is rounded from float64.
+        """
+        stats = tuple(arg.name for arg in self.tensors if arg.dtype == "stat")
+        made = {**self.defaults, **case.scalars, **self.inputs(case, case.generator())}
+        return cast({name: made[name] for name in self.names}, dtype, stats)
 
     def tensor(self, name: str) -> TensorArg:
         return next(arg for arg in self.tensors if arg.name == name)

@@ -9,7 +9,7 @@ cross is the threshold that a plan's row `dispatch` gets: `forward_rows` or `bac
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tune_units import DESIGNS, Crossover, Unit
 
@@ -22,7 +22,43 @@ if TYPE_CHECKING:
     import argparse
 
     import plan_files
-    from tune import Tuner
+
+
+class Tuner(Protocol):
+    """What of `tune.Tuner` a crossover needs."""
+
+    args: argparse.Namespace
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """Facts of the machine."""
+
+    def point(self, heads: Any) -> plan_files.Point:
+        """The point of the plan that a head geometry belongs to."""
+
+    def shipped(self, unit: Unit, point: plan_files.Point) -> dict[str, Any]:
+        """The plan's constants there."""
+
+    def complete(self, unit: Unit, heads: Any, every: list[dict[str, Any]]) -> bool:
+        """Measures what is lacking; False when out of time."""
+
+    def measured(self, unit: Unit, heads: Any) -> list[dict[str, Any]]:
+        """The rows there are."""
+
+    def key(self, unit: Unit, heads: Any) -> list[Any]:
+        """What identifies a row."""
+
+    def prepare(self, unit: Unit, heads: Any) -> tuple[Any, Any, list[Any]]:
+        """Problem, call and leaves."""
+
+    def emit(self, key: list[Any], constants: dict[str, Any], **fields: Any) -> None:
+        """Writes a row."""
+
+    def write_plan(
+        self, unit: Unit, point: plan_files.Point, constants: dict[str, Any], measured: Any
+    ) -> None:
+        """Puts constants into the plan."""
+
 
 Times = dict[str, float]
 """Milliseconds of each design."""

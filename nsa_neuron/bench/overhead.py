@@ -20,7 +20,6 @@ from torch.utils.benchmark import Timer
 
 import nsa_neuron.library  # noqa: F401  registers torch.ops.nsa
 from nsa_neuron.bench.record import Record
-from nsa_neuron.cases import arguments
 from nsa_neuron.ops import get
 from nsa_neuron.registry import REGISTRY, Lowered, Supported, Verdict, use_backend
 from nsa_neuron.terminal import progress, table
@@ -140,7 +139,7 @@ def measure(ops: Sequence[str] = OPS, rounds: int = 150, number: int = NUMBER) -
         for name in ops:
             spec = get(name)
             case = next(case for case in spec.cases if case.name == CASE)
-            values = arguments(spec, case, torch.float32)
+            values = spec.arguments(case, torch.float32)
             ours = getattr(torch.ops.nsa, name).default
             empty = empty_op(library, spec, values)
             for mode in modes(spec):

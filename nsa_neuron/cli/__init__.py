@@ -52,15 +52,23 @@ COMMANDS = (
     ),
     Command("demo", "NSA on a real text", "nsa_neuron.demo", "main"),
     Command(
-        "simulate", "run a NKI kernel on the simulator", "nsa_neuron.simulator.cli", "simulate_main"
+        "simulate",
+        "run a NKI kernel on the simulator",
+        "nsa_neuron.simulator.command.simulate",
+        "simulate_main",
     ),
     Command(
         "profile",
         "where a NKI kernel spends time",
-        "nsa_neuron.simulator.profile_cli",
+        "nsa_neuron.simulator.command.profile",
         "profile_main",
     ),
-    Command("lint", "check NKI kernels without running", "nsa_neuron.simulator.cli", "lint_main"),
+    Command(
+        "lint",
+        "check NKI kernels without running",
+        "nsa_neuron.simulator.command.lint",
+        "lint_main",
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from nsa_neuron.errors import NsaError
 if TYPE_CHECKING:
     import argparse
 
-SIMULATOR = "nsa_neuron.simulator.bench"
+SIMULATOR = "nsa_neuron.simulator.command.bench"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nsa_neuron import conformance
 from nsa_neuron.cli import FAILED, UNUSABLE, shared
-from nsa_neuron.conformance import text
+from nsa_neuron.conformance import html, text
 from nsa_neuron.conformance.gaps import load_gaps
 from nsa_neuron.conformance.problems import TAGS
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     if args.html:
-        args.html.write_text(report.to_html())
+        args.html.write_text(html.page(report))
     if args.json:
         print(report.to_json())
     else:
@@ -76,9 +76,9 @@ def _print(report: conformance.Report, verbose: bool) -> None:
     if not report.rows:
         print("no case matches")
         return
-    print(report.matrix)
+    print(text.matrix(report))
     if verbose:
-        print(f"\n{report.table}\n\n{text.refusals(report)}")
+        print(f"\n{text.cell_table(report)}\n\n{text.refusals(report)}")
     if not report.ok:
         print(f"\n{text.failures(report)}")
     verdict = f"{len(report.failures)} of {report.ran} cases fail"

@@ -1,4 +1,4 @@
-"""The outcome of a run: rows, a matrix of ops x targets x dtypes, and its forms."""
+"""The outcome of a run: rows, and cells by op, target and dtype; `text` and `html` show it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from nsa_neuron import environment
-from nsa_neuron.conformance import html, text
 from nsa_neuron.conformance.outcome import Outcome, Status
 
 if TYPE_CHECKING:
@@ -117,16 +116,6 @@ class Report:
             groups.setdefault((row.op, row.target, row.dtype), []).append(row)
         return [Cell(*key, tuple(rows)) for key, rows in groups.items()]
 
-    @property
-    def matrix(self) -> str:
-        """Ops x targets, a glyph per dtype, as text."""
-        return text.matrix(self)
-
-    @property
-    def table(self) -> str:
-        """One line per cell with its worst error and budget, or its reason, as text."""
-        return text.cell_table(self)
-
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         return {
@@ -145,10 +134,6 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
-    def to_html(self) -> str:
-        """One self-contained page."""
-        return html.page(self)
 
 
 def _finite(row: Outcome) -> dict[str, float | str | None]:

@@ -16,10 +16,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .activation import Activation, activate
-    from .arguments import ShapeDtype
-    from .core import Options
-    from .errors import (
+    from .issue.ranks import PerRank
+    from .issue.record import Instruction, Run
+    from .machine.trn2 import TRN2, Machine
+    from .nki.launching import simulate
+    from .profiler import Profile, profile
+    from .rules.errors import (
         CapacityError,
         ConstraintError,
         DataUnavailableError,
@@ -30,17 +32,16 @@ if TYPE_CHECKING:
         UninitializedReadError,
         UsageError,
     )
-    from .launch import Kernel, Simulated, simulate
-    from .machine import TRN2, Machine
-    from .profiler import Profile, profile
-    from .ranks import PerRank
-    from .record import Instruction, Run
+    from .rules.options import Options
+    from .run.activation import Activation, activate
+    from .run.arguments import ShapeDtype
+    from .run.launch import Kernel, Simulated
 
 _HOMES = {
-    "activation": ("Activation", "activate"),
-    "arguments": ("ShapeDtype",),
-    "core": ("Options",),
-    "errors": (
+    "run.activation": ("Activation", "activate"),
+    "run.arguments": ("ShapeDtype",),
+    "rules.options": ("Options",),
+    "rules.errors": (
         "CapacityError",
         "ConstraintError",
         "DataUnavailableError",
@@ -51,11 +52,12 @@ _HOMES = {
         "UninitializedReadError",
         "UsageError",
     ),
-    "launch": ("Kernel", "Simulated", "simulate"),
-    "machine": ("TRN2", "Machine"),
+    "run.launch": ("Kernel", "Simulated"),
+    "nki.launching": ("simulate",),
+    "machine.trn2": ("TRN2", "Machine"),
     "profiler": ("Profile", "profile"),
-    "ranks": ("PerRank",),
-    "record": ("Instruction", "Run"),
+    "issue.ranks": ("PerRank",),
+    "issue.record": ("Instruction", "Run"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

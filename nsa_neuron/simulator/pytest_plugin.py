@@ -66,7 +66,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     if not target:
         return
     from . import activate
-    from .testing import devices
+    from .command.testing import devices
 
     if devices():
         return
@@ -92,7 +92,7 @@ def nki_simulate(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]
     nki` in the test means the simulator. A kernel that was imported with the vendor's nki is
     imported once more, privately, with the simulator's.
     """
-    from .testing import Simulator
+    from .command.testing import Simulator
 
     properties = request.node.user_properties
     launcher = Simulator(
@@ -110,7 +110,7 @@ def nki_simulate(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]
 @pytest.fixture
 def nki_launch(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Run kernels on a Neuron device where there is one and the test is marked, else simulate."""
-    from .testing import Hardware, devices
+    from .command.testing import Hardware, devices
 
     marked = request.node.get_closest_marker("nki_hardware") is not None
     found = devices() if marked else ()
@@ -128,7 +128,7 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Drops the simulator's frames from tracebacks; shows rule, kernel line and operand table."""
-    errors = sys.modules.get(f"{__package__}.errors")
+    errors = sys.modules.get(f"{__package__}.rules.errors")
     if call.excinfo is None or errors is None:
         return (yield)
     for name, module in list(sys.modules.items()):
@@ -136,7 +136,7 @@ def pytest_runtest_makereport(
             module.__tracebackhide__ = _hide  # type: ignore[attr-defined]
     report = yield
     if isinstance(call.excinfo.value, errors.SimulationError):
-        from .testing import explain
+        from .command.testing import explain
 
         report.sections.append((f"NKI rule {call.excinfo.value.rule}", explain(call.excinfo.value)))
     return report
@@ -148,7 +148,7 @@ def _hide(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
     pytest asks `__tracebackhide__` of a frame's module. An exception raised by the simulator's own
     code that is no refusal may be its defect, and is shown in full.
     """
-    refused = isinstance(excinfo.value, sys.modules[f"{__package__}.errors"].SimulationError)
+    refused = isinstance(excinfo.value, sys.modules[f"{__package__}.rules.errors"].SimulationError)
     return refused or not str(excinfo.traceback[-1].path).startswith(_PACKAGE)
 
 

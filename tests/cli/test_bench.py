@@ -11,7 +11,6 @@ import torch
 from nsa_neuron import bench
 from nsa_neuron.bench import attention, overhead
 from nsa_neuron.bench.record import Record
-from nsa_neuron.cases import arguments
 from nsa_neuron.cli import main
 from nsa_neuron.ops import get
 from nsa_neuron.registry import REGISTRY
@@ -44,7 +43,7 @@ def test_the_crossover_is_where_nsa_stays_ahead(ratios: dict[int, float], said: 
 def test_both_sides_of_the_overhead_return_made_results_of_the_right_shapes(name: str) -> None:
     spec = get(name)
     case = next(case for case in spec.cases if case.name == overhead.CASE)
-    values = arguments(spec, case, torch.float32)
+    values = spec.arguments(case, torch.float32)
     tensors = [values[arg.name] for arg in spec.tensors if values[arg.name] is not None]
     leaves = [
         x.clone().requires_grad_(arg.differentiable)

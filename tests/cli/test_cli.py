@@ -139,8 +139,8 @@ def test_simulator_commands_hand_over_their_words(monkeypatch, command) -> None:
 
 
 def test_a_simulator_without_a_command_says_so(monkeypatch, capsys) -> None:
-    fake = types.ModuleType("nsa_neuron.simulator.cli")
-    monkeypatch.setitem(sys.modules, "nsa_neuron.simulator.cli", fake)
+    fake = types.ModuleType("nsa_neuron.simulator.command.lint")
+    monkeypatch.setitem(sys.modules, "nsa_neuron.simulator.command.lint", fake)
     monkeypatch.setattr(cli, "exists", lambda module: True)
     assert main(["lint", "kernel.py"]) == cli.UNUSABLE
     assert "cannot lint" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nsa_neuron.conformance import Outcome, Place, Report, Status, text
+from nsa_neuron.conformance import Outcome, Place, Report, Status, html, text
 from nsa_neuron.conformance.html import KINDS
 from nsa_neuron.registry import Target
 
@@ -65,12 +65,12 @@ def test_a_cell_of_a_mix_never_looks_better_than_its_worst_case(statuses, wanted
         made.add(row(status, case=f"c{i}", detail=f"why {i}"))
     (cell,) = made.cells
     assert (cell.status, text.glyph(cell), made.ok) == (wanted, mark, ok)
-    assert made.matrix.splitlines()[3].split() == ["attention", mark]
+    assert text.matrix(made).splitlines()[3].split() == ["attention", mark]
     assert made.to_dict()["ok"] is ok
     assert made.to_dict()["cells"][0]["status"] == wanted.value
     kind = "partial" if mark == "◐" else KINDS[wanted]
-    assert f'<span class="cell {kind}" title="{wanted.value}' in made.to_html()
-    assert ('<p class="verdict pass">' in made.to_html()) is ok
+    assert f'<span class="cell {kind}" title="{wanted.value}' in html.page(made)
+    assert ('<p class="verdict pass">' in html.page(made)) is ok
     if wanted is not S.PASS:
         first = next(i for i, status in enumerate(statuses) if status is wanted)
         assert cell.summary == f"c{first}: why {first}"
@@ -100,14 +100,14 @@ def test_ok_and_failures_follow_the_rows(report: Report) -> None:
 
 
 def test_matrix_has_a_glyph_per_cell(report: Report) -> None:
-    lines = {line.split()[0]: line.split()[1:] for line in report.matrix.splitlines() if line}
+    lines = {line.split()[0]: line.split()[1:] for line in text.matrix(report).splitlines() if line}
     assert lines["attention"] == ["◐", "·"]
     assert lines["gated_sum"] == ["✗"] and lines["compress"] == ["△"]
-    assert "absent:hw was not run: no <device>" in report.matrix
+    assert "absent:hw was not run: no <device>" in text.matrix(report)
 
 
 def test_table_and_refusals_name_counts_and_reasons(report: Report) -> None:
-    assert "2 pass, 1 unsupported" in report.table
+    assert "2 pass, 1 unsupported" in text.cell_table(report)
     assert "too <wide>" in text.refusals(report)
 
 
@@ -139,10 +139,10 @@ class _Page(HTMLParser):
 
 
 def test_html_is_one_balanced_page_that_needs_nothing_else(report: Report) -> None:
-    html = report.to_html()
+    shown = html.page(report)
     page = _Page()
-    page.feed(html)
+    page.feed(shown)
     assert not page.open and not page.links
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert "too &lt;wide&gt;" in html and "too <wide>" not in html
-    assert "1 of 4 cases fail" in html
+    assert "too &lt;wide&gt;" in shown and "too <wide>" not in shown
+    assert "1 of 4 cases fail" in shown

@@ -9,7 +9,7 @@ import torch
 from backends import Distort, Fake, registered
 
 from nsa_neuron import conformance
-from nsa_neuron.conformance import Gap, Outcome, Problem, Status, try_problem
+from nsa_neuron.conformance import Gap, Outcome, Problem, Status, text, try_problem
 from nsa_neuron.conformance.problems import scatter
 from nsa_neuron.conformance.pytest_suite import settle
 from nsa_neuron.conformance.runner import poisoned_allocations
@@ -182,8 +182,8 @@ def test_what_cannot_run_here_is_not_run_and_never_a_pass() -> None:
         report = conformance.run(["fake"], ops=["gated_sum"], tags=["smoke"])
     assert {row.status for row in report.rows} == {Status.NOT_RUN}
     assert report.ran == 0 and report.ok
-    assert "fake:hw was not run: no such device" in report.matrix
-    assert "✓" not in report.matrix.splitlines()[3]
+    assert "fake:hw was not run: no such device" in text.matrix(report)
+    assert "✓" not in text.matrix(report).splitlines()[3]
 
 
 def test_a_known_gap_excuses_a_failure_and_keeps_its_reason() -> None:

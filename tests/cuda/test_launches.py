@@ -28,7 +28,6 @@ from nsa_neuron.backends.cuda.launch import (
     selected_attention,
     sliding_window_attention,
 )
-from nsa_neuron.cases import arguments
 from nsa_neuron.ops import get
 from nsa_neuron.registry import Supported, Unsupported
 
@@ -300,7 +299,7 @@ def test_a_wider_batch_is_refused():
 def test_decode_refuses_blocks_of_more_compressed_keys_than_a_tile_holds(select_block, taken):
     spec = get("decode")
     case = next(case for case in spec.cases if case.name == "stride_one")
-    values = arguments(spec, case, torch.bfloat16)
+    values = spec.arguments(case, torch.bfloat16)
     for name in ("k_slc", "v_slc"):
         shape = values[name].shape
         values[name] = values[name].new_empty(shape[0], 2 * select_block, *shape[2:])

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from masked_oracle import far_apart
 
 import nsa_neuron as nsa
-from nsa_neuron.cases import arguments, cast
+from nsa_neuron.cases import cast
 from nsa_neuron.ops import OPS, get
 from nsa_neuron.registry import use_backend
 
@@ -54,7 +54,7 @@ def _several(out: Any) -> tuple[torch.Tensor, ...]:
 
 def case(name: str, which: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     spec = get(name)
-    return arguments(spec, next(c for c in spec.cases if c.name == which), dtype)
+    return spec.arguments(next(c for c in spec.cases if c.name == which), dtype)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from nsa_neuron import simulator
-from nsa_neuron.simulator.dtypes import convert, find, resolve
+from nsa_neuron.simulator.machine.dtypes import convert, find, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

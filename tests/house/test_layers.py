@@ -18,8 +18,9 @@ PACKAGE = "nsa_neuron"
 LAYERS = (
     {"errors", "_when_imported"},
     {"toolchain", "environment", "terminal"},
+    {"cases", "numerics"},
     {"spec"},
-    {"cases", "numerics", "registry"},
+    {"registry"},
     {"ops"},
     {"backends"},
     {"autograd", "vmap"},
@@ -35,17 +36,32 @@ PUBLIC_API = RANK["functional"]  # what `from nsa_neuron import attention` needs
 # The registry names backends by strings; only these may know a concrete one.
 KNOW_BACKENDS = {"backends", "compile_check", "cli"}
 KNOW_SIMULATOR = RANK["backends"]
-SIMULATOR_NEEDS = {"numpy", "ml_dtypes"}
+# Floors of the simulator, bottom up: a module may import lower floors, and its own.
+FLOORS = (
+    {"machine"},
+    {"rules", "semantics"},
+    {"memory"},
+    {"issue"},
+    {"run"},
+    {"nki"},
+    {"lint", "kernels"},
+    {"cost"},
+    {"profiler"},
+    {"command"},
+    {"", "__main__", "pytest_plugin", "site"},
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+SIMULATOR_NEEDS = {"numpy", "ml_dtypes", "typing_extensions"}  # the last for type checkers only
 # Optional exporters and plug-ins of the simulator, imported by nothing else in it.
 SIMULATOR_EXTRAS = {"pytest_plugin.py": {"pytest"}, "plots.py": {"matplotlib"}}
 
 
 @cache
-def modules() -> dict[str, Path]:
+def modules(root: Path = ROOT) -> dict[str, Path]:
     """Dotted name -> file, of every module of the package."""
     found = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
@@ -54,21 +70,21 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
 
 
-def walk(node: ast.AST, inside_functions: bool = True) -> Iterator[ast.AST]:
-    """Nodes outside `if TYPE_CHECKING:`; optionally outside functions too."""
+def walk(node: ast.AST, while_importing: bool = False) -> Iterator[ast.AST]:
+    """All nodes; or those that run while the module is imported, so none for type checkers."""
     for child in ast.iter_child_nodes(node):
-        if is_type_checking(child):
-            continue
-        if not inside_functions and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+        if while_importing and (
+            is_type_checking(child) or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        ):
             continue
         yield child
-        yield from walk(child, inside_functions)
+        yield from walk(child, while_importing)
 
 
-def imports(path: Path, own: str, inside_functions: bool = True) -> set[str]:
+def imports(path: Path, own: str, while_importing: bool = False) -> set[str]:
     """Dotted names that a file imports; `from a import b` is `a.b`."""
     names = set()
-    for node in walk(ast.parse(path.read_text()), inside_functions):
+    for node in walk(ast.parse(path.read_text()), while_importing):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -81,9 +97,9 @@ def imports(path: Path, own: str, inside_functions: bool = True) -> set[str]:
     return names
 
 
-def module_of(name: str) -> str:
+def module_of(name: str, root: Path = ROOT) -> str:
     """The longest prefix of a dotted name that is a module of the package."""
-    while name and name not in modules():
+    while name and name not in modules(root):
         name = name.rpartition(".")[0]
     return name
 
@@ -123,7 +139,7 @@ def test_imports_go_downward(name: str) -> None:
 
 
 def test_the_package_itself_imports_nothing_but_its_import_hook() -> None:
-    found = imports(modules()[PACKAGE], PACKAGE, inside_functions=False)
+    found = imports(modules()[PACKAGE], PACKAGE, while_importing=True)
     assert {name for name in found if name.startswith(PACKAGE)} == {
         f"{PACKAGE}._when_imported.when_imported"
     }
@@ -165,20 +181,88 @@ def test_kernels_know_nothing_of_the_project(package: str) -> None:
                 assert target.split(".")[0] in allowed, f"{'.'.join(parts)} imports {target}"
 
 
-def test_there_are_no_import_cycles() -> None:
-    """Between modules, counting what runs while they are imported."""
+def circle(root: Path) -> str:
+    """A circle of imports between modules, "a -> b -> a"; empty where there is none.
+
+    Every import counts: at the top, inside functions, and what is for type checkers.
+    """
     graph = {
-        name: {module_of(t) for t in imports(path, name, inside_functions=False)} - {"", name}
-        for name, path in modules().items()
+        name: sorted({module_of(t, root) for t in imports(path, name)} - {"", name})
+        for name, path in modules(root).items()
     }
     done: set[str] = set()
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
-        if name not in done:
-            for other in sorted(graph[name]):
-                visit(other, (*trail, name))
-            done.add(name)
+    def visit(name: str, trail: tuple[str, ...]) -> str:
+        if name in trail:
+            return " -> ".join([*trail[trail.index(name) :], name])
+        below = () if name in done else graph[name]
+        done.add(name)
+        return next(filter(None, (visit(other, (*trail, name)) for other in below)), "")
 
-    for name in graph:
-        visit(name, ())
+    return next(filter(None, (visit(name, ()) for name in graph)), "")
+
+
+def test_there_are_no_import_circles() -> None:
+    assert circle(ROOT) == ""
+
+
+PLANTED = {
+    "at the top": "from nsa_neuron import a",
+    "inside a function": "def f():\n    from nsa_neuron.a import f",
+    "for type checkers": "import typing\nif typing.TYPE_CHECKING:\n    from .a import A",
+}
+
+
+@pytest.mark.parametrize("how", PLANTED)
+def test_a_planted_circle_is_found(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / PACKAGE
+    folder.mkdir()
+    for name, text in {
+        "a": "from . import b",
+        "b": "import nsa_neuron.c",
+        "c": "import os",
+    }.items():
+        (folder / f"{name}.py").write_text(text)
+    assert circle(tmp_path) == ""
+    modules.cache_clear()
+    (folder / "c.py").write_text(PLANTED[how])
+    assert circle(tmp_path) == "nsa_neuron.a -> nsa_neuron.b -> nsa_neuron.c -> nsa_neuron.a"
+
+
+def floor(module: str) -> str:
+    """Folder of the simulator that a module is in; empty for the package itself."""
+    return module.removeprefix(f"{PACKAGE}.simulator").lstrip(".").split(".")[0]
+
+
+def wrong_floors(own: str, targets: set[str]) -> list[str]:
+    """Those of the dotted names a module of the simulator imports that are not below it."""
+    mine, found = floor(own), []
+    for target in sorted(targets):
+        other = module_of(target)
+        if other.startswith(f"{PACKAGE}.simulator"):
+            theirs = floor(other)
+            if mine != theirs and FLOOR[theirs] >= FLOOR[mine]:
+                found.append(target)
+    return found
+
+
+def test_every_module_of_the_simulator_has_a_floor() -> None:
+    assert {floor(name) for name in SIMULATOR} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", SIMULATOR)
+def test_the_simulator_imports_lower_floors_only(name: str) -> None:
+    if floor(name) not in FLOORS[-1]:  # the public face imports what it likes
+        assert not wrong_floors(name, imports(modules()[name], name))
+
+
+def test_a_planted_upward_import_is_found() -> None:
+    upward = f"{PACKAGE}.simulator.issue.core.NeuronCore"
+    assert wrong_floors(f"{PACKAGE}.simulator.rules.session", {upward, "numpy"}) == [upward]
+    assert wrong_floors(f"{PACKAGE}.simulator.run.launch", {upward}) == []
+
+
+def test_tests_of_the_simulator_mirror_its_floors() -> None:
+    folders = {p.parent.name for p in (ROOT / "tests" / "simulator").rglob("test_*.py")}
+    # The kernels that come with it are run by the tests of what uses them.
+    assert folders == set(FLOOR) - FLOORS[-1] - {"kernels"}

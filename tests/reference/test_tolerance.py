@@ -12,7 +12,7 @@ import torch
 from flash_style import HONEST, Bugs, backward, forward
 from torch import Tensor
 
-from nsa_neuron.cases import Case, arguments, cast
+from nsa_neuron.cases import Case, cast
 from nsa_neuron.ops import get
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def judge(
     """The policy's verdict on each result of a kernel that takes the op's arguments by name."""
     spec = get(op)
     chosen = case_of(spec, case) if isinstance(case, str) else case
-    inputs = arguments(spec, chosen, dtype)
+    inputs = spec.arguments(chosen, dtype)
     oracle = results(spec.reference(**cast(inputs, torch.float64, ())))
     eager, got = results(spec.reference(**inputs)), results(kernel(**inputs))
     return {

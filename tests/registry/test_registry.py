@@ -16,7 +16,6 @@ from torch import Tensor
 
 import nsa_neuron as nsa
 from nsa_neuron import registry
-from nsa_neuron.cases import arguments
 from nsa_neuron.errors import BackendUnavailable, ContractViolation, NoLowering, UnknownBackend
 from nsa_neuron.ops import get
 from nsa_neuron.registry import (
@@ -94,7 +93,7 @@ def qkv(s: int = 6) -> list[Tensor]:
 
 def bound() -> Bound:
     spec = get("attention")
-    return spec.bind(arguments(spec, spec.cases[1], torch.float32))
+    return spec.bind(spec.arguments(spec.cases[1], torch.float32))
 
 
 def test_protocol() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nsa_neuron as nsa
-from nsa_neuron.cases import Case, arguments
+from nsa_neuron.cases import Case
 from nsa_neuron.errors import InvalidArgument, UnsupportedTransform
 from nsa_neuron.ops import get
 from nsa_neuron.ops.common import compressed_blocks
@@ -66,7 +66,7 @@ def one_sequence(values: dict[str, Any], b: int) -> dict[str, Tensor]:
 @settings(max_examples=60)
 @given(a_case())
 def test_the_same_as_nsa_attention_on_each_whole_sequence(case: Case) -> None:
-    values = arguments(SPEC, case, torch.float64)
+    values = SPEC.arguments(case, torch.float64)
     o = nsa.decode(**values)
     assert o.shape == (*values["q"].shape[:3], case.size("Dv"))
     for b, tokens in enumerate(case.options["tokens"]):
@@ -84,7 +84,7 @@ def test_the_same_as_nsa_attention_on_each_whole_sequence(case: Case) -> None:
 @settings(max_examples=100)
 @given(a_case(), st.data())
 def test_broken_lengths_and_tables_give_a_typed_error_or_a_result(case: Case, data: Any) -> None:
-    values = arguments(SPEC, case, torch.float32)
+    values = SPEC.arguments(case, torch.float32)
     index_names = [arg.name for arg in SPEC.tensors if arg.dtype == "i32"]
     name = data.draw(st.sampled_from(index_names))
     flat = values[name].flatten()
@@ -101,7 +101,7 @@ def test_broken_lengths_and_tables_give_a_typed_error_or_a_result(case: Case, da
 
 def smoke(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     case = next(case for case in SPEC.cases if case.name == name)
-    return arguments(SPEC, case, dtype)
+    return SPEC.arguments(case, dtype)
 
 
 def test_golden_through_the_op() -> None:

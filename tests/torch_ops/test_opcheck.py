@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_neuron.cases import arguments
 from nsa_neuron.ops import BY_NAME, OPS
 
 ATTENTION = ("one_token", "group4_s40", "batch2_kv2", "prefill_tail", "packed_dead_rows")
@@ -50,7 +49,7 @@ def call(name: str, case: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dic
     """Positional tensors (leaves where differentiable) and keyword scalars of a case."""
     spec = BY_NAME[name]
     chosen = next(item for item in spec.cases if item.name == case)
-    values = arguments(spec, chosen, dtype)
+    values = spec.arguments(chosen, dtype)
     for arg in spec.tensors:
         if spec.backward and arg.differentiable and values[arg.name] is not None:
             values[arg.name].requires_grad_()

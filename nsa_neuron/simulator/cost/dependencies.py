@@ -19,10 +19,10 @@ from .timeline import Cause
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..access import Access, Place
-    from ..machine import Machine
-    from ..memory import Allocation
-    from ..record import CoreTrace, Instruction
+    from ..issue.record import CoreTrace, Instruction
+    from ..machine.trn2 import Machine
+    from ..memory.allocation import Access, Allocation
+    from ..memory.layout import Place
 
 RAW, WAR, WAW = int(Cause.RAW), int(Cause.WAR), int(Cause.WAW)
 SPACE, EDGE = int(Cause.SPACE), int(Cause.EDGE)

@@ -12,8 +12,9 @@ from math import ceil, lcm
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..access import Access, Layout
-    from ..record import Instruction
+    from ..issue.record import Instruction
+    from ..memory.allocation import Access
+    from ..memory.layout import Layout
     from .parameters import Parameters
 
 ENGINES = 16

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..machine import machine_for
+from ..machine.trn2 import machine_for
 from .parameters import DEFAULT_SET, LEVELS, load
 from .program import Program, analyse
 from .schedule import schedule
@@ -16,7 +16,7 @@ from .timeline import Band, Timeline
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..record import Run
+    from ..issue.record import Run
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..machine import machine_for
+from ..machine.trn2 import machine_for
 from .estimate import estimate
 from .parameters import DEFAULT_SET
 from .timeline import Band
@@ -20,7 +20,7 @@ from .timeline import Band
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..record import Run
+    from ..issue.record import Run
 
 LIMIT = 0.02
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from ..arguments import ShapeDtype
-from ..validation_kernels import convolution, matmul, streaming
+from ..kernels import convolution, matmul, streaming
+from ..run.arguments import ShapeDtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable

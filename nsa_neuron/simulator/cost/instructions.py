@@ -16,8 +16,8 @@ from .dma import Transfer, transfer_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..access import Access
-    from ..record import Instruction
+    from ..issue.record import Instruction
+    from ..memory.allocation import Access
     from .parameters import Parameters
 
 COMPUTE = ("tensor", "vector", "scalar", "gpsimd", "sync")

@@ -11,7 +11,8 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..access import Access, Layout
+    from ..memory.allocation import Access
+    from ..memory.layout import Layout
 
 # A pattern: first byte (or row), and (step, count) pairs with positive steps, largest first.
 Dims = tuple[tuple[int, int], ...]

@@ -17,8 +17,8 @@ from .parameters import Parameters, load
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..machine import Machine
-    from ..record import Instruction, Run
+    from ..issue.record import Instruction, Run
+    from ..machine.trn2 import Machine
 
 LANES = (*COMPUTE, "dma-load", "dma-store", "dma-copy", "dma-sync", "dma-scalar", "dma-gpsimd")
 LANE = {name: k for k, name in enumerate(LANES)}

@@ -10,8 +10,8 @@ from .overlap import may_overlap
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ..access import Access, Place
-    from ..memory import Allocation
+    from ..memory.allocation import Access, Allocation
+    from ..memory.layout import Place
 
 _NARROW_ENOUGH = 64  # stretches a region may span before it is kept aside
 _FEW = 8  # regions that are sooner looked through than looked up

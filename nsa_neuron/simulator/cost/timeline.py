@@ -24,7 +24,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..record import Instruction, Run
+    from ..issue.record import Instruction, Run
     from .instructions import Cost
     from .parameters import Parameters
 

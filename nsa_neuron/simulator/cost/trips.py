@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..registers import VirtualRegister
+    from ..rules.registers import VirtualRegister
 
 
 class TraceExhaustedError(LookupError):

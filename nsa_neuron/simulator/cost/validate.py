@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..launch import simulate
+from ..nki.launching import simulate
 from .estimate import estimate, paused_gc
 from .figures import CASES, HELD_OUT, Case, Figure
 from .parameters import DEFAULT_SET

@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..legacy import KEYWORDS, NAMES
+from ..rules.legacy import KEYWORDS, NAMES
 from .names import Function, resolve, signature_of
 from .subset import body_of
 

@@ -1,8 +1,8 @@
 """The vendor's `nki` package as the simulator serves it."""
 
-from ..launch import Kernel, jit
-from ..launch import simulate as _simulate
-from . import collectives, dtype, isa, language, meta, typing
+from ..run.launch import Kernel
+from . import collectives, dtype, isa, language, launching, meta, typing
+from .launching import jit
 from .typing import tensor
 
 __version__ = "0.6.0"
@@ -10,7 +10,7 @@ __version__ = "0.6.0"
 
 def simulate(kernel):
     """Make a CPU-simulated version of a kernel; see `nsa_neuron.simulator.simulate`."""
-    return _simulate(kernel)
+    return launching.simulate(kernel)
 
 
 __all__ = [

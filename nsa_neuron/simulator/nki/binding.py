@@ -5,11 +5,12 @@ import inspect
 
 import numpy as np
 
-from ..context import STATE, require_core, violate, violation
-from ..dtypes import bool_, load_f32, round_tf32, store, tfloat32
-from ..legacy import KEYWORDS
-from ..registers import VirtualRegister
-from ..tensor import NkiTensor
+from ..issue.current import require_core
+from ..machine.dtypes import bool_, load_f32, round_tf32, store, tfloat32
+from ..memory.tensor import NkiTensor
+from ..rules.legacy import KEYWORDS
+from ..rules.registers import VirtualRegister
+from ..rules.session import STATE, violate, violation
 
 
 class Operator:

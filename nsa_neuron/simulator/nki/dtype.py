@@ -1,6 +1,6 @@
 """`nki.dtype`: the dtypes under the name that AWS's kernels of 0.3 also import; an annotation."""
 
-from ..dtypes import (
+from ..machine.dtypes import (
     DType,
     bfloat16,
     bool_,

@@ -6,15 +6,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..context import locate
 from ..cost import Cause
+from ..rules.session import locate
 
 if TYPE_CHECKING:
     from types import CodeType
 
     from ..cost import Timeline
-    from ..errors import Location
-    from ..record import Instruction
+    from ..issue.record import Instruction
+    from ..rules.errors import Location
 
 Key = tuple[str, int]
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..cost import Timeline
-    from ..machine import Machine
-    from ..memory import Allocation
+    from ..machine.trn2 import Machine
+    from ..memory.allocation import Allocation
 
 BUFFERS = ("sbuf", "psum")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cost import Cause
-from ..machine import machine_for
+from ..machine.trn2 import machine_for
 from .lines import Lines
 from .memory import usage
 from .report import critical_path
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..cost import Timeline
-    from .profiled import Profile
+    from ..cost import Estimate, Timeline
 
     Floats = NDArray[np.float64]
     Layer = tuple[str, tuple[Floats, Floats]]  # colour, begins and ends
@@ -48,8 +47,8 @@ WAITS = {
 }
 
 
-def save(found: Profile, path: str | Path) -> None:
-    """Draw a profile.
+def save(found: Estimate, path: str | Path) -> None:
+    """Draw an estimate of a run.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -58,7 +57,8 @@ def save(found: Profile, path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the picture needs matplotlib: pip install nsa-neuron[plot]") from error
-    t, cores = found.timeline, found.run.lnc
+    t = found.central
+    run, cores = t.run, t.run.lnc
     lanes = [_lanes(t, core) for core in range(cores)]
     rows = sum(map(len, lanes))
     figure = Figure(figsize=(13, 4.6 + 0.34 * rows + 1.5 * cores), layout="constrained")
@@ -66,14 +66,14 @@ def save(found: Profile, path: str | Path) -> None:
     for names in lanes:
         heights += [0.5 + 0.34 * len(names), 1.4]
     grid = figure.add_gridspec(1 + 2 * cores, 2, height_ratios=heights, width_ratios=(1, 1))
-    band = found.time
+    band = found.band
     figure.suptitle(
-        f"{found.run.kernel} on {found.run.target}: {band.central / 1e3:.1f} µs modelled "
+        f"{run.kernel} on {run.target}: {band.central / 1e3:.1f} µs modelled "
         f"({band.low / 1e3:.1f} to {band.high / 1e3:.1f}), not measured",
         fontsize=13,
     )
     _draw_roofline(figure.add_subplot(grid[0, 0]), roofline_of(t))
-    _draw_lines(figure.add_subplot(grid[0, 1]), found)
+    _draw_lines(figure.add_subplot(grid[0, 1]), t)
     shared = None
     for core, names in enumerate(lanes):
         axes = figure.add_subplot(grid[1 + 2 * core, :], sharex=shared)
@@ -129,9 +129,9 @@ def _draw_roofline(axes: Any, r: Roofline) -> None:
     _bare(axes)
 
 
-def _draw_lines(axes: Any, found: Profile) -> None:
+def _draw_lines(axes: Any, t: Timeline) -> None:
     """Bars: source lines by their time on the critical path."""
-    rows = [r for r in critical_path(found.timeline, Lines())["lines"][:7] if r["share"] >= 0.005]
+    rows = [r for r in critical_path(t, Lines())["lines"][:7] if r["share"] >= 0.005]
     names, times, colors = [], [], []
     for row in rows[::-1]:
         place = f"{Path(row['file']).name}:{row['line']}"

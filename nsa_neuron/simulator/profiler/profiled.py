@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import cost
-from ..launch import simulate
+from ..nki.launching import simulate
 from . import advice, report, text, trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from ..cost import Band, Estimate, Timeline
-    from ..record import Run
-    from ..registers import VirtualRegister
+    from ..issue.record import Run
+    from ..rules.registers import VirtualRegister
 
 
 class Profile:
@@ -77,7 +77,7 @@ class Profile:
         """
         from . import plots
 
-        plots.save(self, path)
+        plots.save(self.estimate, path)
 
     def __str__(self) -> str:
         return text.render(self.to_dict())

@@ -11,7 +11,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from ..cost import Cause
-from ..machine import machine_for
+from ..machine.trn2 import machine_for
 from .lines import PHRASES, Lines, in_words, lane_of
 from .memory import usage
 from .roofline import PE_SIDE, roofline_of

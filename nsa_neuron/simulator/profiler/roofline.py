@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..cost import Parameters, Timeline
-    from ..record import Instruction
+    from ..issue.record import Instruction
 
 PE_SIDE = 128  # rows and columns of the multiplier array
 LANES = 128  # elements per cycle of VectorE and ScalarE

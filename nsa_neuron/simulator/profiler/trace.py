@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cost import Cause
-from ..machine import machine_for
+from ..machine.trn2 import machine_for
 from .lines import PHRASES, Lines, in_words
 from .memory import usage
 

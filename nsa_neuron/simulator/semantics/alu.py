@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..dtypes import bits
+from ..machine.dtypes import bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable

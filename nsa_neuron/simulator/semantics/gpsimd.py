@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..dtypes import bits, convert
+from ..machine.dtypes import bits, convert
 from . import alu
 
 if TYPE_CHECKING:

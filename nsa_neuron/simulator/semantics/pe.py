@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..dtypes import DType, bits, load_f32, round_tf32, tfloat32
+from ..machine.dtypes import DType, bits, load_f32, round_tf32, tfloat32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..dtypes import bits
+from ..machine.dtypes import bits
 from . import alu
 
 if TYPE_CHECKING:

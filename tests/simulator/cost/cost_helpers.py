@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_neuron import simulator
 from nsa_neuron.simulator import cost
+from nsa_neuron.simulator.memory.tensor import NkiTensor
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
-from nsa_neuron.simulator.tensor import NkiTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nsa_neuron.simulator.cost import Parameters, Timeline
-    from nsa_neuron.simulator.record import Run
+    from nsa_neuron.simulator.issue.record import Run
 
 P = cost.load()
 

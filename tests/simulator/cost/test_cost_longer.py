@@ -10,7 +10,7 @@ from nsa_neuron import simulator
 from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import trips
 from nsa_neuron.simulator.cost.extrapolate import extrapolate
-from nsa_neuron.simulator.validation_kernels import matmul
+from nsa_neuron.simulator.kernels import matmul
 
 
 def looped(count):

@@ -7,7 +7,7 @@ import pytest
 
 from nsa_neuron import simulator
 from nsa_neuron.simulator import cost
-from nsa_neuron.simulator.validation_kernels import convolution, matmul, streaming
+from nsa_neuron.simulator.kernels import convolution, matmul, streaming
 
 RNG = np.random.default_rng(7)
 

@@ -10,10 +10,10 @@ from cost_helpers import hbm, nisa, nl, psum, sbuf, timeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_neuron.simulator.access import Access, layout_of
 from nsa_neuron.simulator.cost.overlap import may_overlap
-from nsa_neuron.simulator.dtypes import resolve
-from nsa_neuron.simulator.memory import Allocation
+from nsa_neuron.simulator.machine.dtypes import resolve
+from nsa_neuron.simulator.memory.allocation import Access, Allocation
+from nsa_neuron.simulator.memory.layout import layout_of
 
 
 def pipeline():

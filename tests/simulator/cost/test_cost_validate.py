@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nsa_neuron.simulator import profile_cli
+from nsa_neuron.simulator.command import profile as profile_cli
 from nsa_neuron.simulator.cost import validate as v
 from nsa_neuron.simulator.cost.figures import CALIBRATES, CASES, HELD_OUT, SHOWN
 from nsa_neuron.simulator.cost.parameters import CONSTANTS

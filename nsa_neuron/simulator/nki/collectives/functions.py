@@ -2,20 +2,12 @@
 
 import numpy as np
 
-from ...context import require_core
-from ...dtypes import load_f32
-from ...registers import VirtualRegister
+from ...issue.current import require_core
+from ...machine.dtypes import load_f32
+from ...rules.registers import VirtualRegister
 from ...semantics import alu
 from ..binding import op_name, save
-from .group import (
-    Exchange,
-    check_memory,
-    check_priority,
-    issue,
-    refuse,
-    ring_of,
-    tensors_of,
-)
+from .group import Exchange, check_memory, check_priority, issue, refuse, ring_of, tensors_of
 
 _OPS = ("add", "minimum", "maximum")
 

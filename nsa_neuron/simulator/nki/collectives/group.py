@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ...context import violation
-from ...operands import Spec
-from ...tensor import NKIObject, NkiTensor
+from ...issue.spec import Spec
+from ...memory.tensor import NKIObject, NkiTensor
+from ...rules.session import violation
 
 
 @dataclass

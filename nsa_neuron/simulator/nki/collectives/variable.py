@@ -1,6 +1,7 @@
 """Collectives of run-time sizes: tensors are flat, sizes come from a uint32 metadata tensor."""
 
-from ...context import require_core, violate
+from ...issue.current import require_core
+from ...rules.session import violate
 from ..binding import save
 from .group import Exchange, check_memory, check_priority, issue, refuse, ring_of, tensors_of
 

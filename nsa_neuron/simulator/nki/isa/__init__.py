@@ -1,8 +1,8 @@
 """The vendor's `nki.isa`: instructions, registers, enums."""
 
-from ...errors import SimulationError as NkiValidationError
-from ...record import Instruction as NkiInstruction
-from ...registers import VirtualRegister
+from ...issue.record import Instruction as NkiInstruction
+from ...rules.errors import SimulationError as NkiValidationError
+from ...rules.registers import VirtualRegister
 from . import constants
 from .act import activation, activation_reduce
 from .constants import *  # noqa: F403  (the enums are names of nki.isa too)

@@ -5,8 +5,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...dtypes import float32
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine.dtypes import float32
 from ...semantics import activation as functions
 from ..binding import core_of, finish, instruction, load, load_scalar, op_name, result_array, save
 from .constants import reduce_cmd as commands

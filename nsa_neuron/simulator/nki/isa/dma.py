@@ -5,10 +5,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...context import violation
-from ...dtypes import bits, load_f32, store
-from ...operands import Spec
-from ...tensor import NkiTensor
+from ...issue.spec import Spec
+from ...machine.dtypes import bits, load_f32, store
+from ...memory.tensor import NkiTensor
+from ...rules.session import violation
 from ..binding import core_of, enum_of, instruction, load, save
 from .constants import dge_mode as dge_modes
 from .constants import engine as engines

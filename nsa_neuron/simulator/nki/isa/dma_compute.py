@@ -5,9 +5,9 @@ from collections import namedtuple
 
 import numpy as np
 
-from ...context import violation
-from ...dtypes import bits, load_f32, round_tf32, store, tfloat32
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine.dtypes import bits, load_f32, round_tf32, store, tfloat32
+from ...rules.session import violation
 from ...semantics import dma as semantics
 from ..binding import core_of, enum_of, instruction, load, op_name, save
 from .constants import oob_mode as oob_modes

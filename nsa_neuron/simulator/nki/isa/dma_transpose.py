@@ -4,10 +4,10 @@ from collections import namedtuple
 
 import numpy as np
 
-from ... import dtypes as dt
-from ...context import violation
-from ...dtypes import bits
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine import dtypes as dt
+from ...machine.dtypes import bits
+from ...rules.session import violation
 from ...semantics import dma as semantics
 from ..binding import core_of, enum_of, instruction, save
 from .constants import dge_mode as dge_modes

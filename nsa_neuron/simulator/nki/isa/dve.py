@@ -6,9 +6,9 @@ from numbers import Integral
 
 import numpy as np
 
-from ...context import violation
-from ...dtypes import store_bits
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine.dtypes import store_bits
+from ...rules.session import violation
 from ...semantics import alu, elementwise
 from ..binding import core_of, finish, instruction, load, op_name, result_array, save
 from .constants import engine as engines

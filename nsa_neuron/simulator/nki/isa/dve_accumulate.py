@@ -2,7 +2,8 @@
 
 from collections import namedtuple
 
-from ...dtypes import (
+from ...issue.spec import Spec
+from ...machine.dtypes import (
     bfloat16,
     float8_e4m3,
     float8_e4m3fn,
@@ -14,7 +15,6 @@ from ...dtypes import (
     uint8,
     uint16,
 )
-from ...operands import Spec
 from ...semantics import alu, elementwise, reduction
 from ..binding import core_of, finish, instruction, load, load_scalar, op_name, result_array, save
 from .constants import reduce_cmd as commands

@@ -2,8 +2,8 @@
 
 from collections import namedtuple
 
-from ...dtypes import store_bits
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine.dtypes import store_bits
 from ...semantics import alu, reduction
 from ..binding import core_of, instruction, load, load_scalar, op_name, save
 from .shared import (

@@ -3,11 +3,11 @@
 from collections import namedtuple
 from functools import lru_cache
 
-from ...context import violation
-from ...dtypes import float32, store_bits
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine.dtypes import float32, store_bits
+from ...memory.tensor import NkiTensor
+from ...rules.session import violation
 from ...semantics import alu, elementwise
-from ...tensor import NkiTensor
 from ..binding import core_of, finish, instruction, load, load_scalar, op_name, result_array
 from .constants import engine as engines
 from .shared import (

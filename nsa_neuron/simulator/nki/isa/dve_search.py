@@ -4,9 +4,9 @@ from collections import namedtuple
 
 import numpy as np
 
-from ...context import violation
-from ...dtypes import store_bits, uint16, uint32
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine.dtypes import store_bits, uint16, uint32
+from ...rules.session import violation
 from ...semantics import search
 from ..binding import core_of, instruction, load, save
 from .shared import elements, on_chip, same_dtype, same_tiles

@@ -4,12 +4,12 @@ from collections import namedtuple
 
 import numpy as np
 
-from ... import dtypes as dt
-from ...context import violation
-from ...operands import Spec
-from ...registers import VirtualRegister
+from ...issue.spec import Spec
+from ...machine import dtypes as dt
+from ...memory.tensor import NkiTensor
+from ...rules.registers import VirtualRegister
+from ...rules.session import violation
 from ...semantics import elementwise
-from ...tensor import NkiTensor
 from ..binding import MAXIMUM, core_of, instruction, load, load_scalar, op_name, save
 from .constants import reduce_cmd as commands
 from .dve_accumulate import accumulate, check_result, read_out

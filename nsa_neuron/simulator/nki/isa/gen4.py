@@ -1,6 +1,7 @@
 """Instructions of NeuronCore-v4 (Trainium3): trn2 refuses them, whatever their arguments."""
 
-from ...context import require_core, violation
+from ...issue.current import require_core
+from ...rules.session import violation
 from ..binding import instruction
 from .constants import reduce_cmd as commands
 

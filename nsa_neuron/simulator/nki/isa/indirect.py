@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ...access import Access
-from ...context import violate, violation
-from ...tensor import NkiTensor
+from ...memory.allocation import Access
+from ...memory.tensor import NkiTensor
+from ...rules.session import violate, violation
 
 
 def is_vector(tensor):

@@ -2,8 +2,8 @@
 
 from collections import namedtuple
 
-from ...context import violation
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...rules.session import violation
 from ..binding import core_of, enum_of, instruction, save
 from .constants import dma_engine as dma_engines
 from .constants import engine as engines

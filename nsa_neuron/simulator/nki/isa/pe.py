@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from ... import dtypes as dt
-from ...context import violate, violation
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine import dtypes as dt
+from ...rules.session import violate, violation
 from ...semantics import pe as semantics
 from ..binding import core_of, enum_of, instruction, save
 from .constants import engine as engines

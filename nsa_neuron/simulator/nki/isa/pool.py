@@ -5,10 +5,10 @@ from math import prod
 
 import numpy as np
 
-from ... import dtypes as dt
-from ...context import violate, violation
-from ...operands import Spec
-from ...registers import VirtualRegister, scalar
+from ...issue.spec import Spec
+from ...machine import dtypes as dt
+from ...rules.registers import VirtualRegister, scalar
+from ...rules.session import violate, violation
 from ...semantics import alu
 from ...semantics import gpsimd as semantics
 from ..binding import EQUAL, core_of, instruction, load, op_name, save

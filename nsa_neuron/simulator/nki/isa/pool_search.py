@@ -4,10 +4,10 @@ from collections import namedtuple
 
 import numpy as np
 
-from ... import dtypes as dt
-from ...context import violate
-from ...dtypes import store_bits
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine import dtypes as dt
+from ...machine.dtypes import store_bits
+from ...rules.session import violate
 from ...semantics import gpsimd as semantics
 from ..binding import core_of, instruction, load, op_name, save
 from .pool import int32, sbuf_only

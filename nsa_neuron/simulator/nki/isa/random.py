@@ -5,9 +5,9 @@ Their sequences are not published: results are reproducible here, equal to hardw
 
 from collections import namedtuple
 
-from ... import dtypes as dt
-from ...dtypes import store_bits
-from ...operands import Spec
+from ...issue.spec import Spec
+from ...machine import dtypes as dt
+from ...machine.dtypes import store_bits
 from ...semantics import prng
 from ..binding import core_of, instruction, load_scalar, save
 from .constants import engine as engines

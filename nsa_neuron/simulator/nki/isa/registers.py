@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from ...context import current_core, violation
-from ...operands import Spec
-from ...registers import VirtualRegister
-from ...tensor import NkiTensor
+from ...issue.current import current_core
+from ...issue.spec import Spec
+from ...memory.tensor import NkiTensor
+from ...rules.registers import VirtualRegister
+from ...rules.session import violation
 from ..binding import core_of, instruction, save
 from .constants import nc_version
 from .dma import REACH

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from ...context import violation
-from ...registers import VirtualRegister
+from ...memory.tensor import NkiTensor
+from ...rules.registers import VirtualRegister
+from ...rules.session import violation
 from ...semantics import alu
-from ...tensor import NkiTensor
 from ..binding import enum_of
 from .constants import engine as engines
 from .constants import reduce_cmd as commands

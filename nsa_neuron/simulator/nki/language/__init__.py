@@ -1,7 +1,7 @@
 """The vendor's `nki.language`: dtypes, buffers, tensors, loops, operators."""
 
-from ...control import dynamic_range, fori_loop, no_reorder, static_range, while_loop
-from ...dtypes import (
+from ...issue.control import dynamic_range, fori_loop, no_reorder, static_range, while_loop
+from ...machine.dtypes import (
     DType,
     bfloat16,
     bool_,
@@ -22,8 +22,8 @@ from ...dtypes import (
     uint16,
     uint32,
 )
-from ...regions import MemoryRegion
-from ...tensor import NKIObject, NkiTensor
+from ...machine.regions import MemoryRegion
+from ...memory.tensor import NKIObject, NkiTensor
 from ..typing import tensor
 from .composites import (
     broadcast_to,

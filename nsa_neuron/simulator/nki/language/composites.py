@@ -6,12 +6,13 @@ author would use on gen3, so that the record is that of a plausible lowering.
 
 from math import pi, prod
 
-from ...context import violation
-from ...dtypes import float32, int32, resolve, uint8, uint32
-from ...tensor import NkiTensor
-from .operators import TABLE, new_tile, repeat, require_tile
+from ...machine.dtypes import float32, int32, resolve, uint8, uint32
+from ...memory.tensor import NkiTensor
+from ...rules.session import violation
+from .. import isa
+from .operators import TABLE
 from .reductions import axes_of
-from .tiles import is_on_chip, ndarray, sbuf
+from .tiles import is_on_chip, ndarray, new_tile, repeat, require_tile, sbuf
 
 add, multiply, subtract = TABLE["add"], TABLE["multiply"], TABLE["subtract"]
 maximum, minimum, less, greater = (TABLE[n] for n in ("maximum", "minimum", "less", "greater"))
@@ -23,8 +24,6 @@ def _out(x, dtype, name):
 
 def negative(x, dtype=None):
     """-x."""
-    from .. import isa
-
     out = _out(x, dtype, "negative")
     isa.tensor_scalar(out, x, multiply, -1.0)
     return out
@@ -32,8 +31,6 @@ def negative(x, dtype=None):
 
 def _nearest(x):
     """(x as fp32, its nearest integer as fp32), both tiles; exact below 2**31."""
-    from .. import isa
-
     value, whole, rounded = (new_tile(x.shape, d) for d in (float32, int32, float32))
     isa.tensor_copy(value, x)
     isa.tensor_copy(whole, value)
@@ -43,8 +40,6 @@ def _nearest(x):
 
 def _rounding(x, dtype, name, correct):
     """Round to nearest, apply `correct(isa, result, value)`; keep values of 2**23 and more."""
-    from .. import isa
-
     out = _out(x, dtype, name)
     value, result = _nearest(x)
     correct(isa, result, value)
@@ -98,8 +93,6 @@ _TURN = (6.28125, 0.0019350051879882812, 3.019916050561733e-07)
 
 def _sine(x, out, shift):
     """out = sin(x + shift), after reducing the argument to the Scalar Engine's [-pi, pi]."""
-    from .. import isa
-
     angle, turns = (new_tile(x.shape, float32) for _ in range(2))
     whole = new_tile(x.shape, int32)
     isa.tensor_scalar(turns, x, multiply, 1.0 / (2.0 * pi), op1=add, operand1=shift / (2.0 * pi))
@@ -129,8 +122,6 @@ def cos(x, dtype=None):
 
 def tan(x, dtype=None):
     """sin(x) / cos(x)."""
-    from .. import isa
-
     out = _out(x, dtype, "tan")
     s, c = (new_tile(x.shape, float32) for _ in range(2))
     _sine(x, s, 0.0)
@@ -146,8 +137,6 @@ TABLE["sin"] = sin
 
 def softmax(x, axis=-1, dtype=None):
     """exp(x - max) / sum over trailing free axes; the exponentials are fp32."""
-    from .. import isa
-
     out = _out(x, dtype, "softmax")
     axes = axes_of(x, axis, "softmax")
     kept = prod(x.shape[1 : axes[0]])
@@ -168,8 +157,6 @@ def softmax(x, axis=-1, dtype=None):
 
 def rms_norm(x, w, axis, n, epsilon=1e-06, dtype=None, compute_dtype=None):
     """x / sqrt(sum(x ** 2) / n + epsilon) * w, the sum over trailing free axes."""
-    from .. import isa
-
     out = _out(x, dtype, "rms_norm")
     axes = axes_of(x, axis, "rms_norm")
     kind = resolve(compute_dtype) if compute_dtype is not None else float32
@@ -190,8 +177,6 @@ def rms_norm(x, w, axis, n, epsilon=1e-06, dtype=None, compute_dtype=None):
 
 def where(condition, x, y, dtype=None):
     """x where condition is not 0, else y; both may be scalars."""
-    from .. import isa
-
     require_tile(condition, "where", "condition")
     kinds = [t.dtype for t in (x, y) if isinstance(t, NkiTensor)]
     kind = resolve(dtype) if dtype is not None else (kinds[0] if kinds else condition.dtype)
@@ -212,8 +197,6 @@ def where(condition, x, y, dtype=None):
 
 def broadcast_to(x, shape, dtype=None):
     """x in a shape of the same rank: size-1 free dims by a stride of 0, partitions by a shuffle."""
-    from .. import isa
-
     require_tile(x, "broadcast_to")
     shape = tuple(shape)
     if len(shape) != x.ndim or any(n not in (1, m) for n, m in zip(x.shape, shape, strict=True)):
@@ -251,8 +234,6 @@ def expand_dims(x, axis):
 
 def dropout(x, rate, dtype=None):
     """x with elements zeroed at probability `rate`; kept elements are not rescaled."""
-    from .. import isa
-
     out = new_tile(require_tile(x, "dropout").shape, x.dtype)
     isa.dropout(out, x, rate)
     if dtype is not None and resolve(dtype).name != x.dtype.name:
@@ -262,8 +243,6 @@ def dropout(x, rate, dtype=None):
 
 def random_seed(seed):
     """Seed the generator of `rand` with a (1, 1) tile."""
-    from .. import isa
-
     if not isinstance(seed, NkiTensor):
         raise violation(
             "usage",
@@ -278,8 +257,6 @@ def random_seed(seed):
 
 def rand(shape, dtype, buffer=sbuf, name=""):
     """A new tensor of uniform numbers in [0, 1): 24 random bits each."""
-    from .. import isa
-
     out = ndarray(shape, dtype, buffer, name)
     tile = out if is_on_chip(buffer) else ndarray(shape, dtype, sbuf)
     words = ndarray(shape, uint32, sbuf)

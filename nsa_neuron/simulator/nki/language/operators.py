@@ -5,97 +5,17 @@ operator (attribute `nki_op`). Where the documents do not say which instruction 
 the choice made here is in the docstring of its factory.
 """
 
-from ...context import violation
-from ...dtypes import DType, bfloat16, float32
-from ...tensor import NkiTensor
-from .tiles import ndarray, sbuf
-
-
-def promote(a, b):
-    """Result dtype of two tiles: fp32 for unlike floats, bf16 for unlike fp8, else the wider.
-
-    `nl` documents the default only for equal dtypes ("the same as the input tile"); for unlike
-    ones this is the rule of NKI 0.1 (SDK 2.26 nki/api/nki.api.shared.rst).
-    """
-    if a.name == b.name:
-        return a
-    if a.is_float != b.is_float:
-        return a if a.is_float else b
-    if a.is_float:
-        if a.is_fp8 and b.is_fp8:
-            return bfloat16
-        if a.itemsize == b.itemsize:
-            return float32
-    return a if a.itemsize >= b.itemsize else b
-
-
-def new_tile(shape, dtype):
-    """An SBUF tile for a result; a 1-D shape gets a free dim of 1."""
-    shape = tuple(shape)
-    return ndarray(shape if len(shape) > 1 else (*shape, 1), dtype, sbuf)
-
-
-def require_tile(x, function, operand="x"):
-    """Refuse anything but a tensor on chip."""
-    if not isinstance(x, NkiTensor) or not x.on_chip:
-        given = repr(x) if isinstance(x, NkiTensor) else type(x).__name__
-        raise violation(
-            "usage",
-            "must be a tile in SBUF or PSUM",
-            instruction=f"nl.{function}",
-            operand=operand,
-            value=given,
-            hint="nl.load it first",
-        )
-    return x
-
-
-def _fits(shape, target):
-    """True when `shape` broadcasts to `target` along free dims only."""
-    return (
-        len(shape) == len(target)
-        and shape[0] == target[0]
-        and all(n in (1, m) for n, m in zip(shape, target, strict=True))
-    )
-
-
-def broadcast_pair(x, y, function):
-    """Views of both tiles in one shape; size-1 free dims are repeated by a stride of 0.
-
-    Raises:
-        SimulationError: rule "shape": other shapes, which NKI 0.3 to 0.6 do not broadcast.
-    """
-    if x.size == y.size and x.shape[0] == y.shape[0]:
-        return x, y, x.shape if x.ndim >= y.ndim else y.shape
-    if x.ndim == y.ndim and x.shape[0] == y.shape[0]:
-        target = tuple(max(a, b) for a, b in zip(x.shape, y.shape, strict=True))
-        if _fits(x.shape, target) and _fits(y.shape, target):
-            return repeat(x, target), repeat(y, target), target
-    raise violation(
-        "shape",
-        "the tiles' shapes differ",
-        instruction=f"nl.{function}",
-        operand="y",
-        value=y.shape,
-        limit=x.shape,
-        hint="nl.broadcast_to(y, x.shape)",
-    )
-
-
-def repeat(x, shape):
-    """A view of x with its size-1 free dims repeated to `shape`."""
-    for dim in range(1, len(shape)):
-        if x.shape[dim] != shape[dim]:
-            x = x.broadcast(dim, shape[dim])
-    return x
+from ...memory.tensor import NkiTensor
+from ...rules.session import violation
+from .. import isa
+from .simulated import binary
+from .tiles import broadcast_pair, new_tile, promote, require_tile
 
 
 def _binary(name):
     """Two tiles: `tensor_tensor`; a tile and a scalar: `tensor_scalar`."""
 
     def operator(x, y, dtype=None):
-        from .. import isa
-
         if not isinstance(x, NkiTensor) and not isinstance(y, NkiTensor):
             raise violation(
                 "usage", "x or y must be a tile", instruction=f"nl.{name}", operand="x", value=x
@@ -119,8 +39,6 @@ def _simulated(name, doc):
     """No engine has the operator: computed, and noted in the record's warnings."""
 
     def operator(x, y, dtype=None):
-        from .simulated import binary
-
         return binary(name, x, y, dtype)
 
     return _named(operator, name, doc)
@@ -130,8 +48,6 @@ def _act(name):
     """`activation` on the Scalar Engine."""
 
     def operator(x, dtype=None):
-        from .. import isa
-
         out = new_tile(require_tile(x, name).shape, dtype or x.dtype)
         isa.activation(out, operator, x)
         return out
@@ -143,8 +59,6 @@ def _via(name, lower, doc):
     """`lower(isa, out, x, operator)` issues the instructions."""
 
     def operator(x, dtype=None):
-        from .. import isa
-
         out = new_tile(require_tile(x, name).shape, dtype or x.dtype)
         lower(isa, out, x, operator)
         return out
@@ -214,4 +128,4 @@ TABLE = {
     "bypass": _marker("bypass", "Value of `op=`: passes data through."),
 }
 
-__all__ = ["TABLE", "DType", "broadcast_pair", "new_tile", "promote", "repeat", "require_tile"]
+__all__ = ["TABLE"]

@@ -2,9 +2,11 @@
 
 from math import prod as product
 
-from ...context import violation
-from ...dtypes import float32
-from .operators import TABLE, new_tile, require_tile
+from ...machine.dtypes import float32
+from ...rules.session import violation
+from .. import isa
+from .operators import TABLE
+from .tiles import new_tile, require_tile
 
 
 def axes_of(x, axis, name):
@@ -36,8 +38,6 @@ def _shape(x, axes, keepdims):
 
 
 def _reduce(name, operator, x, axis, dtype, keepdims):
-    from .. import isa
-
     axes = axes_of(require_tile(x, name), axis, name)
     out = new_tile(_shape(x, axes, keepdims), dtype or x.dtype)
     isa.tensor_reduce(out, operator, x, axis=axes, keepdims=keepdims)
@@ -71,8 +71,6 @@ def all(x, axis, dtype=None):
 
 def mean(x, axis, dtype=None, keepdims=False):
     """Mean over trailing free axes, accumulated in fp32."""
-    from .. import isa
-
     axes = axes_of(require_tile(x, "mean"), axis, "mean")
     total = _reduce("mean", TABLE["add"], x, axis, float32, keepdims)
     out = new_tile(_shape(x, axes, keepdims), dtype or x.dtype)
@@ -83,8 +81,6 @@ def mean(x, axis, dtype=None, keepdims=False):
 
 def var(x, axis, dtype=None, keepdims=False):
     """Biased variance over trailing free axes; the axes are always kept, as documented."""
-    from .. import isa
-
     axes = axes_of(require_tile(x, "var"), axis, "var")
     middle = mean(x, axis, float32, True)
     centred = TABLE["subtract"](x, middle, float32)

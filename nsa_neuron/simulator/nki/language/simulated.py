@@ -1,11 +1,11 @@
 """`nl.divide`, `nl.mod`, `nl.fmod`: in simulation only, with no hardware lowering."""
 
-from ...context import require_core
-from ...operands import Spec
+from ...issue.current import require_core
+from ...issue.spec import Spec
+from ...memory.tensor import NkiTensor
 from ...semantics import alu
-from ...tensor import NkiTensor
 from ..binding import load, load_scalar, save
-from .operators import broadcast_pair, new_tile, promote, require_tile
+from .tiles import broadcast_pair, new_tile, promote, require_tile
 
 
 def _check(c):

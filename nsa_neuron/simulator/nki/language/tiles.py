@@ -2,10 +2,13 @@
 
 import numpy as np
 
-from ...context import STATE, require_core, violation
-from ...machine import TRN2
-from ...regions import MemoryRegion
-from ...tensor import DynamicSlice, NKIObject
+from ...issue.current import require_core
+from ...machine.dtypes import bfloat16, float32
+from ...machine.regions import MemoryRegion
+from ...machine.trn2 import TRN2
+from ...memory.tensor import DynamicSlice, NKIObject, NkiTensor
+from ...rules.session import STATE, violation
+from .. import isa
 
 sbuf = MemoryRegion.sbuf
 psum = MemoryRegion.psum
@@ -78,24 +81,22 @@ def ndarray(shape, dtype, buffer=sbuf, name="", address=None):
 
 def full(shape, fill_value, dtype, buffer=sbuf, name=""):
     """A new tensor filled with a constant."""
-    from ..isa import dma_copy, memset
-
     tensor = ndarray(shape, dtype, buffer, name)
     value = int(fill_value) if tensor.dtype.is_integer else fill_value
     if not tensor.on_chip:
-        _fill_hbm(tensor, value, dma_copy, memset)
+        _fill_hbm(tensor, value)
         return tensor
-    memset(tensor, value)
+    isa.memset(tensor, value)
     return tensor
 
 
-def _fill_hbm(tensor, value, dma_copy, memset):
+def _fill_hbm(tensor, value):
     """Fill an HBM tensor from one SBUF tile of at most 128 x 8 KiB."""
     size = tensor.size
     columns = min(size, 8192 // tensor.dtype.itemsize)
     rows = min(tile_size.pmax, size // columns)
     tile = ndarray((rows, columns), tensor.dtype)
-    memset(tile, value)
+    isa.memset(tile, value)
     flat = tensor.reshape((size,))
     start = 0
     while start < size:
@@ -103,7 +104,7 @@ def _fill_hbm(tensor, value, dma_copy, memset):
         width = columns if count else size - start
         count = count or 1
         part = flat.slice(0, start, start + count * width).reshape((count, width))
-        dma_copy(part, tile[0:count, 0:width])
+        isa.dma_copy(part, tile[0:count, 0:width])
         start += count * width
 
 
@@ -154,3 +155,82 @@ def device_print(print_prefix, tensor):
         print(print_prefix, np.asarray(tensor.array()))
     else:
         print(print_prefix, tensor)
+
+
+def promote(a, b):
+    """Result dtype of two tiles: fp32 for unlike floats, bf16 for unlike fp8, else the wider.
+
+    `nl` documents the default only for equal dtypes ("the same as the input tile"); for unlike
+    ones this is the rule of NKI 0.1 (SDK 2.26 nki/api/nki.api.shared.rst).
+    """
+    if a.name == b.name:
+        return a
+    if a.is_float != b.is_float:
+        return a if a.is_float else b
+    if a.is_float:
+        if a.is_fp8 and b.is_fp8:
+            return bfloat16
+        if a.itemsize == b.itemsize:
+            return float32
+    return a if a.itemsize >= b.itemsize else b
+
+
+def new_tile(shape, dtype):
+    """An SBUF tile for a result; a 1-D shape gets a free dim of 1."""
+    shape = tuple(shape)
+    return ndarray(shape if len(shape) > 1 else (*shape, 1), dtype, sbuf)
+
+
+def require_tile(x, function, operand="x"):
+    """Refuse anything but a tensor on chip."""
+    if not isinstance(x, NkiTensor) or not x.on_chip:
+        given = repr(x) if isinstance(x, NkiTensor) else type(x).__name__
+        raise violation(
+            "usage",
+            "must be a tile in SBUF or PSUM",
+            instruction=f"nl.{function}",
+            operand=operand,
+            value=given,
+            hint="nl.load it first",
+        )
+    return x
+
+
+def _fits(shape, target):
+    """True when `shape` broadcasts to `target` along free dims only."""
+    return (
+        len(shape) == len(target)
+        and shape[0] == target[0]
+        and all(n in (1, m) for n, m in zip(shape, target, strict=True))
+    )
+
+
+def broadcast_pair(x, y, function):
+    """Views of both tiles in one shape; size-1 free dims are repeated by a stride of 0.
+
+    Raises:
+        SimulationError: rule "shape": other shapes, which NKI 0.3 to 0.6 do not broadcast.
+    """
+    if x.size == y.size and x.shape[0] == y.shape[0]:
+        return x, y, x.shape if x.ndim >= y.ndim else y.shape
+    if x.ndim == y.ndim and x.shape[0] == y.shape[0]:
+        target = tuple(max(a, b) for a, b in zip(x.shape, y.shape, strict=True))
+        if _fits(x.shape, target) and _fits(y.shape, target):
+            return repeat(x, target), repeat(y, target), target
+    raise violation(
+        "shape",
+        "the tiles' shapes differ",
+        instruction=f"nl.{function}",
+        operand="y",
+        value=y.shape,
+        limit=x.shape,
+        hint="nl.broadcast_to(y, x.shape)",
+    )
+
+
+def repeat(x, shape):
+    """A view of x with its size-1 free dims repeated to `shape`."""
+    for dim in range(1, len(shape)):
+        if x.shape[dim] != shape[dim]:
+            x = x.broadcast(dim, shape[dim])
+    return x

@@ -4,11 +4,13 @@ import os
 
 import numpy as np
 
-from ...context import require_core, violation
-from ...dtypes import bits, convert, float32, resolve, uint8, uint32
-from ...tensor import NkiTensor
-from .operators import TABLE, new_tile, require_tile
-from .tiles import ndarray, psum, sbuf
+from ...issue.current import require_core
+from ...machine.dtypes import bits, convert, float32, resolve, uint8, uint32
+from ...memory.tensor import NkiTensor
+from ...rules.session import violation
+from .. import isa
+from .operators import TABLE
+from .tiles import ndarray, new_tile, psum, require_tile, sbuf
 
 
 def _require_hbm(src, name):
@@ -25,26 +27,20 @@ def _require_hbm(src, name):
 
 def load(src, dtype=None):
     """An SBUF copy of an HBM tensor, by `dma_copy`."""
-    from ..isa import dma_copy
-
     _require_hbm(src, "load")
     tile = ndarray(src.shape, dtype or src.dtype, sbuf)
-    dma_copy(tile, src)
+    isa.dma_copy(tile, src)
     return tile
 
 
 def store(dst, value):
     """Copy an SBUF tile to HBM, by `dma_copy`."""
-    from ..isa import dma_copy
-
     require_tile(value, "store", "value")
-    dma_copy(dst, value)
+    isa.dma_copy(dst, value)
 
 
 def load_transpose2d(src, dtype=None):
     """An SBUF copy of an HBM matrix, transposed, by `dma_transpose`."""
-    from ..isa import dma_transpose
-
     _require_hbm(src, "load_transpose2d")
     if src.ndim != 2:
         raise violation(
@@ -55,7 +51,7 @@ def load_transpose2d(src, dtype=None):
             value=src.shape,
         )
     tile = ndarray(src.shape[::-1], src.dtype, sbuf)
-    dma_transpose(tile, src)
+    isa.dma_transpose(tile, src)
     if dtype is not None and resolve(dtype).name != src.dtype.name:
         return TABLE["copy"](tile, dtype)
     return tile
@@ -63,8 +59,6 @@ def load_transpose2d(src, dtype=None):
 
 def transpose(x, dtype=None):
     """x transposed into PSUM, on the Tensor Engine."""
-    from .. import isa
-
     require_tile(x, "transpose")
     if x.ndim != 2:
         raise violation(
@@ -79,8 +73,6 @@ def transpose(x, dtype=None):
 
 def matmul(x, y, transpose_x=False):
     """x @ y, or x.T @ y, in a new fp32 PSUM tile."""
-    from .. import isa
-
     require_tile(x, "matmul")
     require_tile(y, "matmul", "y")
     if not transpose_x:
@@ -92,8 +84,6 @@ def matmul(x, y, transpose_x=False):
 
 def gather_flattened(data, indices, axis=0, dtype=None):
     """out[p, j] = data.flat[p][indices[p, j]], by `nc_n_gather`."""
-    from .. import isa
-
     require_tile(data, "gather_flattened", "data")
     require_tile(indices, "gather_flattened", "indices")
     if axis != 0:
@@ -151,8 +141,6 @@ def shared_constant(constant):
 
 def shared_identity_matrix(n, dtype=uint8, dst=None):
     """An n x n identity matrix in SBUF, or in `dst`; one per size and dtype is shared."""
-    from ..isa import dma_copy
-
     core = require_core("nl.shared_identity_matrix")
     kind = resolve(dtype if dst is None else dst.dtype)
     key = ("identity", n, kind.name)
@@ -166,5 +154,5 @@ def shared_identity_matrix(n, dtype=uint8, dst=None):
         source = core.state[constant] = source.view(kind)
     if dst is None:
         tile = core.state[key] = ndarray((n, n), kind, sbuf)
-    dma_copy(tile, source)
+    isa.dma_copy(tile, source)
     return tile

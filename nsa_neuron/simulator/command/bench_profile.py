@@ -1,0 +1,90 @@
+"""What modelling time costs here, in CPU time: beside a simulation, and without data."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from .. import cost
+from ..kernels import bench as kernels
+from ..kernels.matmul import loads_hoisted
+from ..nki.launching import simulate
+from ..run.arguments import ShapeDtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ..issue.record import Run
+    from ..run.launch import Simulated
+
+TOKENS = 12_288  # some 27,000 instructions
+MATRIX = 4096  # some 18,000
+
+# name, unit, a value per round, facts
+Measurement = tuple[str, str, list[float], dict[str, Any]]
+
+
+def overhead(
+    name: str, kernel: Callable[..., Any], arguments: Sequence[Any], rounds: int
+) -> Measurement:
+    """Time of a profile with data over that of its simulation.
+
+    A profile is a simulation and three timelines of its record, so these are timed one after the
+    other: the difference of two whole runs would drown in what else the machine does.
+    """
+    simulated = simulate(kernel)
+    ratios = []
+    for _ in range(rounds):
+        base = _seconds(lambda: simulated(*arguments))
+        ratios.append(1 + _seconds(lambda: cost.estimate(_run(simulated))) / base)
+    facts = {"instructions": len(_run(simulated).instructions)}
+    return f"{name}, profiled over simulated", "ratio", ratios, facts
+
+
+def shape_only(rounds: int) -> Iterator[Measurement]:
+    """Thousands of instructions per second of CPU time, without data.
+
+    Per kernel: the record alone, with the central timeline, and with all three of the band.
+    """
+    loop = [(128, TOKENS), (128, TOKENS), (TOKENS, 128)]
+    matrices = [(MATRIX, MATRIX), (MATRIX, MATRIX)]
+    for name, kernel, sizes, dtype in (
+        (f"attention {TOKENS}x128 bf16", kernels.attention, loop, "bfloat16"),
+        (f"hoisted matmul {MATRIX} fp32", loads_hoisted, matrices, "float32"),
+    ):
+        shapes = [ShapeDtype(size, dtype) for size in sizes]
+        record, central, band, facts = _rates(simulate(kernel, data=False), shapes, rounds)
+        yield f"shape-only {name}, recorded", "1/ms", record, facts
+        yield f"shape-only {name}, timed", "1/ms", central, facts
+        yield f"shape-only {name}, timed with band", "1/ms", band, facts
+
+
+def _rates(
+    simulated: Simulated, shapes: Sequence[ShapeDtype], rounds: int
+) -> tuple[list[float], list[float], list[float], dict[str, Any]]:
+    """Instructions per ms: record, record and central timeline, record and three timelines."""
+    record, central, band, count = [], [], [], 0
+    for _ in range(rounds):
+        with cost.paused_gc():
+            base = _seconds(lambda: simulated(*shapes))
+            run = _run(simulated)
+            one = _seconds(lambda run=run: cost.central(run))  # type: ignore[misc]
+            three = _seconds(lambda run=run: cost.estimate(run))  # type: ignore[misc]
+        count = len(run.instructions)
+        record.append(count / base / 1e3)
+        central.append(count / (base + one) / 1e3)
+        band.append(count / (base + three) / 1e3)
+    return record, central, band, {"instructions": count}
+
+
+def _run(simulated: Simulated) -> Run:
+    """The record of the latest call."""
+    assert simulated.run is not None
+    return simulated.run
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """CPU seconds, which other work on the machine disturbs less than wall time."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start

@@ -1,0 +1,130 @@
+"""Loops of a kernel: unrolled ranges, and hardware loops over registers."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..rules.registers import VirtualRegister, scalar
+from ..rules.session import violation
+from .current import require_core
+from .record import LoopMark
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def static_range(start: int, stop: int | None = None, step: int = 1) -> range:
+    """An unrolled loop; `affine_range` and `sequential_range` are deprecated names of it."""
+    return range(start) if stop is None else range(start, stop, step)
+
+
+def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> Iterator[VirtualRegister]:
+    """A hardware loop whose bounds may be registers; yields frozen registers.
+
+    Raises:
+        SimulationError: rule "loop" for a step that is not a positive integer.
+    """
+    lower, upper = (0, start) if stop is None else (start, stop)
+    _check_step(step)
+    return _iterate(scalar(lower), scalar(upper), step)
+
+
+def _iterate(lower: int, upper: int, step: int) -> Iterator[VirtualRegister]:
+    core = require_core("dynamic_range")
+    trace = core.trace
+    loop = core.state["loops"] = core.state.get("loops", 0) + 1
+    _refuse_in_no_reorder(core)
+    made = len(trace.allocations)
+    try:
+        for iteration, value in enumerate(range(lower, upper, step)):
+            first = len(trace.instructions)
+            yield VirtualRegister(value, frozen=True)
+            trace.loops.append(LoopMark(loop, iteration, first, len(trace.instructions)))
+    finally:
+        _close(core, made)
+
+
+def _close(core: Any, made: int) -> None:
+    """Tensors made in the body of a hardware loop are invisible after it."""
+    for allocation in core.trace.allocations[made:]:
+        allocation.closed = True
+
+
+def fori_loop(
+    lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], Any], step: int = 1
+) -> None:
+    """Call `body_fun(i)` for i in range(lower, upper, step); i is a register by value.
+
+    Raises:
+        SimulationError: rule "loop": a step that is not a positive integer, or a body that
+            returns something.
+    """
+    _check_step(step)
+    for register in _iterate(scalar(lower), scalar(upper), step):
+        result = body_fun(VirtualRegister(register.value))
+        if result is not None:
+            raise violation(
+                "loop",
+                "the body of fori_loop must return None",
+                instruction="fori_loop",
+                value=type(result).__name__,
+            )
+
+
+def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]) -> None:
+    """While the register is not 0 call `body_fun(register)`, which returns the next one.
+
+    Raises:
+        SimulationError: rule "loop" for anything but registers.
+    """
+    core = require_core("while_loop")
+    _refuse_in_no_reorder(core)
+    register: Any = init
+    trace = core.trace
+    loop = core.state["loops"] = core.state.get("loops", 0) + 1
+    iteration = 0
+    made = len(trace.allocations)
+    while True:
+        if not isinstance(register, VirtualRegister):
+            raise violation(
+                "loop",
+                "the condition of while_loop must be a register",
+                instruction="while_loop",
+                value=type(register).__name__,
+                hint="return the register that holds the next condition",
+            )
+        if not register:
+            _close(core, made)
+            return
+        first = len(trace.instructions)
+        register = body_fun(VirtualRegister(register.value))
+        trace.loops.append(LoopMark(loop, iteration, first, len(trace.instructions)))
+        iteration += 1
+
+
+@contextmanager
+def no_reorder() -> Iterator[None]:
+    """Keep program order inside; dynamic loops are not allowed there."""
+    core = require_core("no_reorder")
+    core.state["no_reorder"] = core.state.get("no_reorder", 0) + 1
+    try:
+        yield
+    finally:
+        core.state["no_reorder"] -= 1
+
+
+def _refuse_in_no_reorder(core: Any) -> None:
+    if core.state.get("no_reorder"):
+        raise violation("loop", "a dynamic loop cannot be inside no_reorder")
+
+
+def _check_step(step: Any) -> None:
+    if not isinstance(step, int) or step < 1:
+        raise violation(
+            "loop",
+            "the step is a compile-time positive integer",
+            operand="step",
+            value=step if isinstance(step, int) else type(step).__name__,
+            limit=">= 1",
+        )

@@ -1,0 +1,400 @@
+"""A NeuronCore: allocate tensors, issue instructions (check, execute, record)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..machine.dtypes import DType, resolve
+from ..memory.allocation import Access, Allocation
+from ..memory.layout import ON_CHIP, Form
+from ..memory.storage import AbsentMemory, Arena, Memory, Pool, PooledMemory
+from ..memory.tensor import NkiTensor, resolved
+from ..rules.registers import VirtualRegister
+from ..rules.session import STATE, call_site, locate, violate, violation
+from . import faults
+from .accumulators import Accumulators
+from .checker import make_plan
+from .record import CoreTrace, Instruction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from ..rules.errors import SimulationError
+    from ..rules.options import Options
+    from .lnc import Launch, Message
+    from .spec import Plan, Spec
+
+
+# Checked plans by (target, relaxed rules); shared by all runs of the process.
+_PLANS: dict[tuple[str, frozenset[str]], dict[Any, Plan]] = {}
+
+
+class NeuronCore:
+    """One simulated core.
+
+    Attributes:
+        index: 0 or 1 in a launch of two.
+        launch: what the cores of a launch share.
+        options, machine: how and what is simulated.
+        trace: the record being written.
+        accumulators: reduce registers per engine ("scalar", "vector").
+        pending: receiving ends of `sendrecv` still under way: (access, message, description).
+        state: scratch of instructions with state (random generators), by name.
+    """
+
+    def __init__(self, index: int, launch: Launch, options: Options) -> None:
+        self.index = index
+        self.launch = launch
+        self.options = options
+        self.machine = options.machine
+        self.data = options.data
+        self.trace = CoreTrace(index)
+        self.accumulators = {e: Accumulators(self.machine.partitions) for e in ("scalar", "vector")}
+        self.pending: list[tuple[Access, Message, str]] = []
+        self.state: dict[Any, Any] = {}
+        self._precise = options.precise
+        self._forms: dict[tuple[Any, ...], Form] = {}
+        self._pool = Pool()
+        self._arenas = {b: Arena(self.machine, b) for b in ON_CHIP}
+        self._plans = _PLANS.setdefault((options.target, options.relax), {})
+        # A kernel that races counts on the cores keeping pace; relaxed, they issue by turns.
+        self._alternate = launch.meeting is not None and "lnc-race" in options.relax
+        self._fill = "uninitialized-read" in options.relax
+
+    # Tensors ----------------------------------------------------------------------------------
+
+    def allocate(
+        self,
+        shape: Any,
+        dtype: Any,
+        buffer: str,
+        name: str = "",
+        address: tuple[int, int] | None = None,
+        role: str = "scratch",
+    ) -> NkiTensor:
+        """Make a tensor with undefined contents.
+
+        Args:
+            shape: dims; dim 0 is the partition dim on chip.
+            dtype: anything `dtypes.resolve` takes.
+            buffer: "sbuf", "psum", "private_hbm" or "shared_hbm".
+            name: name in reports.
+            address: (partition, byte in the partition) on chip, or None: the compiler places it.
+            role: "scratch", "input" or "output".
+
+        Raises:
+            SimulationError: rules "shape", "on-chip-rank", "address", "partition-limit".
+        """
+        form = self._known_form(shape, dtype, buffer) if address is None else None
+        if form is None:
+            form = self._form(shape, dtype, buffer, address)
+        launch = self.launch
+        if buffer == "shared_hbm":
+            shared = launch.join_shared(self.index, form.shape, form.dtype)
+            if shared is not None:
+                return NkiTensor.whole(shared, name)
+        trace = self.trace
+        allocation = Allocation(
+            launch.next_id(),
+            self.index,
+            buffer,
+            form.shape,
+            form.dtype,
+            name,
+            address,
+            len(trace.instructions),
+            call_site(3),
+            role,
+            form,
+        )
+        if address is not None:
+            faults.check_address(allocation, self.machine)
+        if not form.on_chip:
+            faults.check_fits_hbm(allocation, self.machine)
+        trace.allocations.append(allocation)
+        memory = self._memory(allocation)
+        if buffer == "shared_hbm":
+            launch.add_shared(self.index, memory)
+        if self._fill and self.data:
+            _fill_sentinel(memory)
+        return NkiTensor.whole(memory, name)
+
+    def _known_form(self, shape: Any, dtype: Any, buffer: str) -> Form | None:
+        """The form of tensors like these that passed all checks before."""
+        if type(shape) is not tuple or type(dtype) is not DType:
+            return None
+        for size in shape:
+            if type(size) is not int:  # True and 1.0 would be found as 1
+                return None
+        return self._forms.get((buffer, shape, dtype))
+
+    def _form(self, shape: Any, dtype: Any, buffer: str, address: tuple[int, int] | None) -> Form:
+        """Check shape and dtype of a new tensor."""
+        noted = len(self.trace.relaxed)
+        dims = faults.check_shape(shape, buffer, self.machine)
+        kind = resolve(dtype)
+        if kind.gen4_only and self.machine.generation < 4:
+            violate(
+                "generation",
+                f"{kind} exists from NeuronCore-v4 on",
+                instruction="nl.ndarray",
+                operand="dtype",
+                value=kind.name,
+                limit="trn3",
+            )
+        key = (buffer, dims, kind) if address is None else (buffer, dims, kind, address)
+        form = self._forms.get(key) or Form(buffer, dims, kind, address)
+        if len(self.trace.relaxed) == noted:
+            self._forms[key] = form
+        return form
+
+    def _memory(self, allocation: Allocation) -> Memory:
+        precise = self._precise
+        if not self.data:
+            return AbsentMemory(allocation, precise)
+        width = allocation.pitch_bytes
+        if not precise:
+            itemsize = allocation.dtype.itemsize
+            width = width // itemsize * allocation.dtype.storage(False).itemsize
+        if allocation.address is None:
+            pool = self._pool
+            buffer = pool.take(allocation.partitions * width)
+            return PooledMemory(allocation, buffer, width, precise, pool)
+        arena = self._arenas[allocation.buffer]
+        scale = 1 if precise else 4
+        row = arena.limit * scale
+        base = allocation.address[0] * row + allocation.address[1] * scale
+        memory = Memory(allocation, arena.bytes(scale), base, row, precise, siblings=arena.memories)
+        arena.memories.append(memory)
+        return memory
+
+    # Instructions -----------------------------------------------------------------------------
+
+    def issue(
+        self,
+        spec: Spec,
+        writes: tuple[Any, ...],
+        reads: tuple[Any, ...],
+        params: tuple[Any, ...] = (),
+        name: str | None = None,
+        extra: Any = None,
+        indices: tuple[Access, ...] = (),
+    ) -> Instruction:
+        """Check an instruction, execute it and write it down.
+
+        Args:
+            spec: the instruction.
+            writes, reads: operands in the order of the spec's roles: tensors, or for a read
+                operand a scalar, a register or None.
+            params: hashable compile-time parameters; part of the cached check's key by value,
+                whereas scalar operands enter by type only.
+            name: the kernel's `name=`.
+            extra: run-time facts for the record.
+            indices: tensors that were read for the addresses of the operands.
+        """
+        trace = self.trace.instructions
+        index = len(trace)
+        key: list[Any] = [spec, params]
+        accesses: list[Access] = []
+        sound = True
+        for tensor in writes + reads:
+            if type(tensor) is not NkiTensor:
+                key.append(type(tensor))
+                continue
+            if tensor.dynamic is not None:
+                found: list[Access] = []
+                writes = tuple([self.static(t, spec, found) for t in writes])
+                reads = tuple([self.static(t, spec, found) for t in reads])
+                return self.issue(spec, writes, reads, params, name, extra, tuple(found))
+            access = tensor._access or tensor.access()
+            place, allocation = access.place, access.allocation
+            key.append(place.signature)
+            accesses.append(access)
+            if allocation.last_use < 0:
+                allocation.first_use = index
+            allocation.last_use = index
+            if allocation.closed or not place.inside:
+                sound = False
+        known = tuple(key)
+        plan = self._plans.get(known)
+        if plan is None:
+            plan = self._plans[known] = make_plan(
+                spec, self.machine, self.options.relax, writes, reads, params
+            )
+        if plan.violations:
+            self.trace.relaxed.extend(plan.violations)
+        if not sound:
+            faults.misplaced(spec, accesses)
+        if self.data:
+            if self.pending:
+                self.settle(accesses)
+            self._execute(spec, plan, writes, reads, params)
+        written = 1 if len(writes) == 1 else len(writes) - writes.count(None)
+        outs, ins = tuple(accesses[:written]), tuple(accesses[written:])
+        if indices:
+            ins += indices
+            self.trace.indexed.update([a.allocation for a in indices])
+        site = call_site(3)
+        instruction = Instruction(
+            index, spec.opcode, plan.engine, outs, ins, params, name, site, extra, plan
+        )
+        trace.append(instruction)
+        if self._alternate:
+            self.launch.meeting.take_turns(self.index)  # type: ignore[union-attr]
+        return instruction
+
+    def _execute(
+        self, spec: Spec, plan: Plan, writes: Any, reads: Any, params: tuple[Any, ...]
+    ) -> None:
+        """Check what depends on data, run the arithmetic, note what was written."""
+        for tensor in reads[: spec.checked]:
+            if type(tensor) is NkiTensor:
+                memory = tensor.memory
+                if not memory.written.full and not memory.readable(tensor.access()):
+                    faults.uninitialized(spec, writes, reads, tensor)
+        races = None if spec.checks_itself else self.launch.races
+        pending = races.begin(self.index, spec, writes, reads) if races is not None else None
+        spec.run(self, plan.payload, writes, reads, params)
+        if races is not None and pending:
+            races.end(self.index, spec, pending)
+        if not spec.marks_itself:
+            for tensor in writes:
+                if type(tensor) is NkiTensor:
+                    self.mark_written(tensor)
+
+    def settle(self, accesses: Iterable[Access] | None = None) -> None:
+        """Wait for the messages of `sendrecv` that these accesses touch; None: for all."""
+        meeting = self.launch.meeting
+        assert meeting is not None
+        touched = None if accesses is None else tuple(accesses)
+        for entry in tuple(self.pending):
+            access, message, what = entry
+            if touched is None or any(access.overlaps(a) for a in touched):
+                meeting.wait(self.index, message, what)
+            if message.done:
+                self.pending.remove(entry)
+
+    def mark_written(self, tensor: NkiTensor) -> None:
+        """Note that every element of a view was written, by something other than a matmul."""
+        memory = tensor.memory
+        access = tensor.access()
+        if not memory.written.full:
+            memory.written.add(access)
+        if access.allocation.buffer == "psum":
+            faults.mark_foreign(memory, access)
+
+    def mark_masked(self, tensor: NkiTensor, mask: NDArray[np.bool_]) -> None:
+        """Note that the elements of a view where `mask` is set were written."""
+        memory = tensor.memory
+        access = tensor.access()
+        if not memory.written.full:
+            memory.written.add_mask(access, mask)
+        if access.allocation.buffer == "psum":
+            faults.mark_foreign(memory, access)
+
+    def warn(self, text: str) -> None:
+        """Note something doubtful but legal in the record, once per kernel line."""
+        line = f"{text}, at {locate(call_site())}"
+        if line not in self.trace.warnings:
+            self.trace.warnings.append(line)
+
+    def static(self, tensor: Any, spec: Spec, indices: list[Access], skip: bool = False) -> Any:
+        """The static view of a scalar-dynamic one; None where `skip` and the index is outside.
+
+        Args:
+            tensor: any operand; static ones are returned as they are.
+            spec: the instruction, for messages.
+            indices: receives the access of the index tensor.
+            skip: True for `oob_mode.skip`.
+        """
+        if type(tensor) is not NkiTensor or tensor.dynamic is None:
+            return tensor
+        dynamic = tensor.dynamic
+        if dynamic.kind != "scalar":
+            raise violation(
+                "view",
+                "only DMA takes a vector_offset",
+                instruction=spec.opcode,
+                operand=tensor.name,
+                hint="dma_copy the rows to SBUF first",
+            )
+        value = self.index_value(dynamic.index, spec, indices)
+        view = resolved(tensor, value)
+        access = view.access()
+        access = view._access = Access(access.allocation, access.layout, access.start, True)
+        allocation = access.allocation
+        outside = not access.inside
+        if dynamic.count is not None and not 0 <= value < dynamic.count:
+            outside = True
+        if outside:
+            if skip:
+                return None
+            violate(
+                "oob",
+                f"the run-time index {value} leaves the tensor {allocation.shape}",
+                instruction=spec.opcode,
+                operand=tensor.name,
+                value=value,
+                limit=dynamic.count,
+            )
+        return view
+
+    def index_value(self, index: Any, spec: Spec, indices: list[Access]) -> int:
+        """The value of a run-time index: register or (1, 1) tensor."""
+        if isinstance(index, VirtualRegister):
+            return index.read() if self.data or index.value is not None else 0
+        indices.append(index.access())
+        if not self.data:
+            return 0
+        self.require_readable(index, spec)
+        return int(index.array().reshape(-1)[0])
+
+    def require_readable(self, tensor: NkiTensor, spec: Spec) -> None:
+        """Refuse a tensor of which some element was never written."""
+        if self.pending:
+            self.settle((tensor.access(),))
+        if self.data and not tensor.memory.readable(tensor.access()):
+            faults.uninitialized(spec, (), (tensor,), tensor)
+
+    def unknown_register(self, register: VirtualRegister) -> int:
+        """The value of a register that a shape-only run cannot know.
+
+        Raises:
+            DataUnavailableError: the run was given no `unknown=` to ask.
+        """
+        if self.options.unknown is None:
+            raise violation(
+                "no-data",
+                "control depends on a register whose value depends on data",
+                hint="simulate(kernel, data=False, unknown=lambda register: trip_count)",
+            )
+        return self.options.unknown(register)
+
+    @property
+    def relax(self) -> frozenset[str]:
+        """Rules that are noted instead of raised; with `note`, what `session.Session` asks."""
+        return self.options.relax
+
+    def note(self, error: SimulationError) -> None:
+        """Write down a broken rule that the user relaxed."""
+        self.trace.relaxed.append(error)
+
+    def __enter__(self) -> NeuronCore:
+        self._previous = STATE.core
+        STATE.core = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        STATE.core = self._previous
+
+
+def _fill_sentinel(memory: Memory) -> None:
+    """NaN for floats and 4 for integers, as AWS's simulator shows unwritten memory."""
+    allocation = memory.allocation
+    shape = allocation.shape
+    tensor = NkiTensor(shape, allocation.dtype, memory)
+    tensor.array()[...] = np.nan if allocation.dtype.is_float else 4

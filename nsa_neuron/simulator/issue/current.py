@@ -1,0 +1,33 @@
+"""The core that the current thread simulates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..rules.session import STATE, violation
+
+if TYPE_CHECKING:
+    from .core import NeuronCore
+
+
+def current_core() -> NeuronCore | None:
+    """The core this thread simulates, or None outside a kernel."""
+    core: NeuronCore | None = STATE.core
+    return core
+
+
+def require_core(what: str) -> NeuronCore:
+    """The current core; outside a kernel an error that names the API.
+
+    Raises:
+        UsageError: no kernel is being simulated.
+    """
+    core: NeuronCore | None = STATE.core
+    if core is None:
+        raise violation(
+            "usage",
+            "called outside a kernel",
+            instruction=what,
+            hint="decorate the function with @nki.jit; call it through nki.simulate(kernel)(...)",
+        )
+    return core

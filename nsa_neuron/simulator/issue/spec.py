@@ -1,0 +1,77 @@
+"""What an instruction is, and what checking one leaves for the next of its kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..rules.errors import SimulationError
+
+
+class Spec:
+    """What an instruction is.
+
+    Attributes:
+        opcode: its `nisa` name.
+        writes, reads: roles of the operands, in the order `issue` gets them.
+        check: `check(c: checker.Checker) -> engine` or `-> (engine, payload)`; raises through `c`.
+        run: `run(core, payload, writes, reads, params)`: the arithmetic and the store.
+        dma: True where operands are not bound by partition rules.
+        marks_itself: True where `run` notes what it wrote (masked or partial writes).
+        optional: roles in `writes` that may be None.
+        checks_itself: True where `run` looks for unwritten elements and races itself (indirect
+            operands, whose record covers more than they touch) or has none (barriers).
+        keeps: True where part of `dst`, which is then the last of `reads` too, may stay as it is,
+            written or not; `run` marks what it wrote.
+        checked: how many of `reads` are looked through for unwritten elements (a slice's end).
+    """
+
+    __slots__ = (
+        "check",
+        "checked",
+        "checks_itself",
+        "dma",
+        "marks_itself",
+        "opcode",
+        "optional",
+        "reads",
+        "run",
+        "writes",
+    )
+
+    def __init__(
+        self,
+        opcode: str,
+        writes: tuple[str, ...],
+        reads: tuple[str, ...],
+        check: Callable[[Any], Any],
+        run: Callable[..., None],
+        dma: bool = False,
+        marks_itself: bool = False,
+        checks_itself: bool = False,
+        optional: tuple[str, ...] = (),
+        keeps: bool = False,
+    ) -> None:
+        self.opcode = opcode
+        self.writes = writes
+        self.reads = reads
+        self.check = check
+        self.run = run
+        self.dma = dma
+        self.marks_itself = marks_itself or keeps
+        self.checked = 0 if checks_itself else -1 if keeps else None
+        self.checks_itself = checks_itself
+        self.optional = optional
+
+
+class Plan:
+    """The result of checking a signature: engine, anything precomputed, relaxed violations."""
+
+    __slots__ = ("engine", "payload", "violations")
+
+    def __init__(self, engine: str, payload: Any, violations: list[SimulationError]) -> None:
+        self.engine = engine
+        self.payload = payload
+        self.violations = violations

@@ -1,0 +1,1 @@
+"""What a NeuronCore-v3 is: sizes and limits, dtypes, memory regions."""

@@ -1,0 +1,1 @@
+"""Running a kernel: arguments in, results out, capacity checked at the end."""

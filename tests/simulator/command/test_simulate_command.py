@@ -1,0 +1,220 @@
+"""`nsa simulate` and `python -m nsa_neuron.simulator`, on files outside the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nsa_neuron
+from nsa_neuron.simulator.command import loading
+from nsa_neuron.simulator.command import simulate as cli
+from nsa_neuron.simulator.run.arguments import ShapeDtype
+
+KERNELS = """
+import nki
+import nki.isa as nisa
+import nki.language as nl
+from helpers import load
+
+@nki.jit
+def scaled(a, scale=1.0, other=None, kind="plain"):
+    x = load(a)
+    nisa.tensor_scalar(dst=x, data=x, op0=nl.multiply, operand0=scale)
+    out = nl.ndarray(a.shape, a.dtype, buffer=nl.shared_hbm)
+    nisa.dma_copy(dst=out, src=x)
+    return out
+
+@nki.jit
+def refused(a):
+    x = load(a)
+    nisa.memset(dst=x[5:10], value=0.0)
+    nisa.dma_copy(dst=a, src=x)
+
+@nki.jit
+def raises(a):
+    return {}["absent"]
+
+if __name__ == "__main__":
+    import sys
+    import numpy as np
+    print(sys.argv[1:], nki.simulate(scaled)(np.ones((4, 4), np.float32), 3.0).sum())
+"""
+
+HELPERS = """
+import nki.isa as nisa
+import nki.language as nl
+
+def load(a):
+    x = nl.ndarray(a.shape, a.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=x, src=a)
+    return x
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "user_kernels.py").write_text(KERNELS)
+    (tmp_path / "helpers.py").write_text(HELPERS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def simulate(capsys, kernel, *words):
+    code = cli.simulate_main([f"user_kernels.py::{kernel}", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_summary(folder, capsys):
+    code, out, _ = simulate(capsys, "scaled", "--arg", "a=full(2):64x32:bf16", "--arg", "scale=3")
+    assert code == 0
+    assert "result 0              bfloat16 [64, 32]  min 6  max 6  mean 6" in out
+    assert "instructions 3 (dma 2, vector 1)" in out
+    assert "DMA wrote 8,192 bytes" in out
+    assert "SBUF 64 of 212,984" in out
+    assert not {"user_kernels", "helpers", "nki"} & set(sys.modules)
+
+
+def test_json_lnc_and_saved_results(folder, capsys):
+    np.save("a.npy", np.arange(12, dtype=np.float32).reshape(3, 4))
+    words = ("--arg", "a=a.npy", "--lnc", "2", "--json", "--save", "out")
+    code, out, _ = simulate(capsys, "scaled", *words)
+    facts = json.loads(out)
+    assert (code, facts["cores"], facts["instructions"]) == (0, 2, 6)
+    assert facts["results"][0]["max"] == 11
+    np.testing.assert_array_equal(np.load("out/scaled_0.npy"), np.load("a.npy"))
+
+
+def test_shape_only_needs_no_memory(folder, capsys):
+    code, out, _ = simulate(
+        capsys, "scaled", "--arg", "a=randn:128x40000:fp32", "--shape-only", "--json"
+    )
+    facts = json.loads(out)
+    assert code == 0 and facts["data"] is False
+    assert facts["results"] == [{"shape": [128, 40000], "dtype": "float32"}]
+    assert facts["peak_bytes_per_partition"][0]["sbuf"]["live"] == 160_000
+
+
+def test_a_broken_rule(folder, capsys):
+    code, out, err = simulate(capsys, "refused", "--arg", "a=ones:128x4")
+    assert code == 1 and not out
+    assert "rule start-partition" in err and "user_kernels.py:18 in refused" in err
+    code, out, _ = simulate(capsys, "refused", "--arg", "a=ones:128x4", "--json")
+    assert json.loads(out)["error"]["line"] == 18
+    code, out, _ = simulate(capsys, "refused", "--arg=a=ones:128x4", "--relax=start-partition")
+    assert code == 0
+    assert "RELAXED start-partition: broken 1 times" in out
+    assert "(written by the kernel)" in out
+
+
+def test_an_exception_in_the_kernel_shows_the_kernels_frames_only(folder, capsys):
+    code, _, err = simulate(capsys, "raises", "--arg", "a=ones:8x4")
+    assert code == 1
+    assert "KeyError: 'absent'" in err and 'return {}["absent"]' in err
+    assert "nsa_neuron" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["absent.py::k"], "no file absent.py"),
+        (["user_kernels.py::absent"], "there are: raises, refused, scaled"),
+        (["user_kernels.py"], "which kernel?"),
+        (["user_kernels.py::scaled"], "needs a: --arg a=randn"),
+        (["user_kernels.py::scaled", "--arg", "a"], "write NAME=VALUE"),
+        (["user_kernels.py::scaled", "--arg", "b=1"], "has no 'b'"),
+        (["user_kernels.py::scaled", "--arg", "a=random:3x3"], "no fill 'random'"),
+        (["user_kernels.py::scaled", "--arg", "a=randn:3x3:int64"], "no 64-bit types"),
+        (["user_kernels.py::scaled", "--arg", "a=randn:3x"], "cannot read 'randn:3x'"),
+        (["user_kernels.py::scaled", "--arg", "a=full:3x3"], "full cannot use ()"),
+        (["user_kernels.py::scaled", "--arg", "a=no.npy"], "no file no.npy"),
+        (["user_kernels.py::scaled", "--relax", "bonds"], "no rule is named 'bonds'"),
+        (["user_kernels.py::scaled", "--target", "trn9"], "'trn9' is not modelled"),
+    ],
+)
+def test_command_lines_that_cannot_be_carried_out(folder, capsys, words, text):
+    assert cli.simulate_main(words) == cli.UNUSABLE
+    out, err = capsys.readouterr()
+    assert not out and text in err and err.startswith("nsa simulate: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("-1.5", -1.5),
+        ("true", True),
+        ("None", None),
+        ("none", None),
+        ("(1, 'a')", (1, "a")),
+        ("'3'", "3"),
+        ("causal", "causal"),
+        ("a:b", "a:b"),
+        ("dtype:bf16", "bfloat16"),
+    ],
+)
+def test_values_that_are_no_tensors(text, value):
+    got = loading.parse_value(text, np.random.default_rng(0))
+    assert got == value and isinstance(got, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype", "low", "high"),
+    [
+        ("zeros:2x3:fp16", (2, 3), "float16", 0, 0),
+        ("ones:4", (4,), "float32", 1, 1),
+        ("arange:2x3:int32", (2, 3), "int32", 0, 5),
+        ("full(-2.5):1x1x1", (1, 1, 1), "float32", -2.5, -2.5),
+        ("randint(3,5):50x1:uint8", (50, 1), "uint8", 3, 4),
+        ("rand:100x1", (100, 1), "float32", 0, 1),
+    ],
+)
+def test_tensor_values(text, shape, dtype, low, high):
+    array = loading.parse_value(text, np.random.default_rng(0))
+    assert (array.shape, str(array.dtype)) == (shape, dtype)
+    assert array.min() >= low and array.max() <= high
+    lazy = loading.parse_value(text, np.random.default_rng(0), data=False)
+    assert lazy == ShapeDtype(shape, dtype)
+
+
+def python(folder, *words, **environment):
+    root = str(Path(nsa_neuron.__file__).parents[1])
+    path = os.pathsep.join([root, *environment.pop("path", [])])
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_scripts_run_on_the_simulator(folder):
+    module = ("-m", "nsa_neuron.simulator")
+    want = "['one'] 48.0\n"
+    assert python(folder, *module, "user_kernels.py", "one").stdout == want
+    assert python(folder, *module, "-m", "user_kernels", "one").stdout == want
+    site = python(folder, *module, "--path").stdout.strip()
+    done = python(folder, "user_kernels.py", "one", path=[site], NKI_SIMULATOR="1")
+    assert done.stdout == want, done.stderr
+    done = python(folder, "user_kernels.py", path=[site], NKI_SIMULATOR="0")
+    assert done.returncode != 0 and "set NKI_SIMULATOR=1" in done.stderr
+    done = python(folder, *module, "absent.py")
+    assert (done.returncode, "no file absent.py" in done.stderr) == (2, True)
+
+
+def test_command_imports_no_torch(folder):
+    code = (
+        "import sys\n"
+        "from nsa_neuron.cli import main\n"
+        "assert main(['simulate', 'user_kernels.py::scaled', '--arg', 'a=ones:8x8']) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = python(folder, "-c", code)
+    assert done.returncode == 0, done.stderr

@@ -1,10 +1,12 @@
-# Two commands on a fresh machine with Python 3.11 and make: `make demo`, `make test`.
+# Two commands on a fresh machine with Python 3.10 to 3.14 and make: `make demo`, `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= dev,cuda
+EXTRAS ?= dev,cuda,hf
 WORKERS ?= 2
+# PyTorch's own index of CPU builds; empty: torch from where pip is set up to look.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
@@ -13,11 +15,9 @@ export OMP_NUM_THREADS ?= 2
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
-	touch $@
+$(STAMP): pyproject.toml constraints.txt tools/install.sh
+	@tools/install.sh "$(PYTHON)" "$(VENV)" "$(EXTRAS)" "$(TORCH_INDEX)"
+	@touch $@
 
 .PHONY: install
 install: $(STAMP) ## virtual environment with everything (torch: a CPU build)

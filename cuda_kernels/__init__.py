@@ -1,0 +1,3 @@
+"""NSA's operations as Triton kernels; nothing here imports the rest of nsa-neuron."""
+
+DISTRIBUTION = "nsa-neuron"  # another package of this name would lack it, and is refused

@@ -64,7 +64,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imports public names and submodules on first use (PEP 562)."""
     if name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        try:
+            value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            from nsa_neuron.errors import MissingPackage
+
+            raise MissingPackage("torch", "torch", f"nsa_neuron.{name}") from None
         globals()[name] = value
         return value
     if not name.startswith("_"):

@@ -29,7 +29,7 @@ from nsa_neuron.backends.cuda.kernel_table import (
     Shape,
 )
 from nsa_neuron.backends.cuda.plan_points import Point, points
-from nsa_neuron.toolchain import KernelPackage
+from nsa_neuron.toolchain import DISTRIBUTION, KernelPackage
 
 SHARED_MEMORY_LIMIT = 232_448
 """Bytes of shared memory one block may use on sm_90 (CUDA C++ Programming Guide, table of compute
@@ -151,7 +151,7 @@ def compile_job(job: Job) -> Row:
 
 @functools.cache
 def _kernels() -> KernelPackage:
-    return KernelPackage("cuda_kernels")
+    return KernelPackage("cuda_kernels", distribution=DISTRIBUTION)
 
 
 def _settled(shape: Shape) -> Mapping[str, Any]:

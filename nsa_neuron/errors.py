@@ -61,6 +61,20 @@ class UnsupportedTransform(NsaError, NotImplementedError):
     """A functional transform (vmap, double backward) that an operation does not define."""
 
 
+class MissingPackage(NsaError, ImportError):
+    """An optional package is not installed; says what needs it and how to install it.
+
+    Attributes:
+        package: its import name.
+    """
+
+    def __init__(self, package: str, extra: str, what: str) -> None:
+        super().__init__(
+            f"{what} needs {package}, which is not installed: pip install 'nsa-neuron[{extra}]'"
+        )
+        self.package = package
+
+
 class ToolchainError(NsaError, ImportError):
     """A kernel package cannot be loaded for the toolchain that was asked for."""
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Environment = AbstractContextManager[object]
 
+DISTRIBUTION = "nsa-neuron"  # what our own kernel packages call themselves
+
 _import_lock = threading.RLock()
 
 
@@ -34,13 +36,21 @@ class KernelPackage:
         environment: makes the context in which modules are imported: it decides what the vendor's
             names mean there (`simulator.activate`, Triton's interpreter switch). Default: none, so
             the vendor's own packages are used.
+        distribution: what the package must call itself in `DISTRIBUTION`; default: anything. Names
+            like `cuda_kernels` are short: another package of that name may come first on the path.
 
     Modules are imported on first use and kept; modules of one copy share their imports of each
     other. Only imports at module level see the environment.
     """
 
-    def __init__(self, name: str, environment: Callable[[], Environment] = nullcontext) -> None:
+    def __init__(
+        self,
+        name: str,
+        environment: Callable[[], Environment] = nullcontext,
+        distribution: str | None = None,
+    ) -> None:
         self.name = name
+        self._distribution = distribution
         self._environment = environment
         self._modules: dict[str, ModuleType] = {}
 
@@ -48,7 +58,8 @@ class KernelPackage:
         """Returns the private copy of module `stem` (`"attention"`, `"decode.split"`).
 
         Raises:
-            ToolchainError: the module or something it imports does not exist.
+            ToolchainError: the module or something it imports does not exist, or the package is
+                somebody else's.
         """
         full = f"{self.name}.{stem}" if stem else self.name
         with _import_lock:
@@ -59,9 +70,22 @@ class KernelPackage:
     def _import(self, full: str) -> None:
         try:
             with self._private_modules(), self._environment():
+                self._make_sure(importlib.import_module(self.name))
                 importlib.import_module(full)
         except ImportError as error:
             raise ToolchainError(f"cannot load kernels '{full}': {error}") from error
+
+    def _make_sure(self, package: ModuleType) -> None:
+        """Refuses a package of the same name that comes from elsewhere."""
+        if self._distribution is None:
+            return
+        found = getattr(package, "DISTRIBUTION", None)
+        if found != self._distribution:
+            place = package.__file__ or list(package.__path__)
+            raise ToolchainError(
+                f"'{self.name}' at {place} is not {self._distribution}'s: another package of that "
+                "name comes first on sys.path; remove or rename it"
+            )
 
     @contextmanager
     def _private_modules(self) -> Iterator[None]:

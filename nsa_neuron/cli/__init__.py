@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 
 from nsa_neuron import __version__
-from nsa_neuron.errors import NsaError
+from nsa_neuron.errors import MissingPackage, NsaError
 
 FAILED, UNUSABLE = 1, 2
 
@@ -31,12 +32,14 @@ class Command:
         module: what carries it out.
         function: takes the rest of the command line and returns an exit code; empty: the module
             is one of this package's, see above.
+        torch: whether it needs torch, which the simulator's commands do without.
     """
 
     name: str
     help: str
     module: str
     function: str = ""
+    torch: bool = True
 
 
 COMMANDS = (
@@ -44,7 +47,7 @@ COMMANDS = (
     Command("backends", "what can run here, and why not", "nsa_neuron.cli.backends"),
     Command("conform", "try every op on every backend", "nsa_neuron.cli.conform"),
     Command("explain", "who would run a call, and who refuses it", "nsa_neuron.cli.explain"),
-    Command("bench", "measure on this machine", "nsa_neuron.cli.bench"),
+    Command("bench", "measure on this machine", "nsa_neuron.cli.bench", torch=False),
     Command(
         "compile-check",
         "compile the Triton kernels for an H200, without one",
@@ -56,18 +59,21 @@ COMMANDS = (
         "run a NKI kernel on the simulator",
         "nsa_neuron.simulator.command.simulate",
         "simulate_main",
+        torch=False,
     ),
     Command(
         "profile",
         "where a NKI kernel spends time",
         "nsa_neuron.simulator.command.profile",
         "profile_main",
+        torch=False,
     ),
     Command(
         "lint",
         "check NKI kernels without running",
         "nsa_neuron.simulator.command.lint",
         "lint_main",
+        torch=False,
     ),
 )
 
@@ -117,6 +123,8 @@ def _front_page(words: Sequence[str], commands: Sequence[Command]) -> int:
 
 
 def _carry_out(command: Command, words: Sequence[str]) -> int:
+    if command.torch:
+        need_torch("this command")
     module = importlib.import_module(command.module)
     if command.function:
         function = getattr(module, command.function, None)
@@ -130,6 +138,16 @@ def _carry_out(command: Command, words: Sequence[str]) -> int:
     )
     module.configure(parser)
     return int(module.run(parser.parse_args(words)))
+
+
+def need_torch(what: str) -> None:
+    """Makes sure that torch is there.
+
+    Raises:
+        MissingPackage: it is not; says what needs it.
+    """
+    if find_spec("torch") is None:
+        raise MissingPackage("torch", "torch", what)
 
 
 def exists(dotted: str) -> bool:

@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_neuron.cli import exists, shared
+from nsa_neuron.cli import exists, need_torch
 from nsa_neuron.errors import NsaError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=150, help="interleaved rounds of overhead")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to a file")
-    shared.add_json(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         if not exists(SIMULATOR):
             raise NsaError("this version has no benchmark of the simulator")
         return int(importlib.import_module(SIMULATOR).main(args) or 0)
+    need_torch("nsa bench --target cpu")
     from nsa_neuron import bench
 
     records = []

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nsa_neuron.errors import ToolchainError
-from nsa_neuron.toolchain import KernelPackage, triton_interpreter
+from nsa_neuron.toolchain import DISTRIBUTION, KernelPackage, triton_interpreter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,6 +104,20 @@ def test_missing_modules_give_a_typed_error_and_leave_no_trace(package: str) -> 
         KernelPackage("no_such_package").load("op")
     assert not [name for name in sys.modules if name.split(".")[0] == package]
     assert sim.load("op").where()[0] == "simulator", "the copy still works"
+
+
+def test_another_package_of_the_same_name_is_refused(package: str) -> None:
+    mine = KernelPackage(package, simulated, distribution="nsa-neuron")
+    with pytest.raises(
+        ToolchainError, match=r"'toy_kernels' at .*__init__\.py is not nsa-neuron's"
+    ):
+        mine.load("op")
+    assert not [name for name in sys.modules if name.split(".")[0] == package]
+
+
+@pytest.mark.parametrize("name", ["cuda_kernels", "nki_kernels"])
+def test_our_kernel_packages_say_whose_they_are(name: str) -> None:
+    assert KernelPackage(name, distribution=DISTRIBUTION).load("").DISTRIBUTION == DISTRIBUTION
 
 
 def test_errors_inside_a_kernel_file_propagate(package: str) -> None:

@@ -18,7 +18,12 @@ from nsa_neuron.backends import composite
 from nsa_neuron.backends.cuda import plans
 from nsa_neuron.backends.cuda.launch.decode import MAX_RATIO
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
-from nsa_neuron.toolchain import KernelPackage, interpreter_hindrance, triton_interpreter
+from nsa_neuron.toolchain import (
+    DISTRIBUTION,
+    KernelPackage,
+    interpreter_hindrance,
+    triton_interpreter,
+)
 
 if TYPE_CHECKING:
     from nsa_neuron.registry import Lowered
@@ -116,8 +121,8 @@ def _too_large(bound: Bound, stem: str) -> Unsupported | None:
 def kernel_package(mode: str) -> KernelPackage:
     """The private copy of `cuda_kernels` of a mode."""
     if mode == "sim":
-        return KernelPackage(PACKAGE, triton_interpreter)
-    return KernelPackage(PACKAGE)
+        return KernelPackage(PACKAGE, triton_interpreter, DISTRIBUTION)
+    return KernelPackage(PACKAGE, distribution=DISTRIBUTION)
 
 
 def _on_device(launch: Lowered, device: torch.device) -> Lowered:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nsa_neuron import simulator
-from nsa_neuron.toolchain import KernelPackage
+from nsa_neuron.toolchain import DISTRIBUTION, KernelPackage
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -79,4 +79,4 @@ def recording() -> Iterator[list[simulator.Run]]:
 @functools.cache
 def _package() -> KernelPackage:
     """The private copy of the kernels that uses the simulator's nki."""
-    return KernelPackage(PACKAGE, simulator.activate)
+    return KernelPackage(PACKAGE, simulator.activate, DISTRIBUTION)

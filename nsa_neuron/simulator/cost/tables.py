@@ -45,8 +45,3 @@ def holding(function: str) -> str:
         if function in functions:
             return name
     raise KeyError(f"no activation table is known to hold {function!r}")
-
-
-def needs_load(resident: str, function: str) -> bool:
-    """Whether a function needs another table than the resident one ("" at the start)."""
-    return function not in RESIDENT and function not in SETS.get(resident, ())

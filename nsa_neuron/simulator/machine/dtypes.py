@@ -371,10 +371,3 @@ def store_bits(view: Array, values: Array) -> None:
     """
     raw = bits(view)
     raw[...] = values.reshape(view.shape).astype(raw.dtype, copy=False)
-
-
-def quantise(values: Array, dtype: DType) -> NDArray[np.float32]:
-    """fp32 values after a round trip through ``dtype``: what a later read would see."""
-    if dtype is tfloat32:
-        return round_tf32(values)
-    return load_f32(convert(values, dtype.numpy))

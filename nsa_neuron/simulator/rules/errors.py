@@ -34,7 +34,7 @@ class SimulationError(Exception):
     """A kernel did what the device, the compiler or the NKI documents refuse.
 
     Attributes:
-        rule: id in `checks.RULES`.
+        rule: id in `table.RULES`.
         source: where the rule is documented.
         instruction: name of the instruction or view method, or None.
         operand: name of the offending operand, or None.

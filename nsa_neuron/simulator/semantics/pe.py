@@ -54,25 +54,23 @@ def matmul_double_row(stationary: F32, moving: F32) -> F32:
 
 
 def psum_update(
-    old: F32, product: F32, accumulate: bool | None, written: NDArray[np.bool_] | bool
-) -> F32:
-    """What a matmul leaves in PSUM.
+    out: F32, product: F32, accumulate: bool | None, written: NDArray[np.bool_] | None = None
+) -> None:
+    """What a matmul leaves in PSUM, in place.
 
     Args:
-        old: fp32 content of the destination before, same element count as ``product``.
-        product: the new product.
+        out: fp32 content of the destination.
+        product: the new product, same element count.
         accumulate: False overwrites, True adds, None adds where a matmul wrote since allocation.
-        written: that knowledge, per element or one for all; read when ``accumulate`` is None.
-
-    Returns:
-        fp32 in ``old``'s shape.
+        written: where that is, in ``out``'s shape; read when ``accumulate`` is None.
     """
-    new = product.reshape(old.shape)
-    if accumulate is None and not isinstance(written, np.ndarray):
-        accumulate = bool(written)
+    new = product.reshape(out.shape)
     if accumulate is None:
-        return np.where(written, old + new, new)
-    return old + new if accumulate else new
+        out[...] = np.where(written, out + new, new)
+    elif accumulate:
+        out += new
+    else:
+        out[...] = new
 
 
 def psum_update_overlapping(

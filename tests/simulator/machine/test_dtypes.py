@@ -280,9 +280,3 @@ def test_what_is_not_a_dtype(bad):
 def test_64_bit_types_are_refused_with_the_type_to_use():
     with pytest.raises(dtypes.UnknownDTypeError, match=r"convert to nl\.int32"):
         dtypes.resolve(np.dtype(np.int64))
-
-
-def test_quantise_is_a_round_trip():
-    x = np.array([1.0 + 2.0**-9, -3.3], np.float32)
-    assert dtypes.quantise(x, dtypes.bfloat16).tolist() == [1.0, -3.296875]
-    assert dtypes.quantise(x, dtypes.tfloat32)[0] == 1.0 + 2.0**-9

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,39 +37,10 @@ def test_transpose_indices_run_down_the_columns(lanes, columns, data):
     assert dma.transpose_indices(index, count).tolist() == want
 
 
-@settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 6), index=st.lists(st.integers(-3, 9), min_size=1, max_size=8))
-def test_gather_and_scatter_skip_or_refuse_rows_outside(rows, index):
-    table, old = raw((rows, 2, 3)), raw((len(index), 2, 3), 1)
-    where = np.array(index, np.int32)[:, None]
-    inside = [0 <= i < rows for i in index]
-    got = dma.gather_rows(table, where, old)
-    for r, i in enumerate(index):
-        want = table[i] if inside[r] else old[r]
-        assert np.array_equal(dtypes.bits(got)[r], dtypes.bits(want))
-    written = table.copy()
-    dma.scatter_rows(written, where, old, skip=True)
-    want = [dtypes.bits(row).tolist() for row in table]
-    for r, i in enumerate(index):
-        if inside[r]:
-            want[i] = dtypes.bits(old)[r].tolist()
-    assert dtypes.bits(written).tolist() == want
-    if all(inside):
-        strict = dma.gather_rows(table, where)
-        assert np.array_equal(dtypes.bits(strict), dtypes.bits(got))
-    else:
-        bad = next(i for i, ok in zip(index, inside, strict=True) if not ok)
-        for act in (
-            lambda: dma.gather_rows(table, where),
-            lambda: dma.scatter_rows(table.copy(), where, old),
-        ):
-            with pytest.raises(IndexError, match=f"row {bad} of a table with {rows} rows"):
-                act()
-
-
-def test_unsigned_indices_above_int32_are_out_of_bounds():
-    with pytest.raises(IndexError, match="row 4294967295"):
-        dma.gather_rows(raw((4, 2)), np.array([[2**32 - 1]], np.uint32))
+def test_which_indices_address_a_row():
+    wanted = np.array([-(2**31), -1, 0, 3, 4, 2**32 - 1], np.int64)
+    assert dma.in_bounds(wanted, 4).tolist() == [False, False, True, True, False, False]
+    assert not dma.in_bounds(wanted, 0).any()
 
 
 def test_compute_adds_in_fp32_from_first_to_last():

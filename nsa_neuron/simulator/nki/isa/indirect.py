@@ -5,6 +5,7 @@ import numpy as np
 from ...memory.allocation import Access
 from ...memory.tensor import NkiTensor
 from ...rules.session import violate, violation
+from ...semantics.dma import in_bounds
 
 
 def is_vector(tensor):
@@ -54,7 +55,7 @@ class Rows:
     def __init__(self, core, instruction, role, view, indices, skip):
         self.table = table_of(view)
         count = self.table.shape[0] if self.table is not None else 0
-        valid = (indices >= 0) & (indices < count)
+        valid = in_bounds(indices, count)
         if not skip and not valid.all():
             bad = int(np.argmin(valid))
             violate(

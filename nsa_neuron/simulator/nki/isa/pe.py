@@ -225,13 +225,8 @@ def _run_matmul(core, payload, writes, reads, params):
         np.matmul(st.reshape(k, -1).T, mv.reshape(k, -1), out=out.reshape(out.shape[0], -1))
     else:
         product = (semantics.matmul_double_row if double else semantics.matmul)(st, mv)
-        product = product.reshape(out.shape)
-        if accumulate is None:
-            out[...] = np.where(group.mask(access), out + product, product)
-        elif accumulate:
-            out += product
-        else:
-            out[...] = product
+        written = group.mask(access) if accumulate is None else None
+        semantics.psum_update(out, product, accumulate, written)
     if not group.full:
         group.add(access)
     if not memory.written.full:

@@ -54,7 +54,7 @@ def matmul_double_row(stationary: F32, moving: F32) -> F32:
 
 
 def psum_update(
-    out: F32, product: F32, accumulate: bool | None, written: NDArray[np.bool_] | None = None
+    out: F32, product: F32, accumulate: bool | None, written: NDArray[np.bool_] | bool = False
 ) -> None:
     """What a matmul leaves in PSUM, in place.
 

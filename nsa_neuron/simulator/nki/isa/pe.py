@@ -225,7 +225,7 @@ def _run_matmul(core, payload, writes, reads, params):
         np.matmul(st.reshape(k, -1).T, mv.reshape(k, -1), out=out.reshape(out.shape[0], -1))
     else:
         product = (semantics.matmul_double_row if double else semantics.matmul)(st, mv)
-        written = group.mask(access) if accumulate is None else None
+        written = group.mask(access) if accumulate is None else False
         semantics.psum_update(out, product, accumulate, written)
     if not group.full:
         group.add(access)

@@ -1,4 +1,4 @@
-"""Importance of selection blocks and the choice of the best n."""
+"""Importance of selection blocks and the choice of the best n (see the kernel `forward`)."""
 
 import nki
 import nki.isa as nisa
@@ -36,13 +36,6 @@ def my_steps(starts, blocks, lanes):
     return 0, lanes, steps
 
 
-def queries_of_tile(group, dim, dtype, resident_bytes):
-    """Queries of a tile: 128, or fewer where their transposes would not fit into SBUF."""
-    at_once, _ = queries_at_once(group)
-    size, parts = 4 if dtype == nl.float32 else 2, (dim + PARTITIONS - 1) // PARTITIONS
-    return max(at_once, min(PARTITIONS, resident_bytes // (size * parts * group) // 32 * 32))
-
-
 def lots(tiles, first_beyond):
     """The tiles before block `first_beyond` in lists of at most 512 keys: one load each."""
     found, keys = [], 0
@@ -57,7 +50,7 @@ def lots(tiles, first_beyond):
     return found
 
 
-def constants(weights, shift, piece, span, count):
+def constants(weights, shift, piece):
     """What all tiles of queries share, made once."""
     table = fp32(PARTITIONS, weights.shape[0], weights.shape[2])
     nisa.dma_copy(table, weights.permute((1, 0, 2)))
@@ -128,7 +121,7 @@ def forward(
     heads = kt.shape[1]
     group = q.shape[2] // heads
     ids = nl.ndarray((batch, queries, heads, width), dtype=nl.int32, buffer=nl.shared_hbm)
-    made = constants(weights, shift, piece, span, count)
+    made = constants(weights, shift, piece)
     starts, length = covering(queries, length)
     first_lane, lanes, steps = my_steps(starts, blocks, batch * heads)
     at_once, heads_at_once = queries_at_once(group)

@@ -33,9 +33,7 @@ def descending(keys, count):
 
 def reversed_into(target, values, limit):
     """target = limit - values."""
-    nisa.tensor_scalar(
-        target, values, nl.multiply, -1.0, op1=nl.add, operand1=float(limit)
-    )
+    nisa.tensor_scalar(target, values, nl.multiply, -1.0, op1=nl.add, operand1=float(limit))
 
 
 def best_positions(scores, count):
@@ -108,9 +106,7 @@ def chosen_ids(scores, ids, base, count, limit):
     nisa.tensor_tensor(keys[:, 0:count], local, valid, nl.multiply)
     ordered = descending(keys, count)[:, 0:count]
     ends, result = fp32(parts, count), nl.ndarray((parts, count), dtype=nl.int32, buffer=nl.sbuf)
-    nisa.tensor_scalar(
-        ends, ordered, nl.equal, 0.0, op1=nl.multiply, operand1=-float(limit + 1)
-    )
+    nisa.tensor_scalar(ends, ordered, nl.equal, 0.0, op1=nl.multiply, operand1=-float(limit + 1))
     reversed_into(local, ordered, limit)
     nisa.tensor_tensor(result, local, ends, nl.add)
     return result

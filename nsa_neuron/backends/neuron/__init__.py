@@ -35,6 +35,7 @@ OPS = (
     "compress_backward",
     "gated_sum",
     "gated_sum_backward",
+    "select_blocks",
     "selected_attention",
     "selected_attention_backward",
     "sliding_window_attention",

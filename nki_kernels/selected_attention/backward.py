@@ -25,7 +25,9 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.cores import share
+from nki_kernels.common.spans import spans
 from nki_kernels.selected_attention import tile as parts
 
 
@@ -43,7 +45,7 @@ def backward_dq(q_t, do_t, do, o, stats, k_t, v_t, k, ids, place, lists, starts,
     tiles, dk, rows = q_t.shape
     dq = nl.ndarray((tiles, rows, dk), dtype=q_t.dtype, buffer=nl.shared_hbm)
     delta = nl.ndarray((tiles, rows, 1), dtype=nl.float32, buffer=nl.shared_hbm)
-    owners = parts.sbuf(heads.shape, heads.dtype)
+    owners = sbuf(heads.shape, heads.dtype)
     nisa.dma_copy(owners, heads)
     numbers = parts.counted(ids.shape[1], k.shape[1])
     first, count = share(tiles)
@@ -52,10 +54,12 @@ def backward_dq(q_t, do_t, do, o, stats, k_t, v_t, k, ids, place, lists, starts,
         q = parts.load_transposed(q_t, i, q_t.dtype)
         grad = parts.load_transposed(do_t, i, do_t.dtype)
         queries = parts.Queries(ids, place, i)
-        rows_of = [_DqRows(start, length, dk) for start, length in parts.chunks(rows)]
+        rows_of = []
+        for start, length in spans(rows, nl.tile_size.pmax):
+            rows_of.append(_DqRows(start, length, dk))
         for part in rows_of:
             part.load(do.select(0, i), o.select(0, i), stats.select(0, i), delta.select(0, i))
-        pointer = parts.sbuf((1, 1), nl.int32)
+        pointer = sbuf((1, 1), nl.int32)
         nisa.dma_copy(pointer, starts.select(0, i))
         times = nisa.register_alloc()
         nisa.register_load(times, trips.select(0, i))
@@ -87,16 +91,16 @@ class _DqRows(nl.NKIObject):
     def __init__(self, start, length, dk):
         self.rows = slice(start, start + length)
         self.length = length
-        self.acc = parts.sbuf((length, dk), nl.float32)
-        self.shift = parts.sbuf((length, 1), nl.float32)
-        self.delta = parts.sbuf((length, 1), nl.float32)
+        self.acc = sbuf((length, dk), nl.float32)
+        self.shift = sbuf((length, 1), nl.float32)
+        self.delta = sbuf((length, 1), nl.float32)
         nisa.memset(self.acc, 0.0)
 
     def load(self, do, o, stats, delta):
         """Loads the rows' statistics and makes their delta."""
         shape = (self.length, do.shape[1])
-        grad, out = parts.sbuf(shape, do.dtype), parts.sbuf(shape, o.dtype)
-        product, grad_lse = parts.sbuf(shape, nl.float32), parts.sbuf((self.length, 1), nl.float32)
+        grad, out = sbuf(shape, do.dtype), sbuf(shape, o.dtype)
+        product, grad_lse = sbuf(shape, nl.float32), sbuf((self.length, 1), nl.float32)
         nisa.dma_copy(grad, do[self.rows, :])
         nisa.dma_copy(out, o[self.rows, :])
         nisa.dma_copy(self.shift, stats[self.rows, 0:1])
@@ -111,30 +115,29 @@ class _DqRows(nl.NKIObject):
         tokens = hidden.shape[2]
         per_tile = nl.tile_size.pmax // tokens
         group = max(1, parts.BANK // (per_tile * tokens)) * per_tile
-        for first, slots in parts.chunks(hidden.shape[1], group):
+        for first, slots in spans(hidden.shape[1], group):
             columns = slice(first, first + slots)
             mask = (owners[:, self.rows], hidden[:, columns, :])
             _, ds = _gradients(
                 q, grad, keys, values, self.rows, columns, mask, self.shift, self.delta, scale
             )
-            out = parts.psum(self.acc.shape)
-            for j, (start, length) in enumerate(parts.chunks(slots * tokens, per_tile * tokens)):
+            out = psum(self.acc.shape)
+            for start, length in spans(slots * tokens, per_tile * tokens):
                 ds_t = parts.transposed(ds[:, start : start + length])
-                nisa.nc_matmul(out, ds_t, key_rows[first // per_tile + j], accumulate=j > 0)
+                key_tile = key_rows[first // per_tile + start // (per_tile * tokens)]
+                nisa.nc_matmul(out, ds_t, key_tile, accumulate=start > 0)
             nisa.tensor_tensor(self.acc, self.acc, out, nl.add)
 
     def store(self, dq):
-        out = parts.sbuf(self.acc.shape, dq.dtype)
-        nisa.tensor_copy(out, self.acc)
-        nisa.dma_copy(dq[self.rows, :], out)
+        _store(dq[self.rows, :], self.acc)
 
 
 def _gradients(q, grad, keys, values, rows, columns, mask, shift, delta, scale):
     """scale p [rows, keys] float32, and ds in q's dtype."""
     shape = (mask[0].shape[1], mask[1].shape[1] * mask[1].shape[2])
-    scores, dp = parts.psum(shape), parts.psum(shape)
-    p, ds = parts.sbuf(shape, nl.float32), parts.sbuf(shape, q[0].dtype)
-    parts.product(scores, q, keys, rows, columns, [mask])
+    scores, dp = psum(shape), psum(shape)
+    p, ds = sbuf(shape, nl.float32), sbuf(shape, q[0].dtype)
+    parts.product(scores, q, keys, rows, columns, mask)
     parts.product(dp, grad, values, rows, columns)
     nisa.activation(p, nl.exp, scores, bias=shift, scale=scale)
     nisa.scalar_tensor_tensor(ds, dp, nl.subtract, delta, nl.multiply, p)
@@ -158,18 +161,18 @@ def backward_dkv(q_t, do_t, q, do, stats, k_t, v_t, ids, place, entries, starts,
     blocks, (dk, tokens), dv = starts.shape[0], k_t.shape[1:], v_t.shape[1]
     dks = nl.ndarray((blocks, tokens, dk), dtype=k_t.dtype, buffer=nl.shared_hbm)
     dvs = nl.ndarray((blocks, tokens, dv), dtype=v_t.dtype, buffer=nl.shared_hbm)
-    owners = parts.sbuf(heads.shape, heads.dtype)
+    owners = sbuf(heads.shape, heads.dtype)
     nisa.dma_copy(owners, heads)
     numbers = parts.counted(ids.shape[1], tokens)
     first, count = share(blocks)
 
     def one_block(i):
-        keys = parts.load_transposed(k_t, i, k_t.dtype)
-        values = parts.load_transposed(v_t, i, v_t.dtype)
-        sums = [parts.sbuf((tokens, width), nl.float32) for width in (dk, dv)]
-        for total in sums:
-            nisa.memset(total, 0.0)
-        pointer = parts.sbuf((1, 1), nl.int32)
+        keys = _as_blocks(parts.load_transposed(k_t, i, k_t.dtype))
+        values = _as_blocks(parts.load_transposed(v_t, i, v_t.dtype))
+        dk_sum, dv_sum = sbuf((tokens, dk), nl.float32), sbuf((tokens, dv), nl.float32)
+        nisa.memset(dk_sum, 0.0)
+        nisa.memset(dv_sum, 0.0)
+        pointer = sbuf((1, 1), nl.int32)
         nisa.dma_copy(pointer, starts.select(0, i))
         times = nisa.register_alloc()
         nisa.register_load(times, trips.select(0, i))
@@ -179,28 +182,29 @@ def backward_dkv(q_t, do_t, q, do, stats, k_t, v_t, ids, place, entries, starts,
             tile = trip.numbers[0:1, 0:1]
             queries = parts.Queries(ids, place, tile)
             hidden = parts.hidden_keys(numbers, queries.visible(trip.blocks[:, 1:2], tokens))
-            columns = [parts.load_transposed(x, tile, x.dtype) for x in (q_t, do_t)]
-            outs = [parts.psum(total.shape) for total in sums]
-            for start, length in parts.chunks(q_t.shape[2]):
+            q_columns = parts.load_transposed(q_t, tile, q_t.dtype)
+            do_columns = parts.load_transposed(do_t, tile, do_t.dtype)
+            dk_part, dv_part = psum((tokens, dk)), psum((tokens, dv))
+            for start, length in spans(q_t.shape[2], nl.tile_size.pmax):
                 rows = slice(start, start + length)
-                own = [_load_rows(x.select(0, tile), rows) for x in (q, do, stats)]
+                q_rows = _load_rows(q.select(0, tile), rows)
+                do_rows = _load_rows(do.select(0, tile), rows)
+                own = _load_rows(stats.select(0, tile), rows)
                 mask = (owners[:, rows], hidden)
                 p, ds = _gradients(
-                    *columns, _as_blocks(keys), _as_blocks(values), rows, slice(0, 1), mask,
-                    own[2][:, 0:1], own[2][:, 1:2], scale,
+                    q_columns, do_columns, keys, values, rows, slice(0, 1), mask,
+                    own[:, 0:1], own[:, 1:2], scale,
                 )  # fmt: skip
-                rounded = parts.sbuf(p.shape, v_t.dtype)
+                rounded = sbuf(p.shape, v_t.dtype)
                 nisa.tensor_scalar(rounded, p, nl.multiply, 1.0 / scale)
-                nisa.nc_matmul(outs[0], ds, own[0], accumulate=start > 0)
-                nisa.nc_matmul(outs[1], rounded, own[1], accumulate=start > 0)
-            for total, out in zip(sums, outs, strict=True):
-                nisa.tensor_tensor(total, total, out, nl.add)
+                nisa.nc_matmul(dk_part, ds, q_rows, accumulate=start > 0)
+                nisa.nc_matmul(dv_part, rounded, do_rows, accumulate=start > 0)
+            nisa.tensor_tensor(dk_sum, dk_sum, dk_part, nl.add)
+            nisa.tensor_tensor(dv_sum, dv_sum, dv_part, nl.add)
 
         nl.fori_loop(0, times, one_trip)
-        for target, total in ((dks, sums[0]), (dvs, sums[1])):
-            out = parts.sbuf(total.shape, target.dtype)
-            nisa.tensor_copy(out, total)
-            nisa.dma_copy(target.select(0, i), out)
+        _store(dks.select(0, i), dk_sum)
+        _store(dvs.select(0, i), dv_sum)
 
     nl.fori_loop(first, first + count, one_block)
     return dks, dvs
@@ -208,11 +212,21 @@ def backward_dkv(q_t, do_t, q, do, stats, k_t, v_t, ids, place, entries, starts,
 
 def _load_rows(source, rows):
     """Rows of `source` [ROWS, D] in SBUF."""
-    out = parts.sbuf((rows.stop - rows.start, source.shape[1]), source.dtype)
+    out = sbuf((rows.stop - rows.start, source.shape[1]), source.dtype)
     nisa.dma_copy(out, source[rows, :])
     return out
 
 
+def _store(target, total):
+    """Writes float32 [P, N] in the target's dtype."""
+    out = sbuf(total.shape, target.dtype)
+    nisa.tensor_copy(out, total)
+    nisa.dma_copy(target, out)
+
+
 def _as_blocks(tiles):
     """[D, m] tiles as [D, 1, m] ones, as `gather_columns` makes them of one block."""
-    return [tile.expand_dim(1) for tile in tiles]
+    found = []
+    for tile in tiles:
+        found.append(tile.expand_dim(1))
+    return found

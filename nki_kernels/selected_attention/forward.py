@@ -23,7 +23,9 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.buffers import columns, psum, sbuf
 from nki_kernels.common.cores import share
+from nki_kernels.common.spans import spans
 from nki_kernels.selected_attention import tile as parts
 
 FLOOR = -1.0e30
@@ -47,7 +49,7 @@ def forward(q_t, k_t, v, ids, place, lists, starts, trips, heads, scale: float):
     tiles, _, rows = q_t.shape
     o = nl.ndarray((tiles, rows, v.shape[2]), dtype=q_t.dtype, buffer=nl.shared_hbm)
     lse = nl.ndarray((tiles, rows), dtype=nl.float32, buffer=nl.shared_hbm)
-    owners = parts.sbuf(heads.shape, heads.dtype)
+    owners = sbuf(heads.shape, heads.dtype)
     nisa.dma_copy(owners, heads)
     numbers = parts.counted(ids.shape[1], v.shape[1])
     first, count = share(tiles)
@@ -55,8 +57,10 @@ def forward(q_t, k_t, v, ids, place, lists, starts, trips, heads, scale: float):
     def one_tile(i):
         q = parts.load_transposed(q_t, i, q_t.dtype)
         queries = parts.Queries(ids, place, i)
-        rows_of = [Rows(start, length, v.shape[2]) for start, length in parts.chunks(rows)]
-        pointer = parts.sbuf((1, 1), nl.int32)
+        rows_of = []
+        for start, length in spans(rows, nl.tile_size.pmax):
+            rows_of.append(Rows(start, length, v.shape[2]))
+        pointer = sbuf((1, 1), nl.int32)
         nisa.dma_copy(pointer, starts.select(0, i))
         times = nisa.register_alloc()
         nisa.register_load(times, trips.select(0, i))
@@ -89,9 +93,9 @@ class Rows(nl.NKIObject):
 
     def __init__(self, start, length, dv):
         self.start, self.length = start, length
-        self.top = parts.sbuf((length, 1), nl.float32)
-        self.total = parts.sbuf((length, 1), nl.float32)
-        self.acc = parts.sbuf((length, dv), nl.float32)
+        self.top = sbuf((length, 1), nl.float32)
+        self.total = sbuf((length, 1), nl.float32)
+        self.acc = sbuf((length, dv), nl.float32)
         nisa.memset(self.top, FLOOR)
         nisa.memset(self.total, 0.0)
         nisa.memset(self.acc, 0.0)
@@ -102,25 +106,24 @@ class Rows(nl.NKIObject):
         per_tile = nl.tile_size.pmax // tokens
         group = max(1, parts.BANK // (per_tile * tokens)) * per_tile
         rows = slice(self.start, self.start + self.length)
-        for first, slots in parts.chunks(hidden.shape[1], group):
+        for first, slots in spans(hidden.shape[1], group):
             width = slots * tokens
-            scores = parts.psum((self.length, width))
-            columns = slice(first, first + slots)
-            mask = (owners[:, rows], hidden[:, columns, :])
-            parts.product(scores, q, keys, rows, columns, [mask])
+            scores = psum((self.length, width))
+            some = slice(first, first + slots)
+            mask = (owners[:, rows], hidden[:, some, :])
+            parts.product(scores, q, keys, rows, some, mask)
             p, fade = self._probabilities(scores, values[0].dtype, scale)
-            out = parts.psum(self.acc.shape)
-            for j, (start, length) in enumerate(parts.chunks(width, per_tile * tokens)):
+            out = psum(self.acc.shape)
+            for start, length in spans(width, per_tile * tokens):
                 p_t = parts.transposed(p[:, start : start + length])
-                value = values[first // per_tile + j]
-                nisa.nc_matmul(out, p_t, value, accumulate=j > 0)
+                value = values[first // per_tile + start // (per_tile * tokens)]
+                nisa.nc_matmul(out, p_t, value, accumulate=start > 0)
             nisa.scalar_tensor_tensor(self.acc, self.acc, nl.multiply, fade, nl.add, out)
 
     def _probabilities(self, scores, dtype, scale):
         """exp(scale (scores - new maximum)), and what the old sums must be multiplied by."""
-        column = (self.length, 1)
-        top, fade, shift, total = [parts.sbuf(column, nl.float32) for _ in range(4)]
-        p = parts.sbuf(scores.shape, dtype)
+        top, fade, shift, total = columns(4, self.length)
+        p = sbuf(scores.shape, dtype)
         nisa.tensor_reduce(top, nl.maximum, scores, axis=1)
         nisa.tensor_tensor(top, top, self.top, nl.maximum)
         nisa.tensor_scalar(shift, top, nl.multiply, -scale)
@@ -135,10 +138,9 @@ class Rows(nl.NKIObject):
 
     def store(self, o, lse, scale):
         """Writes o and lse; of rows that saw nothing 0 and -inf."""
-        column = (self.length, 1)
-        dead = parts.sbuf(column, nl.uint8)
-        safe, inverse, log = [parts.sbuf(column, nl.float32) for _ in range(3)]
-        out = parts.sbuf(self.acc.shape, o.dtype)
+        dead = sbuf((self.length, 1), nl.uint8)
+        safe, inverse, log = columns(3, self.length)
+        out = sbuf(self.acc.shape, o.dtype)
         rows = slice(self.start, self.start + self.length)
         nisa.tensor_scalar(dead, self.total, nl.equal, 0.0)
         # The largest exponential is 1: only an empty sum is smaller.

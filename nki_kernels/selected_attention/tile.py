@@ -3,6 +3,9 @@
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.common.spans import spans
+
 HIDDEN = -3.0e38
 """What hides a key: added to its logit, and exactly what is left, since no logit reaches 2**100."""
 
@@ -14,27 +17,11 @@ COMPARED = 4096
 """Pairs of a listed and a chosen block compared by one instruction, per query."""
 
 
-def chunks(size, step=128):
-    """(start, length) of the parts of `size`."""
-    found = []
-    for start in range(0, size, step):
-        found.append((start, min(step, size - start)))
-    return found
-
-
-def sbuf(shape, dtype):
-    return nl.ndarray(shape, dtype=dtype, buffer=nl.sbuf)
-
-
-def psum(shape, dtype=nl.float32):
-    return nl.ndarray(shape, dtype=dtype, buffer=nl.psum)
-
-
 def load_transposed(source, index, dtype):
     """[D, N] of `source` [_, D, N] at a run-time index, as one tile per 128 of D."""
     _, size, width = source.shape
     found = []
-    for start, length in chunks(size):
+    for start, length in spans(size, nl.tile_size.pmax):
         tile = sbuf((length, width), dtype)
         nisa.dma_copy(tile, source[:, start : start + length, :].select(0, index))
         found.append(tile)
@@ -65,9 +52,10 @@ class Queries(nl.NKIObject):
         """
         shape = blocks.shape
         count, slots = shape
-        chosen, part, near, seen = [sbuf(shape, nl.float32) for _ in range(4)]
+        chosen, part = sbuf(shape, nl.float32), sbuf(shape, nl.float32)
+        near, seen = sbuf(shape, nl.float32), sbuf(shape, nl.float32)
         nisa.memset(chosen, 0.0)
-        for start, length in chunks(self.per_query, max(1, COMPARED // slots)):
+        for start, length in spans(self.per_query, max(1, COMPARED // slots)):
             same = sbuf((count, slots, length), nl.bfloat16)
             own = self.ids[:, start : start + length]
             nisa.tensor_tensor(
@@ -135,7 +123,7 @@ def gather_columns(pages, numbers):
     _, size, tokens = pages.shape
     slots = numbers.shape[1]
     found = []
-    for start, length in chunks(size):
+    for start, length in spans(size, nl.tile_size.pmax):
         tile = sbuf((length, slots, tokens), pages.dtype)
         for s in range(slots):
             page = pages[:, start : start + length, :].select(0, numbers[0:1, s : s + 1])
@@ -149,7 +137,7 @@ def gather_rows(pages, numbers):
     _, tokens, size = pages.shape
     slots, per = numbers.shape[1], nl.tile_size.pmax // tokens
     found = []
-    for start, length in chunks(slots, per):
+    for start, length in spans(slots, per):
         tile = sbuf((length * tokens, size), pages.dtype)
         for s in range(length):
             page = pages.select(0, numbers[0:1, start + s : start + s + 1])
@@ -158,12 +146,12 @@ def gather_rows(pages, numbers):
     return found
 
 
-def product(out, stationary, moving, rows, columns, extra=()):
-    """out = sum over the parts of stationary[:, rows].T @ moving[:, columns], and `extra` pairs."""
-    pairs = [(s[:, rows], m[:, columns]) for s, m in zip(stationary, moving, strict=True)]
-    pairs += list(extra)
-    for i, (s, m) in enumerate(pairs):
-        nisa.nc_matmul(out, s, m, accumulate=i > 0)
+def product(out, stationary, moving, rows, columns, mask=()):
+    """out = sum over parts of stationary[:, rows].T @ moving[:, columns], and of a mask's pair."""
+    for i in range(len(stationary)):
+        nisa.nc_matmul(out, stationary[i][:, rows], moving[i][:, columns], accumulate=i > 0)
+    if len(mask) > 0:
+        nisa.nc_matmul(out, mask[0], mask[1], accumulate=True)
 
 
 def transposed(tile):

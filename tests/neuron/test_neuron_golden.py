@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import nsa_neuron as nsa
 from nsa_neuron.registry import use_backend
 
 pytestmark = pytest.mark.sim
@@ -23,3 +24,15 @@ _SPEC.loader.exec_module(golden)
 def test_compress(name):
     with use_backend("neuron", "sim"):
         golden.test_compress(name, torch.float32)
+
+
+@pytest.mark.parametrize("name", golden.files("attn"))
+def test_compressed_attention_and_selection(name):
+    g = golden.Golden(name, torch.float32)
+    total = g.arrays["k"].shape[1]
+    with use_backend("neuron", "sim"), torch.no_grad():
+        where = {"kv_len": total, **g.geometry, **g.packed}
+        o, lse = nsa.compressed_attention(g["q"], g["k_cmp"], g["v_cmp"], **where)
+        g.close("o_cmp", o)
+        g.close("lse_cmp", lse)
+        golden.check_selection(g, lse, total)

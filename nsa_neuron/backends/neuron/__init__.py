@@ -33,6 +33,7 @@ OPS = (
     "attention",
     "compress",
     "compress_backward",
+    "compressed_attention",
     "gated_sum",
     "gated_sum_backward",
     "select_blocks",

@@ -1,0 +1,15 @@
+"""Attention to compressed blocks; dimensions, layout and cost: `common/range_attention`.
+
+Query t sees the blocks that are complete, 0 .. (t + 1 - l) // d, so a tile of queries visits 1 / d
+of the keys that causal attention would; blocks that only some of its queries see are masked.
+"""
+
+import nki
+
+from nki_kernels.common.range_attention.forward import attend
+
+
+@nki.jit
+def forward(q, k_t, v, bounds, reach, scale: float, chunk: int, resident: int):
+    """o [B, S, Hq, Dv] and lse [B, S, Hq, 1]; arguments as `attend`'s."""
+    return attend(q, k_t, v, bounds, reach, scale, chunk, resident)

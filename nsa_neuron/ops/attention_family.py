@@ -74,7 +74,10 @@ def backward_spec(
         values = {**given, **results, "grad_o": exact_normal(gen, *results["o"].shape)}
         values["grad_lse"] = None
         if case.options.get("grad_lse", True):
-            values["grad_lse"] = exact_normal(gen, *results["lse"].shape)
+            # Autograd through exp(lse) or lse - lse.max() gives NaN to rows that see nothing.
+            values["grad_lse"] = exact_normal(gen, *results["lse"].shape).masked_fill(
+                results["lse"].isneginf(), torch.nan
+            )
         return values
 
     def check_values(bound: Bound, values: Mapping[str, Any]) -> None:

@@ -251,7 +251,7 @@ CASES = (
     _case("n_of_70", "edge", (150,), block=2, stride=2, select_block=2, num_selected=70),
     _case("long_blocks", "edge", (300,), block=16, stride=8, select_block=144, num_selected=3),
     _case("stride_one", "edge", (170,), block=3, stride=1, select_block=70),
-    _case("custom_scale", "edge", (90,), scale=0.3),
+    _case("custom_scale", "edge", (90,), scale=0.3, window=33),
     _case("default_geometry", "conform", (300, 129), dims=(64, 64), heads=(8, 2),
           pages=(32, 1, 64), block=32, stride=16, select_block=64, window=512),
     _case("paper_heads", "conform", (500,), heads=(16, 1), dims=(192, 128), pages=(32, 1, 64),

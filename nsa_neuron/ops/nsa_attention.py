@@ -341,9 +341,13 @@ CASES = grid(
         variant("several_tiles", "default_geometry", {"num_selected": 4}),
         variant("prefill_tail", "custom_scale", {**SMALL, "scale": 0.3}),
         variant("m_plus_1", "l_d_m_equal", {**SMALL, "block": 16, "stride": 16}),
+        variant(
+            "prefill_tail", "no_initial_one_local",
+            {**SMALL, "num_selected": 5, "num_initial": 0, "num_local": 1},
+        ),
         bench_case(65536),
     ),
-)
+)  # fmt: skip
 
 
 def selection_scores(values: Mapping[str, Any]) -> Tensor:

@@ -211,7 +211,7 @@ SPEC = OpSpec(
             variant("several_tiles", "n_exceeds_blocks", {}),
             variant("m_plus_1", "l_d_m_equal", {**SMALL, "block": 16, "stride": 16}),
             variant(
-                "m_plus_1", "no_initial_one_local", {**SMALL, "num_initial": 0, "num_local": 1}
+                "prefill_tail", "no_initial_one_local", {**SMALL, "num_initial": 0, "num_local": 1}
             ),
             variant("m_plus_1", "forced_only", {**SMALL, "num_selected": 3}),
             variant("prefill_tail", "custom_scale", {**SMALL, "scale": 0.3}),

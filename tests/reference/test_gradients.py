@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,25 +51,20 @@ def random_ids(seed: int, s: int, t: int, hkv: int, n: int) -> Tensor:
     return ids
 
 
-def op_of(name: str, s: int, t: int, hkv: int) -> tuple[Callable[..., Any], int, Callable]:
+def op_of(
+    name: str, s: int, t: int, hkv: int, scale: float | None = None
+) -> tuple[Callable[..., Any], int, Callable]:
     """The op as f(q, k, v), its number of keys, and the loops' visibility."""
     if name == "attention":
-        return nsa.attention, t, causal
+        return partial(nsa.attention, scale=scale), t, causal
     if name == "sliding_window_attention":
-        return lambda q, k, v: nsa.sliding_window_attention(q, k, v, window=W), t, windowed(W)
+        return partial(nsa.sliding_window_attention, window=W, scale=scale), t, windowed(W)
     if name == "compressed_attention":
-        blocks = max(0, (t - L) // D + 1)
-        return (
-            lambda q, k, v: nsa.compressed_attention(q, k, v, kv_len=t, **GEOMETRY),
-            blocks,
-            complete(L, D, t),
-        )
+        blocks, see = max(0, (t - L) // D + 1), complete(L, D, t)
+        return partial(nsa.compressed_attention, kv_len=t, scale=scale, **GEOMETRY), blocks, see
     ids = random_ids(1, s, t, hkv, 2)
-    return (
-        lambda q, k, v: nsa.selected_attention(q, k, v, ids[None], select_block=M),
-        t,
-        chosen(ids, M, t - s),
-    )
+    op = partial(nsa.selected_attention, block_indices=ids[None], select_block=M, scale=scale)
+    return op, t, chosen(ids, M, t - s)
 
 
 ATTENTIONS = (
@@ -90,11 +86,12 @@ def test_gradcheck_of_attentions(name: str, s: int, t: int, hq: int, hkv: int) -
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize(("s", "t", "hq", "hkv"), SHAPES)
-@pytest.mark.parametrize("through", ["o", "lse", "both"])
+@pytest.mark.parametrize(("through", "scale"), [("o", None), ("lse", -0.4), ("both", 1.7)])
 def test_backward_is_autograd_of_the_loops(
-    name: str, s: int, t: int, hq: int, hkv: int, through: str
+    name: str, s: int, t: int, hq: int, hkv: int, through: str, scale: float | None
 ) -> None:
-    op, keys, visible = op_of(name, s, t, hkv)
+    """By default and at scales that no default reaches: of both signs, above and below 1."""
+    op, keys, visible = op_of(name, s, t, hkv, scale)
     values = leaves(normal(1, s, hq, 3), normal(2, keys, hkv, 3), normal(3, keys, hkv, 2))
     grad_o, grad_lse = normal(4, s, hq, 2), normal(5, s, hq)
 
@@ -105,7 +102,7 @@ def test_backward_is_autograd_of_the_loops(
         return torch.autograd.grad(connected, values, materialize_grads=True)
 
     got = pull(*(x[0] for x in op(*(x[None] for x in values))))
-    wanted = pull(*attend(*values, visible, t - s, None))
+    wanted = pull(*attend(*values, visible, t - s, scale))
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
 
 
@@ -201,7 +198,7 @@ def test_gated_sum_backward_is_autograd_of_the_loops() -> None:
     torch.testing.assert_close(got, wanted)
 
 
-WHOLE = {**GEOMETRY, "select_block": M, "num_selected": 3, "window": 3}
+WHOLE = {**GEOMETRY, "select_block": M, "num_selected": 3, "window": 3, "scale": 0.9}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -214,6 +211,28 @@ def test_gradcheck_of_nsa_attention(packed: bool) -> None:
     values += [normal(seed, 1, n, 1, 2) for seed, n in enumerate((nc, nc, t, t, t, t), 2)]
     values.append(normal(9, 1, s, 2, 3).sigmoid())
     assert gradcheck(lambda *x: nsa.nsa_attention(*x, **cu, **WHOLE), leaves(*values))
+
+
+SAVED = ("grad_o", "q", "k", "v", "o", "lse", "grad_lse")
+
+
+@pytest.mark.parametrize("name", ["compressed_attention", "selected_attention"])
+def test_dead_rows_take_no_gradient_whatever_comes_through_their_lse(name: str) -> None:
+    """A loss of lse has NaN where lse is -inf: exp(lse - lse), lse - lse.max() and their like."""
+    op, keys, _ = op_of(name, 7, 7, 1)
+    values = normal(1, 1, 7, 2, 3), normal(2, 1, keys, 1, 3), normal(3, 1, keys, 1, 2)
+    o, lse = op(*values)
+    dead = lse.isneginf()
+    assert dead.any() and not dead.all()
+    grad_lse = normal(5, *lse.shape)
+    calls = []
+    for poison in (0.0, torch.nan, torch.inf, -torch.inf):
+        given = (normal(4, *o.shape), *values, o, lse, grad_lse.masked_fill(dead, poison))
+        names = (f"{n}_cmp" if n in "kv" and "compressed" in name else n for n in SAVED)
+        call = dict(zip(names, given, strict=True)) | op.keywords
+        calls.append(getattr(torch.ops.nsa, f"{name}_backward")(**call))
+    for got in calls[1:]:
+        torch.testing.assert_close(got, calls[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -250,28 +250,34 @@ def whole_inputs(seed: int, s: int, t: int, hq: int = 4, hkv: int = 2) -> list[T
 WHOLE = {"block": 4, "stride": 2, "select_block": 8, "num_selected": 4, "window": 6}
 
 
-def naive_whole(q, k1, v1, k2, v2, k3, v3, gates, scale: float | None = None) -> Tensor:
+def naive_whole(
+    q, k1, v1, k2, v2, k3, v3, gates, scale: float | None = None, initial: int = 1, local: int = 2
+) -> Tensor:
     """All of NSA by the loops; k1, v1 are raw and mean-pooled here."""
     t, l, d, m = len(k2), WHOLE["block"], WHOLE["stride"], WHOLE["select_block"]
     first = t - len(q)
     k_cmp, v_cmp = (compress(x, lambda b, h: b.mean(0), l, d) for x in (k1, v1))
     o_cmp, _ = attend(q, k_cmp, v_cmp, complete(l, d, t), first, scale)
     scores = importance(q.detach(), k_cmp.detach(), t, first, l, d, m, scale)
-    ids = torch.tensor(select(scores, first, m, WHOLE["num_selected"]))
+    ids = torch.tensor(select(scores, first, m, WHOLE["num_selected"], initial, local))
     o_slc, _ = attend(q, k2, v2, chosen(ids, m, first), first, scale)
     o_win, _ = attend(q, k3, v3, windowed(WHOLE["window"]), first, scale)
     return gated([o_cmp, o_slc, o_win], gates)
 
 
 @pytest.mark.parametrize(("s", "t"), [(45, 45), (2, 61)])
-@pytest.mark.parametrize("scale", [None, 0.9])
-def test_rule_7_whole_attention(s: int, t: int, scale: float | None) -> None:
+@pytest.mark.parametrize(("scale", "initial", "local"), [(None, 1, 2), (0.9, 0, 1), (-3.0, 2, 1)])
+def test_rule_7_whole_attention(
+    s: int, t: int, scale: float | None, initial: int, local: int
+) -> None:
     values = whole_inputs(13, s, t)
     q, k1, v1, *rest = batched(*values)
     k_cmp, v_cmp = (nsa.compress(x, block=4, stride=2) for x in (k1, v1))
     same(
-        nsa.nsa_attention(q, k_cmp, v_cmp, *rest, **WHOLE, scale=scale)[0],
-        naive_whole(*values, scale=scale),
+        nsa.nsa_attention(
+            q, k_cmp, v_cmp, *rest, **WHOLE, scale=scale, num_initial=initial, num_local=local
+        )[0],
+        naive_whole(*values, scale, initial, local),
     )
 
 

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nsa_neuron.compile import explain
+    from nsa_neuron.errors import NsaError
     from nsa_neuron.functional import (
         attention,
         compress,
@@ -42,10 +43,12 @@ _HOMES = {
     ),
     "nsa_neuron.registry": ("use_backend",),
     "nsa_neuron.compile": ("explain",),
+    "nsa_neuron.errors": ("NsaError",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "NsaError",
     "__version__",
     "attention",
     "compress",

@@ -22,7 +22,7 @@ from torch import Tensor
 import nsa_neuron
 from nsa_neuron import conformance
 from nsa_neuron.conformance import text
-from nsa_neuron.nn import ByteLanguageModel, NsaConfig
+from nsa_neuron.nn import ByteLanguageModel, NsaConfig, capture, stream
 
 CONFIG = NsaConfig(dim=128, heads=4, kv_heads=1, dk=32, dv=32)
 LAYERS = 2
@@ -106,86 +106,78 @@ def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResu
         prompt: tokens of prefill.
         options: of the compile backend (`target`, `mode`, `rest`).
     """
-    text = document()
-    tokens = torch.frombuffer(bytearray(text[:prompt]), dtype=torch.uint8).long()[None]
+    whole = document()
+    prompt_text = whole[:prompt]
     torch.manual_seed(SEED)
     model = ByteLanguageModel(CONFIG, LAYERS).eval()
     compiled = torch.compile(
         model, backend="nsa_neuron", options=options, dynamic=True, fullgraph=True
     )
-    timings = Timings()
+    timings, warm_up = Timings(), Timings()
     with torch.no_grad():
-        started = time.perf_counter()
-        generate(model, compiled, tokens[:, :WARM_UP], 4)
-        timings.compile = time.perf_counter() - started
-        written = generate(model, compiled, tokens, DECODE, timings)
-        selected = selected_blocks(model, torch.cat([tokens, written], 1))
+        write(model, compiled, prompt_text[:WARM_UP], 4, warm_up)
+        timings.compile = warm_up.prefill + warm_up.decode
+        written = write(model, compiled, prompt_text, DECODE, timings)
+        selected = selected_blocks(model, prompt_text + written)
     return DemoResult(
-        document=f"pydoc_data.topics, bytes 0..{prompt - 1} of {len(text):,}",
+        document=f"pydoc_data.topics, bytes 0..{prompt - 1} of {len(whole):,}",
         tokens=prompt,
         timings=timings,
-        written=printable(written[0]),
+        written=printable(written),
         selected=selected,
         lowerings=nsa_neuron.explain(compiled).to_json(),
     )
 
 
-def generate(
-    model: ByteLanguageModel,
-    compiled: Any,
-    tokens: Tensor,
-    count: int,
-    timings: Timings | None = None,
-) -> Tensor:
+def write(
+    model: ByteLanguageModel, compiled: Any, prompt_text: bytes, count: int, timings: Timings
+) -> bytes:
     """Greedy decoding through the cache.
 
     Args:
-        model: gives the caches.
+        model: gives the cache.
         compiled: the same model, compiled.
-        tokens: `[1, S]` prompt.
-        count: tokens to write.
+        prompt_text: what is continued.
+        count: bytes to write.
         timings: receives the seconds of prefill and decode.
-
-    Returns:
-        `[1, count]` tokens.
     """
-    length = tokens.shape[1]
-    caches = model.new_caches(1, length + count)
     started = time.perf_counter()
-    logits = compiled(tokens, caches, 0)
+    new = stream(model, [prompt_text], count, forward=compiled, chunk=len(prompt_text))
+    written = [next(new)]
     read = time.perf_counter()
-    written = [logits.argmax(-1, keepdim=True)]
-    for step in range(count - 1):
-        logits = compiled(written[-1], caches, length + step)
-        written.append(logits.argmax(-1, keepdim=True))
-    if timings is not None:
-        timings.prefill = read - started
-        timings.decode = time.perf_counter() - read
-    return torch.cat(written, 1)
+    written += new
+    timings.prefill = read - started
+    timings.decode = time.perf_counter() - read
+    return bytes(torch.cat(written).tolist())
 
 
-def selected_blocks(model: ByteLanguageModel, tokens: Tensor) -> list[Selected]:
-    """What the last token's query selects in the last layer."""
-    last = len(model.blocks) - 1
-    block = model.blocks[last]
-    states = block.norm1(model.hidden(tokens, layers=last))  # type: ignore[operator]
-    ids = block.attention.selected(states)[0, -1, 0].tolist()  # type: ignore[union-attr, operator]
-    size, total = model.config.select_block, tokens.shape[1]
-    own = (total - 1) // size
+def selected_blocks(model: ByteLanguageModel, text: bytes) -> list[Selected]:
+    """What the last byte's query selects in the last layer."""
+    last = len(text) - 1
+    with capture(model, [last]) as layers:
+        model(as_tokens(text), last=1)
+    ids = layers[-1].queries[last].block_indices[0, 0].tolist()
+    size = model.config.select_block
+    own = last // size
     forced = {0: "first (forced)", own - 1: "previous (forced)", own: "own (forced)"}
     rows = []
     for i in ids:
         if i < 0:
             continue
-        first, end = i * size, min((i + 1) * size, total)
+        first, end = i * size, min((i + 1) * size, last + 1)
         why = forced.get(i, "by importance")
-        rows.append(Selected(i, first, end - 1, why, printable(tokens[0, first:end])))
+        rows.append(Selected(i, first, end - 1, why, printable(text[first:end])))
     return rows
 
 
-def printable(tokens: Tensor) -> str:
+def as_tokens(text: bytes) -> Tensor:
+    """`[1, S]` int64."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()[None]
+
+
+def printable(text: bytes) -> str:
     """Bytes as one line of text."""
-    raw = bytes(tokens.tolist()).decode("utf-8", errors="replace")
+    raw = text.decode("utf-8", errors="replace")
     return "".join(c if c.isprintable() else "·" for c in raw)
 
 

@@ -34,6 +34,14 @@ class InvalidType(InvalidArgument, TypeError):
     """An argument is of the wrong Python type or tensor dtype."""
 
 
+class CacheExhausted(NsaError, RuntimeError):
+    """A key-value cache has no room for what it is given; it holds what it held before."""
+
+
+class StateMismatch(NsaError, ValueError):
+    """A state dict or a checkpoint is not of this model, is damaged, or of another version."""
+
+
 class UnknownBackend(NsaError, LookupError):
     """A backend, mode or target of that name does not exist."""
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Size = Any  # int or torch.SymInt
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_INT = 2**31 - 1
+"""Largest integer argument: no size is larger, and kernels take them as 32-bit numbers."""
 MAY_BE_ZERO = ("Nc",)  # short sequences have no compressed block
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int, torch.SymInt),
@@ -276,6 +278,8 @@ class OpSpec:
             raise InvalidType(self.name, arg.name, found, f"of type {arg.kind}")
         if arg.minimum is not None and value < arg.minimum:
             raise self.refuse(arg.name, value, f"at least {arg.minimum}")
+        if arg.kind == "int" and value > MAX_INT:
+            raise self.refuse(arg.name, value, f"at most {MAX_INT}")
         if arg.choices and value not in arg.choices:
             raise self.refuse(arg.name, repr(value), f"one of {', '.join(arg.choices)}")
         if arg.kind == "float" and isinstance(value, float) and not abs(value) < float("inf"):

@@ -26,7 +26,7 @@ LAYERS = (
     {"autograd", "vmap"},
     {"library"},
     {"functional"},
-    {"compile", "compile_check", "cache", "conformance", "bench", "known_gaps"},
+    {"compile", "compile_check", "conformance", "bench", "known_gaps"},
     {"nn", "integrations"},
     {"demo"},
     {"cli"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nsa_neuron import demo
+from nsa_neuron.nn import ByteLanguageModel, generate
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,9 @@ def test_the_document_is_real_english():
 
 
 def test_compiled_decoding_writes_what_the_plain_model_writes(result):
-    tokens = torch.tensor(list(demo.document()[:700]))[None]
     torch.manual_seed(demo.SEED)
-    model = demo.ByteLanguageModel(demo.CONFIG, demo.LAYERS).eval()
-    with torch.no_grad():
-        plain = demo.generate(model, model, tokens, 8)
+    model = ByteLanguageModel(demo.CONFIG, demo.LAYERS).eval()
+    plain = generate(model, [demo.document()[:700]], 8)
     assert result.written.startswith(demo.printable(plain[0]))
 
 
@@ -35,7 +34,7 @@ def test_forced_blocks_are_selected_and_texts_are_theirs(result):
     blocks = {row.block: row for row in result.selected}
     last = (700 + demo.DECODE - 1) // 64
     assert {0, last - 1, last} <= set(blocks)
-    assert blocks[0].text == demo.printable(torch.tensor(list(demo.document()[:64])))
+    assert blocks[0].text == demo.printable(demo.document()[:64])
     assert [row.block for row in result.selected] == sorted(blocks)
 
 

@@ -1,0 +1,224 @@
+"""Attention layers: Native Sparse Attention, and the full and windowed ones beside it.
+
+All take `[B, S, dim]` and have three ways to be fed: whole sequences; sequences packed back to back
+(`cu_seqlens`, B == 1); and a step of a cache (`nsa_neuron.nn.cache`), which gives each token its
+position and holds what came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from nsa_neuron import functional as nsa
+from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.nn.layers import INIT_STD, Linear, reset
+from nsa_neuron.nn.phi import Phi
+from nsa_neuron.nn.rotary import block_positions, rotate, token_positions
+
+if TYPE_CHECKING:
+    from nsa_neuron.nn.cache import LayerStep
+    from nsa_neuron.nn.config import NsaConfig
+
+KINDS = ("nsa", "full", "window")
+
+
+class AttentionLayer(nn.Module):
+    """Projections that every attention layer has: queries, keys, values, output.
+
+    Args:
+        config: sizes and options.
+        sets: how many sets of keys and values it makes.
+        out_std: how the output projection starts, see `residual_std`.
+    """
+
+    def __init__(self, config: NsaConfig, sets: int, out_std: float) -> None:
+        super().__init__()
+        self.config = config
+        self.sets = sets
+        self.q = Linear(config.dim, config.heads * config.dk)
+        self.kv = Linear(config.dim, sets * config.kv_heads * (config.dk + config.dv))
+        self.out = Linear(config.heads * config.dv, config.dim, std=out_std)
+
+    def reset_parameters(self) -> None:
+        """All weights start again."""
+        reset(self)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Rotated queries `[B, S, Hq, Dk]`; keys, not rotated, and values of each set."""
+        c = self.config
+        q = rotate(self.q(x).unflatten(-1, (c.heads, c.dk)), positions, c.rope_base)
+        both = self.kv(x).unflatten(-1, (self.sets, c.kv_heads, c.dk + c.dv))
+        k, v = both.split((c.dk, c.dv), -1)
+        return q, list(k.unbind(2)), list(v.unbind(2))
+
+    def positions_of(self, x: Tensor, cu_seqlens: Tensor | None, step: LayerStep | None) -> Tensor:
+        """Positions of the tokens of x, after a look at how x is fed.
+
+        Raises:
+            InvalidArgument: x does not fit the step, or the sequence is too long.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.config.dim:
+            expected = f"of shape [B, S, dim = {self.config.dim}]"
+            raise self._refuse("x", f"of shape {list(x.shape)}", expected)
+        if step is not None:
+            if cu_seqlens is not None:
+                raise self._refuse("cu_seqlens", "given with a cache", "None: a cache has batches")
+            step.check(x)
+            return step.positions
+        longest = self.config.max_positions
+        if cu_seqlens is None and x.shape[1] > longest:
+            expected = f"at most max_positions = {longest} long"
+            raise self._refuse("x", f"{x.shape[1]} tokens long", expected)
+        return token_positions(x.shape[1], cu_seqlens, x.device)
+
+    def _refuse(self, argument: str, found: object, expected: str) -> InvalidArgument:
+        return InvalidArgument(type(self).__name__, argument, found, expected)
+
+
+class NativeSparseAttention(AttentionLayer):
+    """Attention with a compressed, a selected and a window branch, and a gate for each.
+
+    Parameters: `q.weight [Hq*Dk, dim]`; `kv.weight [sets*Hkv*(Dk+Dv), dim]`, sets in the order
+    compressed, selected, window (or one set), each head's keys before its values; `gate.weight
+    [Hq*3, dim]`, `gate.bias`; `out.weight [dim, Hq*Dv]`; `phi_k.*`, `phi_v.*` as for `compress`.
+    Every gate starts near one half.
+
+    Args:
+        config: sizes and options.
+        out_std: how the output projection starts.
+    """
+
+    observer: Callable[..., None] | None = None  # set by `capture` only, see there
+
+    def __init__(self, config: NsaConfig, out_std: float = INIT_STD) -> None:
+        super().__init__(config, 1 if config.shared_kv else 3, out_std)
+        self.gate = Linear(config.dim, config.heads * 3, bias=True)
+        self.phi_k, self.phi_v = Phi(config, config.dk), Phi(config, config.dv)
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, step: LayerStep | None = None
+    ) -> Tensor:
+        """`[B, S, dim]` -> `[B, S, dim]`.
+
+        Args:
+            x: states of whole sequences, or the new tokens' of a step.
+            cu_seqlens: offsets of packed sequences, `[N + 1]` int32; needs B == 1.
+            step: of a cache: earlier tokens are there, and these are added to it.
+
+        Raises:
+            InvalidArgument, InvalidType: x, cu_seqlens or the step do not fit.
+        """
+        positions = self.positions_of(x, cu_seqlens, step)
+        q, k, v = self.project(x, positions)
+        gates = self.gate(x).sigmoid().unflatten(-1, (self.config.heads, 3))
+        raw, k_slc, k_win = self._branch_keys(k, positions)
+        v_cmp, v_slc, v_win = v if len(v) == 3 else v * 3
+        if step is not None:
+            step.store(cmp=(raw, v_cmp), slc=(k_slc, v_slc), win=(k_win, v_win))
+        if step is not None and not step.whole:
+            self._refuse_capture()
+            step.store_blocks(*self.compress(*step.unfinished(), step.block_ends))
+            return self._finish(step.attend(q, gates, self.config.geometry))
+        cmp = self.compress(raw, v_cmp, None, cu_seqlens)
+        if step is not None:
+            step.store_blocks(*cmp)
+        values: dict[str, Any] = {
+            "q": q, "k_cmp": cmp[0], "v_cmp": cmp[1], "k_slc": k_slc, "v_slc": v_slc,
+            "k_win": k_win, "v_win": v_win, "gates": gates,
+            "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens,
+        }  # fmt: skip
+        if self.observer is not None:
+            self.observer(self, values)
+        return self._finish(nsa.nsa_attention(**values, **self.config.geometry))
+
+    def _branch_keys(self, k: list[Tensor], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys that phi compresses, and rotated keys of the selected and window branch."""
+        base, before = self.config.rope_base, self.config.rope == "before"
+        rotated = [rotate(key, positions, base) for key in k[-2:]]
+        if len(k) == 1:
+            return (rotated[0] if before else k[0]), rotated[0], rotated[0]
+        return (rotate(k[0], positions, base) if before else k[0]), rotated[0], rotated[1]
+
+    def _refuse_capture(self) -> None:
+        if self.observer is not None:
+            raise self._refuse("step", "a later one of a cache", "the first one while captured")
+
+    def compress(
+        self,
+        k: Tensor,
+        v: Tensor,
+        ends: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compressed keys, with their positions in them, and values.
+
+        Args:
+            k: `[B, T, Hkv, Dk]`, rotated or not as `config.rope` says.
+            v: `[B, T, Hkv, Dv]`.
+            ends: positions of the blocks' last tokens, `[Nc]` or `[B, Nc]`; None: k starts at 0.
+            cu_seqlens: offsets of packed sequences.
+        """
+        c = self.config
+        k_cmp, v_cmp = self.phi_k(k, cu_seqlens), self.phi_v(v, cu_seqlens)
+        if c.rope == "before" or c.rope_base == 0:
+            return k_cmp, v_cmp
+        if ends is None:
+            ends = block_positions(k.shape[1], c.block, c.stride, cu_seqlens, k.device)
+        return rotate(k_cmp, ends, c.rope_base), v_cmp
+
+    def _finish(self, o: Tensor) -> Tensor:
+        y: Tensor = self.out(o.flatten(-2))
+        return y
+
+
+class SoftmaxAttention(AttentionLayer):
+    """Full causal attention, or attention to the last `config.window` tokens.
+
+    Args:
+        config: sizes and options; those of compression and selection are not used.
+        windowed: whether it sees the window only.
+        out_std: how the output projection starts.
+    """
+
+    def __init__(self, config: NsaConfig, windowed: bool, out_std: float = INIT_STD) -> None:
+        super().__init__(config, 1, out_std)
+        self.windowed = windowed
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, step: LayerStep | None = None
+    ) -> Tensor:
+        """As `NativeSparseAttention.forward`."""
+        positions = self.positions_of(x, cu_seqlens, step)
+        q, k, v = self.project(x, positions)
+        key = rotate(k[0], positions, self.config.rope_base)
+        pool = "win" if self.windowed else "slc"
+        if step is not None:
+            step.store(**{pool: (key, v[0])})
+        if step is not None and not step.whole:
+            o = step.attend_raw(q, pool, self._attend)
+        else:
+            o = self._attend(q, key, v[0], cu_seqlens, cu_seqlens)
+        y: Tensor = self.out(o.flatten(-2))
+        return y
+
+    def _attend(self, *tensors: Any) -> Tensor:
+        """o of q, k, v, cu_seqlens_q, cu_seqlens_k."""
+        if self.windowed:
+            return nsa.sliding_window_attention(*tensors, window=self.config.window)[0]
+        return nsa.attention(*tensors)[0]
+
+
+def attention_layer(config: NsaConfig, kind: str, out_std: float = INIT_STD) -> AttentionLayer:
+    """An attention layer by its kind: `nsa`, `full` or `window`.
+
+    Raises:
+        InvalidArgument: another kind.
+    """
+    if kind not in KINDS:
+        raise InvalidArgument("attention_layer", "kind", repr(kind), f"one of {', '.join(KINDS)}")
+    if kind == "nsa":
+        return NativeSparseAttention(config, out_std)
+    return SoftmaxAttention(config, kind == "window", out_std)

@@ -1,0 +1,344 @@
+"""The caches' books: lengths, capacity, pages; forks, truncation, and the steps between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nsa_neuron.errors import CacheExhausted, InvalidArgument
+from nsa_neuron.nn.cache.pages import Books, Ints, PageTable
+from nsa_neuron.nn.cache.plan import plan_step
+from nsa_neuron.nn.cache.step import LayerStep, Pools, Step
+
+if TYPE_CHECKING:
+    from nsa_neuron.nn.config import NsaConfig
+
+SPARE = 2  # pages behind each pool's own: one takes what has no token, one stays zero
+PAGE_TOKENS = 64  # of a page, rounded up to whole selection blocks
+
+
+class KvCache:
+    """Keys and values of a batch of sequences, for every layer of a model.
+
+    Pools, by name: `cmp` compressed blocks; `slc` raw keys and values of the selected branch (and
+    of full attention), rotated; `win` of the window branch; `raw` what phi compresses. Branches
+    that hold the same rows share a pool. A compressed block is added exactly when its last token
+    arrives.
+
+    Args:
+        config: of every layer.
+        kinds: of the layers: `nsa`, `full`, `window`.
+        batch: sequences. capacity: longest sequence, tokens.
+        dtype, device: of the pools.
+        pages: pages of each pool by name.
+        slack: see `PagedCache`.
+    """
+
+    def __init__(
+        self,
+        config: NsaConfig,
+        kinds: Sequence[str],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        pages: int,
+        slack: int | None,
+    ) -> None:
+        for name, value in (("batch", batch), ("capacity", capacity), ("pages", pages)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidArgument(type(self).__name__, name, repr(value), "an int, at least 1")
+        if capacity > config.max_positions:
+            expected = f"at most max_positions = {config.max_positions}"
+            raise InvalidArgument(type(self).__name__, "capacity", capacity, expected)
+        self.config, self.kinds, self.slack = config, tuple(kinds), slack
+        self.batch, self.capacity = batch, capacity
+        self.dtype, self.device = dtype, torch.device(device)
+        m = config.select_block
+        self.page = -(-PAGE_TOKENS // m) * m
+        self.alias = _alias(config)
+        self._names = {
+            "nsa": {*self.alias.values(), "cmp"},
+            "full": {self.alias["slc"]},
+            "window": {self.alias["win"]},
+        }
+        names = sorted(set().union(*(self._names[kind] for kind in kinds)))
+        self.books = self._empty_books(names, pages)
+        self.layers: list[Pools] = [self._pools(kind) for kind in self.kinds]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [int(n) for n in self.books.lengths]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pools in bytes."""
+        pools = [x for layer in self.layers for pair in layer.values() for x in pair]
+        return sum(x.numel() * x.element_size() for x in pools)
+
+    @contextmanager
+    def step(self, tokens: int, counts: Sequence[int] | None = None) -> Iterator[Step]:
+        """Room for new tokens; they count as cached once the `with` block ends well.
+
+        Args:
+            tokens: S, new tokens of each row.
+            counts: how many of them each sequence has, at the end of its row; None: all.
+
+        Raises:
+            InvalidArgument: bad counts.
+            CacheExhausted: they do not fit; nothing has changed.
+        """
+        given = self._counts(tokens, counts)
+        books = self.books.copy()
+        old, books.lengths = books.lengths, books.lengths + given
+        over = np.nonzero(books.lengths > self.capacity)[0]
+        if len(over):
+            b = int(over[0])
+            raise CacheExhausted(
+                f"sequence {b} has {old[b]} tokens and gets {given[b]} more; the cache's capacity "
+                f"is {self.capacity} tokens"
+            )
+        for name, table in books.tables.items():
+            for i in np.nonzero(given)[0].tolist():
+                table.grow(i, self._rows(name, old[i]), self._rows(name, books.lengths[i]))
+        self._copy_pages(books)
+        step = plan_step(books, old, given, tokens, self)
+        step.layers = [LayerStep(step, pools, self.alias) for pools in self.layers]
+        yield step
+        self._release(books)
+        self.books = books
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets each sequence's tokens from a length on (rejected speculative tokens).
+
+        Raises:
+            InvalidArgument: a length that is not within the sequence, or rows that the shortened
+                sequence needs were given back already (see `slack`); nothing has changed.
+        """
+        wanted = self._per_sequence("truncate", "lengths", lengths)
+        if (wanted < 0).any() or (wanted > self.books.lengths).any():
+            expected = f"from 0 to the sequences' {self.lengths}"
+            raise InvalidArgument("truncate", "lengths", list(lengths), expected)
+        for name, kept in self.books.kept.items():
+            lost = np.nonzero((self._needed(name, wanted) < kept) & (wanted > 0))[0]
+            if len(lost):
+                b = int(lost[0])
+                found = f"{wanted[b]} for sequence {b} of {self.lengths[b]} tokens"
+                expected = f"at least what slack = {self.slack} keeps"
+                raise InvalidArgument("truncate", "lengths", found, expected)
+        books = self.books.copy()
+        books.lengths = wanted
+        self._keep(books)
+        self.books = books
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.truncate([0] * self.batch)
+
+    def fork(self, source: int, target: int) -> None:
+        """Sequence `target`, which must be empty, becomes a copy of `source`.
+
+        Raises:
+            InvalidArgument: no such sequences, or the target is not empty.
+        """
+        for name, b in (("source", source), ("target", target)):
+            if not 0 <= b < self.batch:
+                raise InvalidArgument("fork", name, b, f"from 0 to {self.batch - 1}")
+        if self.books.lengths[target]:
+            raise InvalidArgument("fork", "target", f"{self.lengths[target]} tokens long", "empty")
+        order = np.arange(self.batch)
+        order[target] = source
+        self.reorder(order.tolist())
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Sequence i becomes what sequence order[i] was (beam search).
+
+        Raises:
+            InvalidArgument: not one sequence for each.
+        """
+        wanted = self._per_sequence("reorder", "order", order)
+        if (wanted < 0).any() or (wanted >= self.batch).any():
+            expected = f"within 0 .. {self.batch - 1}"
+            raise InvalidArgument("reorder", "order", list(order), expected)
+        books = self.books.copy()
+        books.lengths = books.lengths[wanted]
+        books.kept = {name: kept[wanted] for name, kept in books.kept.items()}
+        self._reorder_pages(books, wanted)
+        self.books = books
+
+    def _counts(self, tokens: int, counts: Sequence[int] | None) -> Ints:
+        if tokens < 1:
+            raise InvalidArgument("cache step", "tokens", tokens, "at least 1")
+        given = self._per_sequence(
+            "cache step", "counts", [tokens] * self.batch if counts is None else counts
+        )
+        if (given < 0).any() or (given > tokens).any():
+            raise InvalidArgument("cache step", "counts", counts, f"from 0 to {tokens}")
+        return given
+
+    def _per_sequence(self, op: str, name: str, values: Sequence[int]) -> Ints:
+        array = np.asarray(values)
+        if array.shape != (self.batch,) or not np.issubdtype(array.dtype, np.integer):
+            raise InvalidArgument(op, name, values, f"{self.batch} ints, one per sequence")
+        return array.astype(np.int64)
+
+    def _rows(self, name: str, tokens: int) -> int:
+        """Rows of a pool that so many tokens take."""
+        return int(self.blocks(tokens)) if name == "cmp" else int(tokens)
+
+    def blocks(self, tokens: Ints | int) -> Ints:
+        """Complete compressed blocks."""
+        return np.maximum(0, (tokens - self.config.block) // self.config.stride + 1)
+
+    def _needed(self, name: str, lengths: Ints) -> Ints:
+        """First token whose row sequences of such lengths still need."""
+        needs = []
+        if name == "cmp" or (name == self.alias["slc"] and set(self.kinds) != {"window"}):
+            needs.append(np.zeros_like(lengths))
+        if name == self.alias["win"]:
+            needs.append(np.maximum(0, lengths - self.config.window + 1))
+        if name == self.alias["raw"]:
+            needs.append(self.blocks(lengths) * self.config.stride)
+        least: Ints = np.minimum.reduce(needs)
+        return least
+
+    def _release(self, books: Books) -> None:
+        """Gives back what no query will see any more, and no truncation within the slack needs."""
+        if self.slack is None:
+            return
+        for name in books.kept:
+            old = np.maximum(0, books.lengths - self.slack)
+            books.kept[name] = np.maximum(books.kept[name], self._needed(name, old))
+        self._keep(books)
+
+    def _keep(self, books: Books) -> None:
+        """Gives back pages outside of what is kept."""
+        for name, table in books.tables.items():
+            for b in range(self.batch):
+                length = int(books.lengths[b])
+                first = int(books.kept[name][b]) if length else 0
+                books.kept[name][b] = first
+                rows = (self._rows(name, length), 0 if name == "cmp" else first)
+                table.keep(b, rows[1], rows[0])
+
+    def _copy_pages(self, books: Books) -> None:
+        """Copies of shared pages that are about to be written; nobody reads them yet."""
+        for name, table in books.tables.items():
+            for source, target in table.copies:
+                for pools in self.layers:
+                    for x in pools.get(name, ()):
+                        x[target].copy_(x[source])
+
+    def _reorder_pages(self, books: Books, order: Ints) -> None:
+        for table in books.tables.values():
+            table.take_over(order)
+
+    def _empty_books(self, names: Sequence[str], pages: int) -> Books:
+        # As many pages in every pool, so that compiled steps see equal sizes whatever the capacity.
+        most = -(-self.capacity // self.page)
+        tables = {
+            name: PageTable.empty(name, self.page_rows(name), pages, self.batch, most)
+            for name in names
+        }
+        zeros = np.zeros(self.batch, dtype=np.int64)
+        return Books(zeros, {name: zeros.copy() for name in names}, tables)
+
+    def page_rows(self, name: str) -> int:
+        """Rows of a page of a pool."""
+        return self.page // self.config.stride if name == "cmp" else self.page
+
+    def _pools(self, kind: str) -> Pools:
+        """A layer's memory: zeros."""
+        pools = {}
+        for name in sorted(self._names[kind]):
+            pages = len(self.books.tables[name].users) + SPARE
+            shape = (pages, self.page_rows(name), self.config.kv_heads)
+            pools[name] = (
+                torch.zeros(*shape, self.config.dk, dtype=self.dtype, device=self.device),
+                torch.zeros(*shape, self.config.dv, dtype=self.dtype, device=self.device),
+            )
+        return pools
+
+
+class ContiguousCache(KvCache):
+    """Each sequence's rows lie one behind the other, in memory that is its own from the start.
+
+    Args:
+        config, kinds, batch, capacity, dtype, device: see `KvCache`.
+    """
+
+    def __init__(
+        self,
+        config: NsaConfig,
+        kinds: Sequence[str],
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(config, kinds, batch, capacity, dtype, device, batch, None)
+
+    def _empty_books(self, names: Sequence[str], pages: int) -> Books:
+        books = super()._empty_books(names, pages)
+        for table in books.tables.values():
+            table.table[:] = np.arange(table.table.size).reshape(table.table.shape)
+            table.users = np.ones(table.table.size, dtype=np.int64)
+        return books
+
+    def _keep(self, books: Books) -> None:
+        """Nothing is given back."""
+
+    def _reorder_pages(self, books: Books, order: Ints) -> None:
+        """Every sequence's memory is copied."""
+        index = torch.as_tensor(order, device=self.device)
+        for pools in self.layers:
+            for pair in pools.values():
+                for x in pair:
+                    own = x[:-SPARE].unflatten(0, (self.batch, -1))
+                    own.copy_(own[index])
+
+
+class PagedCache(KvCache):
+    """Sequences share pools of pages; forks share pages until one of them writes.
+
+    Args:
+        config, kinds, batch, capacity, dtype, device: see `KvCache`.
+        pages: of each pool; default: enough for every sequence at full capacity. A page holds
+            `cache.page` tokens, or the blocks that start in them.
+        slack: None: keep every row. Else rows of the window branch and of phi's input are given
+            back once no query sees them, except for truncations of up to so many tokens.
+    """
+
+    def __init__(
+        self,
+        config: NsaConfig,
+        kinds: Sequence[str],
+        batch: int,
+        capacity: int,
+        *,
+        pages: int | None = None,
+        slack: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if slack is not None and (isinstance(slack, bool) or slack < 0):
+            raise InvalidArgument("PagedCache", "slack", slack, "None or at least 0")
+        m = config.select_block
+        page = -(-PAGE_TOKENS // m) * m
+        full = max(1, batch) * -(-max(1, capacity) // page)
+        pages = full if pages is None else pages
+        super().__init__(config, kinds, batch, capacity, dtype, device, pages, slack)
+
+
+def _alias(config: NsaConfig) -> dict[str, str]:
+    """Which pool holds the raw rows of each branch."""
+    if not config.shared_kv:
+        return {"slc": "slc", "win": "win", "raw": "raw"}
+    rotated = config.rope == "before" or config.rope_base == 0
+    return {"slc": "slc", "win": "slc", "raw": "slc" if rotated else "raw"}

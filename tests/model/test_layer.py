@@ -1,0 +1,267 @@
+"""The layers and the model: configuration, initialisation, the ways to be fed, torch's tools."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from tiny import GEOMETRY, MIXED, SIZES, bytes_of, config, model
+from torch.utils.checkpoint import checkpoint
+
+from nsa_neuron.errors import InvalidArgument, InvalidType, StateMismatch
+from nsa_neuron.nn import ByteLanguageModel, NativeSparseAttention, NsaConfig, next_token_loss, pack
+
+VARIANTS = [
+    {"phi": "mean"},
+    {"phi": "linear", "rope": "before"},
+    {"phi": "mlp", "shared_kv": True},
+    {"phi": "mlp", "shared_kv": True, "rope": "before"},
+    {"rope_base": 0.0},
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"kv_heads": 3}, "kv_heads"),
+        ({"kv_heads": 0}, "kv_heads"),
+        ({"heads": -4}, "heads"),
+        ({"dk": 7}, "dk"),
+        ({"phi": "max"}, "phi"),
+        ({"phi": None}, "phi"),
+        ({"rope": "during"}, "rope"),
+        ({"block": 0}, "block"),
+        ({"stride": 3}, "stride"),
+        ({"select_block": 18}, "select_block"),
+        ({"select_block": 4}, "select_block"),
+        ({"num_selected": 2}, "num_selected"),
+        ({"window": 2**31}, "window"),
+        ({"window": 1.5}, "window"),
+        ({"dim": True}, "dim"),
+        ({"rope_base": -1.0}, "rope_base"),
+        ({"rope_base": math.inf}, "rope_base"),
+        ({"shared_kv": 1}, "shared_kv"),
+    ],
+)
+def test_bad_configurations_are_refused_when_they_are_made(change, argument):
+    with pytest.raises(InvalidArgument) as caught:
+        config(**change)
+    assert caught.value.argument == argument
+
+
+def test_a_configuration_survives_its_dictionary():
+    made = config(phi="linear", shared_kv=True)
+    assert NsaConfig.from_dict(made.to_dict()) == made
+    with pytest.raises(InvalidArgument, match="no such name"):
+        NsaConfig.from_dict({**SIZES, "colour": 1})
+    with pytest.raises(InvalidArgument, match="'dim' is missing"):
+        NsaConfig.from_dict(GEOMETRY)
+
+
+@pytest.mark.parametrize("kinds", [("nsa",) * 2, MIXED, ("full",), ("window",)], ids=str)
+@pytest.mark.parametrize("dim", [16, 256])
+def test_the_first_loss_is_that_of_a_uniform_guess(kinds, dim):
+    net = model(kinds, torch.float32, dim=dim)
+    tokens = bytes_of(2, 64)
+    loss = next_token_loss(net(tokens), tokens).item()
+    assert abs(loss / math.log(256) - 1) < 0.02
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_every_parameter_learns(change):
+    net = model(MIXED, **change).train()
+    tokens = bytes_of(1, 40)
+    next_token_loss(net(tokens), tokens).backward()
+    missing = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+def test_a_small_model_learns_a_repeating_text():
+    net = model(("nsa",), torch.float32, dim=32, dk=16, dv=16).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    text = torch.tensor(list(b"sparse attention " * 4))[None]
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = next_token_loss(net(text), text)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+
+
+@pytest.mark.parametrize("kinds", [("nsa",), ("full",), ("window",)])
+def test_the_future_does_not_matter(kinds):
+    net = model(kinds)
+    tokens, changed = bytes_of(1, 50), bytes_of(1, 50)
+    changed[:, 30:] = bytes_of(1, 20, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(net(tokens)[:, :30], net(changed)[:, :30], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_packed_sequences_equal_single_ones(change):
+    net = model(MIXED, **change)
+    tokens, edges = bytes_of(1, 75), [0, 5, 40, 75]
+    with torch.no_grad():
+        packed = net(tokens, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
+        for first, last in itertools.pairwise(edges):
+            torch.testing.assert_close(packed[:, first:last], net(tokens[:, first:last]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    net, tokens = model(MIXED), bytes_of(3, 50)
+    lengths = torch.tensor([50, 33, 1])
+    columns = torch.arange(50)
+    mask = columns < lengths[:, None] if side == "right" else columns >= 50 - lengths[:, None]
+    with torch.no_grad():
+        padded = net(tokens, mask=mask)
+        for row in range(3):
+            alone = net(tokens[row][mask[row]][None])
+            torch.testing.assert_close(padded[row][mask[row]], alone[0])
+    assert not padded[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [
+        (torch.ones(2, 5), InvalidType),
+        (torch.ones(2, 4, dtype=torch.bool), InvalidArgument),
+        (torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool(), InvalidArgument),
+        (torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]]).bool(), InvalidArgument),
+    ],
+)
+def test_bad_masks(mask, error):
+    with pytest.raises(error) as caught:
+        pack(bytes_of(2, 5), mask)
+    assert caught.value.argument == "mask"
+
+
+def test_a_masked_loss_counts_real_pairs_only():
+    net, tokens = model(), bytes_of(2, 30)
+    mask = torch.arange(30) >= torch.tensor([[0], [10]])
+    whole = next_token_loss(net(tokens, mask=mask), tokens, mask)
+    sums = [
+        next_token_loss(net(row), row) * (row.shape[1] - 1) for row in (tokens[:1], tokens[1:, 10:])
+    ]
+    torch.testing.assert_close(whole, sum(sums) / (29 + 19), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("phi", ["mean", "linear", "mlp"])
+def test_autocast_trains(phi):
+    net = model(MIXED, torch.float32, phi=phi).train()
+    tokens = bytes_of(1, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = next_token_loss(net(tokens), tokens)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in net.parameters())
+    torch.testing.assert_close(loss, next_token_loss(net(tokens), tokens), rtol=2e-2, atol=0)
+
+
+def test_autocast_generates():
+    net, tokens = model(MIXED, torch.float32), bytes_of(1, 20)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cache = net.new_cache(1, 32)
+        for part in (tokens[:, :19], tokens[:, 19:]):
+            with cache.step(part.shape[1]) as step:
+                last = net(part, step, last=1)
+        torch.testing.assert_close(last, net(tokens, last=1), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("phi", ["mean", "linear", "mlp"])
+def test_meta_construction_then_reset_gives_the_constructors_distributions(phi):
+    made = model(MIXED, torch.float32, dim=64, phi=phi)
+    with torch.device("meta"):
+        net = ByteLanguageModel(config(dim=64, phi=phi), MIXED)
+    net.to_empty(device="cpu")
+    for p in net.parameters():
+        p.data.fill_(float("nan"))
+    for module in net.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for (name, got), want in zip(net.named_parameters(), made.parameters(), strict=True):
+        assert not got.isnan().any(), name
+        if got.numel() > 500:
+            assert 0.8 < got.std() / want.std() < 1.25, name
+
+
+def test_one_reset_starts_everything_again():
+    net = model(MIXED)
+    for p in net.parameters():
+        p.data.fill_(float("nan"))
+    net.reset_parameters()
+    assert not any(p.isnan().any() for p in net.parameters())
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    layer = NativeSparseAttention(config()).double()
+    x = torch.randn(1, 40, 16, dtype=torch.float64, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    saved = checkpoint(layer, x, use_reentrant=False).square().sum()
+    for a, b in zip(plain, torch.autograd.grad(saved, [x, *layer.parameters()]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_deepcopy_and_functional_call():
+    layer = NativeSparseAttention(config())
+    x = torch.randn(1, 20, 16)
+    twin = copy.deepcopy(layer)
+    torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=0)
+    doubled = {name: 2 * p for name, p in layer.named_parameters()}
+    got = torch.func.functional_call(layer, doubled, (x,))
+    twin.load_state_dict(doubled)
+    torch.testing.assert_close(got, twin(x))
+    grads = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).square().sum())(
+        dict(layer.named_parameters())
+    )
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_compiled_training_equals_eager_in_one_graph():
+    torch._dynamo.reset()
+    net = model(("nsa", "full"), torch.float32)
+    fast = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (bytes_of(2, 40), bytes_of(2, 57)):
+        want = torch.autograd.grad(next_token_loss(net(tokens), tokens), net.head.weight)[0]
+        got = torch.autograd.grad(next_token_loss(fast(tokens), tokens), net.head.weight)[0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_dict_loads_whole_or_not_at_all():
+    net, other = model(), model(seed=5)
+    before = copy.deepcopy(net.state_dict())
+    wider = model(dim=32).state_dict()
+    less = dict(other.state_dict())
+    del less["head.weight"]
+    newer = other.state_dict()
+    newer._metadata[""]["version"] = 99
+    for state, text in ((wider, "is .*, not"), (less, "head.weight is missing"), (newer, "99")):
+        with pytest.raises(StateMismatch, match=text):
+            net.load_state_dict(state)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net.load_state_dict(other.state_dict())
+    assert torch.equal(net.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda net: net(bytes_of(1, 5).int()), InvalidType, "torch.int32"),
+        (lambda net: net(bytes_of(5)), InvalidArgument, r"of shape \[5\]"),
+        (lambda net: net(bytes_of(1, 0)), InvalidArgument, "S at least 1"),
+        (lambda net: net(bytes_of(1, 30)), InvalidArgument, "max_positions = 20"),
+        (lambda net: net.blocks[0].attention(torch.zeros(1, 5, 8)), InvalidArgument, "dim = 16"),
+        (lambda net: next_token_loss(net(bytes_of(1, 1)), bytes_of(1, 1)), InvalidArgument, "2"),
+        (lambda net: ByteLanguageModel(net.config, ["none"]), InvalidArgument, "nsa, full, window"),
+        (lambda net: ByteLanguageModel(net.config, 0), InvalidArgument, "at least one"),
+        (lambda net: net.new_cache(1, 21), InvalidArgument, "max_positions = 20"),
+    ],
+)
+def test_bad_calls(call, error, text):
+    net = model(max_positions=20)
+    with pytest.raises(error, match=text):
+        call(net)

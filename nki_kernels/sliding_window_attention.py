@@ -2,6 +2,8 @@
 
 import nki
 
+from nki_kernels.common.range_attention.backward_dkv import gradients_of_keys
+from nki_kernels.common.range_attention.backward_dq import gradient_of_queries
 from nki_kernels.common.range_attention.forward import attend
 
 
@@ -9,3 +11,17 @@ from nki_kernels.common.range_attention.forward import attend
 def forward(q, k_t, v, bounds, reach, scale: float, chunk: int, resident: int):
     """o [B, S, Hq, Dv] and lse [B, S, Hq, 1]; arguments as `attend`'s."""
     return attend(q, k_t, v, bounds, reach, scale, chunk, resident)
+
+
+@nki.jit
+def backward_dq(
+    grad_o, q, k_t, v_t, k, stats, bounds, reach, scale: float, chunk: int, resident: int
+):
+    """dq [B, S, Hq, Dk]; arguments as `gradient_of_queries`."""
+    return gradient_of_queries(grad_o, q, k_t, v_t, k, stats, bounds, reach, scale, chunk, resident)
+
+
+@nki.jit
+def backward_dkv(grad_o, q, k_t, v_t, stats, bounds, reach, scale: float):
+    """dk [B, T, Hkv, Dk] and dv [B, T, Hkv, Dv]; arguments as `gradients_of_keys`."""
+    return gradients_of_keys(grad_o, q, k_t, v_t, stats, bounds, reach, scale)

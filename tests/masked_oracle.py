@@ -98,9 +98,13 @@ def check(
     masks: Masks,
     forward: Callable[..., tuple[Tensor, Tensor]],
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    tolerance: float = 0.0,
 ) -> None:
-    """Runs forward(q, k, v) and backward(grad_o, q, k, v, o, lse, grad_lse) against `expected`."""
-    tolerance = TOLERANCE[problem.q.dtype]
+    """Runs forward(q, k, v) and backward(grad_o, q, k, v, o, lse, grad_lse) against `expected`.
+
+    `tolerance`: default that of the dtype.
+    """
+    tolerance = tolerance or TOLERANCE[problem.q.dtype]
     q, k, v = problem.q, problem.k, problem.v
     o, lse = forward(q, k, v, scale=problem.scale)
     grads = backward(problem.grad_o, q, k, v, o, lse, problem.grad_lse, scale=problem.scale)

@@ -15,46 +15,58 @@ from nsa_neuron.backends.neuron.launch import attention, sliding_window_attentio
 
 pytestmark = pytest.mark.sim
 
-SMALL = {"forward": {"chunk": 512, "resident": 0}}  # several chunks, loaded again for every tile
-HELD = {"forward": {"chunk": 512, "resident": 4096}}
+# Several chunks, loaded again for every tile; and all of them kept.
+SMALL = {
+    "forward": {"chunk": 512, "resident": 0},
+    "backward_dq": {"chunk": 512, "resident": 0},
+    "backward_dkv": {},
+}
+HELD = {**SMALL, "forward": {"chunk": 512, "resident": 4096}}
+HELD["backward_dq"] = HELD["forward"]
 
 
-def launcher(window: int = 0, plan=SMALL, lnc: int = 1, **options):
-    """forward(q, k, v, scale=...) of one of the two ops."""
-    if window:
-        kernels = run.simulated("sliding_window_attention", lnc)
-        return partial(sliding_window_attention.forward, kernels, plan, window=window, **options)
-    return partial(attention.forward, run.simulated("attention", lnc), plan, **options)
+class Launcher:
+    """The kernels of one of the two ops on `lnc` cores, as functions of tensors and a scale."""
+
+    def __init__(self, window: int = 0, plan=SMALL, lnc: int = 1, **options):
+        module = sliding_window_attention if window else attention
+        kernels = run.simulated(module.__name__.split(".")[-1], lnc)
+        options |= {"window": window} if window else {}
+        self.forward = partial(module.forward, kernels, plan, **options)
+        self.backward = partial(module.backward, kernels, plan, **options)
+
+    def everything(self, p: oracle.Problem) -> tuple[torch.Tensor, ...]:
+        """o, lse, dq, dk, dv of a problem."""
+        o, lse = self.forward(p.q, p.k, p.v, scale=p.scale)
+        grads = self.backward(p.grad_o, p.q, p.k, p.v, o, lse, p.grad_lse, scale=p.scale)
+        return (o, lse, *grads)
 
 
 def check(problem: oracle.Problem, window: int = 0, plan=SMALL) -> None:
     """One core and two against float64, and against each other bit by bit."""
     queries, keys = problem.q.shape[1], problem.k.shape[1]
     masks = [(slice(None), slice(None), oracle.causal(queries, keys, window))]
-    check_masked(problem, masks, launcher(window, plan), launcher(window, plan, lnc=2))
+    check_masked(problem, masks, Launcher(window, plan), Launcher(window, plan, lnc=2))
 
 
-def check_masked(problem: oracle.Problem, masks, one, two) -> None:
-    q, k, v = problem.q, problem.k, problem.v
-    o, lse = one(q, k, v, scale=problem.scale)
-    want_o, want_lse, *_ = oracle.expected(problem, masks)
-    assert o.dtype == q.dtype and lse.dtype == torch.float32
-    oracle.close(o, want_o, oracle.TOLERANCE[q.dtype])
-    oracle.close(lse, want_lse, 3e-6)
-    again = two(q, k, v, scale=problem.scale)
-    assert o.equal(again[0]) and lse.equal(again[1])
+def check_masked(problem: oracle.Problem, masks, one: Launcher, two: Launcher) -> None:
+    # 1e-5 as the golden files ask of float32: a window of 1 subtracts two equal sums of Dv terms.
+    tolerance = max(1e-5, oracle.TOLERANCE[problem.q.dtype])
+    oracle.check(problem, masks, one.forward, one.backward, tolerance)
+    results = one.everything(problem), two.everything(problem)
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @example(queries=1, past=0, group=1, dims=(16, 16), window=0)
 @example(queries=5, past=0, group=131, dims=(16, 16), window=0)  # more heads than rows of a tile
 @example(queries=3, past=1100, group=2, dims=(16, 16), window=600)  # chunks of keys, one skipped
-@example(queries=9, past=0, group=2, dims=(256, 256), window=4)
+@example(queries=9, past=0, group=2, dims=(256, 256), window=1)
 @given(
-    queries=st.integers(1, 80),
+    queries=st.integers(1, 60),
     past=st.sampled_from([0, 1, 127, 128, 515]),
     group=st.sampled_from([1, 2, 3, 5, 16, 65]),
-    dims=st.sampled_from([(16, 16), (80, 24), (192, 128)]),
+    dims=st.sampled_from([(16, 16), (80, 24), (144, 32)]),
     window=st.sampled_from([0, 1, 33, 300]),
 )
 def test_any_shape(queries, past, group, dims, window):
@@ -62,8 +74,7 @@ def test_any_shape(queries, past, group, dims, window):
     check(problem, window)
 
 
-@pytest.mark.parametrize("plan", [SMALL, HELD])
-@pytest.mark.parametrize("window", [0, 700])
+@pytest.mark.parametrize(("plan", "window"), [(SMALL, 700), (HELD, 0)])
 def test_long_rows_of_several_tiles(plan, window):
     """1,100 keys: several chunks, whole tiles that need no mask, several tiles of queries."""
     problem = oracle.Problem.random(1, 1100, 1100, 1, 1, 32, 32, torch.bfloat16)
@@ -79,7 +90,7 @@ def test_packed(window, group):
     lengths = zip(parts, lengths_q, lengths_k, strict=True)
     masks = [(*part, oracle.causal(s, t, window)) for part, s, t in lengths]
     options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-    check_masked(problem, masks, launcher(window, **options), launcher(window, lnc=2, **options))
+    check_masked(problem, masks, Launcher(window, **options), Launcher(window, lnc=2, **options))
 
 
 @pytest.mark.parametrize("spread", [60.0, 3000.0])
@@ -91,9 +102,11 @@ def test_large_logits(dtype, spread):
         problem, [(slice(None), slice(None), oracle.causal(70, 70))]
     )
     assert want_lse.max() > 16 * spread
-    o, lse = launcher()(problem.q, problem.k, problem.v, scale=1.0)
+    o, lse = Launcher().forward(problem.q, problem.k, problem.v, scale=1.0)
     oracle.close(o, want_o, 1e-3 if dtype == torch.float32 else 1e-2)
     oracle.close(lse, want_lse, 3e-6)
+    grads = Launcher().backward(problem.grad_o, problem.q, problem.k, problem.v, o, lse, scale=1.0)
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 def test_very_uneven_rows():
@@ -116,8 +129,8 @@ def test_window_is_exact():
     tokens, window = 40, 9
     q, k = torch.zeros(1, tokens, 1, 16), torch.zeros(1, tokens, 1, 16)
     v = torch.eye(tokens).reshape(1, tokens, 1, tokens)
-    prefill, _ = launcher(window)(q, k, v, scale=1.0)
-    decode, _ = launcher(window)(q[:, -1:], k, v, scale=1.0)
+    prefill, _ = Launcher(window).forward(q, k, v, scale=1.0)
+    decode, _ = Launcher(window).forward(q[:, -1:], k, v, scale=1.0)
     assert ((prefill[0, :, 0] > 0).sum(-1) == torch.arange(1, tokens + 1).clamp(max=window)).all()
     assert (decode[0, 0, 0] > 0).nonzero().flatten().tolist() == list(range(31, 40))
 
@@ -128,6 +141,8 @@ def test_golden_windows(name):
     options = {"window": meta["w"]}
     if meta["layout"] == "packed":
         options |= {"cu_seqlens_q": z["cu_seqlens"], "cu_seqlens_k": z["cu_seqlens"]}
-    o, lse = launcher(**options)(z["q"], z["k"], z["v"], scale=meta["scale"])
-    oracle.close_to_golden(meta, z, "o_win", o)
-    oracle.close_to_golden(meta, z, "lse_win", lse)
+    ops = Launcher(**options)
+    o, lse = ops.forward(z["q"], z["k"], z["v"], scale=meta["scale"])
+    grads = ops.backward(z["do"], z["q"], z["k"], z["v"], o, lse, scale=meta["scale"])
+    for output, got in zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads), strict=True):
+        oracle.close_to_golden(meta, z, f"{output}_win", got)

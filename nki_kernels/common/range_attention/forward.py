@@ -28,8 +28,8 @@ import nki.language as nl
 
 from nki_kernels.common.range_attention.geometry import cut, query_tiles
 from nki_kernels.common.range_attention.operands import (
+    Chunks,
     Constants,
-    Keys,
     hide,
     load_rows,
     psum,
@@ -47,6 +47,21 @@ SMALLEST_SUM = 1e-18  # keeps log and reciprocal in range where a row sees nothi
 GROUP = 2  # tiles of keys per exponential
 
 
+class Source(nl.NKIObject):
+    """Where keys and values come from, by the first key of a chunk."""
+
+    def __init__(self, k_t, v, chunks):
+        self.k_t = k_t
+        self.v = v
+        self.chunks = chunks
+
+    def keys(self, first):
+        return self.chunks.turned("k", self.k_t, first)
+
+    def values(self, first):
+        return self.chunks.tiles("v", self.v, first, True)
+
+
 def attend(q, k_t, v, bounds, reach, scale, chunk, resident):
     """o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq, 1] float32, in HBM.
 
@@ -58,10 +73,10 @@ def attend(q, k_t, v, bounds, reach, scale, chunk, resident):
     o = nl.ndarray((batch, queries, heads, v.shape[3]), dtype=q.dtype, buffer=nl.shared_hbm)
     lse = nl.ndarray((batch, queries, heads, 1), dtype=nl.float32, buffer=nl.shared_hbm)
     constants = Constants(q.dtype)
-    source = Keys(k_t, v, chunk, resident)
+    source = Source(k_t, v, Chunks(chunk, keys, resident))
     for tile in query_tiles(batch, kv_heads, heads // kv_heads, queries, keys, reach, 4):
         if tile.last > tile.first:
-            source.select(tile)
+            source.chunks.select(tile.batch, tile.kv_head)
             attend_tile(q, bounds, o, lse, tile, source, constants, scale)
         else:
             write_dead(o, lse, tile, constants)
@@ -81,15 +96,6 @@ def attend_tile(q, bounds, o, lse, tile, source, constants, scale):
         finish_part(o, lse, tile, p, sums[p], largest, total, constants, scale)
 
 
-def chunks_of(tile, size):
-    """(chunk's first key, first key in it, keys) that a tile visits."""
-    found = []
-    for first in range(tile.first // size * size, tile.last, size):
-        start = max(first, tile.first)
-        found.append((first, start - first, min(first + size, tile.last) - start))
-    return found
-
-
 def row_statistics(q_t, bounds, tile, source, scale):
     """What a row's softmax needs, from the logits with rows on partitions, all float32.
 
@@ -97,7 +103,7 @@ def row_statistics(q_t, bounds, tile, source, scale):
         largest [rows of a part, parts]: the largest visible logit before scaling; 0 if none.
         total: the sum of exp(scale * (logit - largest)); 0 if none.
     """
-    chunks = chunks_of(tile, source.size)
+    chunks = source.chunks.of(tile.first, tile.last - tile.first)
     blocks = 0
     for _, _, count in chunks:
         blocks += len(cut(count, 512))
@@ -109,7 +115,7 @@ def row_statistics(q_t, bounds, tile, source, scale):
         totals.append(sbuf((rows, blocks), nl.float32))
     block = 0
     for first, skipped, count in chunks:
-        k_t = source.load_k(first)
+        k_t = source.keys(first)
         for k0, width in cut(count, 512):
             start = skipped + k0
             for p in range(tile.parts):
@@ -178,9 +184,9 @@ def weighted_sums(q_t, shift, bounds, tile, source, constants, scale):
     for p in range(tile.parts):
         sums.append(psum((tile.part(p)[1], source.v.shape[3] + 1), nl.float32))
     waiting = []  # the group whose P @ V comes after the next group's scores
-    for first, skipped, count in chunks_of(tile, source.size):
-        k_t = source.load_k(first)
-        v = source.load_v(first)
+    for first, skipped, count in source.chunks.of(tile.first, tile.last - tile.first):
+        k_t = source.keys(first)
+        v = source.values(first)
         for k0, width in cut(count, 128 * GROUP):
             key0 = skipped + k0
             weights = weights_of(

@@ -139,62 +139,80 @@ def hide(scores, seen, tile):
     nisa.select_reduce(by_head, predicate, by_head, 0.0)
 
 
-class Keys(nl.NKIObject):
-    """Keys and values of one kv head, by chunks of `size` keys; kept in SBUF if all of them fit.
+class Chunks(nl.NKIObject):
+    """Key-like tensors of one kv head, by chunks of `size` keys; kept if `keys` <= `resident`."""
 
-    `k` of a chunk: [D chunk, keys] for each chunk of at most 128 of Dk. `v`: [128, tiles, Dv + 1],
-    128 keys a tile, whose last column is 1, so that P @ V sums P as well.
-    """
-
-    def __init__(self, k_t, v, size, resident):
-        self.k_t = k_t
-        self.v = v
+    def __init__(self, size, keys, resident):
         self.size = size
-        self.resident = k_t.shape[3] <= resident
-        self.owner = (-1, -1)
-        self.k_chunks = {}
-        self.v_chunks = {}
+        self.keys = keys
+        self.keep = keys <= resident
+        self.batch = -1
+        self.head = -1
+        self.kept = {}
 
-    def select(self, tile):
-        """Makes a tile's kv head the current one."""
-        if self.owner != (tile.batch, tile.kv_head):
-            self.owner = (tile.batch, tile.kv_head)
-            self.k_chunks = {}
-            self.v_chunks = {}
+    def select(self, batch, head):
+        """Makes a kv head the current one."""
+        if self.batch != batch or self.head != head:
+            self.batch = batch
+            self.head = head
+            self.kept = {}
 
-    def load_k(self, first):
-        """The keys of the chunk that starts at `first`, transposed."""
-        name = str(first)
-        if name in self.k_chunks:
-            return self.k_chunks[name]
-        count = min(self.size, self.k_t.shape[3] - first)
-        chunk = []
-        for d0, width in cut(self.k_t.shape[2], 128):
-            part = sbuf((width, count), self.k_t.dtype)
-            batch, head = self.owner
-            nisa.dma_copy(part, self.k_t[batch, head, d0 : d0 + width, first : first + count])
-            chunk.append(part)
-        if self.resident:
-            self.k_chunks[name] = chunk
-        return chunk
+    def of(self, first, count):
+        """(chunk's first key, first key in it, keys) that keys first .. first + count touch."""
+        found = []
+        for start in range(first // self.size * self.size, first + count, self.size):
+            skipped = max(first, start) - start
+            found.append((start, skipped, min(start + self.size, first + count) - start - skipped))
+        return found
 
-    def load_v(self, first):
-        """The values of the chunk that starts at `first`."""
-        name = str(first)
-        if name in self.v_chunks:
-            return self.v_chunks[name]
-        batch, head = self.owner
-        width = self.v.shape[3]
-        count = min(self.size, self.v.shape[1] - first)
-        chunk = sbuf((128, (count + 127) // 128, width + 1), self.v.dtype)
-        nisa.memset(chunk[:, :, width : width + 1], 1.0)
+    def turned(self, name, source, first):
+        """Keys of a chunk along the free dim, from source [B, Hkv, D, T].
+
+        Returns:
+            [D chunk, keys] for each chunk of at most 128 of D.
+        """
+        key = name + str(first)
+        if key in self.kept:
+            return self.kept[key]
+        found = load_turned(source, self.batch, self.head, first, self._count(first))
+        if self.keep:
+            self.kept[key] = found
+        return found
+
+    def tiles(self, name, source, first, ones):
+        """Keys of a chunk on partitions, from source [B, T, Hkv, D].
+
+        Returns:
+            [128, tiles, D], 128 keys a tile; with `ones` [128, tiles, D + 1], the last column 1,
+            so that P @ it sums P as well.
+        """
+        key = name + str(first)
+        if key in self.kept:
+            return self.kept[key]
+        count, width = self._count(first), source.shape[3]
+        chunk = sbuf((128, (count + 127) // 128, width + (1 if ones else 0)), source.dtype)
+        if ones:
+            nisa.memset(chunk[:, :, width : width + 1], 1.0)
         whole, rest = count // 128, count % 128
-        rows = self.v[batch, first : first + count, head, :]
+        rows = source[self.batch, first : first + count, self.head, :]
         if whole > 0:
-            tiles = rows[0 : whole * 128, :].reshape_dim(0, (whole, 128)).permute((1, 0, 2))
-            nisa.dma_copy(chunk[:, 0:whole, 0:width], tiles)
+            by_tile = rows[0 : whole * 128, :].reshape_dim(0, (whole, 128)).permute((1, 0, 2))
+            nisa.dma_copy(chunk[:, 0:whole, 0:width], by_tile)
         if rest > 0:
             nisa.dma_copy(chunk[0:rest, whole, 0:width], rows[whole * 128 : count, :])
-        if self.resident:
-            self.v_chunks[name] = chunk
+        if self.keep:
+            self.kept[key] = chunk
         return chunk
+
+    def _count(self, first):
+        return min(self.size, self.keys - first)
+
+
+def load_turned(source, batch, head, first, count):
+    """Keys first .. first + count of source [B, Hkv, D, T], by chunks of at most 128 of D."""
+    found = []
+    for d0, width in cut(source.shape[2], 128):
+        part = sbuf((width, count), source.dtype)
+        nisa.dma_copy(part, source[batch, head, d0 : d0 + width, first : first + count])
+        found.append(part)
+    return found

@@ -31,6 +31,7 @@ MAX_HEAD_DIM = 256
 # The ops that have kernels; `nsa_attention` is made of them.
 OPS = (
     "attention",
+    "attention_backward",
     "compress",
     "compress_backward",
     "compressed_attention",
@@ -40,6 +41,7 @@ OPS = (
     "selected_attention",
     "selected_attention_backward",
     "sliding_window_attention",
+    "sliding_window_attention_backward",
 )
 LNC = "NEURON_LOGICAL_NC_CONFIG"
 """AWS's variable for the number of physical cores of a logical one (nki/get-started/about/lnc)."""

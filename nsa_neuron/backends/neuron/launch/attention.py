@@ -1,4 +1,4 @@
-"""Launches `nki_kernels/attention.py`: causal attention."""
+"""Launches `nki_kernels/attention.py`: causal attention, forward and backward."""
 
 from __future__ import annotations
 
@@ -31,4 +31,29 @@ def forward(
         o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq] float32 (natural logarithm).
     """
     seen = ranges.causal(q.shape[1], k.shape[1], window, cu_seqlens_q, cu_seqlens_k, q.device)
-    return ranges.forward(kernels, dict(plan["forward"]), q, k, v, seen, scale)
+    return ranges.forward(kernels, plan, q, k, v, seen, scale)
+
+
+def backward(
+    kernels: Kernels,
+    plan: Plan,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None = None,
+    *,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    window: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward` with respect to q, k and v, contiguous, in their dtypes.
+
+    Args:
+        grad_o: [B, S, Hq, Dv]; grad_lse: float32 [B, S, Hq] or None for zero.
+    """
+    seen = ranges.causal(q.shape[1], k.shape[1], window, cu_seqlens_q, cu_seqlens_k, q.device)
+    return ranges.backward(kernels, plan, grad_o, q, k, v, o, lse, grad_lse, seen, scale)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nsa_neuron.ops.softmax import row_shift
+
 if TYPE_CHECKING:
+    from nsa_neuron.backends.neuron.plans import Plan
     from nsa_neuron.backends.neuron.run import Kernels
 
 UNLIMITED = -(2**30)
@@ -69,7 +72,7 @@ def turned(x: Tensor) -> Tensor:
 
 def forward(
     kernels: Kernels,
-    constants: dict[str, Any],
+    plan: Plan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -79,14 +82,50 @@ def forward(
     """o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq] float32.
 
     Args:
-        kernels: with a kernel `forward`.
-        constants: of that kernel's plan.
+        kernels: with a kernel `forward`; plan: its constants.
         q: [B, S, Hq, Dk]; k, v: [B, T, Hkv, D].
         scale: of the logits, any sign.
     """
     q, scale = positive_scale(q, scale)
     o, lse = kernels.forward(
         q.contiguous(), turned(k), v.contiguous(), ranges.bounds,
-        reach=ranges.reach, scale=scale, **constants,
+        reach=ranges.reach, scale=scale, **plan["forward"],
     )  # fmt: skip
     return o, lse.squeeze(-1)
+
+
+def backward(
+    kernels: Kernels,
+    plan: Plan,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    ranges: Ranges,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous, in the inputs' dtype.
+
+    Args:
+        kernels: with kernels `backward_dq` and `backward_dkv`; plan: their constants.
+        grad_o: [B, S, Hq, Dv]; grad_lse: [B, S, Hq] float32, None: zero.
+        o, lse: what `forward` returned for q, k, v, ranges and scale.
+    """
+    positive_q, positive = positive_scale(q, scale)
+    delta = row_shift(grad_o, o, lse, grad_lse)
+    stats = torch.stack((lse.masked_fill(lse == -torch.inf, 0.0), delta), -1)
+    shared = {"reach": ranges.reach, "scale": positive}
+    k_t, v_t = turned(k), turned(v)
+    grad_o, positive_q = grad_o.contiguous(), positive_q.contiguous()
+    (dq,) = kernels.backward_dq(
+        grad_o, positive_q, k_t, v_t, k.contiguous(), stats, ranges.bounds,
+        **shared, **plan["backward_dq"],
+    )  # fmt: skip
+    dk, dv = kernels.backward_dkv(
+        grad_o, positive_q, k_t, v_t, stats, ranges.bounds, **shared, **plan["backward_dkv"]
+    )
+    sign = (scale > 0) - (scale < 0)
+    return dq if sign > 0 else dq * sign, dk, dv

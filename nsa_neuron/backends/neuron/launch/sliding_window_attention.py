@@ -1,5 +1,5 @@
 """Launches `nki_kernels/sliding_window_attention.py`: `attention` of the last keys."""
 
-from nsa_neuron.backends.neuron.launch.attention import forward
+from nsa_neuron.backends.neuron.launch.attention import backward, forward
 
-__all__ = ["forward"]
+__all__ = ["backward", "forward"]

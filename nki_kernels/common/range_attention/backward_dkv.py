@@ -22,6 +22,7 @@ the rows after next, scores of the next, sums of this.
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.cores import this_core
 from nki_kernels.common.range_attention.geometry import (
     Tile,
@@ -33,9 +34,7 @@ from nki_kernels.common.range_attention.geometry import (
 from nki_kernels.common.range_attention.operands import (
     load_rows,
     load_turned,
-    psum,
     row_bounds,
-    sbuf,
     transpose_rows,
 )
 

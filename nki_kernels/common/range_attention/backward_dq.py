@@ -22,15 +22,14 @@ and two copies out of PSUM.
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.range_attention.geometry import cut, query_tiles
 from nki_kernels.common.range_attention.operands import (
     Chunks,
     Constants,
     hide,
     load_rows,
-    psum,
     query_bounds,
-    sbuf,
     shift_rows,
     store_rows,
     transpose_rows,

@@ -26,16 +26,15 @@ stay in SBUF where all of a kv head's fit.
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.range_attention.geometry import cut, query_tiles
 from nki_kernels.common.range_attention.operands import (
     Chunks,
     Constants,
     hide,
     load_rows,
-    psum,
     query_bounds,
     row_bounds,
-    sbuf,
     shift_rows,
     store_rows,
     transpose_rows,

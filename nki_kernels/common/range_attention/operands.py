@@ -6,6 +6,7 @@ Rows are (query, head) pairs. "Column" form has rows on partitions, "row" form a
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.range_attention.geometry import cut
 
 
@@ -25,16 +26,6 @@ class Constants(nl.NKIObject):
         nisa.iota(self.key_index, [[0, 1]], offset=0, channel_multiplier=1)
         self.minus_infinity = sbuf((128, 1), nl.float32)
         nisa.memset(self.minus_infinity, float("-inf"))
-
-
-def sbuf(shape, dtype):
-    """An SBUF tensor with undefined contents."""
-    return nl.ndarray(shape, dtype=dtype, buffer=nl.sbuf)
-
-
-def psum(shape, dtype):
-    """A PSUM tensor with undefined contents."""
-    return nl.ndarray(shape, dtype=dtype, buffer=nl.psum)
 
 
 def load_rows(source, tile, p):

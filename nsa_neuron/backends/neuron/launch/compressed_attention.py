@@ -63,4 +63,4 @@ def forward(
         o = q.new_zeros(*q.shape[:3], v_cmp.shape[3])
         return o, torch.full(q.shape[:3], -torch.inf, device=q.device)
     seen = complete(q.shape[1], kv_len, block, stride, cu_seqlens_q, cu_seqlens_k, q.device)
-    return ranges.forward(kernels, dict(plan["forward"]), q, k_cmp, v_cmp, seen, scale)
+    return ranges.forward(kernels, plan, q, k_cmp, v_cmp, seen, scale)

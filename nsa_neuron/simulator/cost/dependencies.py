@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 RAW, WAR, WAW = int(Cause.RAW), int(Cause.WAR), int(Cause.WAW)
 SPACE, EDGE = int(Cause.SPACE), int(Cause.EDGE)
+LOAD = "register_load"
 SHIFT = 3  # a dependency is (producer << SHIFT) | cause
 
 _MANY = 4  # dependencies worth thinning out
@@ -68,10 +69,15 @@ class Tracker:
         first, regions, lanes, in_order = self.first, self.regions, self.lanes, self.in_order
         dead = self._dead
         written = {a.allocation for i in self.trace.instructions for a in i.writes}
+        loads: dict[int, list[int]] = {}  # what waits for a register waits for its source
         result: list[list[int]] = []
         for me, i in enumerate(self.trace.instructions):
             lane = lanes[me]
             deps: list[int] = []
+            if i.opcode == LOAD:
+                loads[me] = self._load(i, me, lane)
+                result.append(deps)
+                continue
             for access in i.reads:
                 allocation = access.allocation
                 region = first.get(allocation)
@@ -122,7 +128,11 @@ class Tracker:
             while dead:
                 self._forget(dead.pop())
             if i.after:
-                deps += [e.index << SHIFT | EDGE for e in i.after]
+                for e in i.after:
+                    if e.opcode == LOAD:
+                        deps += loads.get(e.index, ())
+                    else:
+                        deps.append(e.index << SHIFT | EDGE)
             if self.pair:
                 self._order_cores(i, me, lane, deps)
             if lane == 0 and deps:
@@ -131,6 +141,24 @@ class Tracker:
                 deps = self._latest(deps)
             result.append(deps)
         return result
+
+    def _load(self, i: Instruction, me: int, lane: int) -> list[int]:
+        """What a register load waits for; it takes no time, what uses the register does."""
+        (access,) = i.reads
+        allocation, deps = access.allocation, list[int]()
+        region = self.first.get(allocation)
+        if region is None:
+            return deps  # an input nobody writes
+        if region.place is not access.place:
+            region = self.regions.get(allocation, {}).get(access.place)
+            region = region or self._region(access, lane, deps)
+        writers = (region.writer, *(other.writer for other in region.near))
+        deps += [writer << SHIFT | RAW for writer in writers if writer >= 0]
+        if allocation.last_use == me:
+            self._release(allocation)
+            while self._dead:
+                self._forget(self._dead.pop())
+        return deps
 
     def _latest(self, deps: list[int]) -> list[int]:
         """Drop what an in-order lane's later instruction implies; the latest first."""

@@ -130,6 +130,8 @@ def transfer_of(i: Instruction, p: Parameters) -> Transfer:
     t.completion = p.dma_completion
     t.use(_spread(dst, src, t, moved, rate, p))
     known = "" if i.opcode in _PUBLISHED else ", between devices (guess)"
+    if (dst.dynamic or src.dynamic) and not indirect:
+        known += ", run-time address (guess)"
     t.rule = (
         f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines{known}"
     )
@@ -151,12 +153,13 @@ def _choose_queue(
     dynamic = dst.dynamic or src.dynamic
     if indirect or "swdge" in modes or (dynamic and "hwdge" not in modes):
         t.queue, t.trigger = "dma-gpsimd", "gpsimd"
-        t.trigger_time = p.dma_trigger_swdge + p.dma_descriptor_swdge * t.descriptors
+        made = p.dma_trigger_swdge + p.dma_descriptor_swdge * t.descriptors
+        t.trigger_time = max(made, p.dma_run_time) if dynamic and not indirect else made
         t.start = p.dma_start
     elif "hwdge" in modes:
         t.trigger = "scalar" if "scalar" in modes else "sync"
         t.queue = f"dma-{t.trigger}"
-        t.trigger_time = p.dma_trigger
+        t.trigger_time = p.dma_run_time if dynamic else p.dma_trigger
         t.start = p.dma_start_hwdge
     else:
         to_chip, from_chip = dst.allocation.on_chip, src.allocation.on_chip

@@ -86,8 +86,24 @@ def cost_of(instruction: Instruction, p: Parameters) -> Cost:
     else:
         cost = _ENGINES.get(engine, _sync)(instruction, p)
     accesses = (*instruction.writes, *instruction.reads)
+    if engine in COMPUTE:
+        _add_run_time_operands(cost, instruction, p)
     cost.psum = any(a.allocation.buffer == "psum" for a in accesses)
     return cost
+
+
+def _add_run_time_operands(cost: Cost, i: Instruction, p: Parameters) -> None:
+    """What the engine's sequencer spends on addresses and values known only at run time.
+
+    The same whichever way the kernel spells them: the SBUF scalar of `scalar_offset`, a register
+    that was loaded from it, or the index of a hardware loop.
+    """
+    count = sum(a.dynamic for a in (*i.writes, *i.reads))
+    count += i.plan.registers if i.plan is not None else 0
+    if count:
+        cost.interval += count * p.run_time_operand
+        cost.latency += count * p.run_time_operand
+        cost.rule += f", {count} run-time operand{'s' * (count > 1)} (guess)"
 
 
 def free_size(instruction: Instruction) -> int:
@@ -133,11 +149,9 @@ def _tensor(i: Instruction, p: Parameters) -> Cost:
 
 
 def _linear(
-    i: Instruction, work: float, clock: float, overhead: float, latency: float, p: Parameters
+    work: float, clock: float, overhead: float, latency: float, p: Parameters
 ) -> tuple[float, float]:
     """Interval and latency of `work` cycles on VectorE or ScalarE."""
-    if any(a.dynamic for a in (*i.writes, *i.reads)):
-        work = max(work, p.dynamic_minimum)
     return (max(p.minimum_interval, work) + overhead) / clock, (work + latency) / clock
 
 
@@ -232,7 +246,7 @@ def _vector(i: Instruction, p: Parameters) -> Cost:
     if _reads_accumulator(i):
         work += p.accumulator_read
         rule += " + accumulator"
-    interval, latency = _linear(i, work, p.vector_clock, p.vector_overhead, p.vector_latency, p)
+    interval, latency = _linear(work, p.vector_clock, p.vector_overhead, p.vector_latency, p)
     return Cost(i.opcode, "vector", interval, latency, f"{rule}, N={free_size(i)}")
 
 
@@ -242,7 +256,7 @@ def _scalar(i: Instruction, p: Parameters) -> Cost:
     if _reads_accumulator(i):
         work += p.accumulator_read
         rule += " + accumulator"
-    interval, latency = _linear(i, work, p.scalar_clock, p.scalar_overhead, p.scalar_latency, p)
+    interval, latency = _linear(work, p.scalar_clock, p.scalar_overhead, p.scalar_latency, p)
     cost = Cost(i.opcode, "scalar", interval, latency, f"{rule}, N={free_size(i)}")
     if i.opcode in ("activation", "activation_reduce"):
         function = str(i.params.op)
@@ -275,6 +289,8 @@ def _gpsimd(i: Instruction, p: Parameters) -> Cost:
 
 
 def _sync(i: Instruction, p: Parameters) -> Cost:
+    if i.opcode == "register_load":
+        return Cost(i.opcode, i.engine, 0.0, 0.0, "billed to what uses the register")
     return Cost(i.opcode, i.engine, p.register_access, p.register_access, "register (guess)")
 
 

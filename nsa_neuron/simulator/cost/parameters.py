@@ -159,9 +159,10 @@ class Parameters:
         "SDK226 (half bandwidth); traces 1.3 to 4", 1.3, 2, 4,
     )  # fmt: skip
     stride_limit: float = _constant("bytes", "SDK trainium_inferentia2_arch.rst", 16)
-    dynamic_minimum: float = _constant(
-        "cycles of an instruction with a run-time address", "SDK226 tensor_copy_dynamic", 64, 600,
-        600,
+    run_time_operand: float = _constant(
+        "ns of the engine for each operand whose address or value is a run-time one",
+        "SDK226 tensor_copy_dynamic: 600 cycles at least; third party, trn1: 1 us for offset load, "
+        "arithmetic and trigger (kiln neuron-notes.md)", 100, 500, 2000, guess=True,
     )  # fmt: skip
     gpsimd_fixed: float = _constant("cycles per instruction", "SDK226 iota", 150)
     gpsimd_affine: float = _constant("cycles per element", "SDK226 iota, affine_select", 1)
@@ -209,12 +210,20 @@ class Parameters:
         "traces: 82 apart; high: what would bound a published vector add of tiny transfers",
         60, 82, 600, documented=75,
     )  # fmt: skip
+    dma_run_time: float = _constant(
+        "ns of the triggering engine and its queue, a run-time address",
+        "third party, trn2: five figures of a block-sparse NKI 0.6 kernel fit 1.35 to 1.9 us per "
+        "transfer and queue, of 64 as of 128 descriptors (reecedantin/vllm-omni-neuron, docs/"
+        "design); trn1: about 1 us (kiln neuron-notes.md)", 1000, 1600, 2200, guess=True,
+    )  # fmt: skip
     dma_trigger_swdge: float = _constant(
         "ns of GpSimd per transfer whose descriptors it makes", "none", 100, 300, 1000, guess=True
     )
     dma_descriptor_swdge: float = _constant(
-        "ns of GpSimd per descriptor it makes", "none", 0, 5, 20, guess=True
-    )
+        "ns of GpSimd per descriptor it makes",
+        "third party, trn1: 20 (72,960 in 1.48 ms; a scatter of 128 in 2 us; kiln "
+        "neuron-notes.md); trn2: 14 with the same kernel on three queues", 5, 14, 25, guess=True,
+    )  # fmt: skip
     dma_descriptor: float = _constant(
         "ns per descriptor and DMA engine",
         "between SDK nki-dma-overview (8 x 256 B in 97 ns: 0.6) and the trace of conv 256 x 32 x "

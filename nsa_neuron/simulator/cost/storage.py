@@ -221,7 +221,10 @@ class Space:
         users: list[int] = []
         while self.free < 0 and self.released:
             size, regions = self.released.popleft()
-            self.free += size
+            taken = min(size, -self.free)
+            self.free += taken
+            if taken < size:  # the rest can be had once the same instructions have ended
+                self.released.appendleft((size - taken, regions))
             for region in regions:
                 if region.readers:
                     users += region.readers

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..memory.tensor import NkiTensor
 from ..rules.errors import SimulationError
+from ..rules.registers import VirtualRegister
 from ..rules.session import locate, violation
 from .spec import Plan
 
@@ -251,7 +252,8 @@ def make_plan(
         # What a relaxed rule forbids may be beyond what the rest of the check can look at.
         raise checker.violations[-1] from error
     engine, payload = result if isinstance(result, tuple) else (result, None)
-    return Plan(engine, payload, checker.violations)
+    registers = sum(isinstance(value, VirtualRegister) for value in reads)
+    return Plan(engine, payload, checker.violations, registers)
 
 
 def _check_placement(c: Checker, o: Operand) -> None:

@@ -56,6 +56,7 @@ class NeuronCore:
         self.accumulators = {e: Accumulators(self.machine.partitions) for e in ("scalar", "vector")}
         self.pending: list[tuple[Access, Message, str]] = []
         self.state: dict[Any, Any] = {}
+        self._loads: list[Instruction] = []  # of registers that the instruction at hand uses
         self._precise = options.precise
         self._forms: dict[tuple[Any, ...], Form] = {}
         self._pool = Pool()
@@ -204,6 +205,8 @@ class NeuronCore:
         for tensor in writes + reads:
             if type(tensor) is not NkiTensor:
                 key.append(type(tensor))
+                if type(tensor) is VirtualRegister and tensor.loaded is not None:
+                    self._loads.append(tensor.loaded)
                 continue
             if tensor.dynamic is not None:
                 found: list[Access] = []
@@ -242,6 +245,9 @@ class NeuronCore:
         instruction = Instruction(
             index, spec.opcode, plan.engine, outs, ins, params, name, site, extra, plan
         )
+        if self._loads:
+            instruction.depends_on(*dict.fromkeys(self._loads))
+            self._loads.clear()
         trace.append(instruction)
         if self._alternate:
             self.launch.meeting.take_turns(self.index)  # type: ignore[union-attr]
@@ -332,6 +338,7 @@ class NeuronCore:
             outside = True
         if outside:
             if skip:
+                self._loads.clear()
                 return None
             violate(
                 "oob",
@@ -346,6 +353,8 @@ class NeuronCore:
     def index_value(self, index: Any, spec: Spec, indices: list[Access]) -> int:
         """The value of a run-time index: register or (1, 1) tensor."""
         if isinstance(index, VirtualRegister):
+            if index.loaded is not None:
+                self._loads.append(index.loaded)
             return index.read() if self.data or index.value is not None else 0
         indices.append(index.access())
         if not self.data:

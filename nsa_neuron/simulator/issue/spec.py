@@ -67,11 +67,21 @@ class Spec:
 
 
 class Plan:
-    """The result of checking a signature: engine, anything precomputed, relaxed violations."""
+    """The result of checking a signature.
 
-    __slots__ = ("engine", "payload", "violations")
+    Attributes:
+        engine: what executes it.
+        payload: anything that `run` needs, worked out once.
+        violations: broken rules that are relaxed.
+        registers: how many operands are values of registers.
+    """
 
-    def __init__(self, engine: str, payload: Any, violations: list[SimulationError]) -> None:
+    __slots__ = ("engine", "payload", "registers", "violations")
+
+    def __init__(
+        self, engine: str, payload: Any, violations: list[SimulationError], registers: int
+    ) -> None:
         self.engine = engine
         self.payload = payload
         self.violations = violations
+        self.registers = registers

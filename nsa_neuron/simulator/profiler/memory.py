@@ -21,9 +21,11 @@ def usage(
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
     """Bytes per partition in use, as steps.
 
-    A tensor occupies its bytes from the issue of the first instruction that touches it to the end
-    of the last one; PSUM tensors count in whole banks. Tensors with an address count only where
-    no other in use covers the same bytes.
+    A tensor occupies its bytes from the issue of the first instruction that touches it until the
+    last one is done with them: a transfer at its end, an engine when it takes its next instruction,
+    which cannot overtake. What only loads a register takes no time and counts as nothing. PSUM
+    tensors count in whole banks. Tensors with an address count only where no other in use covers
+    the same bytes.
 
     Args:
         t: a timeline.
@@ -55,12 +57,13 @@ def usage(
 
 
 def _spans(t: Timeline, core: int) -> dict[Allocation, tuple[float, float]]:
-    """First issue and last end of the users of each on-chip tensor."""
+    """First issue and last use of the users of each on-chip tensor."""
     offset = sum(len(c.instructions) for c in t.run.cores[:core])
-    issue, end = t.issue.tolist(), t.end.tolist()
+    transfers = np.array([name.startswith("dma") for name in t.lanes])[t.lane]
+    issue, end = t.issue.tolist(), np.where(transfers, t.end, t.free).tolist()
     spans: dict[Allocation, tuple[float, float]] = {}
     for k, i in enumerate(t.run.cores[core].instructions, offset):
-        for a in (*i.writes, *i.reads):
+        for a in (*i.writes, *i.reads) if i.opcode != "register_load" else ():
             allocation = a.allocation
             if not allocation.on_chip:
                 continue

@@ -13,13 +13,16 @@ class VirtualRegister:
     Attributes:
         value: the number held, or None when never written (or unknown in a shape-only run).
         frozen: True for a loop's induction register, which the kernel must not write.
+        loaded: the instruction that loaded the value from a tensor; what uses the register waits
+            for it. None for immediates and loop indices.
     """
 
-    __slots__ = ("frozen", "value")
+    __slots__ = ("frozen", "loaded", "value")
 
     def __init__(self, state: Any = None, frozen: bool = False) -> None:
         self.value = state
         self.frozen = frozen
+        self.loaded: Any = None
 
     def __repr__(self) -> str:
         return f"VirtualRegister({self.value})"

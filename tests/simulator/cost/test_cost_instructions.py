@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cost_helpers import P, hbm, nisa, nl, only, psum, sbuf, timeline
+from cost_helpers import P, hbm, nisa, nl, psum, sbuf, timeline
 
 from nsa_neuron.simulator.cost import load, tables
 
@@ -177,17 +177,6 @@ def test_every_constant_has_a_source_a_unit_and_an_ordered_band():
         low, central, high = constant["low, central, high"]
         assert min(low, high) <= central <= max(low, high), name
         assert constant["unit"] and constant["source"], name
-
-
-def test_run_time_addresses_cost_600_cycles():
-    def body():
-        table, index = sbuf((128, 512)), sbuf((1, 1), nl.int32)
-        view = table.ap([[512, 128], [1, 8]], scalar_offset=index)
-        nisa.tensor_copy(sbuf((128, 8)), view)
-
-    t = timeline(body)
-    i = only(t, "tensor_copy")
-    assert t.free[i] - t.issue[i] == pytest.approx((600 + 60) / VECTOR)
 
 
 def test_dma_never_reaches_a_compute_lane():

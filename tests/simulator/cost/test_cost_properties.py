@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cost_helpers import P, hbm, nisa, nl, of, psum, record, sbuf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import Cause
+from nsa_neuron.simulator.machine.trn2 import TRN2
+from nsa_neuron.simulator.profiler import memory
 
 TILES = 4
 KINDS = ("load", "store", "copy", "exp", "gpsimd", "matmul", "evict")
@@ -168,3 +170,37 @@ def test_bigger_operands_never_take_less_time(columns):
 
     totals = [of(record(body(n))).total for n in (columns, columns + 1, 2 * columns)]
     assert totals == sorted(totals)
+
+
+sizes = st.lists(st.tuples(st.integers(1, 53_000), st.sampled_from(KINDS[:5])), max_size=40)
+
+
+@settings(max_examples=60)
+@given(sizes)
+@example([(50_000, "gpsimd"), (9_000, "copy"), (40_000, "load")])
+def test_no_report_exceeds_a_capacity(sizes):
+    """Tiles of any size, made, used and left: what is over of a large one serves small ones."""
+
+    def body():
+        far = hbm((128, 53_000))
+        for width, kind in sizes:
+            made = sbuf((128, width))
+            if kind == "load":
+                nisa.dma_copy(made, far[:, :width])
+                nisa.tensor_copy(sbuf((128, 1)), made[:, :1], engine=nisa.engine.gpsimd)
+            elif kind == "store":
+                nisa.memset(made, 0.0)
+                nisa.dma_copy(far[:, :width], made)
+            elif kind == "copy":
+                nisa.memset(made, 0.0)
+            elif kind == "exp":
+                out = psum((128, min(width, 4096)))
+                nisa.activation(out, nl.exp, made[:, : out.shape[1]])
+                nisa.tensor_copy(made[:, : out.shape[1]], out, engine=nisa.engine.vector)
+            else:
+                nisa.memset(made, 0.0, engine=nisa.engine.gpsimd)
+
+    t = of(record(body))
+    for buffer, limit in (("sbuf", TRN2.sbuf_bytes), ("psum", TRN2.psum_bytes)):
+        _, used = memory.usage(t, 0, TRN2)[buffer]
+        assert used.min() >= 0 and used.max() <= limit

@@ -29,6 +29,7 @@ def register_move(dst, src):
     _register(dst, "register_move")
     if isinstance(src, VirtualRegister):
         dst.write(src.value)
+        dst.loaded = src.loaded
         return
     if not isinstance(src, int) or not -(2**31) <= src < 2**32:
         raise violation(
@@ -39,6 +40,7 @@ def register_move(dst, src):
             value=src,
         )
     dst.write(src)
+    dst.loaded = None
 
 
 def _register(value, name):
@@ -83,7 +85,7 @@ def register_load(dst, src):
     core = core_of("register_load")
     _register(dst, "register_load")
     core.state["register"] = dst
-    core.issue(LOAD, (), (src,))
+    dst.loaded = core.issue(LOAD, (), (src,))
     if not core.data:
         dst.write(None)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_neuron.backends import composite
-from nsa_neuron.backends.neuron import plans, run
+from nsa_neuron.backends.neuron import limits, plans, run
 from nsa_neuron.errors import NsaError
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 
@@ -35,6 +35,7 @@ OPS = (
     "compress",
     "compress_backward",
     "compressed_attention",
+    "decode",
     "gated_sum",
     "gated_sum_backward",
     "select_blocks",
@@ -69,7 +70,7 @@ class NeuronBackend:
         for symbol in ("Dk", "Dv", "D"):
             if symbol in bound.sizes and bound[symbol] > MAX_HEAD_DIM:
                 return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
-        return Supported()
+        return limits.refusal(bound) or Supported()
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
         if bound.spec.name in composite.WHOLE:

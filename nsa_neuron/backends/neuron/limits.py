@@ -1,0 +1,50 @@
+"""What the NKI kernels cannot take, and why."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from nsa_neuron.registry import Unsupported
+
+if TYPE_CHECKING:
+    from nsa_neuron.spec import Bound
+
+PARTITIONS = 128
+EXACT = 2**24
+"""float32 counts so far without gaps; VectorE computes integers in float32."""
+
+MOST_RANKED = 16_384
+"""Elements of VectorE's search for the eight largest (trainium2.md, part 3.5)."""
+
+DECODE_BYTES = 160_000
+"""Of 212,984 bytes per partition, what decode's logits and its blocks' scores may take."""
+
+
+def refusal(bound: Bound) -> Unsupported | None:
+    """The refusal of a call that the kernels cannot take."""
+    scale = bound.scalars.get("scale")
+    if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
+        reason = f"scale = {scale}; kernels hide a key by a large negative logit before scaling"
+        return Unsupported("scale", reason)
+    return _decode_refusal(bound) if bound.spec.name == "decode" else None
+
+
+def _decode_refusal(bound: Bound) -> Unsupported | None:
+    if bound.group > PARTITIONS:
+        return Unsupported("group", f"Hq / Hkv = {bound.group} > {PARTITIONS} partitions")
+    blocks = bound["most_slc"] * bound["page_slc"] // bound["m"]
+    if blocks > MOST_RANKED:
+        reason = f"tables of {blocks} selection blocks > {MOST_RANKED}, what VectorE ranks at once"
+        return Unsupported("blocks", reason)
+    need = 4 * bound["most_cmp"] * bound["page_cmp"] + 12 * blocks
+    if need > DECODE_BYTES:
+        reason = (
+            f"logits of the compressed blocks and scores of the selection blocks need {need} "
+            f"bytes per partition > {DECODE_BYTES}"
+        )
+        return Unsupported("length", reason)
+    tokens = bound["pages_slc"] * bound["page_slc"]
+    if tokens >= EXACT:
+        return Unsupported("pool", f"a pool of {tokens} tokens >= {EXACT}, exact in float32")
+    return None

@@ -1,0 +1,103 @@
+"""The `decode` kernel beyond the shared cases: random caches, ties, two cores, impossible pages."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from decode_cases import a_case, check_golden
+from hypothesis import given, settings
+
+import nsa_neuron as nsa
+from nsa_neuron.backends.neuron import run
+from nsa_neuron.backends.neuron.launch import decode as launch
+from nsa_neuron.errors import InvalidArgument, NsaError
+from nsa_neuron.ops import get
+from nsa_neuron.registry import use_backend
+
+if TYPE_CHECKING:
+    from nsa_neuron.cases import Case
+
+pytestmark = pytest.mark.sim
+SPEC = get("decode")
+
+
+def launched(values: dict, lnc: int = 1) -> torch.Tensor:
+    scale = values["scale"] or values["q"].shape[-1] ** -0.5
+    kernels = run.simulated("decode", lnc)
+    return partial(launch.forward, kernels, {})(**{**values, "scale": scale})
+
+
+def a_named(name: str, dtype: torch.dtype = torch.float32) -> dict:
+    case = next(case for case in SPEC.cases if case.name == name)
+    return SPEC.arguments(case, dtype)
+
+
+def in_float64(values: dict) -> dict:
+    return {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in values.items()
+    }
+
+
+def close(values: dict, o: torch.Tensor) -> None:
+    want = nsa.decode(**in_float64(values))
+    bound = 3e-6 * max(1.0, want.abs().max().item())
+    torch.testing.assert_close(o.double(), want, rtol=0, atol=bound)
+
+
+@settings(max_examples=10)
+@given(a_case())
+def test_any_case(case: Case) -> None:
+    values = SPEC.arguments(case, torch.float32)
+    close(values, launched(values))
+
+
+def test_golden() -> None:
+    with use_backend("neuron", "sim"):
+        check_golden()
+
+
+@pytest.mark.parametrize("name", ["edges", "several_queries"])
+def test_two_cores_and_two_runs_give_the_same_bits(name: str) -> None:
+    values = a_named(name, torch.bfloat16)
+    o = launched(values)
+    assert o.equal(launched(values)) and o.equal(launched(values, 2))
+
+
+def test_queries_that_do_not_fit_the_partitions_together() -> None:
+    """3 queries of 68 heads: one at a time, each at its own position."""
+    values = a_named("group34_kv2")
+    heads, kv = 68, slice(0, 1)
+    gen = torch.Generator().manual_seed(0)
+    values["q"] = torch.randn(1, 3, heads, 32, generator=gen)
+    values["gates"] = torch.rand(1, 3, heads, 3, generator=gen)
+    for name in ("k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win"):
+        values[name] = values[name][:, :, kv].contiguous()
+    values["win_table"], values["k_win"] = values["slc_table"], values["k_slc"]
+    values["v_win"] = values["v_slc"]
+    close(values, launched(values))
+
+
+@pytest.mark.parametrize("chosen", [3, 5, 8, 9])
+def test_equal_scores_take_the_lowest_block(chosen: int) -> None:
+    """Queries of zeros see every compressed block alike: all blocks but the first and last tie."""
+    values = a_named("forced_only")
+    values["q"].zero_()
+    close({**values, "num_selected": chosen}, launched({**values, "num_selected": chosen}))
+
+
+def test_impossible_pages_are_refused_by_name() -> None:
+    values = a_named("two_sequences")
+    values["slc_table"][1, 0] = values["k_slc"].shape[0]
+    with use_backend("neuron", "sim"), pytest.raises(InvalidArgument, match="slc_table"):
+        nsa.decode(**values)
+
+
+def test_lengths_that_do_not_fit_are_refused_by_rule() -> None:
+    values = a_named("one_token")
+    values["cmp_table"] = torch.zeros(1, 6000, dtype=torch.int32)
+    with use_backend("neuron", "sim"), pytest.raises(NsaError, match="rule 'length'"):
+        nsa.decode(**values)

@@ -48,6 +48,11 @@ format: $(STAMP) ## ruff: repair what can be repaired
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
+.PHONY: readme
+readme: $(STAMP) ## the README's table of kernels, as it is now
+	$(BIN)/python -c "from pathlib import Path; from nsa_neuron.cli.coverage import rewrite; \
+	  page = Path('README.md'); page.write_text(rewrite(page.read_text()))"
+
 .PHONY: conform
 conform: $(STAMP) ## every op on every backend that runs here
 	$(BIN)/nsa conform

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsa_neuron.errors import BackendUnavailable, NoLowering, NsaError, UnknownBackend
+from nsa_neuron.errors import BackendUnavailable, NoLowering, NsaError
 from nsa_neuron.library import LOWERED, NAMESPACE, pinned
 from nsa_neuron.ops import get
 from nsa_neuron.registry import ANYWHERE, AUTOMATIC, REGISTRY, Refusal, Supported, Target
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nsa_neuron")
 
-TARGETS = {"trn2": "neuron", "h200": "cuda", "cpu": "reference"}
 OPTIONS = ("target", "mode", "rest")
 RESTS = ("inductor", "eager", "neuron")
 
@@ -150,11 +149,7 @@ def policy_of(options: Mapping[str, Any]) -> str | None:
         if mode is not None:
             raise NsaError("option 'mode' needs 'target': give both, or neither for automatic")
         return None
-    chosen = TARGETS.get(name, name)
-    if chosen not in REGISTRY.names():
-        known = ", ".join([*TARGETS, *REGISTRY.names()])
-        raise UnknownBackend(f"no target '{name}'; there are {known}")
-    target = REGISTRY.target(f"{chosen}:{mode}" if mode else chosen)
+    target = REGISTRY.target(f"{name}:{mode}" if mode else name)
     REGISTRY.usable(target)
     return str(target)
 

@@ -16,6 +16,7 @@ def describe() -> dict[str, object]:
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "accelerator": accelerator(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -36,8 +37,11 @@ def cpu_model() -> str:
 
 
 def accelerator() -> str:
-    """Name of the CUDA device, empty where there is none."""
-    import torch
+    """Name of the CUDA device; empty where there is none, or no torch."""
+    try:
+        import torch
+    except ImportError:
+        return ""
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 

@@ -18,7 +18,7 @@ from torch.library import Library, infer_schema
 from nsa_neuron.autograd import register_autograd
 from nsa_neuron.errors import ContractViolation
 from nsa_neuron.ops import OPS, get
-from nsa_neuron.registry import REGISTRY, Lowered, Target, requested
+from nsa_neuron.registry import REGISTRY, Lowered, Target, check_environment, requested
 from nsa_neuron.spec import Bound, OpSpec, TensorArg
 from nsa_neuron.vmap import register_vmap
 
@@ -197,3 +197,4 @@ def _register() -> None:
 
 
 _register()
+check_environment()

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from nsa_neuron.errors import BackendUnavailable, NoLowering, UnknownBackend
+from nsa_neuron.errors import BackendUnavailable, NoLowering, NsaError, UnknownBackend
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,9 @@ BUILT_IN = {
     "cuda": "nsa_neuron.backends.cuda:BACKEND",
     "neuron": "nsa_neuron.backends.neuron:BACKEND",
 }
+# Machines by the names that people use, wherever a backend may be named. A backend of the very name
+# comes first.
+TARGETS = {"trn2": "neuron", "h200": "cuda", "cpu": "reference"}
 # Whom to ask for tensors of a device type, best first. CPU tensors never choose a simulator by
 # themselves: it is asked for by name.
 AUTOMATIC = {
@@ -160,15 +163,26 @@ class Registry:
             self._discovered = True
         return tuple(self._sources)
 
-    def get(self, name: str) -> Backend:
-        """The backend of a name.
+    def resolve(self, name: str) -> str:
+        """A backend's name from its own or a machine's: `h200` is `cuda`.
 
         Raises:
             UnknownBackend: there is none.
         """
+        found = name if name in self.names() else TARGETS.get(name, name)
+        if found not in self.names():
+            known = ", ".join({**dict.fromkeys(self.names()), **TARGETS})
+            raise UnknownBackend(f"no backend or target '{name}'; there are {known}")
+        return found
+
+    def get(self, name: str) -> Backend:
+        """The backend of a name, or of a machine in `TARGETS`.
+
+        Raises:
+            UnknownBackend: there is none.
+        """
+        name = self.resolve(name)
         if name not in self._loaded:
-            if name not in self.names():
-                raise UnknownBackend(f"no backend '{name}'; there are {', '.join(self.names())}")
             source = self._sources[name]
             if isinstance(source, str):
                 point = importlib.metadata.EntryPoint(name, source, ENTRY_POINTS)
@@ -189,6 +203,7 @@ class Registry:
             UnknownBackend: no such backend or mode.
         """
         name, _, mode = text.partition(":")
+        name = self.resolve(name)
         modes = self.get(name).modes()
         if mode and mode not in modes:
             known = ", ".join(modes)
@@ -268,12 +283,28 @@ requested = _requested.get
 """The backend asked for here: `use_backend`, else `NSA_BACKEND`, else None (automatic)."""
 
 
+def check_environment() -> None:
+    """Makes sure that `NSA_BACKEND`, if it is set, names a backend and mode that can run here.
+
+    Raises:
+        UnknownBackend, BackendUnavailable: it does not; says so, and what there is.
+    """
+    name = os.environ.get("NSA_BACKEND")
+    if not name:
+        return
+    try:
+        REGISTRY.usable(REGISTRY.target(name))
+    except NsaError as error:
+        raise type(error)(f"NSA_BACKEND is '{name}': {error}") from None
+
+
 @contextmanager
 def use_backend(name: str, mode: str | None = None) -> Iterator[Target]:
     """Runs every nsa op inside on one backend; a call that it refuses raises.
 
     Args:
-        name: `"reference"`, `"cuda"`, `"neuron"`, a third party's, or `"name:mode"`.
+        name: `"reference"`, `"cuda"`, `"neuron"`, a third party's, or a machine (`"h200"`,
+            `"trn2"`); or `"name:mode"`.
         mode: `"hw"`, `"sim"`, `"eager"`; default: the backend's first, which is the hardware.
 
     Raises:

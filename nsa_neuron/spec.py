@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +183,7 @@ class OpSpec:
         cost: counts a call.
         backward: name of the op that gives gradients; empty: not differentiable.
         saves: names of the results that the backward op takes, after the gradients and inputs.
+        typical: sizes of a typical call where they are not those of every op, by symbol.
     """
 
     name: str
@@ -197,6 +198,7 @@ class OpSpec:
     cost: Callable[[Bound], Cost]
     backward: str = ""
     saves: tuple[str, ...] = ()
+    typical: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def names(self) -> tuple[str, ...]:

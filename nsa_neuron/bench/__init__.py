@@ -1,35 +1,37 @@
-"""Measurements on this machine: what the plugin costs, and the reference against torch's own.
+"""Measurements on this machine: the plugin's cost, the reference against torch, the simulator.
 
 Every record is a flat dictionary with the shape measured, the unit, median, 20th and 80th
-percentile, and where it was measured.
+percentile, and where, on which revision and beside which load it was measured. `simulator` needs
+no torch, the others do, so each is imported where it is used.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from typing import Any
 
-from nsa_neuron import environment
-from nsa_neuron.bench import attention, overhead
 from nsa_neuron.bench.record import Record
 
-__all__ = ["Record", "attention", "overhead", "to_lines", "to_text"]
+__all__ = ["Record", "head", "to_lines"]
 
 
-def to_lines(records: Sequence[Record]) -> list[str]:
-    """Records as JSON lines, each complete in itself."""
-    here = environment.describe()
+def to_lines(records: Sequence[Record], here: Mapping[str, Any]) -> list[str]:
+    """Records as JSON lines, each complete in itself.
+
+    Args:
+        records: what was measured.
+        here: `environment.describe()` from before, so that its load is that of other work.
+    """
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return [
         json.dumps({**record.to_dict(), "when": when, "environment": here}) for record in records
     ]
 
 
-def to_text(records: Sequence[Record]) -> str:
-    """Records as tables, with the machine they were measured on."""
-    here = environment.describe()
-    head = (
-        f"measured on {here['cpu']} ({here['cores']} cores, load {here['load']}), "
-        f"torch {environment.versions()['torch']}, revision {here['revision'] or 'unknown'}"
+def head(here: Mapping[str, Any]) -> str:
+    """The machine, in one line."""
+    found = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    return (
+        f"measured on {here['cpu']} ({here['cores']} cores, load {here['load']} before, "
+        f"{here['threads']} threads), {found}, revision {here['revision'] or 'unknown'}"
     )
-    parts = [overhead.to_text(records), attention.to_text(records)]
-    return "\n\n".join([head, *(part for part in parts if part)])

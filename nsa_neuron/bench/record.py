@@ -15,7 +15,7 @@ class Record:
     Attributes:
         bench: which benchmark.
         name: what was measured.
-        unit: of the numbers: `"us"`, `"ms"`, or `"ratio"`.
+        unit: of the numbers: `"us"`, `"ms"`, `"1/ms"`, or `"ratio"`.
         median, p20, p80: over the runs.
         runs: how many.
         facts: shape, dtype, threads: what the numbers depend on.

@@ -1,28 +1,36 @@
-"""Measure on this machine (`--target cpu`), or model on the simulator (`--simulator`).
+"""Measure on this machine: the operations (`--target cpu`) or the simulator (`--simulator`).
 
 `--target cpu` measures what one call of torch.ops.nsa costs beyond an empty op, and the reference
-NSA against scaled_dot_product_attention. Measured times and modelled cycles never share a table.
+NSA against scaled_dot_product_attention. `--simulator` measures the simulator's own time and memory
+against NumPy doing the same arithmetic on the same tiles, and what profiling adds. Everything is
+measured on this computer; modelled times of a NeuronCore come from `nsa profile`.
 """
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_neuron.cli import exists, need_torch
-from nsa_neuron.errors import NsaError
+from nsa_neuron import bench, environment
+from nsa_neuron.bench.record import Record
+from nsa_neuron.cli import need_torch
 
 if TYPE_CHECKING:
     import argparse
 
-SIMULATOR = "nsa_neuron.simulator.command.bench"
+# What was measured, and what prints it.
+Part = tuple[Sequence[Record], Callable[[Sequence[Record]], str]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--target", choices=("cpu",), help="measure here")
-    what.add_argument("--simulator", action="store_true", help="modelled cycles of a NeuronCore")
+    what.add_argument(
+        "--simulator",
+        action="store_true",
+        help="the simulator's speed and memory against NumPy's, measured here",
+    )
     parser.add_argument(
         "--part", choices=("overhead", "attention"), help="one part of --target cpu only"
     )
@@ -33,22 +41,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.simulator:
-        if not exists(SIMULATOR):
-            raise NsaError("this version has no benchmark of the simulator")
-        return int(importlib.import_module(SIMULATOR).main(args) or 0)
-    need_torch("nsa bench --target cpu")
-    from nsa_neuron import bench
-
-    records = []
-    if args.part in (None, "overhead"):
-        records += bench.overhead.measure(rounds=args.rounds)
-    if args.part in (None, "attention"):
-        records += bench.attention.measure(args.tokens)
-    lines = bench.to_lines(records)
+    here = environment.describe()
+    parts = _simulator() if args.simulator else _cpu(args)
+    records = [record for measured, _ in parts for record in measured]
+    lines = bench.to_lines(records, here)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as file:
             file.write("".join(f"{line}\n" for line in lines))
-    print("\n".join(lines) if args.json else bench.to_text(records))
+    texts = [to_text(measured) for measured, to_text in parts]
+    print("\n".join(lines) if args.json else "\n\n".join([bench.head(here), *texts]))
     return 0
+
+
+def _simulator() -> list[Part]:
+    from nsa_neuron.bench import simulator
+
+    return [(simulator.measure(), simulator.to_text)]
+
+
+def _cpu(args: argparse.Namespace) -> list[Part]:
+    need_torch("nsa bench --target cpu")
+    from nsa_neuron.bench import attention, overhead
+
+    parts: list[Part] = []
+    if args.part in (None, "overhead"):
+        parts.append((overhead.measure(rounds=args.rounds), overhead.to_text))
+    if args.part in (None, "attention"):
+        parts.append((attention.measure(args.tokens), attention.to_text))
+    return parts

@@ -1,7 +1,7 @@
 """Who would run a call of given sizes, and who refuses it with which reason.
 
 Nothing is allocated or run. For every device type, the targets that the automatic choice asks, in
-order; with --policy, that one only, as `use_backend` would.
+order; with --policy, or where NSA_BACKEND is set, that one only, as `use_backend` would.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nsa_neuron.cli import FAILED, shared
 from nsa_neuron.conformance.targets import Place, find_targets
 from nsa_neuron.ops import get
-from nsa_neuron.registry import ANYWHERE, AUTOMATIC, REGISTRY, Supported
+from nsa_neuron.registry import ANYWHERE, AUTOMATIC, REGISTRY, Supported, requested
 from nsa_neuron.terminal import table
 
 if TYPE_CHECKING:
@@ -36,20 +36,24 @@ def run(args: argparse.Namespace) -> int:
     bound = shared.bind(
         get(args.op), shared.sizes_of(args), shared.pairs(args.set, "--set"), args.dtype
     )
-    places = find_targets([args.policy] if args.policy else ())
+    policy = args.policy or requested()
+    places = find_targets([str(REGISTRY.target(policy))] if policy else ())
+    devices = args.device or ([places[0].device] if policy else DEVICES)
     rows: list[dict[str, Any]] = []
-    for device in args.device or DEVICES:
+    for device in devices:
         call = shared.on_device(bound, device)
-        asked = places if args.policy else _automatic(places, device)
+        asked = places if policy else _automatic(places, device)
         verdicts = choose(call, asked)
         verdicts += [verdict(call, p) | {"chosen": False} for p in places if p not in asked]
         rows += [{"device": device, **row} for row in verdicts]
     if args.json:
-        shared.print_json({"call": bound.describe(), "verdicts": rows})
+        shared.print_json({"call": bound.describe(), "policy": policy, "verdicts": rows})
     else:
         print(_text(bound, rows))
+        if policy and not args.policy:
+            print(f"NSA_BACKEND={policy}: nobody else is asked")
     chosen = {row["device"] for row in rows if row["chosen"]}
-    return 0 if chosen.issuperset(args.device or DEVICES) else FAILED
+    return 0 if chosen.issuperset(devices) else FAILED
 
 
 def _automatic(places: list[Place], device: str) -> list[Place]:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from nsa_neuron.errors import NsaError
-from nsa_neuron.ops import common
+from nsa_neuron.ops import OPS, common
 from nsa_neuron.spec import FLOATS, Bound, OpSpec
 
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 PAGES = {"cmp": 64, "slc": 256, "win": 64}
 """Rows of a page of each paged cache, unless given as `page_cmp` and so on."""
 DEFAULT_SIZES = {"B": 1, "S": 8192, "Hq": 16, "Hkv": 1, "Dk": 128, "Dv": 128}
+"""Of a typical call, unless its spec says otherwise (`OpSpec.typical`)."""
 # Weights that `compress` needs; other optional tensors are absent unless asked for.
 WEIGHTS = {"linear": ("w1",), "mlp": ("w1", "b1", "w2", "b2")}
 
@@ -43,7 +44,7 @@ def add_call(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="SYMBOL=N",
-        help=f"sizes by the contract's symbols (default {shown} T=S)",
+        help=f"sizes by the contract's symbols (default {shown} T=S; decode: one new token, S=1)",
     )
     parser.add_argument(
         "--set",
@@ -67,15 +68,31 @@ def pairs(words: Sequence[str], option: str) -> dict[str, str]:
 
 
 def sizes_of(args: argparse.Namespace) -> dict[str, int]:
-    """Sizes from the command line, with defaults."""
+    """Sizes from the command line.
+
+    Raises:
+        NsaError: a symbol that no op has, or what is no whole number.
+    """
     given = {}
     for name, text in pairs(args.size, "--size").items():
+        _known(name)
         if not text.isdigit():
             raise NsaError(f"--size: {name} is '{text}'; it must be a whole number")
         given[name] = int(text)
-    sizes = {**DEFAULT_SIZES, **given}
-    sizes.setdefault("T", sizes["S"])
-    return sizes
+    return given
+
+
+def _known(symbol: str) -> None:
+    """Refuses what is the symbol of no dimension of any op."""
+    words = {word for spec in OPS for arg in spec.tensors for form in arg.forms for word in form}
+    known = sorted(word for word in words if not word.isdigit())
+    if symbol in known:
+        return
+    scalars = {arg.symbol: arg.name for spec in OPS for arg in spec.scalars if arg.symbol}
+    if symbol in scalars:
+        name = scalars[symbol]
+        raise NsaError(f"--size: {symbol} is the argument {name}: --set {name}=N")
+    raise NsaError(f"--size: no op has a size '{symbol}'; there are {', '.join(known)}")
 
 
 def bind(
@@ -85,7 +102,7 @@ def bind(
 
     Args:
         spec: the op.
-        sizes: by symbol; what follows from others (`Nc`, `D`, weights) need not be given.
+        sizes: by symbol; others are those of a typical call of the op, or follow (`Nc`, `D`).
         scalars: scalar arguments as text.
         dtype: the call's floating dtype.
 
@@ -99,7 +116,8 @@ def bind(
             known = ", ".join(kinds) or "none"
             raise NsaError(f"{spec.name} has no scalar argument '{name}'; it has {known}")
         values[name] = _scalar(name, text, kinds[name])
-    full = dict(sizes)
+    full = {**DEFAULT_SIZES, **spec.typical, **sizes}
+    full.setdefault("T", full["S"])
     full |= {a.symbol: values[a.name] for a in spec.scalars if a.symbol and values[a.name]}
     values |= {a.name: full[a.symbol] for a in spec.scalars if a.symbol and values[a.name] is None}
     _derive(full)

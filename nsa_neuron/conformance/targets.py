@@ -30,7 +30,8 @@ def find_targets(names: Sequence[str] = (), device: str | None = None) -> list[P
     """The places of backends.
 
     Args:
-        names: `backend` (all of its modes) or `backend:mode`; empty: every backend there is.
+        names: `backend` (all of its modes) or `backend:mode`, machines' names (`h200`) included;
+            empty: every backend there is.
         device: where tensors must lie; default: where the automatic choice would use the target,
             else the CPU.
 
@@ -40,6 +41,7 @@ def find_targets(names: Sequence[str] = (), device: str | None = None) -> list[P
     places = []
     for name in names or REGISTRY.names():
         backend, _, mode = name.partition(":")
+        backend = REGISTRY.resolve(backend)
         modes = _modes(backend, must_load=bool(names))
         if mode and mode not in modes:
             known = ", ".join(modes)

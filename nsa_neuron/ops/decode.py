@@ -289,4 +289,5 @@ SPEC = OpSpec(
     cases=CASES,
     inputs=inputs,
     cost=cost,
+    typical={"S": 1, "T": 8192},  # one new token behind a long context
 )

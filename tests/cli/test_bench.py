@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from nsa_neuron import bench
 from nsa_neuron.bench import attention, overhead
 from nsa_neuron.bench.record import Record
 from nsa_neuron.cli import main
@@ -87,6 +86,6 @@ def test_bench_writes_records_with_where_they_were_measured(tmp_path, capsys) ->
 
 def test_bench_overhead_names_every_op_and_mode() -> None:
     records = overhead.measure(ops=["gated_sum"], rounds=2, number=2)
-    table = bench.to_text(records)
+    table = overhead.to_text(records)
     assert {r.facts["mode"] for r in records} == set(overhead.modes(get("gated_sum")))
     assert all(r.runs == 2 for r in records) and "gated_sum" in table

@@ -12,7 +12,7 @@ import pytest
 from nsa_neuron import cli
 from nsa_neuron.cli import main
 from nsa_neuron.ops import OPS
-from nsa_neuron.registry import REGISTRY
+from nsa_neuron.registry import REGISTRY, requesting
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_explain_of_a_policy_that_refuses_fails(capsys) -> None:
 
 
 WRONG = [
-    (["conform", "--backend", "nobody"], "no backend 'nobody'"),
+    (["conform", "--backend", "nobody"], "no backend or target 'nobody'"),
     (["conform", "--backend", "cuda:fast"], "no mode 'fast'"),
     (["conform", "--op", "nothing"], "no op 'nothing'"),
     (["ops", "nothing"], "no op 'nothing'"),
@@ -169,3 +169,51 @@ def test_simulator_commands_do_not_import_torch(name: str) -> None:
         "print('torch' in sys.modules)"
     )
     assert run_python(code).splitlines()[-1] == "False"
+
+
+def test_decode_is_counted_for_one_new_token(capsys) -> None:
+    assert main(["ops", "decode", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row["returns"][0]["shape"] == [1, 1, 16, 128]
+    # 511 compressed, 16 * 64 selected and 512 window tokens of keys and values, at two bytes
+    least = (511 + 1024 + 512) * 2 * 128 * 2
+    assert least < row["cost"]["bytes"] < 1.05 * least
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("X=3", "no op has a size 'X'; there are B, D"),
+        ("w=3", "w is the argument window: --set window=N"),
+        ("S=many", "S is 'many'; it must be a whole number"),
+    ],
+)
+def test_sizes_that_mean_nothing_are_refused(size: str, said: str, capsys) -> None:
+    assert main(["ops", "attention", "--size", size]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_backends_says_which_ops_have_a_kernel(capsys) -> None:
+    assert main(["backends", "--json"]) == 0
+    rows = {f"{row['backend']}:{row['mode']}": row for row in json.loads(capsys.readouterr().out)}
+    assert rows["cuda:sim"]["kernels"]["select_blocks"] == "fwd"
+    assert rows["reference:eager"]["kernels"]["attention"] == "fwd, bwd"
+    assert not any(row["requested"] for row in rows.values())
+
+
+def test_nsa_backend_is_what_explain_and_backends_go_by(capsys) -> None:
+    with requesting("h200:sim"):
+        assert main(["explain", "attention", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert main(["backends", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+    assert found["policy"] == "h200:sim"
+    assert [(row["target"], row["chosen"]) for row in found["verdicts"]] == [("cuda:sim", True)]
+    asked = [row for row in rows if row["requested"]]
+    assert [(row["backend"], row["mode"]) for row in asked] == [("cuda", "sim")]
+
+
+def test_a_policy_without_a_mode_is_the_hardware_as_use_backend_has_it(capsys) -> None:
+    assert main(["explain", "attention", "--policy", "cuda", "--json"]) == 1
+    verdicts = json.loads(capsys.readouterr().out)["verdicts"]
+    assert {row["target"] for row in verdicts} == {"cuda:hw"}

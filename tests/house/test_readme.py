@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa_neuron.cli import coverage
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,6 +30,11 @@ def test_the_example_runs(capsys):
     printed = capsys.readouterr().out
     assert "torch.Size([1, 256, 16, 128])" in printed
     assert "nsa_attention -> reference:eager" in printed
+
+
+def test_the_table_of_kernels_is_what_the_backends_say():
+    page = (ROOT / "README.md").read_text()
+    assert page == coverage.rewrite(page), "make readme"
 
 
 def test_every_make_target_is_explained():

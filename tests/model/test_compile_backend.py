@@ -162,7 +162,7 @@ def test_the_cpu_interpreter_as_target():
         ({"colour": "red"}, NsaError, "unknown option 'colour'"),
         ({"rest": "magic"}, NsaError, "option 'rest'"),
         ({"mode": "sim"}, NsaError, "needs 'target'"),
-        ({"target": "tpu"}, UnknownBackend, "no target 'tpu'"),
+        ({"target": "tpu"}, UnknownBackend, "no backend or target 'tpu'"),
         ({"target": "cpu", "mode": "hw"}, UnknownBackend, "no mode 'hw'"),
         ({"target": "trn2"}, BackendUnavailable, "'neuron:sim' can run here"),
     ],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import nsa_neuron as nsa
 from nsa_neuron import registry
+from nsa_neuron.conformance.targets import find_targets
 from nsa_neuron.errors import BackendUnavailable, ContractViolation, NoLowering, UnknownBackend
 from nsa_neuron.ops import get
 from nsa_neuron.registry import (
@@ -226,13 +227,24 @@ def test_use_backend_belongs_to_its_thread(add: Callable[..., Fake]) -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(UnknownBackend, match=r"no backend 'tpu'; there are .*reference"):
+    with pytest.raises(
+        UnknownBackend, match=r"no backend or target 'tpu'; there are .*reference.*h200"
+    ):
         REGISTRY.get("tpu")
     for request in ("tpu", "tpu:hw"):
         with pytest.raises(UnknownBackend), use_backend(request):
             pass
     with pytest.raises(UnknownBackend, match="no mode 'sim'; it has eager"):
         REGISTRY.target("reference:sim")
+
+
+def test_machines_are_names_of_backends_everywhere() -> None:
+    assert str(REGISTRY.target("h200:sim")) == "cuda:sim" and REGISTRY.resolve("trn2") == "neuron"
+    with use_backend("h200:sim") as target:
+        assert str(target) == requested() == "cuda:sim"
+    with use_backend("h200", mode="sim") as target:
+        assert str(target) == "cuda:sim"
+    assert [str(place.target) for place in find_targets(["h200"])] == ["cuda:hw", "cuda:sim"]
     with pytest.raises(UnknownBackend, match="exists already"):
         REGISTRY.register(Fake("reference"))
 
@@ -332,17 +344,22 @@ with use_backend("reference", "eager"):
     assert python(code, NSA_BACKEND="cuda:sim").split() == ["cuda:sim", "reference:eager"]
 
 
-def test_nsa_backend_of_no_known_name_fails_at_the_first_call() -> None:
-    code = (
-        CALL
-        + """
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tpu", "UnknownBackend NSA_BACKEND is 'tpu': no backend or target 'tpu'; there are"),
+        ("cuda:fast", "UnknownBackend NSA_BACKEND is 'cuda:fast': backend 'cuda' has no mode"),
+        ("neuron:hw", "BackendUnavailable NSA_BACKEND is 'neuron:hw': neuron:hw cannot run here"),
+    ],
+)
+def test_nsa_backend_is_checked_when_the_ops_are_registered(name: str, said: str) -> None:
+    code = """
 try:
-    nsa.attention(q, q, q)
+    import torch, nsa_neuron
 except Exception as error:
     print(type(error).__name__, error)
 """
-    )
-    assert python(code, NSA_BACKEND="tpu").startswith("UnknownBackend no backend 'tpu'")
+    assert python(code, NSA_BACKEND=name).startswith(said)
 
 
 PLUGIN = """

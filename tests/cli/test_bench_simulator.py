@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nsa_neuron import simulator
-from nsa_neuron.simulator.command import bench
+from nsa_neuron import environment, simulator
+from nsa_neuron.bench import modelling, to_lines
+from nsa_neuron.bench import simulator as bench
 from nsa_neuron.simulator.kernels import bench as kernels
 
 RNG = np.random.default_rng(0)
@@ -60,16 +61,15 @@ def test_rows_and_what_is_printed(monkeypatch):
     )
     monkeypatch.setattr(bench, "cases", lambda: [small])
     monkeypatch.setattr(bench, "SMALL", 20)
-    monkeypatch.setattr(bench.bench_profile, "TOKENS", 512)
-    monkeypatch.setattr(bench.bench_profile, "MATRIX", 512)
-    rows = bench.run(rounds=2)
+    monkeypatch.setattr(modelling, "TOKENS", 512)
+    monkeypatch.setattr(modelling, "MATRIX", 512)
+    rows = bench.measure(rounds=2)
     assert [r.unit for r in rows] == ["ratio", "ms", "ms", "us", "ratio", "us", "ratio"] + [
         "1/ms"
     ] * 6
-    lines = [json.loads(line) for line in bench.to_lines(rows)]
-    assert all(
-        line["kind"] == "measured" and "shared machine" in line["on"]["note"] for line in lines
-    )
+    lines = [json.loads(line) for line in to_lines(rows, environment.describe())]
+    for line in lines:
+        assert line["kind"] == "measured" and line["environment"].keys() >= {"load", "revision"}
     assert "small, memory" in bench.to_text(rows)
 
 
@@ -79,7 +79,7 @@ def test_results_that_differ_are_refused(monkeypatch):
     )
     monkeypatch.setattr(bench, "cases", lambda: [wrong])
     with pytest.raises(AssertionError, match="differ by"):
-        bench.run(rounds=1)
+        bench.measure(rounds=1)
 
 
 def test_memory_stays_close_to_the_tensors_simulated():

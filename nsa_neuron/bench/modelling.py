@@ -5,28 +5,28 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from .. import cost
-from ..kernels import bench as kernels
-from ..kernels.matmul import loads_hoisted
-from ..nki.launching import simulate
-from ..run.arguments import ShapeDtype
+from nsa_neuron.bench.record import Record
+from nsa_neuron.simulator import cost
+from nsa_neuron.simulator.kernels import bench as kernels
+from nsa_neuron.simulator.kernels.matmul import loads_hoisted
+from nsa_neuron.simulator.nki.launching import simulate
+from nsa_neuron.simulator.run.arguments import ShapeDtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from ..issue.record import Run
-    from ..run.launch import Simulated
+    from nsa_neuron.simulator.issue.record import Run
+    from nsa_neuron.simulator.run.launch import Simulated
+
+BENCH = "simulator"
 
 TOKENS = 12_288  # some 27,000 instructions
 MATRIX = 4096  # some 18,000
 
-# name, unit, a value per round, facts
-Measurement = tuple[str, str, list[float], dict[str, Any]]
-
 
 def overhead(
     name: str, kernel: Callable[..., Any], arguments: Sequence[Any], rounds: int
-) -> Measurement:
+) -> Record:
     """Time of a profile with data over that of its simulation.
 
     A profile is a simulation and three timelines of its record, so these are timed one after the
@@ -37,15 +37,16 @@ def overhead(
     for _ in range(rounds):
         base = _seconds(lambda: simulated(*arguments))
         ratios.append(1 + _seconds(lambda: cost.estimate(_run(simulated))) / base)
-    facts = {"instructions": len(_run(simulated).instructions)}
-    return f"{name}, profiled over simulated", "ratio", ratios, facts
+    count = len(_run(simulated).instructions)
+    return Record.of(BENCH, f"{name}, profiled over simulated", "ratio", ratios, instructions=count)
 
 
-def shape_only(rounds: int) -> Iterator[Measurement]:
+def shape_only(rounds: int) -> list[Record]:
     """Thousands of instructions per second of CPU time, without data.
 
     Per kernel: the record alone, with the central timeline, and with all three of the band.
     """
+    records = []
     loop = [(128, TOKENS), (128, TOKENS), (TOKENS, 128)]
     matrices = [(MATRIX, MATRIX), (MATRIX, MATRIX)]
     for name, kernel, sizes, dtype in (
@@ -54,9 +55,10 @@ def shape_only(rounds: int) -> Iterator[Measurement]:
     ):
         shapes = [ShapeDtype(size, dtype) for size in sizes]
         record, central, band, facts = _rates(simulate(kernel, data=False), shapes, rounds)
-        yield f"shape-only {name}, recorded", "1/ms", record, facts
-        yield f"shape-only {name}, timed", "1/ms", central, facts
-        yield f"shape-only {name}, timed with band", "1/ms", band, facts
+        for what, values in (("recorded", record), ("timed", central), ("timed with band", band)):
+            title = f"shape-only {name}, {what}"
+            records.append(Record.of(BENCH, title, "1/ms", values, **facts))
+    return records
 
 
 def _rates(

@@ -6,49 +6,25 @@ median over rounds. These are times of this computer, not of a NeuronCore.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
 import time
 import tracemalloc
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
-from ..kernels import bench as kernels
-from ..nki.launching import simulate
-from . import bench_profile
+from nsa_neuron.bench import modelling
+from nsa_neuron.bench.record import Record
+from nsa_neuron.simulator.kernels import bench as kernels
+from nsa_neuron.simulator.nki.launching import simulate
+from nsa_neuron.terminal import table
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
+BENCH = "simulator"
 SMALL = 2000  # instructions of the overhead measurement
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured quantity.
-
-    Attributes:
-        name: what was measured.
-        unit: "ratio", "us", "ms" or "1/ms".
-        median, low, high: over the rounds; low and high are the 20th and 80th percentile.
-        rounds: how many.
-        facts: shapes, dtypes, instruction counts, threads.
-    """
-
-    name: str
-    unit: str
-    median: float
-    low: float
-    high: float
-    rounds: int
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,29 +71,23 @@ def cases() -> list[Case]:
     ]
 
 
-def run(rounds: int = 7) -> list[Row]:
-    """Measure everything.
+def measure(rounds: int = 7) -> list[Record]:
+    """Measures everything.
 
     Args:
         rounds: alternations of NumPy and simulator per case.
     """
-    rows: list[Row] = []
+    records: list[Record] = []
     for case in cases():
-        rows += _compare(case, rounds)
-        rows.append(_memory(case))
-    rows.append(_overhead(rounds))
-    rows += [_row(*measured) for measured in _modelling(rounds)]
-    return rows
-
-
-def _modelling(rounds: int) -> Iterator[bench_profile.Measurement]:
-    """What the cycle model costs."""
+        records += _compare(case, rounds)
+        records.append(_memory(case))
+    records.append(_overhead(rounds))
     for case in cases():
-        yield bench_profile.overhead(case.name, case.kernel, case.arguments, rounds)
-    yield from bench_profile.shape_only(rounds)
+        records.append(modelling.overhead(case.name, case.kernel, case.arguments, rounds))
+    return records + modelling.shape_only(rounds)
 
 
-def _compare(case: Case, rounds: int) -> list[Row]:
+def _compare(case: Case, rounds: int) -> list[Record]:
     """Ratio, time beyond NumPy per instruction, and both times."""
     simulated = simulate(case.kernel)
     error = np.abs(
@@ -135,19 +105,20 @@ def _compare(case: Case, rounds: int) -> list[Row]:
     facts = {"instructions": count, "max_abs_difference": float(error)}
     pairs = list(zip(plain, slow, strict=True))
     return [
-        _row(case.name, "ratio", [b / a for a, b in pairs], facts),
-        _row(f"{case.name}, NumPy", "ms", [a * 1e3 for a in plain], {}),
-        _row(f"{case.name}, simulated", "ms", [b * 1e3 for b in slow], {}),
-        _row(
+        Record.of(BENCH, case.name, "ratio", [b / a for a, b in pairs], **facts),
+        Record.of(BENCH, f"{case.name}, NumPy", "ms", [a * 1e3 for a in plain]),
+        Record.of(BENCH, f"{case.name}, simulated", "ms", [b * 1e3 for b in slow]),
+        Record.of(
+            BENCH,
             f"{case.name}, beyond NumPy per instruction",
             "us",
             [(b - a) / count * 1e6 for a, b in pairs],
-            facts,
+            **facts,
         ),
     ]
 
 
-def _overhead(rounds: int) -> Row:
+def _overhead(rounds: int) -> Record:
     """Time per instruction of one element, less NumPy's own for the same addition."""
     x = np.zeros((1, 1), np.float32)
     simulated = simulate(kernels.small_instructions)
@@ -156,10 +127,11 @@ def _overhead(rounds: int) -> Row:
     for _ in range(rounds):
         base = _seconds(kernels.small_instructions_numpy, (x, SMALL))
         per.append((_seconds(simulated, (x, SMALL)) - base) / SMALL * 1e6)
-    return _row("tensor_tensor of one element, beyond NumPy", "us", per, {"instructions": SMALL})
+    name = "tensor_tensor of one element, beyond NumPy"
+    return Record.of(BENCH, name, "us", per, instructions=SMALL)
 
 
-def _memory(case: Case) -> Row:
+def _memory(case: Case) -> Record:
     """Peak of allocated memory over the tensors simulated (arguments, results, live tiles)."""
     simulated = simulate(case.kernel)
     tracemalloc.start()
@@ -174,7 +146,8 @@ def _memory(case: Case) -> Row:
     tiles = sum(128 * (core["sbuf"] + core["psum"]) for core in record.peaks)
     tensors = arguments + result.nbytes + tiles
     facts = {"tensor_bytes": tensors, "peak_bytes": peak + arguments}
-    return _row(f"{case.name}, memory", "ratio", [(peak + arguments) / tensors], facts)
+    ratio = (peak + arguments) / tensors
+    return Record.of(BENCH, f"{case.name}, memory", "ratio", [ratio], **facts)
 
 
 def _seconds(call: Callable[..., Any], arguments: Sequence[Any]) -> float:
@@ -183,50 +156,10 @@ def _seconds(call: Callable[..., Any], arguments: Sequence[Any]) -> float:
     return time.perf_counter() - start
 
 
-def _row(name: str, unit: str, values: Sequence[float], facts: dict[str, Any]) -> Row:
-    low, high = (float(np.percentile(values, q)) for q in (20, 80))
-    return Row(name, unit, statistics.median(values), low, high, len(values), facts)
-
-
-def to_lines(rows: Sequence[Row]) -> list[str]:
-    """Rows as JSON lines, each complete in itself."""
-    here = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "note": "shared machine: other work ran at the same time",
-    }
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return [
-        json.dumps(
-            {"bench": "simulator", **asdict(row), "kind": "measured", "when": when, "on": here}
-        )
-        for row in rows
-    ]
-
-
-def to_text(rows: Sequence[Row]) -> str:
-    """Rows as an aligned table."""
-    width = max(len(row.name) for row in rows)
-    head = f"load {os.getloadavg()[0]:.2f}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}"
-    lines = [f"simulator against NumPy on the same tiles, on this computer ({head})"]
-    lines += [
-        f"{row.name:{width}}  {row.median:8.2f} {row.unit:5} ({row.low:.2f} to {row.high:.2f})"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Carries out `nsa bench --simulator`."""
-    rows = run()
-    lines = to_lines(rows)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-    print("\n".join(lines) if args.json else to_text(rows))
-    return 0
+def to_text(records: Sequence[Record]) -> str:
+    """The aligned table of this benchmark's records; empty if there are none."""
+    mine = [record for record in records if record.bench == BENCH]
+    if not mine:
+        return ""
+    title = "the simulator against NumPy on the same tiles: median (20th to 80th percentile)"
+    return table(title, ["what", "unit", ""], [[r.name, r.unit, str(r)] for r in mine])

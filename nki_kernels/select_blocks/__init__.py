@@ -1,169 +1,136 @@
-"""Importance of selection blocks and the choice of the best n (see the kernel `forward`)."""
+"""Importance of selection blocks and the choice of the best n."""
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.spans import covering, spans
-from nki_kernels.select_blocks.best import chosen_ids, fp32, merge, start_list
-from nki_kernels.select_blocks.scores import (
-    BANK,
-    PARTITIONS,
-    add_tile,
-    load_queries,
-    queries_at_once,
-    visible,
-)
-
-
-def my_steps(starts, blocks, lanes):
-    """This core's lanes and (first query, blocks) steps: equal programs on both cores.
-
-    Even lanes are split; else the tiles of queries alternate, and each pair does the work of the
-    longer one.
-    """
-    cores, core = nl.num_programs(0), nl.program_id(0)
-    if lanes % cores == 0:
-        many = lanes // cores
-        steps = []
-        for tile in range(len(starts)):
-            steps.append((starts[tile], blocks[tile]))
-        return core * many, many, steps
-    steps = []
-    for pair in range(0, len(starts), cores):
-        last = min(pair + cores, len(starts)) - 1
-        steps.append((starts[min(pair + core, last)], blocks[last]))
-    return 0, lanes, steps
-
-
-def lots(tiles, first_beyond):
-    """The tiles before block `first_beyond` in lists of at most 512 keys: one load each."""
-    found, keys = [], 0
-    for tile in tiles:
-        if tile[2] >= first_beyond:
-            continue
-        if not found or keys + tile[1] > BANK:
-            found.append([])
-            keys = 0
-        found[-1].append(tile)
-        keys += tile[1]
-    return found
-
-
-def constants(weights, shift, piece):
-    """What all tiles of queries share, made once."""
-    table = fp32(PARTITIONS, weights.shape[0], weights.shape[2])
-    nisa.dma_copy(table, weights.permute((1, 0, 2)))
-    ones = nl.ndarray((shift.shape[0], PARTITIONS), dtype=shift.dtype, buffer=nl.sbuf)
-    nisa.memset(ones, 1.0)
-    zeros = nl.ndarray((1, PARTITIONS + BANK), dtype=nl.bfloat16, buffer=nl.sbuf)
-    nisa.memset(zeros, 0.0)
-    block, key = fp32(PARTITIONS, piece), fp32(PARTITIONS, 1)
-    nisa.iota(block, [[1, piece]])
-    nisa.iota(key, [[0, 1]], channel_multiplier=1)
-    return {"weights": table, "ones": ones, "zeros": zeros, "block": block, "key": key}
-
-
-def score_piece(made, keys, sums, loaded, tiles, first_key, bounds, scale, group):
-    """Fills `sums` [queries, piece + 1] in PSUM with the scores of one piece's blocks.
-
-    keys: view [D, keys of the piece] in HBM. bounds: (last, first) key rows as `visible` wants.
-    """
-    queries, width = sums.shape
-    zeros = made["zeros"]
-    nisa.nc_matmul(sums, zeros[:, 0:queries], zeros[:, PARTITIONS : PARTITIONS + width],
-                   accumulate=False)  # fmt: skip
-    for lot in tiles:
-        begin, end = lot[0][0], lot[-1][0] + lot[-1][1]
-        parts = []
-        for channel, channels in spans(keys.shape[0], PARTITIONS):
-            part = nl.ndarray((channels, end - begin), dtype=keys.dtype, buffer=nl.sbuf)
-            nisa.dma_copy(part, keys[channel : channel + channels, begin:end])
-            parts.append(part)
-        for offset, count, column, columns, which in lot:
-            stationary = []
-            for part in parts:
-                stationary.append(part[:, offset - begin : offset - begin + count])
-            mask = visible(bounds[0], bounds[1], first_key, offset, count)
-            weight = made["weights"][0:count, which, 0:columns]
-            target = sums[:, column : column + columns]
-            add_tile(target, loaded, stationary, made["ones"], weight, mask, scale, group)
-
-
-def force_and_hide(scores, ids, sums, carry, marks):
-    """Scores of a piece from PSUM, with forced blocks above all others and hidden ones below 0.
-
-    Args:
-        scores, ids: float32 [queries, piece]. sums: [queries, piece + 1] in PSUM.
-        carry: float32 [queries, 1], what the piece before had for the first block; renewed.
-        marks: float32 [queries, 4] tile: own block, first block of the sequence, the block before
-            the local ones, the block behind the initial ones.
-    """
-    queries, piece = scores.shape
-    own, base, local, initial = (marks[:, i : i + 1] for i in range(4))
-    nisa.scalar_tensor_tensor(scores, ids, nl.greater, local, nl.maximum, sums[:, 0:piece])
-    nisa.scalar_tensor_tensor(scores, ids, nl.less, initial, nl.maximum, scores)
-    nisa.tensor_tensor(scores[:, 0:1], scores[:, 0:1], carry, nl.add)
-    nisa.tensor_copy(carry, sums[:, piece : piece + 1])
-    hidden = fp32(queries, piece)
-    for compare, bound in ((nl.greater, own), (nl.less, base)):
-        nisa.tensor_scalar(hidden, ids, compare, bound, op1=nl.multiply, operand1=-4.0)
-        nisa.tensor_tensor(scores, scores, hidden, nl.add)
+from nki_kernels.select_blocks.tile import Call, finish_tile, lots, score_piece, start_tile
 
 
 @nki.jit
 def forward(
-    q, kt, shift, rows, columns, weights, scale: float, tiles: tuple, piece: int, span: int,
-    blocks: tuple, length: int, count: int, width: int, limit: int, packed: bool,
+    q, kt, shift, rows, columns, weights, trips, scale: float, tiles: tuple, piece: int, span: int,
+    reach: tuple, length: int, count: int, width: int, limit: int, packed: bool,
 ):  # fmt: skip
-    """ids int32 [B, S, H, width]; see the module's docstring."""
+    """ids int32 [B, S, H, width]: the selected blocks of each query, ascending, then -1.
+
+    Args:
+        q: [B, S, Hq, D]. kt: [B, H, D, keys] transposed compressed keys, for a whole number of
+            pieces; or D + shifts channels, the last ones 1, where the shifts share their tile.
+        shift: [shifts, B, S, Hq], adds up to -lse / scale; bfloat16, or float32 like q.
+        rows: float32 [2, S], last and first key that a query sees.
+        columns: float32 [S, 4]: own block, first block of the sequence, the block before the local
+            ones, the block behind the initial ones.
+        weights: float32 [kinds, 128, blocks], shares of a tile's keys in its blocks, so small that
+            no score reaches 1.
+        trips: int32 [2, tiles, 2]: of each tile of queries, pieces whose keys every query sees and
+            pieces in all; in the second half, of it and its pair together.
+        tiles: (first key, keys, first block, blocks, kind) of the tiles of keys of a piece.
+        piece: blocks of a piece. span: keys of a block.
+        reach: of each tile of queries, (blocks that some query sees, keys that every query sees);
+            empty: run hardware loops by `trips` instead of one program per tile.
+        length: queries of a tile. count: how many are chosen. limit: more than any block.
+        packed: the first key matters.
+    """
     batch, queries, _, _ = q.shape
     heads = kt.shape[1]
     group = q.shape[2] // heads
     ids = nl.ndarray((batch, queries, heads, width), dtype=nl.int32, buffer=nl.shared_hbm)
-    made = constants(weights, shift, piece)
-    starts, length = covering(queries, length)
-    first_lane, lanes, steps = my_steps(starts, blocks, batch * heads)
-    at_once, heads_at_once = queries_at_once(group)
-    for lane in range(first_lane, first_lane + lanes):
+    call = Call(weights, shift, kt.shape[2] > q.shape[3], scale, group, tiles, piece, span)
+    call.choose(count, width, limit, packed)
+    # Even lanes are split between two cores; else the tiles of queries are.
+    cores, core = nl.num_programs(0), nl.program_id(0)
+    lanes, split = batch * heads, batch * heads % cores == 0
+    mine = lanes // cores if split else lanes
+    first = core * mine if split else 0
+    for lane in range(first, first + mine):
         b, head = divmod(lane, heads)
-        for start, needed in steps:
-            q_tile = q[b, start : start + length, head * group : (head + 1) * group, :]
-            shift_tile = shift[:, b, start : start + length, head * group : (head + 1) * group]
-            loaded = []
-            for first, many in spans(length, at_once):
-                for some in spans(group, heads_at_once):
-                    found, row = load_queries(q_tile, shift_tile, first, many, some)
-                    loaded.append((first, many, some[1], found, row))
-            bounds = [fp32(PARTITIONS, length), None]
-            nisa.dma_copy(bounds[0], rows[0:1, start : start + length].broadcast(0, PARTITIONS))
-            if packed:
-                bounds[1] = fp32(PARTITIONS, length)
-                view = rows[1:2, start : start + length]
-                nisa.dma_copy(bounds[1], view.broadcast(0, PARTITIONS))
-            marks = fp32(length, columns.shape[1])
-            nisa.dma_copy(marks, columns[start : start + length, :])
-            scores, names = fp32(length, count + piece), fp32(length, count + piece)
-            start_list(scores, names, count)
-            carry, first_key = fp32(length, 1), fp32(PARTITIONS, 1)
-            nisa.memset(carry, 0.0)
-            nisa.tensor_copy(names[:, count : count + piece], made["block"][0:length, :])
-            nisa.tensor_copy(first_key, made["key"])
-            for at, left in spans(needed, piece):
-                sums = nl.ndarray((length, piece + 1), dtype=nl.float32, buffer=nl.psum)
-                keys = kt[b, head, :, at * span : (at + piece) * span]
-                score_piece(
-                    made, keys, sums, loaded, lots(tiles, left), first_key, bounds, scale, group
-                )
-                fresh = (scores[:, count : count + piece], names[:, count : count + piece])
-                force_and_hide(fresh[0], fresh[1], sums, carry, marks)
-                merge(scores, names, count)
-                nisa.tensor_scalar(fresh[1], fresh[1], nl.add, float(piece))
-                nisa.tensor_scalar(first_key, first_key, nl.add, float(piece * span))
-            result = nl.ndarray((length, width), dtype=nl.int32, buffer=nl.sbuf)
-            if width > count:
-                nisa.memset(result[:, count:width], -1)
-            found = chosen_ids(scores, names, marks[:, 1:2], count, limit)
-            nisa.tensor_copy(result[:, 0:count], found)
-            nisa.dma_copy(ids[b, start : start + length, head, :], result)
+        start, end = head * group, (head + 1) * group
+        views = (
+            q[b, :, start:end, :], shift[:, b, :, start:end], rows, columns, ids[b, :, head, :]
+        )  # fmt: skip
+        sharing = (1, 0) if split else (cores, core)
+        if len(reach) > 0:
+            unrolled(call, views, kt[b, head], reach, length, sharing)
+        else:
+            looped(call, views, kt[b, head], trips, length, sharing)
     return ids
+
+
+def unrolled(call, views, keys, reach, length, sharing):
+    """Every tile of queries with as many tiles of keys as it needs.
+
+    Tiles that two cores share alternate; each pair does the work of the longer one and masks what
+    the shorter one must, so that both cores run equal programs.
+    """
+    cores, core = sharing
+    starts, length = covering(views[0].shape[0], length)
+    for pair in range(0, len(starts), cores):
+        last = min(pair + cores, len(starts)) - 1
+        part = queries_of(views, starts[min(pair + core, last)], length)
+        tile = start_tile(call, part)
+        for at, left in spans(reach[last][0], call.piece):
+            some = keys[:, at * call.span : (at + call.piece) * call.span]
+            score_piece(call, tile, some, lots(call.tiles, left), reach[pair][1] - at * call.span)
+        finish_tile(call, tile, part[4])
+
+
+def looped(call, views, keys, trips, length, sharing):
+    """The same in hardware loops over tiles of queries and pieces of keys.
+
+    Tiles that the loop cannot reach, because they begin early or have no pair, come after it.
+    """
+    cores, core = sharing
+    queries = views[0].shape[0]
+    starts, length = covering(queries, length)
+    keys_of_piece = call.piece * call.span
+    pieces = keys.reshape_dim(1, (keys.shape[1] // keys_of_piece, keys_of_piece))
+    table = trips[0 if cores == 1 else 1]
+
+    def work(part, bounds):
+        """One tile of queries, by its views and its row of `trips`."""
+        tile = start_tile(call, part)
+        whole, every = nisa.register_alloc(), nisa.register_alloc()
+        nisa.register_load(whole, bounds[0:1])
+        nisa.register_load(every, bounds[1:2])
+
+        def seen(j):
+            some = lots(call.tiles, call.piece)
+            score_piece(call, tile, pieces.select(1, j), some, keys_of_piece)
+
+        def edge(j):
+            score_piece(call, tile, pieces.select(1, j), lots(call.tiles, call.piece), 0)
+
+        nl.fori_loop(0, whole, seen)
+        nl.fori_loop(whole, every, edge)
+        finish_tile(call, tile, part[4])
+
+    turns = queries // (length * cores)
+    if turns > 0:
+        q, shift, rows, columns, ids = queries_of(views, 0, turns * cores * length)
+        shared = (turns, cores, length)
+        q, shift = q.reshape_dim(0, shared), shift.reshape_dim(1, shared)
+        rows, columns = rows.reshape_dim(1, shared), columns.reshape_dim(0, shared)
+        ids = ids.reshape_dim(0, shared)
+        bounds = table[0 : turns * cores].reshape_dim(0, (turns, cores)).select(1, core)
+
+        def turn(i):
+            part = (
+                q.select(1, core).select(0, i), shift.select(2, core).select(1, i),
+                rows.select(2, core).select(1, i), columns.select(1, core).select(0, i),
+                ids.select(1, core).select(0, i),
+            )  # fmt: skip
+            work(part, bounds.select(0, i))
+
+        nl.fori_loop(0, turns, turn)
+    for pair in range(turns * cores, len(starts), cores):
+        last = min(pair + core, len(starts) - 1)
+        work(queries_of(views, starts[last], length), table[last])
+
+
+def queries_of(views, first, length):
+    """The queries first .. first + length - 1 of q, shift, rows, columns and ids."""
+    q, shift, rows, columns, ids = views
+    end = first + length
+    return q[first:end], shift[:, first:end], rows[:, first:end], columns[first:end], ids[first:end]

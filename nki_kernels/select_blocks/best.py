@@ -10,9 +10,9 @@ TAKEN = -8.0  # what a chosen score becomes
 NOTHING = -9.0  # a value that no row has
 
 
-def fp32(*shape):
-    """A float32 tile in SBUF."""
-    return nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf)
+def fp32(parts, width):
+    """A float32 tile [parts, width] in SBUF."""
+    return nl.ndarray((parts, width), dtype=nl.float32, buffer=nl.sbuf)
 
 
 def descending(keys, count):

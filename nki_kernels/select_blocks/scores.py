@@ -20,36 +20,47 @@ def queries_at_once(group):
     return 32, min(group, BANK // 32)
 
 
-def load_queries(q, shift, first, count, heads):
+def load_queries(q, shift, first, count, heads, joined):
     """Transposes q's rows (query, head) and loads their shifts.
 
     Args:
         q: view [queries, G, D] in HBM. shift: view [pieces, queries, G] in HBM.
         first, count: of the queries; heads: (first, count) of the G heads.
+        joined: the shifts are further channels, as the keys have ones there; else a tile of their
+            own, the last one.
 
     Returns:
-        One tile [Dc, count * heads] per 128 channels, and [pieces, count * heads].
+        One tile [channels, count * heads] per 128 channels.
     """
     start, many = heads
-    dim, columns = q.shape[2], count * many
-    tiles = []
-    for _, width in spans(dim, PARTITIONS):
-        tiles.append(nl.ndarray((width, columns), dtype=q.dtype, buffer=nl.sbuf))
+    dim, columns, pieces = q.shape[2], count * many, shift.shape[0]
+    shifts = shift[:, first : first + count, start : start + many]
+    tiles, turned_rows = [], []
+    for channel, channels in spans(dim + pieces if joined else dim, PARTITIONS):
+        tile = nl.ndarray((channels, columns), dtype=q.dtype, buffer=nl.sbuf)
+        below = min(channels, dim - channel)
+        if below > 0:
+            turned_rows.append((tile[0:below, :], channel))
+        if below < channels:
+            nisa.dma_copy(tile[below:channels, :], shifts)
+        tiles.append(tile)
     for token, tokens in spans(count, PARTITIONS // many):
         rows = tokens * many
         natural = nl.ndarray((rows, dim), dtype=q.dtype, buffer=nl.sbuf)
         at = first + token
         nisa.dma_copy(natural, q[at : at + tokens, start : start + many, :])
-        for which in range(len(tiles)):
-            width = tiles[which].shape[0]
-            turned = nl.ndarray((width, rows), dtype=q.dtype, buffer=nl.psum)
-            part = natural[:, which * PARTITIONS : which * PARTITIONS + width]
+        for tile, channel in turned_rows:
+            channels = tile.shape[0]
+            turned = nl.ndarray((channels, rows), dtype=q.dtype, buffer=nl.psum)
+            part = natural[:, channel : channel + channels]
             nisa.nc_transpose(turned, part, engine=nisa.engine.tensor)
             begin = token * many
-            nisa.tensor_copy(tiles[which][:, begin : begin + rows], turned)
-    row = nl.ndarray((shift.shape[0], columns), dtype=shift.dtype, buffer=nl.sbuf)
-    nisa.dma_copy(row, shift[:, first : first + count, start : start + many])
-    return tiles, row
+            nisa.tensor_copy(tile[:, begin : begin + rows], turned)
+    if not joined:
+        row = nl.ndarray((pieces, columns), dtype=shift.dtype, buffer=nl.sbuf)
+        nisa.dma_copy(row, shifts)
+        tiles.append(row)
+    return tiles
 
 
 def visible(last, first, keys, offset, count):
@@ -75,41 +86,45 @@ def visible(last, first, keys, offset, count):
     return mask
 
 
-def add_tile(sums, loaded, keys, ones, weight, mask, scale, group):
-    """Adds the scores of one tile of keys, of every query, to `sums` [queries, blocks] in PSUM.
+def head_sums(queries, keys, mask, scale, group):
+    """Sum over heads of p = exp(scale * (q . k + shift)), float32 [keys, queries], 0 where hidden.
 
-    p = exp(scale * (q . k + shift)), keys on partitions; summed over the heads by VectorE; then
-    the keys' shares of the blocks by a float32 matmul with `weight` [keys, blocks]. Invisible
-    keys may give inf, which the minimum turns into a number before the mask makes it 0.
+    Keys are on partitions. Hidden keys may give inf, which the minimum turns into a number before
+    the mask makes it 0.
 
     Args:
-        loaded: list of (first query, queries, heads, tiles, shift) as `load_queries` makes them.
-        keys: one [Dc, keys] per 128 channels. ones: [pieces, 128]. mask: 0/1 [keys, queries].
+        queries: (first query, queries, heads, tiles), tiles as `load_queries` makes them.
+        keys: one [channels, keys] per tile. mask: 0/1 [keys, queries of all]; None: all are seen.
         group: G, of which no sum of probabilities is more than a rounding above.
     """
-    count = mask.shape[0]
-    for first, queries, heads, tiles, shift in loaded:
-        columns = queries * heads
-        logits = nl.ndarray((count, columns), dtype=nl.float32, buffer=nl.psum)
-        nisa.nc_matmul(logits, ones[:, 0:count], shift, accumulate=False)
-        for which in range(len(tiles)):
-            nisa.nc_matmul(logits, keys[which], tiles[which], accumulate=True)
-        p = nl.ndarray((count, queries, heads), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.activation(p, nl.exp, logits.reshape((count, queries, heads)), scale=scale)
-        total = p[:, :, 0]
-        if heads > 1:
-            total = nl.ndarray((count, queries), dtype=nl.float32, buffer=nl.sbuf)
-            nisa.tensor_reduce(total, nl.add, p, axis=2)
-        seen = nl.ndarray((count, queries), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.scalar_tensor_tensor(
-            seen, total, nl.minimum, 2.0 * group, nl.multiply, mask[:, first : first + queries]
-        )
-        target = sums[first : first + queries, :]
-        if sums.shape[0] > queries:
-            width = 32 if queries <= 32 else 64
-            nisa.nc_matmul(
-                target, seen, weight, accumulate=True, tile_position=(0, first),
-                tile_size=(PARTITIONS, width),
-            )  # fmt: skip
-        else:
-            nisa.nc_matmul(target, seen, weight, accumulate=True)
+    first, many, heads, tiles = queries
+    count = keys[0].shape[1]
+    logits = nl.ndarray((count, many * heads), dtype=nl.float32, buffer=nl.psum)
+    for which in range(len(tiles)):
+        nisa.nc_matmul(logits, keys[which], tiles[which], accumulate=which > 0)
+    p = nl.ndarray((count, many, heads), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.activation(p, nl.exp, logits.reshape((count, many, heads)), scale=scale)
+    total = p[:, :, 0]
+    if heads > 1:
+        total = nl.ndarray((count, many), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.tensor_reduce(total, nl.add, p, axis=2)
+    if mask is None:
+        return total
+    seen = nl.ndarray((count, many), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.scalar_tensor_tensor(
+        seen, total, nl.minimum, 2.0 * group, nl.multiply, mask[:, first : first + many]
+    )
+    return seen
+
+
+def add_shares(sums, seen, weight, first):
+    """Adds [keys, queries]^T @ [keys, blocks] to rows first .. of `sums` [queries, blocks]."""
+    many = seen.shape[1]
+    target = sums[first : first + many, :]
+    if sums.shape[0] == many:
+        nisa.nc_matmul(target, seen, weight, accumulate=True)
+        return
+    nisa.nc_matmul(
+        target, seen, weight, accumulate=True, tile_position=(0, first),
+        tile_size=(PARTITIONS, 32 if many <= 32 else 64),
+    )  # fmt: skip

@@ -108,16 +108,34 @@ def test_scale_of_zero_and_below():
         judged.judge("select_blocks", {**values, "lse": lse, "scale": scale}, torch.float32)
 
 
+def with_plan(values: dict[str, Any], dtype: torch.dtype, **constants: int) -> None:
+    """Asserts that other constants of the plan give the same ids, on one core and on two."""
+    given_ = judged.complete("select_blocks", values, dtype)
+    given_["scale"] = 0.3
+    plan = {"forward": {**plans.load("select_blocks")["forward"], **constants}}
+    wanted = launch.forward(run.simulated("select_blocks"), plans.load("select_blocks"), **given_)
+    for lnc in (1, 2):
+        got = launch.forward(run.simulated("select_blocks", lnc), plan, **given_)
+        assert torch.equal(wanted, got), f"lnc {lnc}"
+
+
 def test_small_tiles_give_the_same_ids():
-    """Plans of one tile per piece and of few queries per tile."""
-    values = judged.complete("select_blocks", problem([(150, 900)], (4, 1)), torch.bfloat16)
-    values["scale"] = 0.3
-    kernels = run.simulated("select_blocks")
-    small = {"forward": {"key_tiles": 1, "query_bytes": 256}}
-    wanted, got = (
-        launch.forward(kernels, plan, **values) for plan in (plans.load("select_blocks"), small)
-    )
-    assert torch.equal(wanted, got)
+    """One tile of keys per piece and few queries per tile."""
+    values = problem([(150, 900)], (4, 1))
+    with_plan(values, torch.bfloat16, unrolled_piece=1, query_bytes=256)
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (4, 2)])
+@pytest.mark.parametrize("queries", [90, 128, 300, 600])
+def test_hardware_loops_give_the_same_ids(heads, queries):
+    """Whole and shared tiles in the loop, and what is left behind it."""
+    values = problem([(queries, queries + 800)], heads, (4, 4, 4))
+    with_plan(values, torch.float32, unrolled_key_tiles=0, looped_piece=1)
+
+
+def test_hardware_loops_over_packed_sequences():
+    values = problem([(90, 100), (5, 5), (200, 400)], (2, 1), (4, 2, 8), packed=True)
+    with_plan(values, torch.bfloat16, unrolled_key_tiles=0, looped_piece=2)
 
 
 @st.composite

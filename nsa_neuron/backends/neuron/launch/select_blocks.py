@@ -149,23 +149,31 @@ def forward(
     ratio = select_block // stride
     # Scores stay below 1, the mark of forced blocks; a power of two scales exactly.
     unit = 0.5 ** (2 * group * (block // stride)).bit_length()
-    wanted = min(constants["key_tiles"], -(-places.blocks * ratio // PARTITIONS))
+    length = min(queries, _queries_of_tile(group, dim, q.dtype, constants["query_bytes"]))
+    geometry = (block, stride, select_block)
+    reach = _reach(queries, kv_len, geometry, length, places.blocks, cu_seqlens_q)
+    key_tiles = q.shape[0] * heads * sum(seen for seen, _ in reach) * ratio // PARTITIONS
+    looping = key_tiles > constants["unrolled_key_tiles"]
+    wanted = constants["looped_piece" if looping else "unrolled_piece"]
+    wanted = min(wanted, -(-places.blocks * ratio // PARTITIONS))
     tiles = Tiles.of(block, stride, select_block, wanted, unit)
-    length = _queries_of_tile(group, dim, q.dtype, constants["query_bytes"])
     if scale == 0:
         q, scale = torch.zeros_like(q), 1.0
+    shift = _shift(lse, scale, q.dtype)
+    size = -(-places.blocks // tiles.blocks) * tiles.blocks * ratio
     (ids,) = kernels.forward(
         q.contiguous(),
-        _keys(k_cmp, places, -(-places.blocks // tiles.blocks) * tiles.blocks * ratio),
-        _shift(lse, scale, q.dtype),
+        _keys(k_cmp, places, size, shift),
+        shift,
         places.rows,
         places.columns,
         tiles.weights.to(q.device),
+        _trips(places, length, tiles.blocks, ratio, packed=cu_seqlens_q is not None),
         scale=scale,
         tiles=tiles.tiles,
         piece=tiles.blocks,
         span=ratio,
-        blocks=_needed(queries, kv_len, select_block, length, places.blocks, cu_seqlens_q),
+        reach=() if looping else reach,
         length=length,
         count=min(num_selected, places.blocks),
         width=num_selected,
@@ -182,26 +190,67 @@ def _queries_of_tile(group: int, dim: int, dtype: torch.dtype, room: int) -> int
     return max(at_once, min(PARTITIONS, room // per_query // 32 * 32))
 
 
-def _needed(
-    queries: int, kv_len: int, select_block: int, length: int, blocks: int, cu_q: Tensor | None
-) -> tuple[int, ...]:
-    """Bound of the blocks that each tile of queries can see, as the kernel cuts them."""
-    length = min(length, queries)
-    lasts = [min(at, queries - length) + length - 1 for at in range(0, queries, length)]
+def _reach(
+    queries: int,
+    kv_len: int,
+    geometry: tuple[int, int, int],
+    length: int,
+    blocks: int,
+    cu_q: Tensor | None,
+) -> tuple[tuple[int, int], ...]:
+    """(blocks that some query sees, keys that every query sees) of each tile of queries.
+
+    Bounds, as the positions of packed queries are data. `geometry` is l, d, m.
+    """
+    block, stride, select_block = geometry
+    firsts = [min(at, queries - length) for at in range(0, queries, length)]
+    lasts = [first + length - 1 for first in firsts]
+    past = kv_len - queries
     if cu_q is None:
-        return tuple((last + kv_len - queries) // select_block + 1 for last in lasts)
-    if queries < kv_len:
-        return (blocks,) * len(lasts)
+        return tuple(
+            ((last + past) // select_block + 1, max(0, (first + past + 1 - block) // stride + 1))
+            for first, last in zip(firsts, lasts, strict=True)
+        )
+    if past:
+        return ((blocks, 0),) * len(lasts)
     padding = (cu_q.shape[0] - 1) * (select_block - 1)
-    return tuple(min(blocks, (last + padding) // select_block + 1) for last in lasts)
+    return tuple((min(blocks, (last + padding) // select_block + 1), 0) for last in lasts)
 
 
-def _keys(k_cmp: Tensor, places: Places, size: int) -> Tensor:
-    """k_cmp as [B, H, D, size]: transposed, each sequence's at whole selection blocks."""
+def _trips(places: Places, length: int, piece: int, ratio: int, *, packed: bool) -> Tensor:
+    """int32 [2, tiles, 2]: pieces whose keys every query of a tile sees, and pieces in all.
+
+    In the second half, of each tile and its pair together (0 and 1, 2 and 3, ...).
+    """
+    queries = places.columns.shape[0]
+    device = places.columns.device
+    starts = torch.arange(0, queries, length, device=device).clamp(max=queries - length)
+    rows = starts[:, None] + torch.arange(length, device=device)
+    every = places.columns[:, 0][rows].amax(1).long() // piece + 1
+    whole = (places.rows[0][rows].amin(1).long() + 1) // (piece * ratio)
+    if packed:
+        whole = torch.zeros_like(whole)
+    tile = torch.arange(len(starts), device=device)
+    other = (tile ^ 1).clamp(max=len(starts) - 1)
+    alone = torch.stack((whole, every), 1)
+    pair = torch.stack((whole.minimum(whole[other]), every.maximum(every[other])), 1)
+    return torch.stack((alone, pair)).int()
+
+
+def _keys(k_cmp: Tensor, places: Places, size: int, shift: Tensor) -> Tensor:
+    """k_cmp as [B, H, D, size]: transposed, each sequence's at whole selection blocks.
+
+    Where they may share a tile of 128 channels with the shifts, further channels are 1, so that
+    the shifts need no pass of their own.
+    """
     if places.keys is not None and k_cmp.shape[1]:
         k_cmp = take(k_cmp, places.keys.clamp(max=k_cmp.shape[1] - 1))
     turned = k_cmp.permute(0, 2, 3, 1)
-    return F.pad(turned, (0, size - turned.shape[-1])).contiguous()
+    turned = F.pad(turned, (0, size - turned.shape[-1]))
+    pieces = shift.shape[0]
+    if shift.dtype == k_cmp.dtype and k_cmp.shape[3] % PARTITIONS + pieces <= PARTITIONS:
+        turned = F.pad(turned, (0, 0, 0, pieces), value=1.0)
+    return turned.contiguous()
 
 
 def _shift(lse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_neuron.cases import cumulative, exact_normal
+from nsa_neuron.ops.compressed_attention import compressed_attention
 
 pytestmark = pytest.mark.sim
 
@@ -45,17 +46,29 @@ def problem(
     return values
 
 
+def check(values: dict[str, Any], dtype: torch.dtype) -> None:
+    """Forward, and backward with gradients of o and of lse."""
+    judged.judge("compressed_attention", values, dtype)
+    exact = {
+        name: x.double() if name in ("q", "k_cmp", "v_cmp") else x for name, x in values.items()
+    }
+    o, lse = compressed_attention(**exact)
+    gen = torch.Generator().manual_seed(7)
+    grads = {"grad_o": exact_normal(gen, *o.shape), "grad_lse": exact_normal(gen, *lse.shape)}
+    judged.judge("compressed_attention_backward", {**values, "o": o, "lse": lse, **grads}, dtype)
+
+
 @pytest.mark.parametrize("geometry", [(1, 1), (4, 1), (96, 32)])
 def test_many_and_few_blocks(geometry):
     """More than one tile of keys; fewer blocks than a tile, and rows that see none."""
     values = problem([(210, 300)], geometry=geometry)
-    judged.judge("compressed_attention", values, torch.bfloat16)
+    check(values, torch.bfloat16)
 
 
 @pytest.mark.parametrize("sharp", [30.0, 300.0])
 def test_large_logits(sharp):
     values = problem([(100, 160)], sharp=sharp, dims=(64, 32))
-    judged.judge("compressed_attention", values, torch.float32)
+    check(values, torch.float32)
 
 
 @st.composite
@@ -81,4 +94,4 @@ def problems(draw: Any) -> dict[str, Any]:
 @given(values=problems(), dtype=st.sampled_from(sorted(DTYPES)))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_shape(values, dtype):
-    judged.judge("compressed_attention", values, DTYPES[dtype])
+    check(values, DTYPES[dtype])

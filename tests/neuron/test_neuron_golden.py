@@ -30,9 +30,13 @@ def test_compress(name):
 def test_compressed_attention_and_selection(name):
     g = golden.Golden(name, torch.float32)
     total = g.arrays["k"].shape[1]
-    with use_backend("neuron", "sim"), torch.no_grad():
-        where = {"kv_len": total, **g.geometry, **g.packed}
-        o, lse = nsa.compressed_attention(g["q"], g["k_cmp"], g["v_cmp"], **where)
-        g.close("o_cmp", o)
-        g.close("lse_cmp", lse)
-        golden.check_selection(g, lse, total)
+    where = {"kv_len": total, **g.geometry, **g.packed}
+    q, k_cmp, v_cmp = g.leaf("q", "k_cmp", "v_cmp")
+    with use_backend("neuron", "sim"):
+        o, lse = nsa.compressed_attention(q, k_cmp, v_cmp, **where)
+        o.backward(g["do"])
+        golden.check_selection(g, lse.detach(), total)
+    g.close("o_cmp", o)
+    g.close("lse_cmp", lse)
+    for key, leaf in (("dq_cmp", q), ("dk_cmp", k_cmp), ("dv_cmp", v_cmp)):
+        g.close(key, leaf.grad)

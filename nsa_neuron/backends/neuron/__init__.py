@@ -35,6 +35,7 @@ OPS = (
     "compress",
     "compress_backward",
     "compressed_attention",
+    "compressed_attention_backward",
     "decode",
     "gated_sum",
     "gated_sum_backward",

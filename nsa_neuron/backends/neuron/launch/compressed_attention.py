@@ -64,3 +64,28 @@ def forward(
         return o, torch.full(q.shape[:3], -torch.inf, device=q.device)
     seen = complete(q.shape[1], kv_len, block, stride, cu_seqlens_q, cu_seqlens_k, q.device)
     return ranges.forward(kernels, plan, q, k_cmp, v_cmp, seen, scale)
+
+
+def backward(
+    kernels: Kernels,
+    plan: Plan,
+    grad_o: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    *,
+    kv_len: int,
+    block: int,
+    stride: int,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk_cmp and dv_cmp in the inputs' dtype; arguments as of the op."""
+    if k_cmp.shape[1] == 0:
+        return q.new_zeros(q.shape), k_cmp.new_zeros(k_cmp.shape), v_cmp.new_zeros(v_cmp.shape)
+    seen = complete(q.shape[1], kv_len, block, stride, cu_seqlens_q, cu_seqlens_k, q.device)
+    return ranges.backward(kernels, plan, grad_o, q, k_cmp, v_cmp, o, lse, grad_lse, seen, scale)

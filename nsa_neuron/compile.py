@@ -172,9 +172,13 @@ def choose_lowerings(
             continue
         if node.target.namespace != NAMESPACE:
             continue
-        choice = _choose(node, policy)
+        choice, bound, plan = _choose(node, policy)
         choices.append(choice)
-        node.target = pinned(choice.op, choice.target)
+        lowered = REGISTRY.get(choice.target.backend).lower(bound, plan)
+        # A lowering that is an operator itself stands in the graph, where a vendor's compiler can
+        # see into it; any other is called through ours.
+        own = isinstance(lowered, torch._ops.OpOverload)
+        node.target = lowered if own else pinned(choice.op, choice.target)
     graph.recompile()
     return graph
 
@@ -202,8 +206,8 @@ def explain(compiled: Callable[..., Any]) -> Explanation:
     return found if found is not None else Explanation()
 
 
-def _choose(node: torch.fx.Node, policy: str | None) -> Choice:
-    """Asks the registry about one node."""
+def _choose(node: torch.fx.Node, policy: str | None) -> tuple[Choice, Bound, Any]:
+    """Asks the registry about one node; the choice, the call and the backend's plan for it."""
     op = node.target.__name__.split(".")[0]  # type: ignore[union-attr]
     bound = _bind(op, node)
     names = (policy,) if policy else AUTOMATIC.get(bound.device.type, ANYWHERE)
@@ -212,7 +216,8 @@ def _choose(node: torch.fx.Node, policy: str | None) -> Choice:
         target = REGISTRY.target(name)
         verdict = REGISTRY.ask(target, bound)
         if isinstance(verdict, Supported):
-            return Choice(op, bound.describe(), target, tuple(rejected), node.name)
+            choice = Choice(op, bound.describe(), target, tuple(rejected), node.name)
+            return choice, bound, verdict.plan
         rejected.append(Refusal(target, verdict.rule, verdict.reason))
     reasons = [(r.target.backend, r.target.mode, r.rule, r.reason) for r in rejected]
     raise NoLowering(op, bound.describe(), reasons)

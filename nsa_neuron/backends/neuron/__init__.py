@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nsa_neuron.backends import composite
-from nsa_neuron.backends.neuron import limits, plans, run
+from nsa_neuron.backends.neuron import hardware, limits, plans, run
 from nsa_neuron.errors import NsaError
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from nsa_neuron.spec import Bound
 
 LAUNCHERS = "nsa_neuron.backends.neuron.launch"
-VENDOR_PACKAGE = "torch_neuronx"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 # The ops that have kernels; `nsa_attention` is made of them.
@@ -45,6 +43,8 @@ OPS = (
     "sliding_window_attention",
     "sliding_window_attention_backward",
 )
+DEVICES_OF_MODE = {"hw": hardware.DEVICES, "sim": ("cpu",)}
+CORES_OF_MODE = {"hw": 2, "sim": 1}  # on trn2 AWS's compiler takes 2 for granted
 LNC = "NEURON_LOGICAL_NC_CONFIG"
 """AWS's variable for the number of physical cores of a logical one (nki/get-started/about/lnc)."""
 
@@ -55,7 +55,7 @@ class NeuronBackend:
     name = "neuron"
 
     def modes(self) -> dict[str, str]:
-        return {"hw": _hardware_hindrance(), "sim": ""}
+        return {"hw": hardware.hindrance(), "sim": ""}
 
     def supports(self, bound: Bound, mode: str) -> Verdict:
         name = bound.spec.name
@@ -63,7 +63,7 @@ class NeuronBackend:
             return composite.supports(bound, lambda part: self.supports(part, mode))
         if name not in OPS:
             return Unsupported("kernel", f"there is no NKI kernel for {name} yet")
-        if refusal := same_device(bound.device, "cpu"):
+        if refusal := same_device(bound.device, *DEVICES_OF_MODE[mode]):
             return refusal
         if bound.dtype not in DTYPES:
             known = "float32, float16, bfloat16"
@@ -71,27 +71,35 @@ class NeuronBackend:
         for symbol in ("Dk", "Dv", "D"):
             if symbol in bound.sizes and bound[symbol] > MAX_HEAD_DIM:
                 return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
-        return limits.refusal(bound) or Supported()
+        return limits.refusal(bound) or Supported(mode)
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
         if bound.spec.name in composite.WHOLE:
-            return composite.lower(bound, plan, self.lower)
-        stem = bound.spec.name.removesuffix("_backward")
-        launcher = importlib.import_module(f"{LAUNCHERS}.{stem}")
-        direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
-        kernels = run.simulated(stem, logical_cores())
-        launch = functools.partial(getattr(launcher, direction), kernels, plans.load(stem))
-        takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
-        return _with_scale(launch) if takes_scale else launch
+            launch = composite.lower(bound, plan, self.lower)
+            mode = next(iter(plan.values()))  # every part has the same
+        else:
+            launch, mode = _launcher(bound, plan), plan
+        return hardware.operation(bound.spec, launch) if mode == "hw" else launch
 
 
-def logical_cores() -> int:
-    """Physical cores per launch: 1, or what NEURON_LOGICAL_NC_CONFIG says.
+def _launcher(bound: Bound, mode: str) -> Lowered:
+    """The launcher of an op with its kernels and plan; takes the spec's arguments."""
+    stem = bound.spec.name.removesuffix("_backward")
+    module = importlib.import_module(f"{LAUNCHERS}.{stem}")
+    direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
+    kernels = {"hw": run.on_hardware, "sim": run.simulated}[mode](stem, logical_cores(mode))
+    launch = functools.partial(getattr(module, direction), kernels, plans.load(stem))
+    takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
+    return _with_scale(launch) if takes_scale else launch
+
+
+def logical_cores(mode: str) -> int:
+    """Physical cores per launch: what NEURON_LOGICAL_NC_CONFIG says, else the mode's.
 
     Raises:
         NsaError: it says neither 1 nor 2.
     """
-    text = os.environ.get(LNC, "1")
+    text = os.environ.get(LNC) or str(CORES_OF_MODE[mode])
     if text not in ("1", "2"):
         raise NsaError(f"{LNC} is {text!r}; it must be 1 or 2, the cores of a launch")
     return int(text)
@@ -106,13 +114,6 @@ def _with_scale(launch: Lowered) -> Lowered:
         return launch(**values)
 
     return call
-
-
-def _hardware_hindrance() -> str:
-    """Why kernels cannot run on a Trainium here."""
-    if importlib.util.find_spec(VENDOR_PACKAGE) is None:
-        return f"AWS's package '{VENDOR_PACKAGE}' is not installed"
-    return "this version has no path to the hardware yet"
 
 
 BACKEND = NeuronBackend()

@@ -1,4 +1,4 @@
-"""How a kernel is started: on the simulator of a NeuronCore.
+"""How a kernel is started: on the simulator of a NeuronCore, or by TorchNeuron on a Trainium.
 
 A launcher gets `Kernels` and calls `kernels.<name>(*tensors, **constants)`, whatever is behind it.
 Every launch of the simulator is strict: nothing is relaxed.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nsa_neuron import simulator
+from nsa_neuron.backends.neuron import hardware
 from nsa_neuron.toolchain import DISTRIBUTION, KernelPackage
 
 if TYPE_CHECKING:
@@ -65,6 +66,16 @@ def simulated(stem: str, lnc: int = 1) -> Kernels:
     return Kernels(_package().load(stem), start)
 
 
+@functools.cache
+def on_hardware(stem: str, lnc: int) -> Kernels:
+    """Kernels of `nki_kernels.<stem>` on a Trainium, on `lnc` cores. Not yet run on hardware."""
+
+    def start(kernel: Any, tensors: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+        return hardware.start(kernel, lnc, tensors, constants)
+
+    return Kernels(_vendor_package().load(stem), start)
+
+
 @contextmanager
 def recording() -> Iterator[list[simulator.Run]]:
     """Collects the record of every simulated launch inside, in order."""
@@ -80,3 +91,9 @@ def recording() -> Iterator[list[simulator.Run]]:
 def _package() -> KernelPackage:
     """The private copy of the kernels that uses the simulator's nki."""
     return KernelPackage(PACKAGE, simulator.activate, DISTRIBUTION)
+
+
+@functools.cache
+def _vendor_package() -> KernelPackage:
+    """The private copy of the kernels that uses AWS's nki."""
+    return KernelPackage(PACKAGE, distribution=DISTRIBUTION)

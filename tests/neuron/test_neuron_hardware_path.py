@@ -1,0 +1,127 @@
+"""The path to the hardware against a stand-in of AWS's documented interface (`vendor.py`)."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.backends.registry import register_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vendor import StandIn
+
+import nsa_neuron
+from nsa_neuron import simulator
+from nsa_neuron.backends import neuron
+from nsa_neuron.backends.neuron import hardware, run
+from nsa_neuron.ops import get
+
+pytestmark = pytest.mark.sim
+
+
+@functools.cache
+def stand_in() -> StandIn:
+    """One for the process: operators cannot be registered twice."""
+    return StandIn()
+
+
+@pytest.fixture
+def vendor(monkeypatch):
+    """torch_neuronx and nki are there, and CPU tensors count as a Neuron device's."""
+    module = stand_in()
+    module.launches.clear()
+    monkeypatch.setitem(sys.modules, "torch_neuronx", module)
+    monkeypatch.setitem(neuron.DEVICES_OF_MODE, "hw", ("cpu",))
+    monkeypatch.setattr(hardware, "hindrance", lambda: "")
+    run.on_hardware.cache_clear()
+    run._vendor_package.cache_clear()
+    with simulator.activate():
+        yield module
+    run.on_hardware.cache_clear()
+    run._vendor_package.cache_clear()
+
+
+def call(name: str, case_name: str, dtype: torch.dtype):
+    spec = get(name)
+    case = next(case for case in spec.cases if case.name == case_name)
+    return getattr(torch.ops.nsa, name).default, spec.arguments(case, dtype)
+
+
+def results(op, values, target: str):
+    with torch.no_grad(), nsa_neuron.use_backend(target):
+        out = op(**values)
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize("name", ["gated_sum", "attention", "attention_backward"])
+def test_an_op_runs_through_the_vendors_operators_with_the_same_bits(vendor, name):
+    op, values = call(name, "group4_s40", torch.bfloat16)
+    got = results(op, values, "neuron:hw")
+    want = results(op, values, "neuron:sim")
+    assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+    assert f"{hardware.NAMESPACE}::{name}" in vendor.operators
+    # Two cores, as AWS's compiler takes for granted on trn2.
+    assert vendor.launches and {lnc for _, _, lnc in vendor.launches} == {2}
+
+
+@pytest.mark.parametrize("name", neuron.OPS)
+def test_every_launcher_can_be_traced_without_data(vendor, name):
+    """torch.compile asks for the results' shapes with fake tensors."""
+    spec = get(name)
+    case = next(case for case in spec.cases if {"smoke", "edge"} & set(case.tags))
+    values = spec.arguments(case, torch.bfloat16)
+    bound = spec.bind(values)
+    operator = neuron.BACKEND.lower(bound, "hw")
+    assert isinstance(operator, torch._ops.OpOverload)
+    with FakeTensorMode() as mode:
+        fake = {
+            key: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+            for key, x in values.items()
+        }
+        found = operator(**fake)
+    found = found if isinstance(found, tuple) else (found,)
+    promised = [(tuple(shape), dtype) for _, shape, dtype in bound.returns()]
+    assert [(tuple(x.shape), x.dtype) for x in found] == promised
+
+
+def test_a_compiled_graph_holds_the_vendors_operators(vendor):
+    """The vendor's compiler gets operators that it can see into, not calls back into Python."""
+    seen = []
+
+    def compiler(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    if "neuron" not in torch._dynamo.list_backends():
+        register_backend(compiler, name="neuron")
+    gen = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 20, 2, 16, generator=gen)
+
+    def attend(q):
+        return nsa_neuron.sliding_window_attention(q, q, q, window=5)[0] + 1
+
+    compiled = torch.compile(
+        attend, backend="nsa_neuron", options={"target": "trn2", "mode": "hw"}, fullgraph=True
+    )
+    with torch.no_grad():
+        got = compiled(q)
+        with nsa_neuron.use_backend("neuron:sim"):
+            want = attend(q)
+    assert "nsa_trn2.sliding_window_attention.default" in seen
+    assert got.equal(want)
+    assert [str(c.target) for c in nsa_neuron.explain(compiled).choices] == ["neuron:hw"]
+
+
+def test_it_says_that_it_has_not_run_on_hardware(vendor, caplog):
+    told = replace(get("gated_sum"), name="gated_sum_told")
+    with caplog.at_level("WARNING", "nsa_neuron"):
+        hardware.operation(told, lambda **values: values["o_cmp"].clone())
+    assert hardware.NOT_RUN in caplog.text
+
+
+def test_what_hinders_the_hardware_is_said(monkeypatch):
+    assert "'torch_neuronx' is not installed" in neuron.BACKEND.modes()["hw"]
+    monkeypatch.setitem(sys.modules, "torch_neuronx", stand_in())
+    assert "no Neuron device" in neuron.BACKEND.modes()["hw"]

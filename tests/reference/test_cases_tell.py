@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_neuron.cases import Case, arguments
 from nsa_neuron.conformance.problems import TAGS
 from nsa_neuron.ops import OPS, get
 
 if TYPE_CHECKING:
+    from nsa_neuron.cases import Case
     from nsa_neuron.spec import OpSpec
 
 # What a backward op takes only because its forward does, and `kv_len`, which has no default.
@@ -36,7 +36,7 @@ def results(spec: OpSpec, values: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def differ(spec: OpSpec, case: Case, name: str, value: Any) -> bool:
     """Whether an argument of another value gives other results, or cannot be carried out."""
-    given = arguments(spec, case, torch.float64)
+    given = spec.arguments(case, torch.float64)
     wanted = results(spec, given)
     try:
         other = results(spec, {**given, name: value})

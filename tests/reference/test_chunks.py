@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_neuron.cases import Case, arguments
 from nsa_neuron.ops import get, selected_attention, softmax
 
 if TYPE_CHECKING:
+    from nsa_neuron.cases import Case
     from nsa_neuron.spec import OpSpec
 
 LEAST = 16  # queries of the smallest chunk over contiguous keys
@@ -60,7 +60,7 @@ def noted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, rows: Any) ->
 @pytest.mark.parametrize("op", OPS)
 def test_small_chunks_give_the_same(monkeypatch, op: str, kind: str) -> None:
     spec = get(op)
-    values = arguments(spec, case_of(spec, kind), torch.float64)
+    values = spec.arguments(case_of(spec, kind), torch.float64)
     wanted = results(spec, values)
     selected = op.startswith("selected_attention")
     if selected:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from . import trips
 from .estimate import Estimate, central, estimate, paused_gc, program_of
 from .extrapolate import Extrapolation, extrapolate
+from .guesses import guesses
 from .parameters import CONSTANTS, DEFAULT_SET, LEVELS, SETS, Parameters, load
 from .schedule import schedule
 from .timeline import Band, Cause, Step, Timeline
@@ -33,6 +34,7 @@ __all__ = [
     "central",
     "estimate",
     "extrapolate",
+    "guesses",
     "load",
     "paused_gc",
     "program_of",

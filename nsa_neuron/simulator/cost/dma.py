@@ -11,6 +11,8 @@ from __future__ import annotations
 from math import ceil, lcm
 from typing import TYPE_CHECKING
 
+from ..issue.timing import Dma
+
 if TYPE_CHECKING:
     from ..issue.record import Instruction
     from ..memory.allocation import Access
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 
 ENGINES = 16
 PARTITIONS_PER_ENGINE = 8
-
-
-_PUBLISHED = ("dma_copy", "dma_transpose", "dma_compute", "sendrecv")
 
 
 class Transfer:
@@ -42,11 +41,13 @@ class Transfer:
         uniform: ns of packets where all engines have the same, else 0.
         parts: (DMA engine, ns of packets) for each engine that takes part.
         rule: in words, for the report.
+        guesses: names of the constants in it that no source gives for this machine.
     """
 
     __slots__ = (
         "completion",
         "descriptors",
+        "guesses",
         "hbm_bytes",
         "hbm_runs",
         "nbytes",
@@ -73,6 +74,7 @@ class Transfer:
     hbm_runs: int
     parts: tuple[tuple[int, float], ...]
     rule: str
+    guesses: tuple[str, ...]
 
     def use(self, parts: tuple[tuple[int, float], ...]) -> None:
         """Set the DMA engines that take part, with the packet time of each."""
@@ -126,21 +128,21 @@ def transfer_of(i: Instruction, p: Parameters) -> Transfer:
     sides = ((dst, runs[0]), *((a, runs[1]) for a in sources))
     t.hbm_runs = sum(max(1, size // run) for a, run in sides if not a.allocation.on_chip)
     _choose_queue(i, t, dst, src, indirect, p)
-    rate = p.dma_rate * _share(i, dst, src, p)
+    rate = p.dma_rate * _share(i, t, dst, src, p)
+    if i.plan.formula is Dma.COLLECTIVE:
+        rate *= p.dma_collective
     t.completion = p.dma_completion
     t.use(_spread(dst, src, t, moved, rate, p))
-    known = "" if i.opcode in _PUBLISHED else ", between devices (guess)"
-    if (dst.dynamic or src.dynamic) and not indirect:
-        known += ", run-time address (guess)"
-    t.rule = (
-        f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines{known}"
-    )
+    t.rule = f"{t.descriptors} descriptors of {t.row_bytes:.0f} B on {len(t.parts)} DMA engines"
+    if i.plan.formula is Dma.COLLECTIVE:
+        t.rule += ", between devices as if they were one"
+        t.guesses += ("dma_collective",)
     return t
 
 
 def _sources(i: Instruction) -> list[Access]:
     """Operands that are data: not the index tensors, which come last."""
-    if i.opcode in ("dma_copy", "dma_transpose", "sendrecv"):
+    if i.plan.formula in (Dma.COPY, Dma.TRANSPOSE, Dma.MESSAGE):
         return list(i.reads[:1])
     same = [a for a in i.reads if a.layout.size == i.writes[0].layout.size]
     return same or list(i.reads[:1])
@@ -153,26 +155,32 @@ def _choose_queue(
     dynamic = dst.dynamic or src.dynamic
     if indirect or "swdge" in modes or (dynamic and "hwdge" not in modes):
         t.queue, t.trigger = "dma-gpsimd", "gpsimd"
+        t.guesses = ("dma_trigger_swdge", "dma_descriptor_swdge")
         made = p.dma_trigger_swdge + p.dma_descriptor_swdge * t.descriptors
         t.trigger_time = max(made, p.dma_run_time) if dynamic and not indirect else made
+        if t.trigger_time > made:
+            t.guesses = ("dma_run_time",)
         t.start = p.dma_start
     elif "hwdge" in modes:
         t.trigger = "scalar" if "scalar" in modes else "sync"
         t.queue = f"dma-{t.trigger}"
         t.trigger_time = p.dma_run_time if dynamic else p.dma_trigger
+        t.guesses = ("dma_run_time",) if dynamic else ()
         t.start = p.dma_start_hwdge
     else:
+        t.guesses = ()
         to_chip, from_chip = dst.allocation.on_chip, src.allocation.on_chip
         kind = "copy" if to_chip == from_chip else "load" if to_chip else "store"
         t.queue, t.trigger, t.trigger_time = f"dma-{kind}", "sync", p.dma_trigger
         t.start = p.dma_start
 
 
-def _share(i: Instruction, dst: Access, src: Access, p: Parameters) -> float:
+def _share(i: Instruction, t: Transfer, dst: Access, src: Access, p: Parameters) -> float:
     """Share of the copy rate that a transposing transfer reaches."""
-    if i.opcode != "dma_transpose":
+    if i.plan.formula is not Dma.TRANSPOSE:
         return 1.0
     if dst.layout.partitions % 128 or dst.layout.shape[-1] % 16:
+        t.guesses += ("dma_transpose_other",)
         return p.dma_transpose_other
     return p.dma_transpose_sbuf if src.allocation.on_chip else p.dma_transpose
 

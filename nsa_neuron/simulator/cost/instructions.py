@@ -10,6 +10,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+from ..issue.timing import MESSAGES, Dma, Formula, GpSimd, Meeting, Scalar, Sync, Tensor, Vector
 from . import tables
 from .dma import Transfer, transfer_of
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..issue.record import Instruction
+    from ..machine.trn2 import Machine
     from ..memory.allocation import Access
     from .parameters import Parameters
 
@@ -31,7 +33,8 @@ class Cost:
         engine: "tensor", "vector", "scalar", "gpsimd", "sync" or "dma".
         interval: ns its engine is taken, back to back.
         latency: ns from issue to result.
-        rule: the formula, in words, for the report; ends in "(guess)" where nothing is published.
+        rule: the formula, in words, for the report.
+        guesses: names of the constants in it that no source gives for this machine.
         function: function of an activation table, or "".
         flops: floating-point operations of a matmul that is no transpose, else 0.
         pe_columns: moving columns streamed, for PE utilisation.
@@ -44,6 +47,7 @@ class Cost:
         "engine",
         "flops",
         "function",
+        "guesses",
         "interval",
         "latency",
         "meeting",
@@ -54,41 +58,47 @@ class Cost:
         "transfer",
     )
 
-    def __init__(self, opcode: str, engine: str, interval: float, latency: float, rule: str):
+    def __init__(
+        self,
+        opcode: str,
+        engine: str,
+        interval: float,
+        latency: float,
+        rule: str,
+        guesses: tuple[str, ...] = (),
+    ) -> None:
         self.opcode = opcode
         self.engine = engine
         self.interval = interval
         self.latency = latency
         self.rule = rule
+        self.guesses = guesses
         self.function = ""
         self.flops = 0
         self.pe_columns = 0
         self.psum = False
         self.transfer: Transfer | None = None
-        self.meeting = opcode in ("sendrecv", "core_barrier")
+        self.meeting = False
 
     def __repr__(self) -> str:
         return f"<{self.engine}.{self.opcode}: {self.interval:.1f} ns, {self.rule}>"
 
 
-def cost_of(instruction: Instruction, p: Parameters) -> Cost:
+def cost_of(instruction: Instruction, p: Parameters, machine: Machine) -> Cost:
     """The cost of an instruction.
 
     Args:
         instruction: from a record.
         p: constants.
+        machine: sizes.
     """
-    engine = instruction.engine
-    if instruction.opcode == "core_barrier":
-        cost = Cost("core_barrier", engine, p.dma_trigger, p.core_meeting, "meeting (guess)")
-    elif engine == "dma":
-        cost = _dma(instruction, p)
-    else:
-        cost = _ENGINES.get(engine, _sync)(instruction, p)
+    formula = instruction.plan.formula
+    cost = _FORMULAS[formula](instruction, p, machine)
     accesses = (*instruction.writes, *instruction.reads)
-    if engine in COMPUTE:
+    if instruction.engine in COMPUTE:
         _add_run_time_operands(cost, instruction, p)
     cost.psum = any(a.allocation.buffer == "psum" for a in accesses)
+    cost.meeting = formula is Meeting.BARRIER or formula in MESSAGES
     return cost
 
 
@@ -99,11 +109,12 @@ def _add_run_time_operands(cost: Cost, i: Instruction, p: Parameters) -> None:
     that was loaded from it, or the index of a hardware loop.
     """
     count = sum(a.dynamic for a in (*i.writes, *i.reads))
-    count += i.plan.registers if i.plan is not None else 0
+    count += i.plan.registers
     if count:
         cost.interval += count * p.run_time_operand
         cost.latency += count * p.run_time_operand
-        cost.rule += f", {count} run-time operand{'s' * (count > 1)} (guess)"
+        cost.rule += f", {count} run-time operand{'s' * (count > 1)}"
+        cost.guesses += ("run_time_operand",)
 
 
 def free_size(instruction: Instruction) -> int:
@@ -111,28 +122,53 @@ def free_size(instruction: Instruction) -> int:
     return max((a.layout.free for a in (*instruction.writes, *instruction.reads)), default=1)
 
 
-def _dma(i: Instruction, p: Parameters) -> Cost:
+def _barrier(i: Instruction, p: Parameters, m: Machine) -> Cost:
+    return Cost(i.opcode, i.engine, p.dma_trigger, p.core_meeting, "meeting", ("core_meeting",))
+
+
+def _dma(i: Instruction, p: Parameters, m: Machine) -> Cost:
     transfer = transfer_of(i, p)
-    cost = Cost(i.opcode, "dma", p.dma_trigger, transfer.duration, transfer.rule)
+    cost = Cost(i.opcode, "dma", p.dma_trigger, transfer.duration, transfer.rule, transfer.guesses)
     cost.transfer = transfer
     return cost
 
 
-def _tensor(i: Instruction, p: Parameters) -> Cost:
-    """Multiplies: rows streamed, or the next stationary load where that is longer."""
-    if i.opcode == "nc_transpose":
-        columns, stationary = i.reads[0].layout.partitions, i.reads[0].layout.free
-        contraction, transpose, double, share = columns, True, False, 1.0
-        wide = i.reads[0].layout.dtype.itemsize == 4
-    else:
-        st, mv = i.reads[0].layout, i.reads[1].layout
-        transpose = bool(i.params.is_transpose)
-        double = i.params.perf_mode == "double_row"
-        pair = 2 if double else 1
-        columns, stationary = mv.free // pair, st.free // pair
-        contraction = st.partitions * pair
-        wide = mv.dtype.itemsize == 4
-        share = prod(n / 128 for n in i.params.tile_size) if i.params.tile_size else 1.0
+def _multiply(i: Instruction, p: Parameters, m: Machine) -> Cost:
+    st, mv = i.reads[0].layout, i.reads[1].layout
+    pair = 2 if i.params.perf_mode == "double_row" else 1
+    share = prod(n / m.partitions for n in i.params.tile_size) if i.params.tile_size else 1.0
+    columns, stationary = mv.free // pair, st.free // pair
+    transpose, wide = bool(i.params.is_transpose), mv.dtype.itemsize == 4
+    cost = _tensor(i, columns, stationary, transpose, wide, share, p)
+    cost.flops = 0 if transpose else 2 * st.partitions * pair * stationary * columns
+    return cost
+
+
+def _transpose(i: Instruction, p: Parameters, m: Machine) -> Cost:
+    data = i.reads[0].layout
+    return _tensor(i, data.partitions, data.free, True, data.dtype.itemsize == 4, 1.0, p)
+
+
+def _tensor(
+    i: Instruction,
+    columns: int,
+    stationary: int,
+    transpose: bool,
+    wide: bool,
+    share: float,
+    p: Parameters,
+) -> Cost:
+    """Rows streamed through the array, or the next stationary load where that is longer.
+
+    Args:
+        i: the instruction.
+        columns: of the moving operand.
+        stationary: columns of the stationary operand.
+        transpose: the multiply only moves data.
+        wide: operands are fp32.
+        share: of the array that it uses.
+        p: constants.
+    """
     passes, rows = (p.pe_fp32_passes, p.pe_fp32_rows) if wide else (1.0, 1.0)
     if wide and transpose:
         passes, rows = 1.0, p.pe_fp32_passes * p.pe_fp32_rows / 2
@@ -144,7 +180,6 @@ def _tensor(i: Instruction, p: Parameters) -> Cost:
         rule += f", {share:g} of the array"
     cost = Cost(i.opcode, "tensor", interval, interval + p.pe_latency / p.pe_clock, rule)
     cost.pe_columns = columns
-    cost.flops = 0 if transpose else 2 * contraction * stationary * columns
     return cost
 
 
@@ -153,15 +188,6 @@ def _linear(
 ) -> tuple[float, float]:
     """Interval and latency of `work` cycles on VectorE or ScalarE."""
     return (max(p.minimum_interval, work) + overhead) / clock, (work + latency) / clock
-
-
-def _reads_accumulator(i: Instruction) -> bool:
-    return len(i.writes) > 1 and i.opcode in _ACCUMULATING
-
-
-_ACCUMULATING = frozenset(
-    {"activation", "activation_reduce", "tensor_scalar_reduce", "select_reduce"}
-)
 
 
 def _stride_factor(i: Instruction, p: Parameters) -> float:
@@ -193,7 +219,10 @@ def _in_sbuf(operands: list[Access]) -> bool:
     return all(a.allocation.buffer == "sbuf" for a in operands)
 
 
-def _vector_one(i: Instruction, p: Parameters) -> tuple[float, str]:
+Rate = tuple[float, str]  # cycles per element, and the formula in words
+
+
+def _one_input(i: Instruction, p: Parameters) -> Rate:
     operands = _wide_operands(i)
     if not _narrow(operands):
         return 1.0, "N"
@@ -202,7 +231,7 @@ def _vector_one(i: Instruction, p: Parameters) -> tuple[float, str]:
     return p.vector_mode2, "N/2, 16-bit"
 
 
-def _vector_two(i: Instruction, p: Parameters) -> tuple[float, str]:
+def _two_inputs(i: Instruction, p: Parameters) -> Rate:
     operands = _wide_operands(i)
     inputs = [a for a in i.reads if a.layout.free > 1]
     if not _in_sbuf(inputs):
@@ -213,90 +242,105 @@ def _vector_two(i: Instruction, p: Parameters) -> tuple[float, str]:
     return p.vector_two_tensors, f"{p.vector_two_tensors:g}N, two SBUF inputs"
 
 
-def _vector_predicated(i: Instruction, p: Parameters) -> tuple[float, str]:
+def _predicated(i: Instruction, p: Parameters) -> Rate:
     if _in_sbuf([a for a in i.reads if a.layout.free > 1]):
         return p.vector_predicated, f"{p.vector_predicated:g}N, both in SBUF"
     return 1.0, "N, one input in PSUM"
 
 
-def _vector_memset(i: Instruction, p: Parameters) -> tuple[float, str]:
+def _fill(i: Instruction, p: Parameters) -> Rate:
     return (p.vector_mode2, "N/2, 16-bit") if _narrow([*i.writes]) else (1.0, "N")
 
 
-def _vector_plain(i: Instruction, p: Parameters) -> tuple[float, str]:
-    return 1.0, "N"
-
-
-_VECTOR: dict[str, Callable[[Instruction, Parameters], tuple[float, str]]] = {
-    "tensor_copy": _vector_one,
-    "tensor_scalar": _vector_one,
-    "memset": _vector_memset,
-    "tensor_tensor": _vector_two,
-    "scalar_tensor_tensor": _vector_two,
-    "tensor_copy_predicated": _vector_predicated,
-    "tensor_tensor_scan": lambda i, p: (p.vector_scan, f"{p.vector_scan:g}N"),
-    "reciprocal": lambda i, p: (p.vector_reciprocal, f"{p.vector_reciprocal:g}N"),
-    "bn_aggr": lambda i, p: (p.vector_bn_aggr, "13N/3"),
+_VECTOR: dict[Vector, Callable[[Instruction, Parameters], Rate]] = {
+    Vector.STREAM: lambda i, p: (1.0, "N"),
+    Vector.ONE_INPUT: _one_input,
+    Vector.TWO_INPUTS: _two_inputs,
+    Vector.FILL: _fill,
+    Vector.PREDICATED: _predicated,
+    Vector.SCAN: lambda i, p: (p.vector_scan, f"{p.vector_scan:g}N"),
+    Vector.RECIPROCAL: lambda i, p: (p.vector_reciprocal, f"{p.vector_reciprocal:g}N"),
+    Vector.STATISTICS: lambda i, p: (p.vector_bn_aggr, "13N/3"),
+    Vector.UNPUBLISHED: lambda i, p: (p.vector_other, f"{p.vector_other:g}N"),
+    Vector.COMPOSED: lambda i, p: (
+        p.vector_composed, f"{p.vector_composed:g}N: no engine has the operation",
+    ),
+}  # fmt: skip
+_GUESSED: dict[Formula, tuple[str, ...]] = {
+    Vector.UNPUBLISHED: ("vector_other",),
+    Vector.COMPOSED: ("vector_composed",),
+    GpSimd.ARITHMETIC: ("gpsimd_other",),
+    GpSimd.UNPUBLISHED: ("gpsimd_other",),
+    GpSimd.MESSAGE: ("gpsimd_other",),
+    GpSimd.COMPOSED: ("gpsimd_composed",),
+    GpSimd.ACROSS: ("gpsimd_across",),
 }
 
 
-def _vector(i: Instruction, p: Parameters) -> Cost:
-    rate, rule = _VECTOR.get(i.opcode, _vector_plain)(i, p)
+def _vector(i: Instruction, p: Parameters, m: Machine) -> Cost:
+    rate, rule = _VECTOR[i.plan.formula](i, p)
     work = free_size(i) * rate * _stride_factor(i, p)
-    if _reads_accumulator(i):
+    if i.plan.accumulator:
         work += p.accumulator_read
         rule += " + accumulator"
     interval, latency = _linear(work, p.vector_clock, p.vector_overhead, p.vector_latency, p)
-    return Cost(i.opcode, "vector", interval, latency, f"{rule}, N={free_size(i)}")
+    guesses = _GUESSED.get(i.plan.formula, ())
+    return Cost(i.opcode, "vector", interval, latency, f"{rule}, N={free_size(i)}", guesses)
 
 
-def _scalar(i: Instruction, p: Parameters) -> Cost:
+def _scalar(i: Instruction, p: Parameters, m: Machine) -> Cost:
     work = free_size(i) * _stride_factor(i, p)
     rule = "N"
-    if _reads_accumulator(i):
+    if i.plan.accumulator:
         work += p.accumulator_read
         rule += " + accumulator"
     interval, latency = _linear(work, p.scalar_clock, p.scalar_overhead, p.scalar_latency, p)
     cost = Cost(i.opcode, "scalar", interval, latency, f"{rule}, N={free_size(i)}")
-    if i.opcode in ("activation", "activation_reduce"):
+    if i.plan.formula is Scalar.FUNCTION:
         function = str(i.params.op)
         tables.holding(function)
         cost.function = "" if function in tables.RESIDENT else function
     return cost
 
 
-_ACROSS = frozenset(
-    {"tensor_partition_reduce", "local_gather", "nc_n_gather", "nonzero_with_count",
-     "sequence_bounds"}
-)  # fmt: skip
-
-
-def _gpsimd(i: Instruction, p: Parameters) -> Cost:
+def _gpsimd(i: Instruction, p: Parameters, m: Machine) -> Cost:
     """GpSimd: 150 cycles and so many per element; little is published."""
-    n = free_size(i)
-    if i.opcode in ("iota", "affine_select"):
+    n, formula = free_size(i), i.plan.formula
+    guesses = _GUESSED.get(formula, ())
+    if formula is GpSimd.AFFINE:
         work, rule = p.gpsimd_affine * n, "150 + N"
-    elif "rsqrt" in i.params:
-        work, rule = p.gpsimd_rsqrt * n, "150 + 4N"
-    elif i.opcode == "topk":
+    elif formula is GpSimd.ARITHMETIC and "rsqrt" in i.params:
+        work, rule, guesses = p.gpsimd_rsqrt * n, "150 + 4N", ()
+    elif formula is GpSimd.TOP_K:
         work, rule = 4.0 * i.params.n + i.params.k, "4n + K"
-    elif i.opcode in _ACROSS:
-        work, rule = p.gpsimd_across * n, "across partitions (guess)"
+    elif formula is GpSimd.ACROSS:
+        work, rule = p.gpsimd_across * n, f"150 + {p.gpsimd_across:g}N, across partitions"
+    elif formula is GpSimd.COMPOSED:
+        work = p.gpsimd_composed * n
+        rule = f"150 + {p.gpsimd_composed:g}N: no engine has the operation"
     else:
-        work, rule = p.gpsimd_other * n, f"150 + {p.gpsimd_other:g}N (guess)"
+        work, rule = p.gpsimd_other * n, f"150 + {p.gpsimd_other:g}N"
     time = (p.gpsimd_fixed + work) / p.gpsimd_clock
-    return Cost(i.opcode, "gpsimd", time, time, f"{rule}, N={n}")
+    return Cost(i.opcode, "gpsimd", time, time, f"{rule}, N={n}", guesses)
 
 
-def _sync(i: Instruction, p: Parameters) -> Cost:
-    if i.opcode == "register_load":
-        return Cost(i.opcode, i.engine, 0.0, 0.0, "billed to what uses the register")
-    return Cost(i.opcode, i.engine, p.register_access, p.register_access, "register (guess)")
+def _register_load(i: Instruction, p: Parameters, m: Machine) -> Cost:
+    return Cost(i.opcode, i.engine, 0.0, 0.0, "billed to what uses the register")
 
 
-_ENGINES: dict[str, Callable[[Instruction, Parameters], Cost]] = {
-    "tensor": _tensor,
-    "vector": _vector,
-    "scalar": _scalar,
-    "gpsimd": _gpsimd,
+def _register_store(i: Instruction, p: Parameters, m: Machine) -> Cost:
+    time = p.register_access
+    return Cost(i.opcode, i.engine, time, time, "a register's store", ("register_access",))
+
+
+_FORMULAS: dict[Formula, Callable[[Instruction, Parameters, Machine], Cost]] = {
+    Tensor.MULTIPLY: _multiply,
+    Tensor.TRANSPOSE: _transpose,
+    **dict.fromkeys(Vector, _vector),
+    **dict.fromkeys(Scalar, _scalar),
+    **dict.fromkeys(GpSimd, _gpsimd),
+    Sync.REGISTER_LOAD: _register_load,
+    Sync.REGISTER_STORE: _register_store,
+    **dict.fromkeys(Dma, _dma),
+    Meeting.BARRIER: _barrier,
 }

@@ -141,6 +141,14 @@ class Parameters:
     vector_scan: float = _constant("cycles per element", "SDK226 tensor_tensor_scan", 1, 2, 2)
     vector_reciprocal: float = _constant("cycles per element", "SDK226 reciprocal", 1, 8, 8)
     vector_bn_aggr: float = _constant("cycles per element", "SDK226 bn_aggr, 13N/3", 13 / 3)
+    vector_other: float = _constant(
+        "cycles per element of unpublished instructions", "none; others stream", 1, 1, 4,
+        guess=True,
+    )  # fmt: skip
+    vector_composed: float = _constant(
+        "cycles per element of an operation no engine has", "a reciprocal and a multiply",
+        2, 9, 16, guess=True,
+    )  # fmt: skip
     vector_predicated: float = _constant(
         "cycles per element, both inputs in SBUF", "SDK226; gen2", 1, 2, 2
     )
@@ -168,6 +176,9 @@ class Parameters:
     gpsimd_affine: float = _constant("cycles per element", "SDK226 iota, affine_select", 1)
     gpsimd_other: float = _constant(
         "cycles per element of unpublished instructions", "none", 1, 2, 4, guess=True
+    )
+    gpsimd_composed: float = _constant(
+        "cycles per element of an operation no engine has", "none", 4, 18, 40, guess=True
     )
     gpsimd_rsqrt: float = _constant("cycles per element", "SDK: a quarter of ScalarE", 4)
     gpsimd_across: float = _constant(
@@ -257,6 +268,9 @@ class Parameters:
     )
     dma_transpose_other: float = _constant(
         "share of copy rate, other shapes", "none", 0.5, 0.25, 0.05, guess=True
+    )
+    dma_collective: float = _constant(
+        "share of copy rate, collectives between devices", "none", 1, 1, 0.25, guess=True
     )
     hbm_stack: float = _constant(
         "bytes per ns of one HBM stack, which two cores share",

@@ -37,6 +37,7 @@ class Program:
         lane: lane of each, core after core.
         deps: `producer << SHIFT | cause` of each, by global index.
         partner: the instruction of the other core it meets.
+        machine: sizes.
     """
 
     run: Run
@@ -46,6 +47,7 @@ class Program:
     lane: list[int]
     deps: list[list[int]]
     partner: dict[int, int]
+    machine: Machine
 
     @cached_property
     def order(self) -> list[list[int]]:
@@ -65,6 +67,7 @@ class Program:
         found = self.banks.get(index)
         if found is None:
             found = self.banks[index] = []
+            width = self.machine.psum_bank_bytes
             instruction = self.instructions[index]
             for a in (*instruction.writes, *instruction.reads):
                 allocation = a.allocation
@@ -72,7 +75,7 @@ class Program:
                     continue
                 placed = allocation.address
                 base = placed[1] if placed else 0
-                first, last = (base + a.lo) // 2048, (base + a.hi - 1) // 2048
+                first, last = (base + a.lo) // width, (base + a.hi - 1) // width
                 owner = self.lane[index] // len(LANES) if placed else allocation
                 found += [(owner, bank) for bank in range(first, last + 1)]
         return found
@@ -82,7 +85,7 @@ def analyse(run: Run, machine: Machine) -> Program:
     """Find lanes, dependencies and meetings of a run."""
     instructions = run.instructions
     kind, examples = _kinds(instructions)
-    lane_of_kind = [_lane(cost) for cost in _costs(examples, load())]
+    lane_of_kind = [_lane(cost) for cost in _costs(examples, load(), machine)]
     lane: list[int] = []
     deps: list[list[int]] = []
     for number, core in enumerate(run.cores):
@@ -93,12 +96,12 @@ def analyse(run: Run, machine: Machine) -> Program:
             found = [[d + (offset << SHIFT) for d in ds] for ds in found]
         lane += [k + number * len(LANES) for k in own] if number else own
         deps += found
-    return Program(run, instructions, kind, examples, lane, deps, _partners(run))
+    return Program(run, instructions, kind, examples, lane, deps, _partners(run), machine)
 
 
 def _kinds(instructions: Sequence[Instruction]) -> tuple[list[int], list[Instruction]]:
     """Number of the signature of each instruction, and an instruction of each signature."""
-    plans = [i.plan or i for i in instructions]  # one made by hand is a kind of its own
+    plans = [i.plan for i in instructions]
     first = dict(zip(reversed(plans), reversed(instructions), strict=True))
     number = {plan: k for k, plan in enumerate(dict.fromkeys(plans))}
     return [number[plan] for plan in plans], [first[plan] for plan in number]
@@ -112,24 +115,24 @@ def costs_of(program: Program, p: Parameters) -> list[Cost]:
     cores = program.run.lnc
     if cores > 1:
         p = replace(p, hbm_stack=p.hbm_stack / cores)
-    costs = _costs(program.examples, p)
+    costs = _costs(program.examples, p, program.machine)
     return [costs[k] for k in program.kind]
 
 
 @lru_cache(maxsize=8)
-def _known_costs(p: Parameters) -> dict[object, Cost]:
+def _known_costs(p: Parameters, machine: Machine) -> dict[object, Cost]:
     """The costs that were worked out with these constants, by signature."""
     return {}
 
 
-def _costs(examples: list[Instruction], p: Parameters) -> list[Cost]:
+def _costs(examples: list[Instruction], p: Parameters, machine: Machine) -> list[Cost]:
     """The cost of an instruction of each signature; looked up where another run had it."""
-    known = _known_costs(p)
+    known = _known_costs(p, machine)
     costs = []
     for i in examples:
         cost = known.get(i.plan)
-        if cost is None or i.plan is None:
-            cost = known[i.plan] = cost_of(i, p)
+        if cost is None:
+            cost = known[i.plan] = cost_of(i, p, machine)
         costs.append(cost)
     return costs
 

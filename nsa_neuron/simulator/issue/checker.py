@@ -13,6 +13,7 @@ from ..rules.errors import SimulationError
 from ..rules.registers import VirtualRegister
 from ..rules.session import locate, violation
 from .spec import Plan
+from .timing import GpSimd, Vector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..memory.allocation import Access
     from ..memory.layout import Layout
     from .spec import Spec
+    from .timing import Formula
 
 
 class Operand:
@@ -93,6 +95,7 @@ class Checker:
         self.params = params
         self.relax = relax
         self.violations: list[SimulationError] = []
+        self.formula: Formula | None = None  # of this signature, where it is not the spec's
         self.operands = {
             role: Operand(role, value)
             for role, value in zip((*spec.writes, *spec.reads), (*writes, *reads), strict=True)
@@ -210,6 +213,11 @@ class Checker:
             )
             self.same_partitions(self.spec.writes[0], role)
 
+    def composed(self, engine: str) -> str:
+        """Note that no engine has the operation, so that its time is a guess; return `engine`."""
+        self.formula = GpSimd.COMPOSED if engine == "gpsimd" else Vector.COMPOSED
+        return engine
+
     def choose_engine(self, asked: Any, default: str, *allowed: str) -> str:
         """The engine of `engine=`, or `default` for unknown.
 
@@ -253,7 +261,9 @@ def make_plan(
         raise checker.violations[-1] from error
     engine, payload = result if isinstance(result, tuple) else (result, None)
     registers = sum(isinstance(value, VirtualRegister) for value in reads)
-    return Plan(engine, payload, checker.violations, registers)
+    formula = checker.formula or spec.timing.on(engine)
+    accumulator = spec.timing.accumulator and sum(value is not None for value in writes) > 1
+    return Plan(engine, spec.timing, formula, accumulator, payload, checker.violations, registers)
 
 
 def _check_placement(c: Checker, o: Operand) -> None:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..rules.errors import SimulationError
+    from .timing import Formula, Timing
 
 
 class Spec:
@@ -18,6 +19,7 @@ class Spec:
         writes, reads: roles of the operands, in the order `issue` gets them.
         check: `check(c: checker.Checker) -> engine` or `-> (engine, payload)`; raises through `c`.
         run: `run(core, payload, writes, reads, params)`: the arithmetic and the store.
+        timing: the cycle model's formula on each engine.
         dma: True where operands are not bound by partition rules.
         marks_itself: True where `run` notes what it wrote (masked or partial writes).
         optional: roles in `writes` that may be None.
@@ -38,6 +40,7 @@ class Spec:
         "optional",
         "reads",
         "run",
+        "timing",
         "writes",
     )
 
@@ -48,6 +51,7 @@ class Spec:
         reads: tuple[str, ...],
         check: Callable[[Any], Any],
         run: Callable[..., None],
+        timing: Timing,
         dma: bool = False,
         marks_itself: bool = False,
         checks_itself: bool = False,
@@ -59,6 +63,7 @@ class Spec:
         self.reads = reads
         self.check = check
         self.run = run
+        self.timing = timing
         self.dma = dma
         self.marks_itself = marks_itself or keeps
         self.checked = 0 if checks_itself else -1 if keeps else None
@@ -71,17 +76,38 @@ class Plan:
 
     Attributes:
         engine: what executes it.
+        formula: how long it takes there.
+        accumulator: a result is read out of the engine's accumulator registers.
+        timing: the spec's, for what another engine would take.
         payload: anything that `run` needs, worked out once.
         violations: broken rules that are relaxed.
         registers: how many operands are values of registers.
     """
 
-    __slots__ = ("engine", "payload", "registers", "violations")
+    __slots__ = (
+        "accumulator",
+        "engine",
+        "formula",
+        "payload",
+        "registers",
+        "timing",
+        "violations",
+    )
 
     def __init__(
-        self, engine: str, payload: Any, violations: list[SimulationError], registers: int
+        self,
+        engine: str,
+        timing: Timing,
+        formula: Formula,
+        accumulator: bool,
+        payload: Any,
+        violations: list[SimulationError],
+        registers: int,
     ) -> None:
         self.engine = engine
+        self.timing = timing
+        self.formula = formula
+        self.accumulator = accumulator
         self.payload = payload
         self.violations = violations
         self.registers = registers

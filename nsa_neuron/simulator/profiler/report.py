@@ -10,7 +10,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from ..cost import Cause
+from ..cost import Cause, guesses
 from ..machine.trn2 import machine_for
 from .lines import PHRASES, Lines, in_words, lane_of
 from .memory import usage
@@ -34,7 +34,7 @@ def describe(estimate: Estimate) -> dict[str, Any]:
         "params": t.parameters.set,
         "time_us": {k: v / 1e3 for k, v in asdict(estimate.band).items()},
         "instructions": len(t.instructions),
-        "assumptions": t.assumptions,
+        "assumptions": [*t.assumptions, *guesses(estimate)],
         "critical_path": critical_path(t, lines),
         "roofline": roofline(t),
         "cores": [_core(t, core, lines) for core in range(t.run.lnc)],

@@ -214,7 +214,9 @@ def _on_vector(base: Baseline, indices: list[int]) -> dict[int, Cost]:
     for k in indices:
         moved = copy.copy(base.t.instructions[k])
         moved.engine = "vector"
-        costs[k] = cost_of(moved, base.t.parameters)
+        moved.plan = copy.copy(moved.plan)
+        moved.plan.formula = moved.plan.timing.on("vector")
+        costs[k] = cost_of(moved, base.t.parameters, base.program.machine)
     return costs
 
 

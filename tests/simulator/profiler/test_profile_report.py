@@ -147,7 +147,7 @@ def test_memory_in_use_by_hand():
     assert memory["psum"]["peak"] == 2048
     t = found.timeline
     assert memory["sbuf"]["peak_at_us"] == t.issue[1] / 1e3
-    held = 2048 * (t.end[1] - t.issue[0]) + 2048 * (t.end[2] - t.issue[1])
+    held = 2048 * (t.free[1] - t.issue[0]) + 2048 * (t.free[2] - t.issue[1])
     assert memory["sbuf"]["mean"] == pytest.approx(held / t.total)
 
 

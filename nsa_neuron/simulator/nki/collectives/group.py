@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...issue.spec import Spec
+from ...issue.timing import Dma, timing
 from ...memory.tensor import NKIObject, NkiTensor
 from ...rules.session import violation
 
@@ -171,7 +172,15 @@ def spec_of(name, writes, reads):
         outs = tuple(f"dsts[{i}]" for i in range(writes))
         ins = tuple(f"srcs[{i}]" for i in range(reads))
         _SPECS[key] = Spec(
-            name, outs, ins, _check, _run, dma=True, marks_itself=True, checks_itself=True
+            name,
+            outs,
+            ins,
+            _check,
+            _run,
+            timing(Dma.COLLECTIVE),
+            dma=True,
+            marks_itself=True,
+            checks_itself=True,
         )
     return _SPECS[key]
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import Scalar, timing
 from ...machine.dtypes import float32
 from ...semantics import activation as functions
 from ..binding import core_of, finish, instruction, load, load_scalar, op_name, result_array, save
@@ -94,6 +95,7 @@ ACTIVATION = Spec(
     ("data", "bias", "scale"),
     _check_activation,
     _run_activation,
+    timing(Scalar.FUNCTION, accumulator=True),
     optional=("reduce_res",),
 )
 ACTIVATION_REDUCE = Spec(
@@ -102,6 +104,7 @@ ACTIVATION_REDUCE = Spec(
     ("data", "bias", "scale"),
     _check_activation,
     _run_activation,
+    timing(Scalar.FUNCTION, accumulator=True),
     optional=("reduce_res",),
 )
 

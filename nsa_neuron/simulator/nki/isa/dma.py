@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import Dma, timing
 from ...machine.dtypes import bits, load_f32, store
 from ...memory.tensor import NkiTensor
 from ...rules.session import violation
@@ -98,7 +99,7 @@ def _run_copy(core, payload, writes, reads, params):
     save(core, dst, src.array() if dst.dtype is src.dtype else load(src))
 
 
-DMA_COPY = Spec("dma_copy", ("dst",), ("src",), _check_copy, _run_copy, dma=True)
+DMA_COPY = Spec("dma_copy", ("dst",), ("src",), _check_copy, _run_copy, timing(Dma.COPY), dma=True)
 
 
 def _check_indirect(c):
@@ -183,6 +184,7 @@ DMA_INDIRECT = Spec(
     ("src", "index"),
     _check_indirect,
     _run_indirect,
+    timing(Dma.COPY),
     dma=True,
     marks_itself=True,
     checks_itself=True,

@@ -6,6 +6,7 @@ from collections import namedtuple
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import Dma, timing
 from ...machine.dtypes import bits, load_f32, round_tf32, store, tfloat32
 from ...rules.session import violation
 from ...semantics import dma as semantics
@@ -74,7 +75,9 @@ def _run_compute(core, payload, writes, reads, params):
 @functools.cache
 def _compute_spec(count):
     roles = tuple(f"srcs[{i}]" for i in range(count))
-    return Spec("dma_compute", ("dst",), roles, _check_compute, _run_compute, dma=True)
+    return Spec(
+        "dma_compute", ("dst",), roles, _check_compute, _run_compute, timing(Dma.COMPUTE), dma=True
+    )
 
 
 def _check_rows(c):
@@ -145,6 +148,7 @@ DMA_ROWS = Spec(
     ("data", "rows", "index"),
     _check_rows,
     _run_rows,
+    timing(Dma.COMPUTE),
     dma=True,
     marks_itself=True,
     checks_itself=True,

@@ -5,6 +5,7 @@ from collections import namedtuple
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import Dma, timing
 from ...machine import dtypes as dt
 from ...machine.dtypes import bits
 from ...rules.session import violation
@@ -98,7 +99,9 @@ def _run_direct(core, order, writes, reads, params):
     save(core, writes[0], reads[0].array().transpose(order))
 
 
-DMA_TRANSPOSE = Spec("dma_transpose", ("dst",), ("src",), _check_direct, _run_direct, dma=True)
+DMA_TRANSPOSE = Spec(
+    "dma_transpose", ("dst",), ("src",), _check_direct, _run_direct, timing(Dma.TRANSPOSE), dma=True
+)
 
 
 def _check_indirect(c):
@@ -154,6 +157,7 @@ DMA_GATHER_TRANSPOSE = Spec(
     ("src", "index"),
     _check_indirect,
     _run_indirect,
+    timing(Dma.TRANSPOSE),
     dma=True,
     marks_itself=True,
     checks_itself=True,

@@ -7,6 +7,7 @@ from numbers import Integral
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import GpSimd, Scalar, Vector, timing
 from ...machine.dtypes import store_bits
 from ...rules.session import violation
 from ...semantics import alu, elementwise
@@ -32,7 +33,14 @@ def _run_copy(core, payload, writes, reads, params):
     save(core, dst, load(src) if through_fp32 else src.array())
 
 
-COPY = Spec("tensor_copy", ("dst",), ("src",), _check_copy, _run_copy)
+COPY = Spec(
+    "tensor_copy",
+    ("dst",),
+    ("src",),
+    _check_copy,
+    _run_copy,
+    timing(Vector.ONE_INPUT, Scalar.STREAM, GpSimd.ARITHMETIC),
+)
 
 
 @instruction
@@ -85,7 +93,14 @@ def _run_memset(core, payload, writes, reads, params):
         out[...] = out.dtype.type(value)
 
 
-MEMSET = Spec("memset", ("dst",), ("value",), _check_memset, _run_memset)
+MEMSET = Spec(
+    "memset",
+    ("dst",),
+    ("value",),
+    _check_memset,
+    _run_memset,
+    timing(Vector.FILL, GpSimd.ARITHMETIC),
+)
 
 
 @instruction
@@ -106,7 +121,7 @@ def _check_tensor_tensor(c):
         return engine_for(c, asked, "vector", "vector"), "bits"
     arithmetic(c, op, "op", unary=False, tensor=True)
     if op in alu.SIMULATION_ONLY:
-        return engine_for(c, asked, "vector", "vector", "gpsimd"), "simulated"
+        return c.composed(engine_for(c, asked, "vector", "vector", "gpsimd")), "simulated"
     exact = op != "power" and all(o.dtype.name in ("int32", "uint32") for o in operands)
     sbuf = all(o.buffer == "sbuf" for o in operands)
     default = "gpsimd" if op == "power" or (exact and sbuf) else "vector"
@@ -135,7 +150,12 @@ def _run_tensor_tensor(core, how, writes, reads, params):
 
 
 TENSOR_TENSOR = Spec(
-    "tensor_tensor", ("dst",), ("data1", "data2"), _check_tensor_tensor, _run_tensor_tensor
+    "tensor_tensor",
+    ("dst",),
+    ("data1", "data2"),
+    _check_tensor_tensor,
+    _run_tensor_tensor,
+    timing(Vector.TWO_INPUTS, GpSimd.ARITHMETIC),
 )
 
 

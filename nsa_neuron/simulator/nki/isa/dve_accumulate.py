@@ -3,6 +3,7 @@
 from collections import namedtuple
 
 from ...issue.spec import Spec
+from ...issue.timing import Vector, timing
 from ...machine.dtypes import (
     bfloat16,
     float8_e4m3,
@@ -110,6 +111,7 @@ TENSOR_SCALAR_REDUCE = Spec(
     ("data", "operand0", "reduce_init"),
     _check_reduce,
     _run_reduce,
+    timing(Vector.STREAM, accumulator=True),
     optional=("reduce_res",),
 )
 
@@ -194,6 +196,7 @@ TENSOR_SCALAR_CUMULATIVE = Spec(
     ("src", "imm0", "imm1"),
     _check_cumulative,
     _run_cumulative,
+    timing(Vector.UNPUBLISHED),
 )
 
 

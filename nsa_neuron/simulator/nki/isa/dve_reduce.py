@@ -3,6 +3,7 @@
 from collections import namedtuple
 
 from ...issue.spec import Spec
+from ...issue.timing import Vector, timing
 from ...machine.dtypes import store_bits
 from ...semantics import alu, reduction
 from ..binding import core_of, instruction, load, load_scalar, op_name, save
@@ -66,7 +67,14 @@ def _run_tensor_reduce(core, axes, writes, reads, params):
     save(core, dst, reduction.tensor_reduce(load(data), op, axes, negate))
 
 
-TENSOR_REDUCE = Spec("tensor_reduce", ("dst",), ("data",), _check_tensor_reduce, _run_tensor_reduce)
+TENSOR_REDUCE = Spec(
+    "tensor_reduce",
+    ("dst",),
+    ("data",),
+    _check_tensor_reduce,
+    _run_tensor_reduce,
+    timing(Vector.STREAM),
+)
 
 
 @instruction
@@ -95,7 +103,12 @@ def _run_scan(core, payload, writes, reads, params):
 
 
 TENSOR_TENSOR_SCAN = Spec(
-    "tensor_tensor_scan", ("dst",), ("data0", "data1", "initial"), _check_scan, _run_scan
+    "tensor_tensor_scan",
+    ("dst",),
+    ("data0", "data1", "initial"),
+    _check_scan,
+    _run_scan,
+    timing(Vector.SCAN),
 )
 
 
@@ -132,7 +145,9 @@ def _run_bn_stats(core, payload, writes, reads, params):
     save(core, writes[0], reduction.bn_stats(load(reads[0])))
 
 
-BN_STATS = Spec("bn_stats", ("dst",), ("data",), _check_bn_stats, _run_bn_stats)
+BN_STATS = Spec(
+    "bn_stats", ("dst",), ("data",), _check_bn_stats, _run_bn_stats, timing(Vector.STREAM)
+)
 
 
 @instruction
@@ -161,7 +176,9 @@ def _run_bn_aggr(core, payload, writes, reads, params):
     save(core, writes[0], reduction.bn_aggr(load(reads[0])))
 
 
-BN_AGGR = Spec("bn_aggr", ("dst",), ("data",), _check_bn_aggr, _run_bn_aggr)
+BN_AGGR = Spec(
+    "bn_aggr", ("dst",), ("data",), _check_bn_aggr, _run_bn_aggr, timing(Vector.STATISTICS)
+)
 
 
 @instruction

@@ -4,6 +4,7 @@ from collections import namedtuple
 from functools import lru_cache
 
 from ...issue.spec import Spec
+from ...issue.timing import GpSimd, Scalar, Vector, timing
 from ...machine.dtypes import float32, store_bits
 from ...memory.tensor import NkiTensor
 from ...rules.session import violation
@@ -74,8 +75,10 @@ def _check_tensor_scalar(c):
     allowed = ["gpsimd"] if default == "gpsimd" else ["vector"]
     if (op0, op1) in _SCALAR_ENGINE:
         allowed.append("scalar")
-    simulated = bool(alu.SIMULATION_ONLY & {op0, op1})
-    return engine_for(c, asked, default, *allowed), "simulated" if simulated else "fp32"
+    chosen = engine_for(c, asked, default, *allowed)
+    if alu.SIMULATION_ONLY & {op0, op1}:
+        return c.composed(chosen), "simulated"
+    return chosen, "fp32"
 
 
 def _run_tensor_scalar(core, how, writes, reads, params):
@@ -101,6 +104,7 @@ TENSOR_SCALAR = Spec(
     ("data", "operand0", "operand1"),
     _check_tensor_scalar,
     _run_tensor_scalar,
+    timing(Vector.ONE_INPUT, Scalar.STREAM, GpSimd.ARITHMETIC),
 )
 
 
@@ -174,6 +178,7 @@ SCALAR_TENSOR_TENSOR = Spec(
     ("data", "operand0", "operand1"),
     _check_scalar_tensor_tensor,
     _run_scalar_tensor_tensor,
+    timing(Vector.TWO_INPUTS),
 )
 
 
@@ -203,7 +208,9 @@ def _run_reciprocal(core, payload, writes, reads, params):
     finish(core, dst, elementwise.reciprocal(load(data), out), out)
 
 
-RECIPROCAL = Spec("reciprocal", ("dst",), ("data",), _check_reciprocal, _run_reciprocal)
+RECIPROCAL = Spec(
+    "reciprocal", ("dst",), ("data",), _check_reciprocal, _run_reciprocal, timing(Vector.RECIPROCAL)
+)
 
 
 @instruction

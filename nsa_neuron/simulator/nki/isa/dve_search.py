@@ -5,6 +5,7 @@ from collections import namedtuple
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import Vector, timing
 from ...machine.dtypes import store_bits, uint16, uint32
 from ...rules.session import violation
 from ...semantics import search
@@ -42,7 +43,7 @@ def _run_max8(core, payload, writes, reads, params):
     save(core, writes[0], search.max8(load(reads[0])))
 
 
-MAX8 = Spec("max8", ("dst",), ("src",), _check_max8, _run_max8)
+MAX8 = Spec("max8", ("dst",), ("src",), _check_max8, _run_max8, timing(Vector.STREAM))
 
 
 @instruction
@@ -67,7 +68,9 @@ def _run_find(core, payload, writes, reads, params):
     store_bits(writes[0].array(), search.nc_find_index8(load(data), load(vals)))
 
 
-FIND_INDEX8 = Spec("nc_find_index8", ("dst",), ("data", "vals"), _check_find, _run_find)
+FIND_INDEX8 = Spec(
+    "nc_find_index8", ("dst",), ("data", "vals"), _check_find, _run_find, timing(Vector.STREAM)
+)
 
 
 @instruction
@@ -104,6 +107,7 @@ MATCH_REPLACE8 = Spec(
     ("data", "vals"),
     _check_replace,
     _run_replace,
+    timing(Vector.STREAM),
     optional=("dst_idx",),
 )
 
@@ -177,7 +181,13 @@ def _run_shuffle(core, moved, writes, reads, params):
 
 
 STREAM_SHUFFLE = Spec(
-    "nc_stream_shuffle", ("dst",), ("src", "dst"), _check_shuffle, _run_shuffle, keeps=True
+    "nc_stream_shuffle",
+    ("dst",),
+    ("src", "dst"),
+    _check_shuffle,
+    _run_shuffle,
+    timing(Vector.STREAM),
+    keeps=True,
 )
 
 

@@ -5,6 +5,7 @@ from collections import namedtuple
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import Vector, timing
 from ...machine import dtypes as dt
 from ...memory.tensor import NkiTensor
 from ...rules.registers import VirtualRegister
@@ -58,6 +59,7 @@ TENSOR_COPY_PREDICATED = Spec(
     ("src", "predicate", "dst"),
     _check_predicated,
     _run_predicated,
+    timing(Vector.PREDICATED),
     keeps=True,
 )
 
@@ -111,6 +113,7 @@ SELECT_REDUCE = Spec(
     ("predicate", "on_true", "on_false"),
     _check_select_reduce,
     _run_select_reduce,
+    timing(Vector.UNPUBLISHED, accumulator=True),
     optional=("reduce_res",),
 )
 
@@ -181,6 +184,7 @@ RANGE_SELECT = Spec(
     ("on_true_tile", "bound0", "bound1"),
     _check_range_select,
     _run_range_select,
+    timing(Vector.STREAM),
     optional=("reduce_res",),
 )
 

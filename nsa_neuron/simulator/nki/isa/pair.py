@@ -3,6 +3,7 @@
 from collections import namedtuple
 
 from ...issue.spec import Spec
+from ...issue.timing import Dma, GpSimd, Meeting, timing
 from ...rules.session import violation
 from ..binding import core_of, enum_of, instruction, save
 from .constants import dma_engine as dma_engines
@@ -58,7 +59,14 @@ def _run_sendrecv(core, payload, writes, reads, params):
 
 
 SENDRECV = Spec(
-    "sendrecv", ("dst",), ("src",), _check_sendrecv, _run_sendrecv, dma=True, marks_itself=True
+    "sendrecv",
+    ("dst",),
+    ("src",),
+    _check_sendrecv,
+    _run_sendrecv,
+    timing(Dma.MESSAGE, GpSimd.MESSAGE),
+    dma=True,
+    marks_itself=True,
 )
 
 
@@ -106,7 +114,14 @@ def _run_barrier(core, payload, writes, reads, params):
 
 
 BARRIER = Spec(
-    "core_barrier", (), ("data",), _check_barrier, _run_barrier, dma=True, checks_itself=True
+    "core_barrier",
+    (),
+    ("data",),
+    _check_barrier,
+    _run_barrier,
+    timing(Meeting.BARRIER),
+    dma=True,
+    checks_itself=True,
 )
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import Tensor, Vector, timing
 from ...machine import dtypes as dt
 from ...rules.session import violate, violation
 from ...semantics import pe as semantics
@@ -278,7 +279,13 @@ def _foreign(core, dst):
 
 
 MATMUL = Spec(
-    "nc_matmul", ("dst",), ("stationary", "moving"), _check_matmul, _run_matmul, marks_itself=True
+    "nc_matmul",
+    ("dst",),
+    ("stationary", "moving"),
+    _check_matmul,
+    _run_matmul,
+    timing(Tensor.MULTIPLY),
+    marks_itself=True,
 )
 
 
@@ -375,7 +382,14 @@ def _save_transposed(core, dst, raw):
     save(core, dst, raw.reshape(dst.shape))
 
 
-TRANSPOSE = Spec("nc_transpose", ("dst",), ("data",), _check_transpose, _run_transpose)
+TRANSPOSE = Spec(
+    "nc_transpose",
+    ("dst",),
+    ("data",),
+    _check_transpose,
+    _run_transpose,
+    timing(Tensor.TRANSPOSE, Vector.STREAM),
+)
 
 
 @instruction

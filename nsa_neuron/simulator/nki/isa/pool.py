@@ -6,6 +6,7 @@ from math import prod
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import GpSimd, timing
 from ...machine import dtypes as dt
 from ...rules.registers import VirtualRegister, scalar
 from ...rules.session import violate, violation
@@ -82,7 +83,7 @@ def _run_iota(core, payload, writes, reads, params):
     save(core, dst, values)
 
 
-IOTA = Spec("iota", ("dst",), ("offset",), _check_iota, _run_iota)
+IOTA = Spec("iota", ("dst",), ("offset",), _check_iota, _run_iota, timing(GpSimd.AFFINE))
 
 
 @instruction
@@ -121,7 +122,12 @@ def _run_affine_select(core, payload, writes, reads, params):
 
 
 AFFINE_SELECT = Spec(
-    "affine_select", ("dst",), ("on_true_tile", "offset"), _check_affine_select, _run_affine_select
+    "affine_select",
+    ("dst",),
+    ("on_true_tile", "offset"),
+    _check_affine_select,
+    _run_affine_select,
+    timing(GpSimd.AFFINE),
 )
 
 
@@ -211,7 +217,12 @@ def _outside(what, role, error, data):
 
 
 LOCAL_GATHER = Spec(
-    "local_gather", ("dst",), ("src_buffer", "index"), _check_local_gather, _run_local_gather
+    "local_gather",
+    ("dst",),
+    ("src_buffer", "index"),
+    _check_local_gather,
+    _run_local_gather,
+    timing(GpSimd.ACROSS),
 )
 
 
@@ -242,7 +253,14 @@ def _run_gather(core, payload, writes, reads, params):
     save(core, writes[0], values)
 
 
-GATHER = Spec("nc_n_gather", ("dst",), ("data", "indices"), _check_gather, _run_gather)
+GATHER = Spec(
+    "nc_n_gather",
+    ("dst",),
+    ("data", "indices"),
+    _check_gather,
+    _run_gather,
+    timing(GpSimd.ACROSS),
+)
 
 
 @instruction

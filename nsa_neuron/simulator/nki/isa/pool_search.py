@@ -5,6 +5,7 @@ from collections import namedtuple
 import numpy as np
 
 from ...issue.spec import Spec
+from ...issue.timing import GpSimd, timing
 from ...machine import dtypes as dt
 from ...machine.dtypes import store_bits
 from ...rules.session import violate
@@ -51,7 +52,9 @@ def _run_bounds(core, payload, writes, reads, params):
     save(core, writes[0], semantics.sequence_bounds(ids))
 
 
-SEQUENCE_BOUNDS = Spec("sequence_bounds", ("dst",), ("segment_ids",), _check_bounds, _run_bounds)
+SEQUENCE_BOUNDS = Spec(
+    "sequence_bounds", ("dst",), ("segment_ids",), _check_bounds, _run_bounds, timing(GpSimd.ACROSS)
+)
 
 
 @instruction
@@ -94,6 +97,7 @@ NONZERO = Spec(
     ("src", "dst"),
     _check_nonzero,
     _run_nonzero,
+    timing(GpSimd.ACROSS),
     marks_itself=True,
     checks_itself=True,
 )
@@ -153,7 +157,7 @@ def _run_topk(core, payload, writes, reads, params):
     store_bits(writes[1].array(), indices)
 
 
-TOPK = Spec("topk", ("val_dst", "idx_dst"), ("src",), _check_topk, _run_topk)
+TOPK = Spec("topk", ("val_dst", "idx_dst"), ("src",), _check_topk, _run_topk, timing(GpSimd.TOP_K))
 
 
 @instruction
@@ -198,6 +202,7 @@ PARTITION_REDUCE = Spec(
     ("data",),
     _check_partition_reduce,
     _run_partition_reduce,
+    timing(GpSimd.ACROSS),
 )
 
 

@@ -6,6 +6,7 @@ Their sequences are not published: results are reproducible here, equal to hardw
 from collections import namedtuple
 
 from ...issue.spec import Spec
+from ...issue.timing import GpSimd, Vector, timing
 from ...machine import dtypes as dt
 from ...machine.dtypes import store_bits
 from ...semantics import prng
@@ -49,7 +50,9 @@ def _run_rng(core, payload, writes, reads, params):
     store_bits(dst.array(), words)
 
 
-RNG = Spec("rng", ("dst",), (), _check_rng, _run_rng)
+RNG = Spec(
+    "rng", ("dst",), (), _check_rng, _run_rng, timing(Vector.UNPUBLISHED, GpSimd.UNPUBLISHED)
+)
 
 
 @instruction
@@ -79,7 +82,7 @@ def _run_seed(core, payload, writes, reads, params):
     core.state["dve-generator"] = prng.DveState(int(bits), 0)
 
 
-SEED = Spec("set_rng_seed", (), ("src_seeds",), _check_seed, _run_seed)
+SEED = Spec("set_rng_seed", (), ("src_seeds",), _check_seed, _run_seed, timing(Vector.UNPUBLISHED))
 
 
 @instruction
@@ -116,7 +119,12 @@ def _run_set_state(core, payload, writes, reads, params):
 
 
 SET_STATE = Spec(
-    "rand_set_state", (), ("src_seeds",), lambda c: _check_state(c, "src_seeds"), _run_set_state
+    "rand_set_state",
+    (),
+    ("src_seeds",),
+    lambda c: _check_state(c, "src_seeds"),
+    _run_set_state,
+    timing(GpSimd.UNPUBLISHED, Vector.UNPUBLISHED),
 )
 
 
@@ -131,7 +139,14 @@ def _run_get_state(core, payload, writes, reads, params):
     store_bits(writes[0].array(), _pool_state(core)[_lanes(writes[0])])
 
 
-GET_STATE = Spec("rand_get_state", ("dst",), (), lambda c: _check_state(c, "dst"), _run_get_state)
+GET_STATE = Spec(
+    "rand_get_state",
+    ("dst",),
+    (),
+    lambda c: _check_state(c, "dst"),
+    _run_get_state,
+    timing(GpSimd.UNPUBLISHED, Vector.UNPUBLISHED),
+)
 
 
 @instruction
@@ -157,7 +172,9 @@ def _run_dropout(core, payload, writes, reads, params):
     save(core, writes[0], values)
 
 
-DROPOUT = Spec("dropout", ("dst",), ("data", "prob"), _check_dropout, _run_dropout)
+DROPOUT = Spec(
+    "dropout", ("dst",), ("data", "prob"), _check_dropout, _run_dropout, timing(Vector.STREAM)
+)
 
 
 @instruction

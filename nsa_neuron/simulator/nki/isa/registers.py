@@ -4,6 +4,7 @@ import numpy as np
 
 from ...issue.current import current_core
 from ...issue.spec import Spec
+from ...issue.timing import Sync, timing
 from ...memory.tensor import NkiTensor
 from ...rules.registers import VirtualRegister
 from ...rules.session import violation
@@ -76,7 +77,7 @@ def _run_load(core, payload, writes, reads, params):
     register.write(float(value) if src.dtype.is_float else int(value))
 
 
-LOAD = Spec("register_load", (), ("src",), _check_load, _run_load)
+LOAD = Spec("register_load", (), ("src",), _check_load, _run_load, timing(Sync.REGISTER_LOAD))
 
 
 @instruction
@@ -110,7 +111,9 @@ def _run_store(core, payload, writes, reads, params):
     save(core, dst, np.full(dst.shape, value, np.int64 if isinstance(value, int) else np.float32))
 
 
-STORE = Spec("register_store", ("dst",), ("src",), _check_store, _run_store)
+STORE = Spec(
+    "register_store", ("dst",), ("src",), _check_store, _run_store, timing(Sync.REGISTER_STORE)
+)
 
 
 @instruction

@@ -2,6 +2,7 @@
 
 from ...issue.current import require_core
 from ...issue.spec import Spec
+from ...issue.timing import Vector, timing
 from ...memory.tensor import NkiTensor
 from ...semantics import alu
 from ..binding import load, load_scalar, save
@@ -19,7 +20,9 @@ def _run(core, payload, writes, reads, params):
     save(core, writes[0], alu.BINARY[params[0]](a, b))
 
 
-SIMULATED = Spec("simulated_arithmetic", ("dst",), ("data1", "data2"), _check, _run)
+SIMULATED = Spec(
+    "simulated_arithmetic", ("dst",), ("data1", "data2"), _check, _run, timing(Vector.COMPOSED)
+)
 
 
 def binary(name, x, y, dtype):

@@ -1,17 +1,78 @@
-"""Importance of selection blocks and the choice of the best n."""
+"""Importance of selection blocks and the choice of the best n, in one kernel.
+
+Dimensions: q [B, S, Hq, D], G = Hq / H heads share a kv head; Nc compressed keys (blocks of l
+tokens every d), Ns selection blocks of m tokens, which m / d keys begin in. lse is that of
+compressed attention. Scores are float32 throughout; no map of them exists, in SBUF or in HBM.
+
+Layout: a tile is 128 queries (fewer if G is large). Keys are on partitions (S^T form), queries x
+heads along the free dim; then scores have queries on partitions. Keys come in pieces of up to 480
+blocks, so that a piece's scores are one bank of PSUM:
+
+    for each kv head, each tile of queries:
+        q^T; -lse / scale as up to three further channels                      PE, DMA
+        best = n empty places
+        for each piece of keys:
+            for each 128 keys, each 512 columns:
+                logits = k q^T - lse / scale                                   PE
+                p = exp(scale * logits)                                        ScalarE
+                p = sum over heads, 0 where hidden (edges only)                VectorE
+                scores[queries, blocks] += p^T weights[keys, blocks]           PE, float32
+            forced blocks above all others, hidden ones below 0                VectorE
+            best = the best n of best and piece, ascending by id               VectorE, GpSimd
+        ids = best - first block of the sequence, -1 where empty
+
+The weights |tokens(key) & tokens(block)| / d make one matmul of the mapping for any l, d, m; a
+tile's last keys also share the next block, which is carried into the next tile, and piece. The
+best n are rounds of `max8` and `nc_match_replace8`, which take the first of equal values: ties go
+to the lowest id because the list has lower ids than the piece. Masks are made from each query's
+first and last key, so packed sequences, laid out at whole selection blocks, are one row of keys.
+
+Modelled at 64K tokens, G = 16, n = 16, bfloat16, D = 192, ns per (query, kv head) at the end of the
+sequence, where 4096 keys are seen (low / central / high of the cycle model):
+
+| | time | PE | ScalarE | VectorE |
+|---|---|---|---|---|
+| one program per tile | 826 / 972 / 1485 | 652 | 573 | 797 |
+| hardware loops | 1070 / 1406 / 2200 | 686 | 569 | 900 |
+
+Bound by VectorE: the sum over heads takes 0.6 us per 128 keys and 512 columns; logits take 0.45 us
+of PE, exp 0.48. A turn of a hardware loop costs about 14 us more, as turns do not overlap; it is
+used where unrolled programs would pass about a million instructions. Looped, a kv head's program
+has about 1,500 instructions whatever the length.
+
+Weighed:
+- Scores from the bfloat16 P of compressed attention (the prototype `fused2`) cost nothing but
+  choose another block in 4 % of queries. Float32 scores from that kernel's P before it is
+  normalised need P^T (float32) as stationary operand per 128 rows, 0.41 us a tile on PE, and a
+  second bfloat16 copy of P, 0.6 us of VectorE: more than computing logits again (0.43 us of PE,
+  0.48 of ScalarE), so the two are not fused.
+- Rows (query, head) on partitions: the bias of exp is then free, but the sum over heads is a
+  float32 matmul over all keys, 0.86 us a tile, against 0.6 us of VectorE.
+- Four heads of sixteen summed by PE (their p as stationary operand, with a stride of 16 elements):
+  about 15 % less; not done, as no document prices such a stride.
+- A score map of a whole row and one selection at its end: 2 (n / 8) passes fewer per piece, but
+  VectorE searches at most 16,384 elements, and 1M tokens with m = 16 have 65,536.
+"""
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.spans import covering, spans
-from nki_kernels.select_blocks.tile import Call, finish_tile, lots, score_piece, start_tile
+from nki_kernels.select_blocks.tile import (
+    Call,
+    finish_tile,
+    lots,
+    score_piece,
+    settle_piece,
+    start_tile,
+)
 
 
 @nki.jit
 def forward(
     q, kt, shift, rows, columns, weights, trips, scale: float, tiles: tuple, piece: int, span: int,
-    reach: tuple, length: int, count: int, width: int, limit: int, packed: bool,
+    reach: tuple, length: int, count: int, width: int, limit: int, initial: int, packed: bool,
 ):  # fmt: skip
     """ids int32 [B, S, H, width]: the selected blocks of each query, ascending, then -1.
 
@@ -28,17 +89,18 @@ def forward(
             pieces in all; in the second half, of it and its pair together.
         tiles: (first key, keys, first block, blocks, kind) of the tiles of keys of a piece.
         piece: blocks of a piece. span: keys of a block.
-        reach: of each tile of queries, (blocks that some query sees, keys that every query sees);
-            empty: run hardware loops by `trips` instead of one program per tile.
+        reach: of each tile of queries, (blocks that some query sees, keys that every query sees,
+            blocks that are before the local ones of every query);
+            empty: hardware loops by `trips` instead of one program per tile.
         length: queries of a tile. count: how many are chosen. limit: more than any block.
-        packed: the first key matters.
+        initial: forced blocks at the start. packed: the first key matters.
     """
     batch, queries, _, _ = q.shape
     heads = kt.shape[1]
     group = q.shape[2] // heads
     ids = nl.ndarray((batch, queries, heads, width), dtype=nl.int32, buffer=nl.shared_hbm)
     call = Call(weights, shift, kt.shape[2] > q.shape[3], scale, group, tiles, piece, span)
-    call.choose(count, width, limit, packed)
+    call.choose(count, width, limit, initial, packed)
     # Even lanes are split between two cores; else the tiles of queries are.
     cores, core = nl.num_programs(0), nl.program_id(0)
     lanes, split = batch * heads, batch * heads % cores == 0
@@ -66,14 +128,29 @@ def unrolled(call, views, keys, reach, length, sharing):
     """
     cores, core = sharing
     starts, length = covering(views[0].shape[0], length)
+    late = []  # what VectorE does for a piece while PE is at the next one
+
+    def catch_up():
+        for tile, sums, at, plain, ids in late:
+            edge = at + call.piece > plain
+            settle_piece(call, tile, sums, at < call.initial, edge)
+            if ids is not None:
+                finish_tile(call, tile, ids)
+        late.clear()
+
     for pair in range(0, len(starts), cores):
         last = min(pair + cores, len(starts)) - 1
+        needed, whole, plain = reach[last][0], reach[pair][1], reach[pair][2]
         part = queries_of(views, starts[min(pair + core, last)], length)
         tile = start_tile(call, part)
-        for at, left in spans(reach[last][0], call.piece):
+        for at, left in spans(needed, call.piece):
             some = keys[:, at * call.span : (at + call.piece) * call.span]
-            score_piece(call, tile, some, lots(call.tiles, left), reach[pair][1] - at * call.span)
-        finish_tile(call, tile, part[4])
+            known = whole - at * call.span
+            sums = score_piece(call, tile, some, lots(call.tiles, left), known)
+            catch_up()
+            ids = part[4] if at + call.piece >= needed else None
+            late.append((tile, sums, at, plain, ids))
+    catch_up()
 
 
 def looped(call, views, keys, trips, length, sharing):
@@ -95,12 +172,16 @@ def looped(call, views, keys, trips, length, sharing):
         nisa.register_load(whole, bounds[0:1])
         nisa.register_load(every, bounds[1:2])
 
-        def seen(j):
+        def score(j, known):
             some = lots(call.tiles, call.piece)
-            score_piece(call, tile, pieces.select(1, j), some, keys_of_piece)
+            sums = score_piece(call, tile, pieces.select(1, j), some, known)
+            settle_piece(call, tile, sums, True, True)
+
+        def seen(j):
+            score(j, keys_of_piece)
 
         def edge(j):
-            score_piece(call, tile, pieces.select(1, j), lots(call.tiles, call.piece), 0)
+            score(j, 0)
 
         nl.fori_loop(0, whole, seen)
         nl.fori_loop(whole, every, edge)

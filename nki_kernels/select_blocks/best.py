@@ -73,7 +73,8 @@ def start_list(scores, ids, count):
 def merge(scores, ids, count):
     """Makes the first `count` columns the best of all, ascending by id, given that they are so.
 
-    The list has lower ids than the piece behind it, so positions are in the order of ids.
+    The list has lower ids than the piece behind it, so positions are in the order of ids. GpSimd,
+    which gathers, also puts the list back, so that VectorE need not wait for it.
     """
     parts, width = scores.shape
     if width < LANES:
@@ -86,7 +87,7 @@ def merge(scores, ids, count):
     for table in (scores, ids):
         chosen = fp32(parts, count)
         nisa.nc_n_gather(chosen, table, positions)
-        nisa.tensor_copy(table[:, 0:count], chosen)
+        nisa.tensor_copy(table[:, 0:count], chosen, engine=nisa.engine.gpsimd)
 
 
 def chosen_ids(scores, ids, base, count, limit):

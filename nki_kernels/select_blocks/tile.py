@@ -15,7 +15,7 @@ from nki_kernels.select_blocks.scores import (
     visible,
 )
 
-AHEAD = 2  # steps of logits before their products with the weights
+AHEAD = 3  # steps of logits before their products with the weights
 
 
 class Call(nl.NKIObject):
@@ -40,11 +40,12 @@ class Call(nl.NKIObject):
         self.key = fp32(PARTITIONS, 1)
         nisa.iota(self.key, [[0, 1]], channel_multiplier=1)
 
-    def choose(self, count, width, limit, packed):
-        """How many are chosen, columns of the result, more than any id, if first keys matter."""
+    def choose(self, count, width, limit, initial, packed):
+        """What is chosen; arguments as of the kernel."""
         self.count = count
         self.width = width
         self.limit = limit
+        self.initial = initial
         self.packed = packed
 
 
@@ -110,7 +111,7 @@ def lots(tiles, first_beyond):
 
 
 def score_piece(call, tile, keys, tiles, whole):
-    """Scores one piece's blocks and merges them into the running best.
+    """Scores of one piece's blocks, float32 [queries, piece + 1] in PSUM.
 
     Args:
         keys: view [channels, keys of the piece] in HBM. tiles: as of `lots`.
@@ -147,33 +148,57 @@ def score_piece(call, tile, keys, tiles, whole):
                     add_shares(ready[0], ready[1], ready[2], ready[3])
     for ready in waiting:
         add_shares(ready[0], ready[1], ready[2], ready[3])
-    names = tile.names[:, call.count : call.count + call.piece]
-    scores = tile.scores[:, call.count : call.count + call.piece]
-    force_and_hide(scores, names, sums, tile.carry, tile.marks)
-    merge(tile.scores, tile.names, call.count)
-    nisa.tensor_scalar(names, names, nl.add, float(call.piece))
     nisa.tensor_scalar(tile.key, tile.key, nl.add, float(call.piece * call.span))
+    return sums
 
 
-def force_and_hide(scores, names, sums, carry, marks):
-    """Scores of a piece from PSUM, with forced blocks above all others and hidden ones below 0.
+def settle_piece(call, tile, sums, initial, edge):
+    """Merges a piece's scores into the running best; then `names` are the next piece's.
 
     Args:
-        scores, names: float32 [queries, piece], the latter the blocks' ids.
-        sums: [queries, piece + 1] in PSUM. carry: float32 [queries, 1], renewed.
+        sums: as of `score_piece`. initial: some of its blocks may be forced as initial ones.
+        edge: some may be local, hidden, or of another sequence.
+    """
+    names = tile.names[:, call.count : call.count + call.piece]
+    scores = tile.scores[:, call.count : call.count + call.piece]
+    mark(scores, names, sums[:, 0 : call.piece], tile.marks, initial, edge)
+    first = scores[:, 0:1]
+    nisa.tensor_tensor(first, first, tile.carry, nl.add)
+    nisa.tensor_copy(tile.carry, sums[:, call.piece : call.piece + 1])
+    if edge:
+        hide(scores, names, tile.marks, call.packed)
+    merge(tile.scores, tile.names, call.count)
+    nisa.tensor_scalar(names, names, nl.add, float(call.piece))
+
+
+def mark(scores, names, sums, marks, initial, edge):
+    """Scores of a piece from PSUM, 1 for forced blocks, which is above all others.
+
+    Args:
+        scores, names: float32 [queries, piece], the latter the blocks' ids. sums: their source.
         marks: float32 [queries, 4]: own block, first block of the sequence, the block before the
             local ones, the block behind the initial ones.
     """
-    queries, piece = scores.shape
-    own, base, local, initial = marks[:, 0:1], marks[:, 1:2], marks[:, 2:3], marks[:, 3:4]
-    nisa.scalar_tensor_tensor(scores, names, nl.greater, local, nl.maximum, sums[:, 0:piece])
-    nisa.scalar_tensor_tensor(scores, names, nl.less, initial, nl.maximum, scores)
-    nisa.tensor_tensor(scores[:, 0:1], scores[:, 0:1], carry, nl.add)
-    nisa.tensor_copy(carry, sums[:, piece : piece + 1])
-    hidden = fp32(queries, piece)
-    for compare, bound in ((nl.greater, own), (nl.less, base)):
-        nisa.tensor_scalar(hidden, names, compare, bound, op1=nl.multiply, operand1=-4.0)
-        nisa.tensor_tensor(scores, scores, hidden, nl.add)
+    source = sums
+    if edge:
+        nisa.scalar_tensor_tensor(scores, names, nl.greater, marks[:, 2:3], nl.maximum, source)
+        source = scores
+    if initial:
+        nisa.scalar_tensor_tensor(scores, names, nl.less, marks[:, 3:4], nl.maximum, source)
+        source = scores
+    if source is sums:
+        nisa.tensor_copy(scores, sums, engine=nisa.engine.vector)
+
+
+def hide(scores, names, marks, packed):
+    """Takes 4 from the scores of blocks that a query must not choose: those after its own and, if
+    packed, those before its sequence."""
+    hidden = fp32(scores.shape[0], scores.shape[1])
+    for compare, bound, needed in ((nl.greater, 0, True), (nl.less, 1, packed)):
+        if needed:
+            at = marks[:, bound : bound + 1]
+            nisa.tensor_scalar(hidden, names, compare, at, op1=nl.multiply, operand1=-4.0)
+            nisa.tensor_tensor(scores, scores, hidden, nl.add)
 
 
 def finish_tile(call, tile, ids):

@@ -151,14 +151,15 @@ def forward(
     unit = 0.5 ** (2 * group * (block // stride)).bit_length()
     length = min(queries, _queries_of_tile(group, dim, q.dtype, constants["query_bytes"]))
     geometry = (block, stride, select_block)
-    reach = _reach(queries, kv_len, geometry, length, places.blocks, cu_seqlens_q)
-    key_tiles = q.shape[0] * heads * sum(seen for seen, _ in reach) * ratio // PARTITIONS
+    reach = _reach(queries, kv_len, geometry, num_local, length, places.blocks, cu_seqlens_q)
+    key_tiles = q.shape[0] * heads * sum(item[0] for item in reach) * ratio // PARTITIONS
     looping = key_tiles > constants["unrolled_key_tiles"]
-    wanted = constants["looped_piece" if looping else "unrolled_piece"]
-    wanted = min(wanted, -(-places.blocks * ratio // PARTITIONS))
+    wanted = constants["largest_piece"]
+    every = -(-places.blocks * ratio // PARTITIONS)
+    if looping:  # a larger piece has fewer turns, but more of the last one is of no use
+        wanted = min(wanted, max(constants["looped_piece"], every // 16))
+    wanted = min(wanted, every)
     tiles = Tiles.of(block, stride, select_block, wanted, unit)
-    if scale == 0:
-        q, scale = torch.zeros_like(q), 1.0
     shift = _shift(lse, scale, q.dtype)
     size = -(-places.blocks // tiles.blocks) * tiles.blocks * ratio
     (ids,) = kernels.forward(
@@ -178,6 +179,7 @@ def forward(
         count=min(num_selected, places.blocks),
         width=num_selected,
         limit=places.blocks + tiles.blocks,
+        initial=num_initial,
         packed=cu_seqlens_q is not None,
     )
     return ids
@@ -194,27 +196,31 @@ def _reach(
     queries: int,
     kv_len: int,
     geometry: tuple[int, int, int],
+    num_local: int,
     length: int,
     blocks: int,
     cu_q: Tensor | None,
-) -> tuple[tuple[int, int], ...]:
-    """(blocks that some query sees, keys that every query sees) of each tile of queries.
+) -> tuple[tuple[int, int, int], ...]:
+    """What each tile of queries meets; bounds, as the positions of packed queries are data.
 
-    Bounds, as the positions of packed queries are data. `geometry` is l, d, m.
+    Returns:
+        Per tile: blocks that some query sees, keys that every query sees, blocks before the local
+        ones of every query.
     """
     block, stride, select_block = geometry
     firsts = [min(at, queries - length) for at in range(0, queries, length)]
-    lasts = [first + length - 1 for first in firsts]
     past = kv_len - queries
-    if cu_q is None:
-        return tuple(
-            ((last + past) // select_block + 1, max(0, (first + past + 1 - block) // stride + 1))
-            for first, last in zip(firsts, lasts, strict=True)
-        )
-    if past:
-        return ((blocks, 0),) * len(lasts)
-    padding = (cu_q.shape[0] - 1) * (select_block - 1)
-    return tuple((min(blocks, (last + padding) // select_block + 1), 0) for last in lasts)
+    if cu_q is not None:
+        padding = (cu_q.shape[0] - 1) * (select_block - 1)
+        ends = [first + length - 1 + padding for first in firsts]
+        seen = [blocks if past else min(blocks, end // select_block + 1) for end in ends]
+        return tuple((count, 0, 0) for count in seen)
+    found = []
+    for first in firsts:
+        start, last = first + past, first + past + length - 1
+        whole = max(0, (start + 1 - block) // stride + 1)
+        found.append((last // select_block + 1, whole, start // select_block - num_local + 1))
+    return tuple(found)
 
 
 def _trips(places: Places, length: int, piece: int, ratio: int, *, packed: bool) -> Tensor:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 def profile_main(argv: Sequence[str]) -> int:
     """Carries out `nsa profile`."""
     args = _parser(argv).parse_args(argv)
+    if args.constants:
+        return _constants(args)
     if args.validate:
         return _validate(args)
     try:
@@ -67,7 +69,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         help="compare two saved profiles instead of running a kernel",
     )
     parser.add_argument("--params", choices=cost.SETS, default=cost.DEFAULT_SET)
-    if any(word in ("--validate", "--diff") for word in argv):
+    parser.add_argument(
+        "--constants", action="store_true", help="list the constants: value, band, source"
+    )
+    if any(word in ("--validate", "--diff", "--constants") for word in argv):
         parser.add_argument("--json", action="store_true", help="print JSON instead of text")
         return parser
     add_kernel_options(parser)
@@ -81,6 +86,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         help="without data, values of registers that data would set (loop bounds): one for all, a "
         "trace, or a sample to draw from",
     )
+    parser.add_argument(
+        "--constant",
+        type=_constant,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace a constant of the model at all levels; may be repeated",
+    )
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="for a later --diff")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="open in ui.perfetto.dev")
     parser.add_argument("--png", type=Path, metavar="FILE.png", help="roofline, engines, memory")
@@ -92,7 +105,31 @@ def _profile(args: argparse.Namespace, module: Any) -> Profile:
     if args.lnc:
         kernel = kernel[args.lnc]
     values = loading.parse_arguments(kernel, args.arg, args.seed, args.data)
-    return profile(kernel, data=args.data, params=args.params, unknown=args.trips)(**values)
+    options = {"params": args.params, "unknown": args.trips, "constants": dict(args.constant)}
+    return profile(kernel, data=args.data, **options)(**values)
+
+
+def _constant(text: str) -> tuple[str, float]:
+    """NAME=VALUE of `--constant`."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE, dma_run_time=1900") from None
+
+
+def _constants(args: argparse.Namespace) -> int:
+    """Lists the constants of a set."""
+    facts = cost.load(args.params).describe()
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    for name, c in facts.items():
+        low, _, high = c["low, central, high"]
+        band = f" ({low:g} to {high:g})" if low != high else ""
+        guess = "guess; " if c["guess"] else ""
+        print(f"{name:22} {c['value']:g}{band} {c['unit']}  [{guess}{c['source']}]")
+    return 0
 
 
 def _write(args: argparse.Namespace, found: Profile) -> None:

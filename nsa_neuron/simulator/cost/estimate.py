@@ -14,7 +14,7 @@ from .schedule import schedule
 from .timeline import Band, Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from ..issue.record import Run
 
@@ -50,19 +50,24 @@ def paused_gc() -> Iterator[None]:
             gc.enable()
 
 
-def estimate(run: Run, params: str = DEFAULT_SET) -> Estimate:
+def estimate(
+    run: Run, params: str = DEFAULT_SET, constants: Mapping[str, float] | None = None
+) -> Estimate:
     """Model a run at all three levels.
 
     Args:
         run: a record, with or without data.
         params: "measured-3p" or "documented".
+        constants: values that replace the set's at all levels, by name.
 
     Raises:
-        ValueError: unknown parameter set.
+        ValueError: unknown parameter set or constant.
     """
+    given = tuple(sorted((constants or {}).items()))
+    levels = [load(params, level, given) for level in LEVELS]
     with paused_gc():
         program = program_of(run)
-        low, central, high = (schedule(program, load(params, level)) for level in LEVELS)
+        low, central, high = (schedule(program, p) for p in levels)
     return Estimate(low, central, high)
 
 

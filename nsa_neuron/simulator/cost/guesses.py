@@ -28,7 +28,7 @@ def guesses(estimate: Estimate) -> list[str]:
 
 def _sentence(name: str, count: Counter[str], estimate: Estimate) -> str:
     c = CONSTANTS[name]
-    low, central, high = (c.at(estimate.central.parameters.set, level) for level in _LEVELS)
+    low, central, high = (getattr(getattr(estimate, level).parameters, name) for level in _LEVELS)
     times = [_time(name, getattr(estimate, level)) / 1e3 for level in _LEVELS]
     what = ", ".join(f"{n} {opcode}" for opcode, n in count.most_common(3))
     more = f" and {len(count) - 3} kinds more" if len(count) > 3 else ""

@@ -14,6 +14,7 @@ repositories chenhzhu/ and chengli2003/asst4-trainium2 (trn2.3xlarge, compiler 2
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -79,6 +80,7 @@ class Parameters:
 
     set: str = DEFAULT_SET
     level: str = "central"
+    given: tuple[tuple[str, float], ...] = ()  # set by the user
 
     # Clocks
     pe_clock: float = _constant("GHz", "SDK trainium2_arch.rst", 2.4)
@@ -298,19 +300,28 @@ CONSTANTS: dict[str, Constant] = {
 
 
 @cache
-def load(set: str = DEFAULT_SET, level: str = "central") -> Parameters:
+def load(
+    set: str = DEFAULT_SET, level: str = "central", given: tuple[tuple[str, float], ...] = ()
+) -> Parameters:
     """The constants of a set at one end of their band.
 
     Args:
         set: "measured-3p" or "documented".
         level: "low" (fastest), "central" or "high".
+        given: (name, value) of constants that the user sets, whatever the level.
 
     Raises:
         ValueError: naming what is known.
     """
+    for name, value in given:
+        if name not in CONSTANTS:
+            close = get_close_matches(name, CONSTANTS, 3) or sorted(CONSTANTS)
+            raise ValueError(f"no constant is named {name!r}; there are {', '.join(close)}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} = {value!r}: a constant is a finite number, 0 or more")
     if set not in SETS:
         raise ValueError(f"no parameter set is named {set!r}; there are {', '.join(SETS)}")
     if level not in LEVELS:
         raise ValueError(f"no level is named {level!r}; there are {', '.join(LEVELS)}")
     values = {name: c.at(set, level) for name, c in CONSTANTS.items()}
-    return Parameters(set=set, level=level, **values)
+    return Parameters(set=set, level=level, given=given, **(values | dict(given)))

@@ -12,7 +12,7 @@ from ..nki.launching import simulate
 from . import advice, report, text, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from ..cost import Band, Estimate, Timeline
     from ..issue.record import Run
@@ -90,10 +90,17 @@ class Profiled:
     """A kernel bound to simulator and cycle model; calling it profiles the kernel."""
 
     def __init__(
-        self, kernel: Any, params: str, options: dict[str, Any], assumptions: Iterable[str]
+        self,
+        kernel: Any,
+        params: str,
+        constants: Mapping[str, float],
+        options: dict[str, Any],
+        assumptions: Iterable[str],
     ) -> None:
         self.simulated = simulate(kernel, **options)
         self.params = params
+        self.constants = constants
+        cost.load(params, given=tuple(constants.items()))  # refuse before the kernel runs
         self.assumptions = list(assumptions)
         self.unknown = options.get("unknown")
 
@@ -108,8 +115,9 @@ class Profiled:
         with cost.paused_gc():
             result = self.simulated(*args, **kwargs)
             assert self.simulated.run is not None
-            estimate = cost.estimate(self.simulated.run, self.params)
+            estimate = cost.estimate(self.simulated.run, self.params, self.constants)
         assumed = list(self.assumptions)
+        assumed += [f"{name} = {value:g}, as given" for name, value in self.constants.items()]
         if isinstance(self.unknown, cost.trips.TripCounts):
             assumed.append(self.unknown.describe())
         for timeline in (estimate.low, estimate.central, estimate.high):
@@ -125,6 +133,7 @@ def profile(
     relax: Iterable[str] | None = None,
     target: str | None = None,
     unknown: Callable[[VirtualRegister], int] | None = None,
+    constants: Mapping[str, float] | None = None,
     assumptions: Iterable[str] = (),
 ) -> Profiled:
     """Make a profiled version of a kernel.
@@ -137,11 +146,16 @@ def profile(
         target: machine, "trn2".
         unknown: without data: value of a register that data would have set; `cost.trips` makes
             them from a number, a trace or a distribution, and the report says which.
+        constants: values of the cycle model's constants that replace the set's, by name;
+            `nsa profile --constants` lists them.
         assumptions: further sentences for the report.
+
+    Raises:
+        ValueError: unknown parameter set or constant.
 
     Example:
         >>> found = simulator.profile(kernel)(ShapeDtype((128, 512), "bfloat16"))
         >>> found.time.central                         # ns, modelled
     """
     options = {"data": data, "relax": relax, "target": target, "unknown": unknown}
-    return Profiled(kernel, params, options, assumptions)
+    return Profiled(kernel, params, constants or {}, options, assumptions)

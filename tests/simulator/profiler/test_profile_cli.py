@@ -153,3 +153,37 @@ def test_bad_options_end_with_usage(nsa, words, capsys):
         nsa(*SCALED, *words)
     assert stop.value.code == 2
     assert "usage: nsa profile" in capsys.readouterr().err
+
+
+def test_constants_can_be_set_and_the_report_says_so(nsa):
+    before = json.loads(nsa(*SCALED, "--json")[1])["time_us"]
+    facts = json.loads(nsa(*SCALED, "--constant", "dma_rate=1", "--json")[1])
+    assert facts["time_us"]["low"] > before["high"]
+    assert "dma_rate = 1, as given" in facts["assumptions"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("dma_rats=1", "no constant is named 'dma_rats'; there are dma_rate"),
+        ("dma_rate=-1", "dma_rate = -1.0: a constant is a finite number, 0 or more"),
+        ("dma_rate=nan", "dma_rate = nan"),
+    ],
+)
+def test_a_constant_that_cannot_be_set_is_refused(nsa, word, said):
+    code, out, err = nsa(*SCALED, "--constant", word)
+    assert (code, out) == (profile_cli.UNUSABLE, "") and said in err
+
+
+def test_a_constant_without_a_value_is_refused(nsa, capsys):
+    with pytest.raises(SystemExit):
+        nsa(*SCALED, "--constant", "dma_rate")
+    assert "write NAME=VALUE" in capsys.readouterr().err
+
+
+def test_constants_are_listed_with_band_and_source(nsa):
+    code, out, _ = nsa("--constants")
+    assert code == 0 and len(out.splitlines()) > 50
+    (line,) = (x for x in out.splitlines() if x.startswith("dma_run_time"))
+    assert "1600 (1000 to 2200) ns" in line and "[guess; third party" in line
+    assert json.loads(nsa("--constants", "--json")[1])["dma_run_time"]["value"] == 1600

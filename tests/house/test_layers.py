@@ -28,6 +28,7 @@ LAYERS = (
     {"functional"},
     {"compile", "compile_check", "conformance", "bench", "known_gaps"},
     {"nn", "integrations"},
+    {"training"},
     {"demo"},
     {"cli"},
 )

@@ -1,0 +1,85 @@
+"""Texts that every machine with Python has: its help topics and its standard library."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nsa_neuron.errors import InvalidArgument
+
+HELD_OUT = 20  # one text in so many is never trained on
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Parts of texts, each one tensor of bytes.
+
+    Attributes:
+        parts: uint8, by name; batches draw from all of them alike.
+        held_out: uint8, never trained on.
+    """
+
+    parts: dict[str, Tensor]
+    held_out: Tensor
+
+    def sample(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
+        """Random pieces, `[batch, length]` int64, from the parts in turn."""
+        parts = list(self.parts.values())
+        return torch.stack(
+            [_piece(parts[i % len(parts)], length, generator) for i in range(batch)]
+        ).long()
+
+    def held_out_pieces(self, count: int, length: int) -> Tensor:
+        """Evenly spread pieces that were never trained on, `[count, length]` int64."""
+        last = len(self.held_out) - length
+        if last < 0:
+            found = f"{length}, longer than the {len(self.held_out)} bytes held out"
+            raise InvalidArgument("Corpus", "length", found, "shorter")
+        starts = [last * i // max(1, count - 1) for i in range(count)]
+        return torch.stack([self.held_out[at : at + length] for at in starts]).long()
+
+
+def _piece(part: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    if len(part) < length:
+        found = f"{length}, longer than a part of {len(part)} bytes"
+        raise InvalidArgument("Corpus", "length", found, "shorter")
+    at = int(torch.randint(len(part) - length + 1, (), generator=generator))
+    return part[at : at + length]
+
+
+def corpus_of(**groups: Sequence[bytes]) -> Corpus:
+    """A corpus of groups of texts; one text in twenty is held out."""
+    parts: dict[str, Tensor] = {}
+    held: list[bytes] = []
+    for name, texts in groups.items():
+        parts[name] = _join([t for i, t in enumerate(texts) if i % HELD_OUT])
+        held += texts[::HELD_OUT]
+    return Corpus(parts, _join(held))
+
+
+@cache
+def python_corpus() -> Corpus:
+    """Python's help topics (half a megabyte of English) and the standard library's source."""
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not SKIPPED.intersection(path.relative_to(root).parts)
+    ]
+    return corpus_of(
+        topics=[topics[name].encode() for name in sorted(topics)],
+        source=[path.read_bytes() for path in files],
+    )
+
+
+def _join(texts: Sequence[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"\n\n".join(texts)), dtype=torch.uint8)

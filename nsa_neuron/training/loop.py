@@ -1,0 +1,241 @@
+"""The training loop: the same for every attention, resumable to the bit, with a log of every step.
+
+A run is a folder: `training.safetensors` (weights, optimizer and step in one file, so that they
+never disagree), `log.jsonl`, and `model.safetensors`, which `load_checkpoint` reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa_neuron.errors import InvalidArgument, StateMismatch
+from nsa_neuron.nn.checkpoint import read_tensors, save_checkpoint, write_tensors
+from nsa_neuron.nn.model import ByteLanguageModel
+from nsa_neuron.training.tasks import Batch, Task
+
+if TYPE_CHECKING:
+    from nsa_neuron.nn.config import NsaConfig
+
+STATE, LOG, MODEL = "training.safetensors", "log.jsonl", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        steps: optimizer steps.
+        batch, length: sequences of a step and their bytes.
+        long_length: bytes of a sequence in the last `long_share` of the steps, which take as many
+            bytes a step in fewer sequences.
+        long_share: 0: never.
+        rate: largest learning rate; it rises over `warm_up` steps and falls to a tenth (cosine).
+        decay: weight decay of matrices.
+        clip: largest norm of the gradient.
+        seed: of weights and batches.
+        save_every: steps between two states on disk.
+    """
+
+    steps: int = 600
+    batch: int = 8
+    length: int = 512
+    long_length: int = 4096
+    long_share: float = 0.2
+    rate: float = 3e-3
+    warm_up: int = 30
+    decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "length", "long_length", "warm_up", "save_every"):
+            if getattr(self, name) < 1:
+                raise InvalidArgument("TrainConfig", name, getattr(self, name), "at least 1")
+        for name in ("rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidArgument("TrainConfig", name, getattr(self, name), "finite, above 0")
+        if not 0 <= self.long_share <= 1:
+            raise InvalidArgument("TrainConfig", "long_share", self.long_share, "from 0 to 1")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warm_up)
+        fall = 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
+        return self.rate * rise * fall
+
+    def shape_at(self, step: int) -> tuple[int, int]:
+        """Sequences and bytes of each at a step."""
+        if step < self.steps * (1 - self.long_share):
+            return self.batch, self.length
+        return max(1, self.batch * self.length // self.long_length), self.long_length
+
+
+Report = Callable[[int, float], None]
+
+
+def train(
+    config: NsaConfig,
+    kinds: tuple[str, ...],
+    task: Task,
+    how: TrainConfig,
+    folder: str | Path,
+    report: Report | None = None,
+    until: int | None = None,
+) -> ByteLanguageModel:
+    """Trains a model, or goes on with what is in the folder.
+
+    Args:
+        config, kinds: of the model.
+        task: gives the batches; those of a step depend on seed and step only.
+        how: the schedule.
+        folder: of the run.
+        report: is told each finished step and its loss.
+        until: stop before this step (it is resumed by calling again); default: all steps.
+
+    Raises:
+        StateMismatch: the folder holds a run of another model or schedule.
+    """
+    folder = Path(folder)
+    torch.manual_seed(how.seed)
+    model = ByteLanguageModel(config, kinds).train()
+    optimizer = _optimizer(model, how)
+    what = _plain({"config": config.to_dict(), "kinds": kinds, "how": dataclasses.asdict(how)})
+    start = _resume(folder / STATE, model, optimizer, what)
+    stop = how.steps if until is None else min(until, how.steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    _cut_log(folder / LOG, start)
+    with (folder / LOG).open("a") as log:
+        for step in range(start, stop):
+            began = time.process_time()
+            loss = _step(model, optimizer, task, how, step)
+            shape = how.shape_at(step)
+            row = {
+                "step": step, "loss": round(loss, 5), "bytes": shape[0] * shape[1],
+                "cpu_seconds": round(time.process_time() - began, 3),
+            }  # fmt: skip
+            log.write(json.dumps(row) + "\n")
+            if report is not None:
+                report(step, loss)
+            if (step + 1) % how.save_every == 0 or step + 1 == stop:
+                log.flush()
+                _save(folder, model, optimizer, step + 1, what)
+    return model.eval()
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats of the bytes that count."""
+    targets = batch.tokens[:, 1:]
+    if batch.counted is not None:
+        targets = targets.masked_fill(~batch.counted[:, 1:], -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def evaluate(
+    model: ByteLanguageModel, task: Task, batch: int, length: int, seed: int = 10_000
+) -> dict[str, float]:
+    """Loss in nats per counted byte, and how many of them are the likeliest one (accuracy)."""
+    given = task.held_out(batch, length, torch.Generator().manual_seed(seed))
+    losses, right, total = 0.0, 0, 0
+    for i in range(batch):
+        counted = None if given.counted is None else given.counted[i : i + 1]
+        one = Batch(given.tokens[i : i + 1], counted)
+        logits = model(one.tokens)
+        losses += loss_of(logits, one).item() / batch
+        hits = logits[:, :-1].argmax(-1) == one.tokens[:, 1:]
+        flags = torch.ones_like(hits) if counted is None else counted[:, 1:]
+        right, total = right + int((hits & flags).sum()), total + int(flags.sum())
+    return {"loss": losses, "accuracy": right / total}
+
+
+def _optimizer(model: ByteLanguageModel, how: TrainConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": how.decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=how.rate, betas=(0.9, 0.95))
+
+
+def _step(
+    model: ByteLanguageModel,
+    optimizer: torch.optim.AdamW,
+    task: Task,
+    how: TrainConfig,
+    step: int,
+) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = how.rate_at(step)
+    generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
+    batch = task.batch(*how.shape_at(step), generator)
+    loss = loss_of(model(batch.tokens), batch)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip)
+    optimizer.step()
+    return loss.item()
+
+
+def _save(
+    folder: Path,
+    model: ByteLanguageModel,
+    optimizer: torch.optim.AdamW,
+    step: int,
+    what: dict[str, Any],
+) -> None:
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p for name, p in model.state_dict().items()}
+    for p, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
+    write_tensors(folder / STATE, tensors, {"step": step, **what})
+    save_checkpoint(model, folder / MODEL, {"steps": step, **what["how"]})
+
+
+def _resume(
+    path: Path, model: ByteLanguageModel, optimizer: torch.optim.AdamW, what: dict[str, Any]
+) -> int:
+    """Loads a run's state; the number of its finished steps, 0 if there is none."""
+    if not path.exists():
+        return 0
+    tensors, about = read_tensors(path)
+    step = int(about.pop("step"))
+    if about != what:
+        wrong = [key for key in what if about.get(key) != what[key]]
+        raise StateMismatch(
+            f"{path} belongs to another run: its {' and '.join(wrong)} differ; use another folder"
+        )
+    model.load_state_dict(_behind("model.", tensors))
+    for name, p in model.named_parameters():
+        optimizer.state[p] = _behind(f"optimizer.{name}.", tensors)
+    return step
+
+
+def _behind(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+
+
+def _cut_log(path: Path, steps: int) -> None:
+    """Drops the lines of steps that were taken after the last save."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] < steps))
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value))

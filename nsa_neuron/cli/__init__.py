@@ -53,6 +53,8 @@ COMMANDS = (
         "compile the Triton kernels for an H200, without one",
         "nsa_neuron.cli.compile_check",
     ),
+    Command("train", "train a small byte-level model here", "nsa_neuron.cli.train"),
+    Command("generate", "continue a text with a checkpoint", "nsa_neuron.cli.generate"),
     Command("demo", "NSA on a real text", "nsa_neuron.demo", "main"),
     Command(
         "simulate",

@@ -96,7 +96,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError:
         raise BackendUnavailable(
-            "checkpoints need the package 'safetensors': pip install 'nsa-neuron[model]'"
+            "checkpoints need the package 'safetensors': pip install 'nsa-neuron[hf]'"
         ) from None
     return _Tools(safetensors.safe_open, safetensors.torch.save_file)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_neuron.errors import InvalidArgument, StateMismatch
+from nsa_neuron.errors import InvalidArgument, NsaError, StateMismatch
 from nsa_neuron.nn.checkpoint import read_tensors, save_checkpoint, write_tensors
 from nsa_neuron.nn.model import ByteLanguageModel
 from nsa_neuron.training.tasks import Batch, Task
@@ -116,7 +116,7 @@ def train(
     stop = how.steps if until is None else min(until, how.steps)
     folder.mkdir(parents=True, exist_ok=True)
     _cut_log(folder / LOG, start)
-    with (folder / LOG).open("a") as log:
+    with (folder / LOG).open("a", buffering=1) as log:
         for step in range(start, stop):
             began = time.process_time()
             loss = _step(model, optimizer, task, how, step)
@@ -129,7 +129,6 @@ def train(
             if report is not None:
                 report(step, loss)
             if (step + 1) % how.save_every == 0 or step + 1 == stop:
-                log.flush()
                 _save(folder, model, optimizer, step + 1, what)
     return model.eval()
 
@@ -183,7 +182,7 @@ def _step(
     batch = task.batch(*how.shape_at(step), generator)
     loss = loss_of(model(batch.tokens), batch)
     if not loss.isfinite():
-        raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
+        raise NsaError(f"the loss of step {step} is {loss.item()}: lower the learning rate")
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip)

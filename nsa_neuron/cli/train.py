@@ -1,0 +1,54 @@
+"""Train a small byte-level model on this machine; stopped, it goes on where it was.
+
+The text task is Python's help topics and standard library; `mqar` and `needle` ask for bytes that
+lie farther back than a window reaches. Compare `--attention nsa`, `full` and `window`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nsa_neuron.cli import shared
+from nsa_neuron.nn.attention import KINDS
+from nsa_neuron.terminal import progress
+from nsa_neuron.training.loop import evaluate, train
+from nsa_neuron.training.presets import CONFIGS, LAYERS, SCHEDULES, TASKS, kinds_of, task_of
+
+if TYPE_CHECKING:
+    import argparse
+
+NUMBERS = ("steps", "batch", "length", "seed", "save_every")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="of the run: state, log, model.safetensors")
+    parser.add_argument("--task", choices=TASKS, default="text")
+    parser.add_argument("--preset", choices=tuple(CONFIGS), default="small")
+    kinds = ", ".join(KINDS)
+    parser.add_argument("--attention", default="nsa", help=f"of all layers, or of each: {kinds}")
+    for name in NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the task's own")
+    parser.add_argument("--until", type=int, help="stop before this step")
+    shared.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config, task = CONFIGS[args.preset], task_of(args.task)
+    kinds = kinds_of(args.attention, LAYERS[args.preset])
+    given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
+    how = dataclasses.replace(SCHEDULES[args.task], **given)
+    with progress(f"{args.task}, {args.attention}", how.steps) as advance:
+        model = train(
+            config, kinds, task, how, args.folder,
+            lambda step, loss: advance(f"steps, loss {loss:.3f}"), args.until,
+        )  # fmt: skip
+    found = evaluate(model, task, 8, how.length)
+    result = {"folder": str(args.folder), "task": args.task, "kinds": kinds, **found}
+    if args.json:
+        shared.print_json(result)
+    else:
+        print(f"held out: loss {found['loss']:.4f} nats a byte, accuracy {found['accuracy']:.1%}")
+        print(f"model     {args.folder / 'model.safetensors'}")
+    return 0

@@ -1,0 +1,209 @@
+"""Training at a tiny scale: tasks, resuming to the bit, checkpoints that are whole or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny import config, model
+
+from nsa_neuron.cli import main
+from nsa_neuron.errors import InvalidArgument, NsaError, StateMismatch
+from nsa_neuron.nn import generate
+from nsa_neuron.nn.checkpoint import load_checkpoint, read_tensors, save_checkpoint, write_tensors
+from nsa_neuron.training import MultiQueryRecall, Needle, Text, TrainConfig, evaluate, train
+from nsa_neuron.training.corpus import corpus_of, python_corpus
+from nsa_neuron.training.presets import SCHEDULES, TASKS, kinds_of, task_of
+from nsa_neuron.training.tasks import needle
+
+TEXTS = [f"text number {i} says that {i} is {i * i}. ".encode() * 30 for i in range(40)]
+CORPUS = corpus_of(plain=TEXTS[:30], other=TEXTS[30:])
+HOW = TrainConfig(
+    steps=8, batch=2, length=48, long_length=96, long_share=0.25, warm_up=2, save_every=3
+)
+
+
+def run(folder, how=HOW, until=None, kinds=("nsa", "window"), task=None):
+    return train(config(), kinds, task or Text(CORPUS), how, folder, until=until)
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_a_stopped_run_ends_where_an_unbroken_one_does(tmp_path):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", until=2)
+    run(tmp_path / "parts", until=5)
+    parts = run(tmp_path / "parts")
+    assert torch.equal(weights(whole), weights(parts))
+    logs = [
+        [
+            (row["step"], row["loss"])
+            for row in map(json.loads, (tmp_path / name / "log.jsonl").open())
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == HOW.steps
+
+
+def test_lines_of_lost_steps_are_dropped_when_a_killed_run_goes_on(tmp_path):
+    run(tmp_path, until=3)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 9.9}\n')
+    run(tmp_path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
+    assert steps == list(range(HOW.steps))
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    run(tmp_path, until=1)
+    before = (tmp_path / "training.safetensors").read_bytes()
+    with pytest.raises(StateMismatch, match="its how differ"):
+        run(tmp_path, dataclasses.replace(HOW, seed=1))
+    with pytest.raises(StateMismatch, match="its kinds differ"):
+        run(tmp_path, kinds=("nsa", "full"))
+    assert (tmp_path / "training.safetensors").read_bytes() == before
+
+
+def test_the_schedule():
+    rates = [HOW.rate_at(step) for step in range(HOW.steps)]
+    assert max(rates) <= HOW.rate and rates[0] == pytest.approx(HOW.rate / 2)
+    assert [HOW.shape_at(step) for step in (0, 5, 6, 7)] == [(2, 48), (2, 48), (1, 96), (1, 96)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"rate": 0.0}, {"long_share": 2.0}, {"batch": -1}, {"clip": float("nan")}],
+)
+def test_bad_schedules(change):
+    with pytest.raises(InvalidArgument) as caught:
+        dataclasses.replace(HOW, **change)
+    assert caught.value.argument == next(iter(change))
+
+
+def test_a_diverging_run_says_so(tmp_path):
+    with pytest.raises(NsaError, match="lower the learning rate"):
+        run(tmp_path, dataclasses.replace(HOW, rate=1e30))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_recall_batches_can_be_solved_by_lookup_only_across_the_filler():
+    batch = MultiQueryRecall(pairs=6).batch(4, 80, generator())
+    for row, flags in zip(batch.tokens, batch.counted, strict=True):
+        known = dict(row[:12].view(6, 2).tolist())
+        assert len(known) == 6 and (row[12:-12] == ord(".")).all()
+        asked = row[-12:].view(6, 2)
+        assert all(known[k] == v for k, v in asked.tolist())
+        assert flags.nonzero().flatten().tolist() == list(range(69, 80, 2))
+
+
+def test_needles_lie_outside_the_window_and_are_asked_at_the_end():
+    task = Needle(CORPUS, near=100)
+    batch = task.batch(3, 300, generator())
+    for row, flags in zip(batch.tokens, batch.counted, strict=True):
+        text = bytes(row.tolist())
+        number = text[-4:]
+        name = text[-4 - len(b" is ") - 4 : -4 - len(b" is ")]
+        assert text.endswith(needle(name, number, asked=True))
+        at = text.index(needle(name, number))
+        assert at + len(needle(name, number)) <= 200
+        assert flags.nonzero().flatten().tolist() == [296, 297, 298, 299]
+
+
+@pytest.mark.parametrize("task", [MultiQueryRecall(pairs=30), Needle(CORPUS)], ids=str)
+def test_tasks_refuse_what_does_not_fit(task):
+    with pytest.raises(InvalidArgument):
+        task.batch(1, 100, generator())
+    with pytest.raises(InvalidArgument, match="longer than"):
+        Text(CORPUS).batch(1, 10**6, generator())
+    with pytest.raises(InvalidArgument, match="held out"):
+        Text(CORPUS).held_out(1, 10**6, generator())
+
+
+def test_held_out_texts_are_not_trained_on():
+    held = bytes(CORPUS.held_out.tolist())
+    for part in CORPUS.parts.values():
+        assert b"number 0 " not in bytes(part.tolist())
+    assert b"number 0 " in held and b"number 20 " in held and b"number 30 " in held
+
+
+def test_the_real_corpus():
+    corpus = python_corpus()
+    assert len(corpus.parts["topics"]) > 300_000 and len(corpus.parts["source"]) > 3_000_000
+
+
+def test_evaluation_counts_what_counts():
+    class Copies(torch.nn.Module):
+        """Predicts that every byte comes again."""
+
+        def forward(self, tokens):
+            return torch.nn.functional.one_hot(tokens, 256).float() * 50
+
+    task = Text(corpus_of(same=[b"a" * 100] * 2))
+    assert evaluate(Copies(), task, 2, 20) == {"loss": pytest.approx(0, abs=1e-6), "accuracy": 1.0}
+    assert evaluate(Copies(), MultiQueryRecall(), 2, 80)["accuracy"] == 0.0
+
+
+def test_checkpoints_survive(tmp_path):
+    net = model(("nsa", "full"), torch.float32, phi="linear", shared_kv=True)
+    save_checkpoint(net, tmp_path / "deep" / "m.safetensors", {"steps": 3})
+    again, notes = load_checkpoint(tmp_path / "deep" / "m.safetensors")
+    assert notes == {"steps": 3} and again.config == net.config and again.kinds == net.kinds
+    assert generate(again, [b"hello"], 5) == generate(net, [b"hello"], 5)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["m.safetensors"]
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    good = tmp_path / "m.safetensors"
+    save_checkpoint(model(("nsa",), torch.float32), good)
+    raw, (tensors, about) = good.read_bytes(), read_tensors(good)
+    cases = {
+        "cut off": raw[: len(raw) // 2],
+        "empty": b"",
+        "text": b"hello",
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+    write_tensors(tmp_path / "newer", tensors, {**about, "format": 99})
+    write_tensors(tmp_path / "less", {k: tensors[k] for k in list(tensors)[1:]}, about)
+    other = {**about, "config": {**about["config"], "dim": 32}}
+    write_tensors(tmp_path / "other", tensors, other)
+    write_tensors(tmp_path / "bad", tensors, {**about, "config": {"dim": 32}})
+    for name in (*cases, "newer", "less", "other", "bad", "absent"):
+        with pytest.raises(StateMismatch, match=name):
+            load_checkpoint(tmp_path / name)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(model(("nsa",), torch.float32), path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_tensors(path, {}, {"not": object()})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_commands(tmp_path, capsys):
+    words = [str(tmp_path / "run"), "--preset", "tiny", "--task", "mqar", "--steps", "2"]
+    words += ["--batch", "2", "--length", "64"]
+    assert main(["train", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kinds"] == ["nsa", "nsa"] and 0 <= found["accuracy"] <= 1
+    path = str(tmp_path / "run" / "model.safetensors")
+    assert main(["generate", path, "abc", "--bytes", "7", "--temperature", "1"]) == 0
+    assert main(["generate", path, "", "--bytes", "7"]) == 2
+    assert "'prompts' is empty" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "none"), "abc"]) == 2
+    assert main(["train", *words, "--attention", "nsa,sparse"]) == 2
+
+
+def test_presets():
+    assert set(TASKS) == set(SCHEDULES) == {"text", "mqar", "needle"}
+    assert kinds_of("nsa,full", 2) == ("nsa", "full")
+    assert task_of("mqar") == MultiQueryRecall()

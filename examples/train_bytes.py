@@ -32,12 +32,12 @@ def main() -> None:
                 args.folder.joinpath("results.json").write_text(json.dumps(rows, indent=1))
     headers = ("task", "attention", "seed", "held-out loss", "accuracy", "CPU s / step")
     keys = ("task", "attention", "seed", "loss", "accuracy", "cpu_seconds_per_step")
-    cells = [
-        [f"{row[k]:.4f}" if isinstance(row[k], float) else str(row[k]) for k in keys]
-        for row in rows
-    ]
-    print(table("", headers, cells))
+    print(table("", headers, [[shown(row[key]) for key in keys] for row in rows]))
     draw(args.folder, rows)
+
+
+def shown(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def parse() -> argparse.Namespace:

@@ -40,11 +40,8 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(tmp_path):
     parts = run(tmp_path / "parts")
     assert torch.equal(weights(whole), weights(parts))
     logs = [
-        [
-            (row["step"], row["loss"])
-            for row in map(json.loads, (tmp_path / name / "log.jsonl").open())
-        ]
-        for name in ("whole", "parts")
+        [(row["step"], row["loss"]) for row in map(json.loads, path.open())]
+        for path in (tmp_path / "whole" / "log.jsonl", tmp_path / "parts" / "log.jsonl")
     ]
     assert logs[0] == logs[1] and len(logs[0]) == HOW.steps
 
@@ -189,16 +186,17 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_commands(tmp_path, capsys):
+def test_commands(tmp_path, capsysbinary):
     words = [str(tmp_path / "run"), "--preset", "tiny", "--task", "mqar", "--steps", "2"]
     words += ["--batch", "2", "--length", "64"]
     assert main(["train", *words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsysbinary.readouterr().out)
     assert found["kinds"] == ["nsa", "nsa"] and 0 <= found["accuracy"] <= 1
     path = str(tmp_path / "run" / "model.safetensors")
     assert main(["generate", path, "abc", "--bytes", "7", "--temperature", "1"]) == 0
+    assert len(capsysbinary.readouterr().out) == 8
     assert main(["generate", path, "", "--bytes", "7"]) == 2
-    assert "'prompts' is empty" in capsys.readouterr().err
+    assert b"'prompts' is empty" in capsysbinary.readouterr().err
     assert main(["generate", str(tmp_path / "none"), "abc"]) == 2
     assert main(["train", *words, "--attention", "nsa,sparse"]) == 2
 

@@ -9,7 +9,7 @@ lowering it fails at once, with every reason. `explain(compiled)` tells what was
 
 Options:
     target: `"trn2"`, `"h200"`, `"cpu"`, or a backend's name; default: by the tensors' device.
-    mode: `"hw"`, `"sim"`, `"eager"`; default: the target's first, which is the hardware.
+    mode: `"hw"`, `"sim"`, `"torch"`, `"eager"`; default: the target's first, which is the hardware.
     rest: `"inductor"`, `"eager"` or `"neuron"`, for everything that is no nsa op; default:
         `"neuron"` for trn2 hardware, else inductor where it has a C++ compiler, else eager.
 """

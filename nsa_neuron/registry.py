@@ -28,6 +28,7 @@ log = logging.getLogger("nsa_neuron")
 ENTRY_POINTS = "nsa_neuron.backends"
 BUILT_IN = {
     "reference": "nsa_neuron.backends.reference:BACKEND",
+    "cpu": "nsa_neuron.backends.cpu:BACKEND",
     "cuda": "nsa_neuron.backends.cuda:BACKEND",
     "neuron": "nsa_neuron.backends.neuron:BACKEND",
 }
@@ -37,6 +38,7 @@ TARGETS = {"trn2": "neuron", "h200": "cuda", "cpu": "reference"}
 # Whom to ask for tensors of a device type, best first. CPU tensors never choose a simulator by
 # themselves: it is asked for by name.
 AUTOMATIC = {
+    "cpu": ("cpu:torch", "reference:eager"),
     "cuda": ("cuda:hw", "reference:eager"),
     "neuron": ("neuron:hw", "reference:eager"),
     "xla": ("neuron:hw", "reference:eager"),
@@ -303,9 +305,9 @@ def use_backend(name: str, mode: str | None = None) -> Iterator[Target]:
     """Runs every nsa op inside on one backend; a call that it refuses raises.
 
     Args:
-        name: `"reference"`, `"cuda"`, `"neuron"`, a third party's, or a machine (`"h200"`,
-            `"trn2"`); or `"name:mode"`.
-        mode: `"hw"`, `"sim"`, `"eager"`; default: the backend's first, which is the hardware.
+        name: `"cpu"`, `"reference"`, `"cuda"`, `"neuron"`, a third party's, or a machine
+            (`"h200"`, `"trn2"`); or `"name:mode"`.
+        mode: `"hw"`, `"sim"`, `"torch"`, `"eager"`; default: its first, the hardware.
 
     Raises:
         UnknownBackend: no such backend or mode.

@@ -11,6 +11,9 @@ test_reference = conformance_tests(
 test_reference_realistic = conformance_tests(
     "reference:eager", dtypes=(torch.float16,), tags=("conform",)
 )
+test_cpu_torch = conformance_tests(
+    "cpu:torch", dtypes=(torch.float32, torch.bfloat16), tags=("smoke", "edge")
+)
 test_cuda_simulated = pytest.mark.sim(
     conformance_tests("cuda:sim", dtypes=(torch.float32, torch.bfloat16), tags=("smoke",))
 )

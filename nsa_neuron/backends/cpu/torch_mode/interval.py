@@ -1,0 +1,199 @@
+"""Softmax attention in which every query sees one run of keys: causal, window, compressed.
+
+Queries are cut in tiles whose logits stay in a core's cache; only the columns at the two ends of a
+tile's run need a mask. Everything is done in place, in float32 (float64 for float64 input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from nsa_neuron.backends.cpu.torch_mode import layout
+from nsa_neuron.ops.softmax import row_shift
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nsa_neuron.ops.softmax import Visibility
+
+TILE_ELEMENTS = 2**20
+"""Logits of a tile: 4 MiB in float32, so that two passes over them stay out of memory."""
+TILE_ROWS = 1024
+"""Rows of a tile at most (queries times heads): above, the masked corners only grow."""
+
+Sequences = list[tuple[slice, slice, int]]
+"""Of each sequence: its query rows, its key rows, the position of its first query."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some queries of some lanes (batch times kv head) with the keys that they can see.
+
+    Attributes:
+        lanes, rows, keys: slices of the lane, query and key axis.
+        first: absolute position of the first query.
+        low: the first key, counted within its sequence.
+        inner: keys `[low, high)` within the sequence that every query of the tile sees.
+    """
+
+    lanes: slice
+    rows: slice
+    keys: slice
+    first: int
+    low: int
+    inner: tuple[int, int]
+
+    def hide(self, logits: Tensor, seen: Visibility) -> None:
+        """Sets invisible logits `[lanes, C, G, K]` to -inf, in place."""
+        count, width = logits.shape[1], logits.shape[3]
+        t = torch.arange(self.first, self.first + count)[:, None]
+        low, high = (min(max(edge - self.low, 0), width) for edge in self.inner)
+        if low >= high:
+            low, high = width, width
+        for start, stop in ((0, low), (high, width)):
+            if start < stop:
+                key = torch.arange(self.low + start, self.low + stop)
+                hidden = ~seen.mask(t, key)
+                logits[..., start:stop].masked_fill_(hidden[:, None], -torch.inf)
+
+
+def first_key(sequences: Sequences, seen: Visibility) -> int:
+    """The first key that any query sees: a window's few queries need not convert all others."""
+    starts: list[int] = [run.start + seen.span(t, t)[0] for _, run, t in sequences]
+    return min(starts)
+
+
+def tiles(
+    lanes: int, group: int, sequences: Sequences, seen: Visibility, base: int = 0
+) -> Iterator[Tile]:
+    """Cuts sequences into tiles of at most `TILE_ELEMENTS` logits where one query allows it.
+
+    Args:
+        base: where the key axis starts that `Tile.keys` counts in, see `first_key`.
+    """
+    for queries, keys, offset in sequences:
+        count, available = queries.stop - queries.start, keys.stop - keys.start
+        start = 0
+        while start < count:
+            stop = min(start + max(1, TILE_ROWS // group), count)
+            low, high = _span(seen, offset + start, offset + stop - 1, available)
+            fits = max(1, TILE_ELEMENTS // (group * max(1, high - low)))
+            if stop - start > fits:
+                stop = start + fits
+                low, high = _span(seen, offset + start, offset + stop - 1, available)
+            first, last = offset + start, offset + stop - 1
+            # Keys from the last query's first to the first query's last are seen by all.
+            inner = _span(seen, last, last, available)[0], _span(seen, first, first, available)[1]
+            rows = slice(queries.start + start, queries.start + stop)
+            step = max(1, TILE_ELEMENTS // (group * (stop - start) * max(1, high - low)))
+            for lane in range(0, lanes, step):
+                these = slice(lane, min(lane + step, lanes))
+                run = slice(keys.start + low - base, keys.start + high - base)
+                yield Tile(these, rows, run, first, low, inner)
+            start = stop
+
+
+def _span(seen: Visibility, first: int, last: int, available: int) -> tuple[int, int]:
+    low, high = seen.span(first, last)
+    high = min(high, available)
+    return min(low, high), high
+
+
+def logits_of(q: Tensor, k: Tensor, tile: Tile, seen: Visibility) -> Tensor:
+    """`[lanes, C, G, K]` logits of a tile, -inf where invisible; q is scaled already."""
+    rows = q[tile.lanes, tile.rows]
+    product = rows.flatten(1, 2) @ k[tile.lanes, tile.keys].transpose(1, 2)
+    logits = product.view(*rows.shape[:3], -1)
+    tile.hide(logits, seen)
+    return logits
+
+
+def normalise(logits: Tensor) -> Tensor:
+    """Softmax over the last axis in place, 0 on dead rows; returns lse, -inf on those."""
+    top = logits.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0.0)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    lse = top.add_(total.log())[..., 0]
+    logits.div_(total.masked_fill_(total == 0, 1.0))
+    return lse
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    seen: Visibility,
+    scale: float,
+    watch: Callable[[Tile, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention.
+
+    Args:
+        q: `[B, S, Hq, Dk]`.
+        k: `[B, T, Hkv, Dk]`.
+        v: `[B, T, Hkv, Dv]`.
+        sequences: see `Sequences`.
+        seen: the run of keys of each query.
+        scale: of the logits.
+        watch: called with every tile and its probabilities `[lanes, C, G, K]`.
+
+    Returns:
+        o `[B, S, Hq, Dv]` in q's dtype and lse `[B, S, Hq]` in the work dtype.
+    """
+    hkv, group = k.shape[2], q.shape[2] // k.shape[2]
+    base = first_key(sequences, seen)
+    queries = layout.by_query(q, hkv) * scale
+    keys, values = layout.by_key(k[:, base:]), layout.by_key(v[:, base:])
+    o = queries.new_zeros(*queries.shape[:3], v.shape[3])
+    lse = queries.new_full(queries.shape[:3], -torch.inf)
+    for tile in tiles(len(queries), group, sequences, seen, base):
+        p = logits_of(queries, keys, tile, seen)
+        if tile.keys.start < tile.keys.stop:
+            lse[tile.lanes, tile.rows] = normalise(p)
+            result = p.flatten(1, 2) @ values[tile.lanes, tile.keys]
+            o[tile.lanes, tile.rows] = result.view(*p.shape[:3], -1)
+        if watch is not None:
+            watch(tile, p)
+    return layout.query_like(o, q), layout.statistic_like(lse, q.shape[0])
+
+
+def backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    sequences: Sequences,
+    seen: Visibility,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward` by recomputation: dS = P * (dP - rowsum(dO * O) + dlse)."""
+    hkv, group = k.shape[2], q.shape[2] // k.shape[2]
+    base = first_key(sequences, seen)
+    queries = layout.by_query(q, hkv) * scale
+    keys, values = layout.by_key(k[:, base:]), layout.by_key(v[:, base:])
+    do = layout.by_query(grad_o, hkv)
+    shift = layout.statistic(row_shift(grad_o, o, lse, grad_lse), hkv)[..., None]
+    safe = layout.statistic(lse.masked_fill(lse == -torch.inf, 0.0), hkv)[..., None]
+    dq, dk, dv = (torch.zeros_like(x) for x in (queries, keys, values))
+    for tile in tiles(len(queries), group, sequences, seen, base):
+        if tile.keys.start == tile.keys.stop:
+            continue
+        rows, run = (tile.lanes, tile.rows), (tile.lanes, tile.keys)
+        p = logits_of(queries, keys, tile, seen).sub_(safe[rows]).exp_()
+        flat, g = p.flatten(1, 2), do[rows].flatten(1, 2)
+        dv[run] += flat.transpose(1, 2) @ g
+        ds = (g @ values[run].transpose(1, 2)).view(p.shape).sub_(shift[rows]).mul_(p).flatten(1, 2)
+        dq[rows] = (ds @ keys[run]).view(*p.shape[:3], -1)
+        dk[run] += ds.transpose(1, 2) @ queries[rows].flatten(1, 2)
+    dq.mul_(scale)
+    dk, dv = (F.pad(layout.key_like(x, q), (0, 0, 0, 0, base, 0)) for x in (dk, dv))
+    return layout.query_like(dq, q), dk, dv

@@ -1,0 +1,205 @@
+"""Selected attention: block by block over the queries that chose it, or gathered for a few queries.
+
+Block by block, keys and values are read in place and the products have as many rows as a block has
+readers; each reader's running maximum, sum and output are taken out, brought up to date and put
+back. For a few queries (a decode step) the Python loop over blocks would cost more than copying
+their keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa_neuron.backends.cpu.torch_mode import layout
+from nsa_neuron.backends.cpu.torch_mode.interval import normalise
+from nsa_neuron.ops import common
+from nsa_neuron.ops.softmax import row_shift
+
+READERS = 512
+"""Readers of a block taken at once: with 16 heads and 64 keys, 2 MiB of logits."""
+FEW_ELEMENTS = 2**22
+"""Keys and values of the chosen blocks up to which they are gathered: 16 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Some queries of one lane that read one block.
+
+    Attributes:
+        lane: batch times kv head.
+        rows: `[R]` their rows of the query axis, ascending.
+        keys: the block's slice of the key axis.
+        hidden: `[h, 1, K]` of the first h of them, which stand inside the block, the keys that they
+            must not see; None if there is none.
+    """
+
+    lane: int
+    rows: Tensor
+    keys: slice
+    hidden: Tensor | None
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """`[R, G, K]` logits of the scaled queries, -inf where hidden."""
+        rows = q[self.lane].index_select(0, self.rows)
+        logits = (rows.flatten(0, 1) @ k[self.lane, self.keys].T).view(*rows.shape[:2], -1)
+        if self.hidden is not None:
+            logits[: len(self.hidden)].masked_fill_(self.hidden, -torch.inf)
+        return logits
+
+
+def readings(
+    block_indices: Tensor, m: int, kv_len: int, offsets: tuple[Tensor | None, Tensor | None]
+) -> Iterator[Reading]:
+    """Every (query, block) pair with a visible key once, by sequence, lane and block."""
+    b, s, hkv, n = block_indices.shape
+    for seg in common.segments(s, kv_len, *offsets):
+        count, blocks = seg.queries.stop - seg.queries.start, -(-seg.tokens // m)
+        t = torch.arange(seg.offset, seg.offset + count)
+        ids = block_indices[:, seg.queries].transpose(1, 2).reshape(b * hkv, count, n).long()
+        past = (ids < 0) | (ids * m > t[:, None])
+        lane = torch.arange(b * hkv)[:, None, None] * (blocks + 1)
+        key = (ids.masked_fill(past, blocks) + lane).flatten()
+        order = key.argsort(stable=True)
+        readers = order.div_(n, rounding_mode="floor").remainder_(count)
+        ends = key.bincount(minlength=b * hkv * (blocks + 1)).cumsum(0).tolist()
+        for at, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
+            which, block = divmod(at, blocks + 1)
+            if block == blocks:
+                continue
+            keys = range(block * m, min((block + 1) * m, seg.tokens))
+            for first in range(start, stop, READERS):
+                yield _reading(readers[first : min(first + READERS, stop)], which, keys, seg)
+
+
+def _reading(rows: Tensor, lane: int, keys: range, seg: common.Segment) -> Reading:
+    t = rows + seg.offset
+    inside = int((t < keys.stop - 1).sum())
+    hidden = None
+    if inside:
+        hidden = (torch.arange(keys.start, keys.stop) > t[:inside, None])[:, None]
+    place = slice(seg.keys.start + keys.start, seg.keys.start + keys.stop)
+    return Reading(lane, rows + seg.queries.start, place, hidden)
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    select_block: int,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `nsa_neuron.selected_attention`."""
+    offsets = (cu_seqlens_q, cu_seqlens_k)
+    factor = common.default_scale(scale, q)
+    chosen = block_indices.numel() * select_block * (k.shape[3] + v.shape[3])
+    if chosen <= FEW_ELEMENTS:
+        return _gathered(q, k, v, block_indices, offsets, select_block, factor)
+    hkv = k.shape[2]
+    queries, keys, values = layout.by_query(q, hkv) * factor, layout.by_key(k), layout.by_key(v)
+    o = queries.new_zeros(*queries.shape[:3], v.shape[3])
+    total = queries.new_zeros(queries.shape[:3])
+    # The lowest number instead of -inf: differences stay defined where nothing is seen yet.
+    top = queries.new_full(queries.shape[:3], torch.finfo(queries.dtype).min)
+    for part in readings(block_indices, select_block, k.shape[1], offsets):
+        lane, rows = part.lane, part.rows
+        p = part.logits(queries, keys)
+        old = top[lane].index_select(0, rows)
+        new = torch.maximum(old, p.amax(-1))
+        p.sub_(new[..., None]).exp_()
+        fade = old.sub_(new).exp_()
+        top[lane].index_copy_(0, rows, new)
+        mass = total[lane].index_select(0, rows).mul_(fade).add_(p.sum(-1))
+        total[lane].index_copy_(0, rows, mass)
+        sums = o[lane].index_select(0, rows).mul_(fade[..., None])
+        sums.flatten(0, 1).addmm_(p.flatten(0, 1), values[lane, part.keys])
+        o[lane].index_copy_(0, rows, sums)
+    lse = top.add_(total.log())
+    o.div_(total.masked_fill_(total == 0, 1.0)[..., None])
+    return layout.query_like(o, q), layout.statistic_like(lse, q.shape[0])
+
+
+def selected_attention_backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    select_block: int,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `nsa_neuron.ops.selected_attention.selected_attention_backward`."""
+    factor, hkv = common.default_scale(scale, q), k.shape[2]
+    queries, keys, values = layout.by_query(q, hkv) * factor, layout.by_key(k), layout.by_key(v)
+    do = layout.by_query(grad_o, hkv)
+    shift = layout.statistic(row_shift(grad_o, o, lse, grad_lse), hkv)
+    safe = layout.statistic(lse.masked_fill(lse == -torch.inf, 0.0), hkv)
+    dq, dk, dv = (torch.zeros_like(x) for x in (queries, keys, values))
+    for part in readings(block_indices, select_block, k.shape[1], (cu_seqlens_q, cu_seqlens_k)):
+        lane, rows, run = part.lane, part.rows, (part.lane, part.keys)
+        p = part.logits(queries, keys).sub_(safe[lane].index_select(0, rows)[..., None]).exp_()
+        g = do[lane].index_select(0, rows).flatten(0, 1)
+        flat = p.flatten(0, 1)
+        dv[run].addmm_(flat.T, g)
+        ds = (g @ values[run].T).sub_(shift[lane].index_select(0, rows).flatten()[:, None])
+        ds.mul_(flat)
+        # A query reads a block once, so no row is added to twice and the order is fixed.
+        dq[lane].index_add_(0, rows, (ds @ keys[run]).view(*p.shape[:2], -1))
+        dk[run].addmm_(ds.T, queries[lane].index_select(0, rows).flatten(0, 1))
+    dq.mul_(factor)
+    return layout.query_like(dq, q), layout.key_like(dk, k), layout.key_like(dv, v)
+
+
+def _gathered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    offsets: tuple[Tensor | None, Tensor | None],
+    m: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    b, s, hkv, _ = block_indices.shape
+    position, start, stop = (torch.empty(s, dtype=torch.long) for _ in range(3))
+    for seg in common.segments(s, k.shape[1], *offsets):
+        t = torch.arange(seg.offset, seg.offset + seg.queries.stop - seg.queries.start)
+        position[seg.queries], start[seg.queries], stop[seg.queries] = t, seg.keys.start, seg.tokens
+    token = block_tokens(block_indices, m)
+    hidden = (token < 0) | (token > position[:, None, None])
+    row = torch.minimum(token, (stop - 1)[:, None, None]).clamp_(min=0) + start[:, None, None]
+    at = (torch.arange(b)[:, None, None, None], row, torch.arange(hkv)[:, None])
+    return attend_gathered(q, k[at], v[at], hidden, scale)
+
+
+def block_tokens(block_indices: Tensor, m: int) -> Tensor:
+    """Ids `[..., n]` -> tokens `[..., n*m]` of the blocks within their sequence, -1 for id -1."""
+    ids = block_indices.long()[..., None]
+    return (ids * m + torch.arange(m)).masked_fill_(ids < 0, -1).flatten(-2)
+
+
+def attend_gathered(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of q `[B, S, Hq, D]` to own keys and values `[B, S, Hkv, K, D]` of each query.
+
+    Args:
+        hidden: `[B, S, Hkv, K]` keys that the query must not see.
+    """
+    work = torch.promote_types(q.dtype, torch.float32)
+    rows = q.to(work).unflatten(2, (k.shape[2], -1)) * scale
+    p = (rows @ k.to(work).transpose(-1, -2)).masked_fill_(hidden[..., None, :], -torch.inf)
+    lse = normalise(p)
+    return (p @ v.to(work)).flatten(2, 3).to(q.dtype), lse.flatten(2)

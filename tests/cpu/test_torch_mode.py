@@ -1,0 +1,58 @@
+"""What `cpu:torch` does beyond the reference: its cuts, its two selected attentions, its top-n."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nsa_neuron as nsa
+from nsa_neuron.backends.cpu.torch_mode import interval, selected_attention
+from nsa_neuron.backends.cpu.torch_mode.select_blocks import best_ids
+from nsa_neuron.conformance import DTYPES, find_targets, problems, try_problem
+from nsa_neuron.conformance.pytest_suite import settle
+from nsa_neuron.ops.select_blocks import top_ids
+from nsa_neuron.registry import use_backend
+
+CUT = problems(dtypes=DTYPES[:1], tags=("edge",))
+BY_BLOCK = [p for p in CUT if p.op in ("selected_attention", "nsa_attention_forward")]
+
+
+@pytest.mark.parametrize("problem", BY_BLOCK, ids=str)
+def test_selected_attention_block_by_block(problem, monkeypatch):
+    """Small problems gather by themselves; here blocks are also read in several parts."""
+    monkeypatch.setattr(selected_attention, "FEW_ELEMENTS", 0)
+    monkeypatch.setattr(selected_attention, "READERS", 3)
+    settle(try_problem(problem, find_targets(["cpu:torch"])[0]))
+
+
+ATTENTIONS = [p for p in CUT if "attention" in p.op or p.op == "select_blocks"]
+
+
+@pytest.mark.parametrize("problem", ATTENTIONS[::3], ids=str)
+def test_tiles_of_few_logits(problem, monkeypatch):
+    """Tiles cut queries, and lanes from each other, in sizes that nothing is a multiple of."""
+    monkeypatch.setattr(interval, "TILE_ELEMENTS", 150)
+    settle(try_problem(problem, find_targets(["cpu:torch"])[0]))
+
+
+@given(
+    scores=st.lists(st.sampled_from([-torch.inf, torch.inf, 0.0, 0.5, 1.0]), min_size=1),
+    count=st.integers(1, 8),
+)
+def test_best_ids_are_those_of_a_stable_sort(scores, count):
+    """Ties go to the lowest id, -inf is never chosen, short rows are padded."""
+    rows = torch.tensor([scores, scores[::-1]])
+    assert torch.equal(best_ids(rows, count), top_ids(rows, count))
+
+
+def test_a_window_at_the_end_of_many_keys_converts_only_what_it_sees():
+    """2 GiB of keys in bf16 as an expanded view: conversion to float32 would take 8 GiB."""
+    store = torch.ones(1, 1, 1, 64, dtype=torch.bfloat16)
+    k = store.expand(1, 2**24, 1, 64)
+    q = torch.ones(1, 2, 2, 64, dtype=torch.bfloat16)
+    with use_backend("cpu:torch"):
+        o, lse = nsa.sliding_window_attention(q, k, k, window=8)
+    assert torch.equal(o, torch.ones_like(o))
+    torch.testing.assert_close(lse, torch.full_like(lse, 8.0 + torch.tensor(8.0).log()))

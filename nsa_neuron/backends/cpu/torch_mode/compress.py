@@ -120,8 +120,8 @@ def compress_backward(
             dy = _second_layer_backward(dy, weights, weights.hidden(strides, ratio), sums)
         dstrides = _first_layer_backward(dy, weights, strides, ratio, sums)
         dx[:, tokens] = dstrides.unflatten(-1, (stride, -1)).flatten(2, 3).transpose(1, 2)
-    empty = x.new_empty(0)
-    first, second, third, fourth, fifth = (empty if s is None else s.to(x.dtype) for s in sums)
+    results = (x.new_empty(0) if s is None else s.to(x.dtype) for s in sums)
+    first, second, third, fourth, fifth = results
     return dx, first, second, third, fourth, fifth
 
 

@@ -34,7 +34,7 @@ BUILT_IN = {
 }
 # Machines by the names that people use, wherever a backend may be named. A backend of the very name
 # comes first.
-TARGETS = {"trn2": "neuron", "h200": "cuda", "cpu": "reference"}
+TARGETS = {"trn2": "neuron", "h200": "cuda"}
 # Whom to ask for tensors of a device type, best first. CPU tensors never choose a simulator by
 # themselves: it is asked for by name.
 AUTOMATIC = {

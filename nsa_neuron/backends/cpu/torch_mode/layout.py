@@ -26,13 +26,13 @@ def query_like(x: Tensor, like: Tensor) -> Tensor:
     lanes, s, group, dim = x.shape
     b = like.shape[0]
     heads = x.view(b, lanes // b, s, group, dim).transpose(1, 2)
-    return heads.flatten(2, 3).to(like.dtype).contiguous()
+    return dense(heads.flatten(2, 3).to(like.dtype))
 
 
 def key_like(x: Tensor, like: Tensor) -> Tensor:
     """`[B * Hkv, T, D]` -> `[B, T, Hkv, D]`, contiguous, in the dtype of `like`."""
     heads: Tensor = x.unflatten(0, (like.shape[0], -1))
-    return heads.transpose(1, 2).to(like.dtype).contiguous()
+    return dense(heads.transpose(1, 2).to(like.dtype))
 
 
 def statistic(x: Tensor, kv_heads: int) -> Tensor:
@@ -44,4 +44,9 @@ def statistic(x: Tensor, kv_heads: int) -> Tensor:
 def statistic_like(x: Tensor, batch: int) -> Tensor:
     """`[B * Hkv, S, G]` -> `[B, S, Hq]`, contiguous."""
     heads: Tensor = x.unflatten(0, (batch, -1))
-    return heads.transpose(1, 2).flatten(2, 3).contiguous()
+    return dense(heads.transpose(1, 2).flatten(2, 3))
+
+
+def dense(x: Tensor) -> Tensor:
+    """Contiguous, with the strides of a new tensor on axes of size 1 too, as fakes promise."""
+    return x.contiguous().flatten().view(x.shape)

@@ -132,4 +132,4 @@ def compressed_sequences(
 def ids_like(ids: Tensor, batch: int) -> Tensor:
     """`[B * Hkv, S, n]` -> `[B, S, Hkv, n]`, contiguous."""
     lanes: Tensor = ids.unflatten(0, (batch, -1))
-    return lanes.transpose(1, 2).contiguous()
+    return layout.dense(lanes.transpose(1, 2))

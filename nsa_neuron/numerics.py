@@ -53,15 +53,17 @@ class Budget:
     units than 16-bit results, whose error is the final rounding. Root-mean-square errors are held
     to the same policy, so that a kernel cannot be wrong everywhere by less than the worst element.
     Positions of -inf must agree exactly; NaN is always wrong. Where eager itself overflows it
-    grants nothing.
+    grants nothing. What is behind several ops, each of which may round, is granted the band of
+    `roundings` of them.
     """
 
     factor: float = 2.0
     floor: float = 0.05
+    roundings: int = 1
 
     def band(self, dtype: torch.dtype, magnitude: float) -> float:
         ulps = {torch.float16: 1.0, torch.bfloat16: 1.0}.get(dtype, 16.0)
-        return ulps * torch.finfo(dtype).eps * max(self.floor, magnitude)
+        return self.roundings * ulps * torch.finfo(dtype).eps * max(self.floor, magnitude)
 
     def __call__(
         self, got: Tensor, oracle: Tensor, eager: Tensor, inputs: Mapping[str, Any]

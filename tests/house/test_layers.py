@@ -27,6 +27,7 @@ LAYERS = (
     {"library"},
     {"functional"},
     {"compile", "compile_check", "conformance", "bench", "known_gaps"},
+    {"agree"},
     {"nn", "integrations"},
     {"training"},
     {"demo"},

@@ -1,0 +1,229 @@
+"""Runs a subject on targets beside a float64 run of the reference, and compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import nsa_neuron.library  # noqa: F401  registers torch.ops.nsa
+from nsa_neuron.agree import decoding
+from nsa_neuron.agree.record import Recorder, judged, watched
+from nsa_neuron.agree.report import BACKWARD, DECODE, FORWARD, Agreement, Point, Run
+from nsa_neuron.agree.subject import Subject, tensors
+from nsa_neuron.conformance.targets import find_targets
+from nsa_neuron.errors import NoLowering, NsaError
+from nsa_neuron.numerics import Budget
+from nsa_neuron.registry import REGISTRY, Target, use_backend
+
+GRADIENT_FLOOR = 1e-6
+"""Gradients are judged down to this magnitude; the policy's usual floor is for values near 1."""
+
+
+@dataclass
+class Truth:
+    """One run of the reference: what every module returned, and every gradient.
+
+    Attributes:
+        modules: by name and number of the call.
+        gradients: by leaf.
+        outputs: of the whole.
+        continuation: what decoding gave.
+    """
+
+    modules: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+    continuation: decoding.Continuation | None = None
+
+
+def agree(
+    subject: Subject,
+    targets: Sequence[str],
+    *,
+    backward: bool = True,
+    decode: int = 4,
+    seed: int = 0,
+) -> Agreement:
+    """Runs a subject on each target and says where results part.
+
+    Args:
+        subject: a model or function and its inputs.
+        targets: `backend:mode`, or a machine: `h200:sim`, `trn2:sim`, `cpu`.
+        backward: gradients as well, of a random direction of the outputs.
+        decode: tokens to decode; 0: none.
+        seed: of that direction, and of whatever the model draws.
+
+    Raises:
+        UnknownBackend, BackendUnavailable: of the targets.
+        NsaError: the subject cannot be run in float64 on the reference, which is the truth.
+    """
+    chosen = [REGISTRY.target(name) for name in targets]
+    for target in chosen:
+        REGISTRY.usable(target)
+    plan = _Plan(subject, backward, decode, seed, [])
+    exact, plain = plan.truth(torch.float64), plan.truth(None)
+    runs = [plan.run(target, exact, plain) for target in chosen]
+    finals = plan.finals
+    for one in runs:
+        for other in runs:
+            if one is not other and one.target in finals and other.target in finals:
+                one.between[other.target] = _apart(finals[one.target], finals[other.target])
+    return Agreement(subject.name, subject.describe(), runs, plan.notes)
+
+
+@dataclass
+class _Plan:
+    subject: Subject
+    backward: bool
+    decode: int
+    seed: int
+    notes: list[str]
+    finals: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.decode and self.subject.prompt is None:
+            self.notes.append(
+                "nothing was decoded: the only positional input is not token ids [B, S]"
+            )
+            self.decode = 0
+
+    def truth(self, dtype: torch.dtype | None) -> Truth:
+        """A run of the reference, in float64 or in the subject's own dtype."""
+        made, recorder = Truth(), Recorder()
+        subject = self.subject.placed("cpu", dtype)
+
+        def visit(name: str, count: int, outputs: list[Tensor]) -> None:
+            made.modules[name, count] = [x.detach().clone() for x in outputs]
+
+        try:
+            with use_backend("reference"):
+                with watched(subject.modules, recorder, visit):
+                    made.outputs = self._forward(subject)
+                made.gradients = self._gradients(subject, made.outputs)
+                made.outputs = [x.detach() for x in made.outputs]
+                made.continuation = self._continue(subject)
+        except NsaError:
+            raise
+        except Exception as error:
+            kind = "float64" if dtype else "its own dtype"
+            raise NsaError(
+                f"{self.subject.name} cannot be run in {kind} on the reference: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return made
+
+    def run(self, target: Target, exact: Truth, plain: Truth) -> Run:
+        """One target's run; an error ends its phase and is part of the result."""
+        run, recorder = Run(str(target)), Recorder()
+        subject = self.subject.placed(find_targets([str(target)])[0].device)
+
+        def visit(name: str, count: int, outputs: list[Tensor]) -> None:
+            calls = len(recorder.calls)
+            truth = (exact.modules.get((name, count)), plain.modules.get((name, count)))
+            run.points.append(_point(recorder.phase, name, count, outputs, *truth, calls))
+
+        with judged(target, recorder):
+            with _phase(run, recorder, FORWARD):
+                with watched(subject.modules, recorder, visit):
+                    outputs = self._forward(subject)
+                if not subject.modules:
+                    truth = (exact.outputs, plain.outputs)
+                    run.points.append(_point(FORWARD, "", 0, outputs, *truth, len(recorder.calls)))
+                self.finals[run.target] = [x.detach().cpu() for x in outputs]
+                with _phase(run, recorder, BACKWARD):
+                    found = self._gradients(subject, outputs)
+                    depth = len(recorder.calls)
+                    for name, mine in found.items():
+                        truths = [exact.gradients[name]], [plain.gradients[name]]
+                        run.points.append(
+                            _point(BACKWARD, name, 0, [mine], *truths, depth, GRADIENT_FLOOR)
+                        )
+            with _phase(run, recorder, DECODE), watched(subject.modules, recorder, _nothing):
+                written = self._continue(subject)
+                if written and exact.continuation and plain.continuation:
+                    run.decoded = self.decode
+                    wanted, eager = exact.continuation, plain.continuation
+                    run.tokens = decoding.differences(written, wanted, eager)
+        run.calls = recorder.calls
+        return run
+
+    def _forward(self, subject: Subject) -> list[Tensor]:
+        torch.manual_seed(self.seed)
+        with torch.set_grad_enabled(self.backward):
+            return [x for x in tensors(subject()) if x.is_floating_point()]
+
+    def _gradients(self, subject: Subject, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Of every leaf, for one random direction of every output."""
+        if not self.backward:
+            return {}
+        gen = torch.Generator().manual_seed(self.seed)
+        asked = [x for x in outputs if x.requires_grad]
+        directions = [torch.randn(x.shape, generator=gen).to(x) for x in asked]
+        leaves = subject.leaves
+        grads = torch.autograd.grad(asked, [*leaves.values()], directions, allow_unused=True)
+        found = zip(leaves, grads, strict=True)
+        return {name: grad.detach().cpu() for name, grad in found if grad is not None}
+
+    def _continue(self, subject: Subject) -> decoding.Continuation | None:
+        if not self.decode or subject.prompt is None:
+            return None
+        with torch.no_grad():
+            return decoding.greedy(subject, self.decode)
+
+
+@contextmanager
+def _phase(run: Run, recorder: Recorder, name: str) -> Iterator[None]:
+    """A phase of a run; what it raises ends it, and is said once."""
+    recorder.phase = name
+    recorder.modules.clear()
+    try:
+        yield
+    except Exception as error:
+        if not run.failure:
+            said = error.op if isinstance(error, NoLowering) else str(error).partition("\n")[0]
+            run.failure = f"{name} ended with {type(error).__name__}: {said}"
+
+
+def _nothing(name: str, count: int, outputs: list[Tensor]) -> None:
+    """Modules are not compared while decoding: continuations may differ."""
+
+
+def _point(
+    phase: str,
+    name: str,
+    visit: int,
+    got: Sequence[Tensor],
+    exact: Sequence[Tensor] | None,
+    plain: Sequence[Tensor] | None,
+    calls: int,
+    floor: float = Budget.floor,
+) -> Point:
+    """The worst of some tensors against the truth.
+
+    Args:
+        calls: nsa calls before; each may have added one rounding of its result.
+    """
+    if exact is None or plain is None or len(got) != len(exact):
+        return Point(phase, name, visit, False, 0.0, 0.0, "the reference's run has no such output")
+    compare = Budget(floor=floor, roundings=1 + calls)
+    worst = Point(phase, name, visit, True, 0.0, 0.0)
+    share = -1.0
+    for mine, oracle, eager in zip(got, exact, plain, strict=True):
+        diff = compare(mine, oracle, eager, {})
+        if not diff.ok:
+            return Point(phase, name, visit, False, diff.error, diff.budget, diff.detail)
+        used = diff.error / diff.budget if diff.budget else 0.0
+        if used > share:
+            share, worst = used, Point(phase, name, visit, True, diff.error, diff.budget)
+    return worst
+
+
+def _apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Largest difference of two runs' final outputs."""
+    pairs = zip(one, other, strict=True)
+    apart = [float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()]
+    return max(apart, default=0.0)

@@ -1,0 +1,56 @@
+"""Run your model or function on several targets and say where their results part.
+
+FILE.py::make is a function without arguments that returns (model, inputs): an nn.Module or a
+function, and a tensor, a tuple of positional or a dictionary of keyword inputs. If the file also
+defines decode(model, tokens, steps) -> (tokens [B, steps], logits [B, steps, V]), decoding uses it.
+
+Every call of an nsa op is judged against the float64 reference on the inputs that it got; every
+module's output and every gradient is compared with a float64 run of the whole.
+
+Exit code: 0 every target agrees, 1 some target parts, 2 it could not be carried out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nsa_neuron import agree
+from nsa_neuron.agree import html, text
+from nsa_neuron.cli import FAILED, shared
+
+if TYPE_CHECKING:
+    import argparse
+
+DECODED = 4
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="FILE.py::make")
+    parser.add_argument(
+        "--targets", required=True, metavar="NAME[:MODE],...", help="e.g. trn2:sim,h200:sim,cpu"
+    )
+    parser.add_argument("--no-backward", action="store_true", help="forward only")
+    parser.add_argument(
+        "--decode", type=int, default=DECODED, metavar="N", help=f"tokens (default {DECODED})"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
+    shared.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    found = agree.agree(
+        agree.load(args.subject),
+        args.targets.split(","),
+        backward=not args.no_backward,
+        decode=args.decode,
+        seed=args.seed,
+    )
+    if args.html:
+        args.html.write_text(html.page(found))
+    if args.json:
+        shared.print_json(found.to_dict())
+    else:
+        print(text.to_text(found))
+    return 0 if found.ok else FAILED

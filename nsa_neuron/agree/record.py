@@ -53,7 +53,7 @@ class Recorder:
         return self.module
 
     def guessed_maker(self, op: str) -> str:
-        """The module of a call that was refused: of a backward op, whose forward op's turn it is."""
+        """The module of a refused call; of a backward op, that whose forward op's turn it is."""
         if not op.endswith("_backward"):
             return self.module
         calls = [call for call in self.calls if _family(call.op) == _family(op)]

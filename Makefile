@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt tools/install.sh
 install: $(STAMP) ## virtual environment with everything (torch: a CPU build)
 
 .PHONY: demo
-demo: $(STAMP) ## the main job: NSA on a real text, and what runs on this machine
-	$(BIN)/nsa demo
+demo: $(STAMP) ## the main job: NSA on a real text (ARGS='--target trn2 --mode sim')
+	$(BIN)/nsa demo $(ARGS)
 
 .PHONY: test
 test: $(STAMP) ## the whole test suite

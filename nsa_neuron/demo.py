@@ -23,22 +23,55 @@ import nsa_neuron
 from nsa_neuron import conformance
 from nsa_neuron.conformance import text
 from nsa_neuron.nn import ByteLanguageModel, NsaConfig, capture, stream
+from nsa_neuron.records import recording
+from nsa_neuron.simulator import cost
 
 CONFIG = NsaConfig(dim=128, heads=4, kv_heads=1, dk=32, dv=32)
 LAYERS = 2
 SEED = 0
 PROMPT = 8192  # tokens of prefill
+SIMULATED_PROMPT = 1024  # where kernels are simulated or interpreted
 DECODE = 64  # tokens decoded
+BAND = ("low", "central", "high")
 WARM_UP = 300  # tokens that compile the graphs; sizes are dynamic, so 8K reuses them
 
 
 @dataclass
 class Timings:
-    """Seconds, measured on this machine."""
+    """Seconds, measured on this machine, and kernels that the prefill started on a simulator."""
 
     compile: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
+    launches: int = 0
+
+
+@dataclass
+class Modelled:
+    """What the nsa ops of one stage would take on simulated cores; no measurement.
+
+    Attributes:
+        launches: kernels started.
+        low, central, high: their modelled times, one after the other, in microseconds.
+    """
+
+    launches: int
+    low: float
+    central: float
+    high: float
+
+    @classmethod
+    def of(cls, records: Sequence[Any]) -> Modelled:
+        """The sum over the records of simulated launches."""
+        bands = [cost.estimate(record).band for record in records]
+        times = (sum(getattr(band, end) for band in bands) / 1e3 for end in BAND)
+        return cls(len(records), *times)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.central:,.0f} us ({self.low:,.0f} to {self.high:,.0f}) in {self.launches} "
+            "kernel launches"
+        )
 
 
 @dataclass
@@ -68,6 +101,7 @@ class DemoResult:
     written: str
     selected: list[Selected]
     lowerings: dict[str, Any] = field(default_factory=dict)
+    modelled: dict[str, Modelled] = field(default_factory=dict)
 
     @property
     def prefill_rate(self) -> float:
@@ -89,6 +123,7 @@ class DemoResult:
             "written": self.written,
             "selected": [vars(block) for block in self.selected],
             "lowerings": self.lowerings,
+            "modelled": {stage: vars(time) for stage, time in self.modelled.items()},
         }
 
 
@@ -117,7 +152,8 @@ def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResu
     with torch.no_grad():
         write(model, compiled, prompt_text[:WARM_UP], 4, warm_up)
         timings.compile = warm_up.prefill + warm_up.decode
-        written = write(model, compiled, prompt_text, DECODE, timings)
+        with recording() as records:
+            written = write(model, compiled, prompt_text, DECODE, timings, records)
         selected = selected_blocks(model, prompt_text + written)
     return DemoResult(
         document=f"pydoc_data.topics, bytes 0..{prompt - 1} of {len(whole):,}",
@@ -126,11 +162,23 @@ def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResu
         written=printable(written),
         selected=selected,
         lowerings=nsa_neuron.explain(compiled).to_json(),
+        modelled=modelled_stages(records, timings.launches),
     )
 
 
+def modelled_stages(records: Sequence[Any], prefill: int) -> dict[str, Modelled]:
+    """Modelled time of prefill, whose launches are the first `prefill`, and of all decoding."""
+    stages = {"prefill": records[:prefill], "decode": records[prefill:]}
+    return {stage: Modelled.of(launches) for stage, launches in stages.items() if launches}
+
+
 def write(
-    model: ByteLanguageModel, compiled: Any, prompt_text: bytes, count: int, timings: Timings
+    model: ByteLanguageModel,
+    compiled: Any,
+    prompt_text: bytes,
+    count: int,
+    timings: Timings,
+    records: Sequence[Any] = (),
 ) -> bytes:
     """Greedy decoding through the cache.
 
@@ -139,12 +187,14 @@ def write(
         compiled: the same model, compiled.
         prompt_text: what is continued.
         count: bytes to write.
-        timings: receives the seconds of prefill and decode.
+        timings: receives the seconds of prefill and decode, and the launches of prefill.
+        records: of simulated launches, growing.
     """
     started = time.perf_counter()
     new = stream(model, [prompt_text], count, forward=compiled, chunk=len(prompt_text))
     written = [next(new)]
     read = time.perf_counter()
+    timings.launches = len(records)
     written += new
     timings.prefill = read - started
     timings.decode = time.perf_counter() - read
@@ -196,6 +246,8 @@ def report(result: DemoResult) -> str:
         f"decode     {DECODE} tokens in {t.decode:.2f} s = {result.decode_rate:,.1f} tokens/s",
         f"wrote      {result.written!r}  (untrained: it means nothing)",
     ]
+    for stage, model in result.modelled.items():
+        lines.append(f"modelled   nsa ops of {stage}, one simulated NeuronCore: {model}")
     return "\n".join(lines)
 
 
@@ -219,13 +271,16 @@ def main(argv: Sequence[str] = ()) -> int:
     """
     parser = argparse.ArgumentParser(prog="nsa demo", description=main.__doc__)
     parser.add_argument("--json", action="store_true", help="machine-readable output")
-    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of prefill")
+    parser.add_argument(
+        "--prompt", type=int, help=f"tokens of prefill ({PROMPT}; simulated {SIMULATED_PROMPT})"
+    )
     parser.add_argument("--target", help="trn2, h200, cpu (default: by the tensors' device)")
     parser.add_argument("--mode", help="hw, sim, eager")
     given = parser.parse_args(list(argv))
     options = {k: v for k, v in (("target", given.target), ("mode", given.mode)) if v is not None}
     _say("compiling the model, reading and decoding (about a minute) ...")
-    result = run(given.prompt, options or None)
+    usual = SIMULATED_PROMPT if given.mode == "sim" else PROMPT
+    result = run(given.prompt or usual, options or None)
     _say("trying every backend on the smoke cases (about half a minute) ...")
     matrix = conformance.run(tags=("smoke",))
     if given.json:

@@ -17,7 +17,7 @@ PACKAGE = "nsa_neuron"
 # arrows inside a row ("ops -> cases, numerics -> spec") as rows of their own.
 LAYERS = (
     {"errors", "_when_imported"},
-    {"toolchain", "environment", "terminal"},
+    {"toolchain", "environment", "records", "terminal"},
     {"cases", "numerics"},
     {"spec"},
     {"registry"},

@@ -7,6 +7,7 @@ import torch
 
 from nsa_neuron.backends.neuron import run
 from nsa_neuron.backends.neuron.launch import gated_sum as launch
+from nsa_neuron.records import recording
 
 pytestmark = pytest.mark.sim
 
@@ -31,10 +32,10 @@ def test_any_number_of_rows_on_one_and_two_cores(rows):
     results = []
     for lnc in (1, 2):
         kernels = run.simulated("gated_sum", lnc)
-        with run.recording() as records:
+        with recording() as launches:
             got = launch.forward(kernels, PLAN, *given)
             grads = launch.backward(kernels, PLAN, grad_o, *given)
-        assert [len(record.cores) for record in records] == [lnc, lnc]
+        assert [len(each.cores) for each in launches] == [lnc, lnc]
         results.append((got, *grads))
         for mine, reference in zip(results[-1], want, strict=True):
             torch.testing.assert_close(mine.double(), reference, rtol=0, atol=3e-5)

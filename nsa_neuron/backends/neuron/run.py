@@ -7,14 +7,12 @@ Every launch of the simulator is strict: nothing is relaxed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nsa_neuron import simulator
+from nsa_neuron import records, simulator
 from nsa_neuron.backends.neuron import hardware
 from nsa_neuron.toolchain import DISTRIBUTION, KernelPackage
 
@@ -25,8 +23,6 @@ PACKAGE = "nki_kernels"
 
 Start = Callable[..., Any]
 """(kernel, arguments, constants) -> what the kernel returns."""
-
-_records: ContextVar[list[simulator.Run] | None] = ContextVar("neuron_records", default=None)
 
 
 class Kernels:
@@ -58,9 +54,7 @@ def simulated(stem: str, lnc: int = 1) -> Kernels:
     def start(kernel: Any, tensors: tuple[Any, ...], constants: dict[str, Any]) -> Any:
         launch = simulator.simulate(kernel[lnc], data=True, relax=())
         results = launch(*tensors, **constants)
-        records = _records.get()
-        if records is not None:
-            records.extend(launch.runs)
+        records.note(launch.runs)
         return results
 
     return Kernels(_package().load(stem), start)
@@ -74,17 +68,6 @@ def on_hardware(stem: str, lnc: int) -> Kernels:
         return hardware.start(kernel, lnc, tensors, constants)
 
     return Kernels(_vendor_package().load(stem), start)
-
-
-@contextmanager
-def recording() -> Iterator[list[simulator.Run]]:
-    """Collects the record of every simulated launch inside, in order."""
-    records: list[simulator.Run] = []
-    token = _records.set(records)
-    try:
-        yield records
-    finally:
-        _records.reset(token)
 
 
 @functools.cache

@@ -31,19 +31,24 @@ def input_gradient(
     starts, length = covering(chunks, PARTITIONS)
     features = spans(width, PARTITIONS)
     resident = len(features) * block * dim * size <= weight_bytes
+    row_bytes = len(features) * dim * size  # of the weight, for one token
     group = max(1, min(stride, out_bytes // (dim * size)))
+    shifts = [(0, ahead)]
     if not resident:
-        group = max(1, min(group, weight_bytes // (len(features) * ahead * dim * size)))
+        group = max(1, min(group, weight_bytes // (ahead * row_bytes)))
+        shifts = spans(ahead, max(1, weight_bytes // row_bytes))
+    if len(shifts) > 1:
+        group = 1
     state = {"head": -1, "w": None}
 
-    def load_weight(head, places):
-        """w's columns of the tokens a * stride + s, s in places: [Fc, ahead, places, D] each."""
-        first, many = places
+    def load_weight(head, some, places):
+        """w's columns of the tokens a * stride + s, a in some, s in places: [Fc, a, s, D] each."""
         view = of_head(w, head, 2).reshape((width, ahead, stride, dim))
         tiles = []
         for start, count in features:
-            tile = nl.ndarray((count, ahead, many, dim), dtype=w.dtype, buffer=nl.sbuf)
-            nisa.dma_copy(tile, view[start : start + count, :, first : first + many, :])
+            tile = nl.ndarray((count, some[1], places[1], dim), dtype=w.dtype, buffer=nl.sbuf)
+            part = view[start : start + count, some[0] : some[0] + some[1], :, :]
+            nisa.dma_copy(tile, part[:, :, places[0] : places[0] + places[1], :])
             tiles.append(tile)
         return tiles
 
@@ -52,25 +57,31 @@ def input_gradient(
         lane, tile = divmod(item, len(starts))
         head, b = divmod(lane, batch)
         if resident and (state["head"] < 0 or (head != state["head"] and len(w.shape) == 3)):
-            state["head"], state["w"] = head, load_weight(head, (0, stride))
+            state["head"], state["w"] = head, load_weight(head, (0, ahead), (0, stride))
         chunk = starts[tile]
         turned = turned_gradient(grad_y, b, head, chunk - ahead + 1, length + ahead - 1)
         for places in spans(stride, group):
-            weight = state["w"] if resident else load_weight(head, places)
-            base = places[0] if resident else 0
             out = nl.ndarray((length, places[1], dim), dtype=dx.dtype, buffer=nl.sbuf)
+            base = places[0] if resident else 0
+            totals = []
             for s in range(places[1]):
-                sums = nl.ndarray((length, dim), dtype=nl.float32, buffer=nl.psum)
-                for a in range(ahead):
-                    for f in range(len(features)):
-                        at = ahead - 1 - a
-                        nisa.nc_matmul(
-                            sums,
-                            turned[f][:, at : at + length],
-                            weight[f][:, a, base + s, :],
-                            accumulate=a + f > 0,
-                        )
-                nisa.tensor_copy(out[:, s, :], sums)
+                totals.append(None)
+            for some in shifts:
+                weight = state["w"] if resident else load_weight(head, some, places)
+                for s in range(places[1]):
+                    if some[0] == 0:
+                        totals[s] = nl.ndarray((length, dim), dtype=nl.float32, buffer=nl.psum)
+                    for a in range(some[1]):
+                        at = ahead - 1 - some[0] - a
+                        for f in range(len(features)):
+                            nisa.nc_matmul(
+                                totals[s],
+                                turned[f][:, at : at + length],
+                                weight[f][:, a, base + s, :],
+                                accumulate=some[0] + a + f > 0,
+                            )
+                    if some[0] + some[1] == ahead:
+                        nisa.tensor_copy(out[:, s, :], totals[s])
             store_chunks(dx[b, :, head, :], out, chunk, places, stride)
     return dx
 

@@ -36,7 +36,7 @@ def load_weight(w, block, dim, rows, columns):
     return tiles
 
 
-def offset_rows(bias, pe, weight_of, block, columns):
+def offset_rows(bias, pe, weight_of, block, pieces, columns):
     """What bias and position encoding add to every row: float32 [128, columns], or None.
 
     The encoding of token r meets the weight's rows of token r with one column of it repeated as
@@ -56,7 +56,8 @@ def offset_rows(bias, pe, weight_of, block, columns):
         opened = True
     if pe is not None:
         turned = load_transposed(pe, block)  # [Dc, block, 1] each
-        for rows, weight in weight_of(columns):
+        for rows in pieces:
+            weight = weight_of(rows, columns)
             for r in range(rows[1]):
                 for channel in range(len(turned)):
                     column = turned[channel][:, rows[0] + r, :].broadcast(1, PARTITIONS)
@@ -89,26 +90,24 @@ def products(x, w, bias, pe, block, stride, tile_bytes, weight_bytes, finish):
     resident = len(pieces) == 1 and len(columns) == 1
     per_head = {"head": -1, "kept": None, "offsets": []}
 
-    def weight_of(part):
-        """(rows, tiles) of the weight's pieces, read as they are needed."""
+    def weight_of(rows, part):
+        """Rows of the head's weight, read as they are needed or kept."""
         if per_head["kept"] is not None:
             return per_head["kept"]
-        found = []
-        for rows in pieces:
-            found.append((rows, load_weight(per_head["w"], block, dim, rows, part)))
-        return found
+        return load_weight(per_head["w"], block, dim, rows, part)
 
     def enter(head):
         """Weight and offsets of a head."""
         per_head["head"], per_head["kept"] = head, None
         per_head["w"] = of_head(w, head, 2)
         if resident:
-            per_head["kept"] = weight_of(columns[0])
+            per_head["kept"] = weight_of(pieces[0], columns[0])
         per_head["offsets"] = []
         row = None if bias is None else of_head(bias, head, 1)
         encoding = None if pe is None else of_head(pe, head, 2)
         for part in columns:
-            per_head["offsets"].append(offset_rows(row, encoding, weight_of, block, part))
+            offset = offset_rows(row, encoding, weight_of, block, pieces, part)
+            per_head["offsets"].append(offset)
 
     shared = len(w.shape) == 2 and (bias is None or len(bias.shape) == 1)
     shared = shared and (pe is None or len(pe.shape) == 2)
@@ -127,7 +126,8 @@ def products(x, w, bias, pe, block, stride, tile_bytes, weight_bytes, finish):
             for place, many in spans(length, PARTITIONS):
                 sums = nl.ndarray((many, part[1]), dtype=nl.float32, buffer=nl.psum)
                 subtiles.append((place, many, sums))
-            for piece, weight in weight_of(part):
+            for piece in pieces:
+                weight = weight_of(piece, part)
                 for r in range(piece[0], piece[0] + piece[1]):
                     shift, place_in_chunk = divmod(r, stride)
                     for channel in range(parts):

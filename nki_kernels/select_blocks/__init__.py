@@ -32,13 +32,13 @@ sequence, where 4096 keys are seen (low / central / high of the cycle model):
 
 | | time | PE | ScalarE | VectorE |
 |---|---|---|---|---|
-| one program per tile | 826 / 972 / 1485 | 652 | 573 | 797 |
-| hardware loops | 1070 / 1406 / 2200 | 686 | 569 | 900 |
+| one program per tile | 826 / 972 / 1481 | 658 | 575 | 796 |
+| hardware loops | 1068 / 1406 / 2195 | 687 | 568 | 898 |
 
 Bound by VectorE: the sum over heads takes 0.6 us per 128 keys and 512 columns; logits take 0.45 us
 of PE, exp 0.48. A turn of a hardware loop costs about 14 us more, as turns do not overlap; it is
 used where unrolled programs would pass about a million instructions. Looped, a kv head's program
-has about 1,500 instructions whatever the length.
+has fewer than 2,500 instructions whatever the length.
 
 Weighed:
 - Scores from the bfloat16 P of compressed attention (the prototype `fused2`) cost nothing but

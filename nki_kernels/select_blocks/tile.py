@@ -185,8 +185,7 @@ def mark(scores, names, sums, marks, initial, edge):
         source = scores
     if initial:
         nisa.scalar_tensor_tensor(scores, names, nl.less, marks[:, 3:4], nl.maximum, source)
-        source = scores
-    if source is sums:
+    if not edge and not initial:
         nisa.tensor_copy(scores, sums, engine=nisa.engine.vector)
 
 

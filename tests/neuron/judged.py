@@ -13,7 +13,7 @@ from torch import Tensor
 from nsa_neuron import cases
 from nsa_neuron.backends.neuron import BACKEND, LNC
 from nsa_neuron.ops import get
-from nsa_neuron.registry import Supported
+from nsa_neuron.registry import Supported, Unsupported
 
 
 @contextlib.contextmanager
@@ -66,3 +66,10 @@ def judge(op: str, values: Mapping[str, Any], dtype: torch.dtype) -> None:
     for other in runs[1:]:
         for item, a, b in zip(spec.returns, runs[0], other, strict=True):
             assert torch.equal(a, b), f"{item.name}: other bits"
+
+
+def refused(op: str, values: Mapping[str, Any]) -> str:
+    """The rule by which `neuron:sim` refuses a legal call."""
+    verdict = BACKEND.supports(get(op).bind(complete(op, values, torch.float32)), "sim")
+    assert isinstance(verdict, Unsupported), verdict
+    return verdict.rule

@@ -102,6 +102,27 @@ def test_paper_sizes():
     check(problem("mlp", 180, 32, 16, dim=192, hidden=192), torch.bfloat16)
 
 
+def test_weights_of_many_shifts_stream_too():
+    """More shifts than the weights of one token's places may take: they come in parts."""
+    values = judged.complete("compress_backward", problem("linear", 70, 32, 2), torch.float32)
+    small = {**plans.load("compress"), "input_gradient": {"out_bytes": 64, "weight_bytes": 256}}
+    kernels = run.simulated("compress")
+    whole, parts = (launch.backward(kernels, p, **values) for p in (plans.load("compress"), small))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_what_does_not_fit_is_refused_by_rule():
+    x = torch.zeros(1, 1, 1, 1)
+    large = {"x": x, "method": "mean", "block": 8193, "stride": 8193}
+    assert judged.refused("compress", large) == "block"
+    mlp = {
+        "w1": torch.zeros(1, 8193), "b1": torch.zeros(8193), "w2": torch.zeros(8193, 1),
+        "b2": torch.zeros(1),
+    }  # fmt: skip
+    wide = {"x": x, "method": "mlp", "block": 1, "stride": 1, **mlp}
+    assert judged.refused("compress", wide) == "hidden"
+
+
 @st.composite
 def problems(draw: Any) -> dict[str, Any]:
     stride = draw(st.integers(1, 20))

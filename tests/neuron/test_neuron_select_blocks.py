@@ -129,6 +129,10 @@ def test_hardware_loops_over_packed_sequences():
     with_plan(values, torch.bfloat16, unrolled_key_tiles=0, looped_piece=2)
 
 
+def test_what_does_not_fit_is_refused_by_rule():
+    assert judged.refused("select_blocks", problem([(1, 16)], (513, 1))) == "group"
+
+
 @st.composite
 def problems(draw: Any) -> dict[str, Any]:
     stride = draw(st.integers(1, 6))

@@ -14,6 +14,13 @@ PARTITIONS = 128
 EXACT = 2**24
 """float32 counts so far without gaps; VectorE computes integers in float32."""
 
+COMPRESSED_AT_ONCE = 8192
+"""Tokens of a compression block, and features of its hidden layer, of which all channels fit into
+SBUF together with the weights of one token (256 channels, float32)."""
+
+MOST_SCORED = 512
+"""Heads of a group whose transposes for 32 queries fit into SBUF (256 channels, float32)."""
+
 MOST_RANKED = 16_384
 """Elements of VectorE's search for the eight largest (trainium2.md, part 3.5)."""
 
@@ -27,7 +34,27 @@ def refusal(bound: Bound) -> Unsupported | None:
     if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
         reason = f"scale = {scale}; kernels hide a key by a large negative logit before scaling"
         return Unsupported("scale", reason)
-    return _decode_refusal(bound) if bound.spec.name == "decode" else None
+    stem = bound.spec.name.removesuffix("_backward")
+    return _REFUSALS[stem](bound) if stem in _REFUSALS else None
+
+
+def _compress_refusal(bound: Bound) -> Unsupported | None:
+    for symbol, what in (("l", "block"), ("F", "hidden")):
+        size = bound.sizes.get(symbol, 0)
+        if size > COMPRESSED_AT_ONCE:
+            reason = f"{symbol} = {size} > {COMPRESSED_AT_ONCE}, what SBUF holds of a block"
+            return Unsupported(what, reason)
+    return None
+
+
+def _select_refusal(bound: Bound) -> Unsupported | None:
+    if bound.group > MOST_SCORED:
+        reason = f"Hq / Hkv = {bound.group} > {MOST_SCORED}, what SBUF holds of 32 queries"
+        return Unsupported("group", reason)
+    keys = bound["T"] // bound["d"] + bound["m"] // bound["d"]
+    if keys >= EXACT:
+        return Unsupported("length", f"{keys} compressed keys >= {EXACT}, exact in float32")
+    return None
 
 
 def _decode_refusal(bound: Bound) -> Unsupported | None:
@@ -48,3 +75,10 @@ def _decode_refusal(bound: Bound) -> Unsupported | None:
     if tokens >= EXACT:
         return Unsupported("pool", f"a pool of {tokens} tokens >= {EXACT}, exact in float32")
     return None
+
+
+_REFUSALS = {
+    "compress": _compress_refusal,
+    "decode": _decode_refusal,
+    "select_blocks": _select_refusal,
+}

@@ -63,9 +63,7 @@ def input_gradient(
         for places in spans(stride, group):
             out = nl.ndarray((length, places[1], dim), dtype=dx.dtype, buffer=nl.sbuf)
             base = places[0] if resident else 0
-            totals = []
-            for s in range(places[1]):
-                totals.append(None)
+            totals = [None] * places[1]
             for some in shifts:
                 weight = state["w"] if resident else load_weight(head, some, places)
                 for s in range(places[1]):

@@ -1,8 +1,9 @@
-"""Imports go downward only, without cycles; kernels know nothing of the project."""
+"""Imports go downward only, by the tables of docs/design.md; kernels know nothing of the project."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -13,45 +14,22 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = "nsa_neuron"
 
-# A module may import modules of a lower row, and of its own package. Rows of `house.md`, with the
-# arrows inside a row ("ops -> cases, numerics -> spec") as rows of their own.
-LAYERS = (
-    {"errors", "_when_imported"},
-    {"toolchain", "environment", "records", "terminal"},
-    {"cases", "numerics"},
-    {"spec"},
-    {"registry"},
-    {"ops"},
-    {"backends"},
-    {"autograd", "vmap"},
-    {"library"},
-    {"functional"},
-    {"compile", "compile_check", "conformance", "bench", "known_gaps"},
-    {"agree"},
-    {"nn", "integrations"},
-    {"training"},
-    {"demo"},
-    {"cli"},
-)
+
+def table(title: str) -> tuple[set[str], ...]:
+    """Rows of a table in docs/design.md, bottom first: the names in its first column."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    rows = page.split(f"<!-- {title}: top first -->\n")[1].split("<!-- end -->")[0].splitlines()[2:]
+    return tuple({*re.findall(r"`(\w+)`", row.split("|")[1])} for row in reversed(rows))
+
+
+LAYERS = table("layers")
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PUBLIC_API = RANK["functional"]  # what `from nsa_neuron import attention` needs
 # The registry names backends by strings; only these may know a concrete one.
 KNOW_BACKENDS = {"backends", "compile_check", "cli"}
 KNOW_SIMULATOR = RANK["backends"]
-# Floors of the simulator, bottom up: a module may import lower floors, and its own.
-FLOORS = (
-    {"machine"},
-    {"rules", "semantics"},
-    {"memory"},
-    {"issue"},
-    {"run"},
-    {"nki"},
-    {"lint", "kernels"},
-    {"cost"},
-    {"profiler"},
-    {"command"},
-    {"", "__main__", "pytest_plugin", "site"},
-)
+FLOORS = table("floors")
+FLOORS[-1].add("")  # the package itself
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 SIMULATOR_NEEDS = {"numpy", "ml_dtypes", "typing_extensions"}  # the last for type checkers only
 # Optional exporters and plug-ins of the simulator, imported by nothing else in it.
@@ -116,6 +94,7 @@ SIMULATOR = [name for name in modules() if name.startswith(f"{PACKAGE}.simulator
 
 
 def test_every_module_has_a_layer() -> None:
+    assert len(RANK) == sum(map(len, LAYERS)) and len(LAYERS) > 10 and len(FLOORS) > 8
     assert {part(name) for name in OWN} - {""} - set(RANK) == set()
 
 

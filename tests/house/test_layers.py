@@ -1,4 +1,4 @@
-"""Imports go downward only, by the tables of docs/design.md; kernels know nothing of the project."""
+"""Imports go downward only, by the tables of docs/design.md; kernels know nothing of us."""
 
 from __future__ import annotations
 

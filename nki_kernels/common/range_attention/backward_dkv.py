@@ -174,7 +174,7 @@ def weights_and_gradients(section, tile, operands, scale):
     scores = product(q_t, section.k_t, shape)
     bias = sbuf((tile.columns, 1), nl.float32)
     nisa.tensor_scalar(bias, stat[:, 0:1], nl.multiply, -1.0)
-    if limits != None:  # noqa: E711  NKI compiles no `is`
+    if limits is not None:
         seen = sbuf(shape, nl.float32)
         nisa.range_select(
             seen,

@@ -22,6 +22,7 @@ from nsa_neuron.ops import nsa_attention as _nsa_attention
 from nsa_neuron.ops import select_blocks as _select_blocks
 from nsa_neuron.ops import selected_attention as _selected
 from nsa_neuron.ops import sliding_window_attention as _sliding
+from nsa_neuron.spec import MAX_INT
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,9 +50,14 @@ def _public(reference: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         typed = len(args) <= len(names)
         for name, x in zip(names, args, strict=False):
-            typed = typed and (isinstance(x, Tensor) or (x is None and name in optional))
+            dense = isinstance(x, Tensor) and not x.is_nested
+            typed = typed and (dense or (x is None and name in optional))
         for name, x in kwargs.items():
             right = isinstance(x, kinds.get(name, Tensor)) and not isinstance(x, bool)
+            if isinstance(x, Tensor):
+                right = right and not x.is_nested
+            elif type(x) is int:
+                right = right and x <= MAX_INT
             typed = typed and (right or (x is None and name in optional))
         missing = any(name not in kwargs for name in required[len(args) :])
         if missing or not typed:

@@ -12,12 +12,13 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library, infer_schema
 
 from nsa_neuron.autograd import register_autograd
 from nsa_neuron.errors import ContractViolation
-from nsa_neuron.ops import OPS, get
+from nsa_neuron.ops import OPS, common, get
 from nsa_neuron.registry import REGISTRY, Lowered, Target, check_environment, requested
 from nsa_neuron.spec import Bound, OpSpec, TensorArg
 from nsa_neuron.vmap import register_vmap
@@ -95,13 +96,15 @@ class Router:
         index_names = self._to_check(bound)
         if index_names:
             self.spec.check_values(bound, values)
-        selection = REGISTRY.select(bound, key[0])
-        results = selection.lowered(**values)
+        clamped = common.clamp(bound)
+        selection = REGISTRY.select(clamped, key[0])
+        lowered = selection.lowered
+        if clamped is not bound:
+            lowered = _with_clamped(lowered, bound, clamped)
+        results = lowered(**values)
         check_results(bound, results, selection.target)
         shared = all(self.spec.tensor(name).optional for name in index_names)
-        self._calls[key] = Choice(
-            REGISTRY.generation, bound, selection.lowered, index_names, shared
-        )
+        self._calls[key] = Choice(REGISTRY.generation, bound, lowered, index_names, shared)
         return results
 
     def _to_check(self, bound: Bound) -> tuple[str, ...]:
@@ -137,6 +140,24 @@ class Router:
         like = next(value for value in values.values() if isinstance(value, Tensor))
         results = [like.new_empty(shape, dtype=dtype) for _, shape, dtype in bound.returns()]
         return results[0] if len(results) == 1 else tuple(results)
+
+
+def _with_clamped(lowered: Lowered, bound: Bound, clamped: Bound) -> Lowered:
+    """Calls with clamped scalars; ids that the caller asked for beyond them are padding, -1."""
+    smaller = {k: v for k, v in clamped.scalars.items() if v != bound.scalars[k]}
+    padding = bound.sizes.get("n", 0) - clamped.sizes.get("n", 0)
+    names = [item.name for item in bound.spec.returns]
+
+    def call(**values: Any) -> Any:
+        results = lowered(**{**values, **smaller})
+        if not padding or "block_indices" not in names:
+            return results
+        if not isinstance(results, tuple):
+            return F.pad(results, (0, padding), value=-1)
+        at = names.index("block_indices")
+        return (*results[:at], F.pad(results[at], (0, padding), value=-1), *results[at + 1 :])
+
+    return call
 
 
 def check_results(bound: Bound, results: Any, target: Target) -> None:

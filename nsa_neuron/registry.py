@@ -304,6 +304,10 @@ def check_environment() -> None:
 def use_backend(name: str, mode: str | None = None) -> Iterator[Target]:
     """Runs every nsa op inside on one backend; a call that it refuses raises.
 
+    It holds in the current thread or asyncio task, and in backward passes of what was called in it.
+    A thread that starts inside begins without it, as with every `contextvars` variable; start it
+    with `contextvars.copy_context().run` to carry it over. `NSA_BACKEND` holds everywhere.
+
     Args:
         name: `"cpu"`, `"reference"`, `"cuda"`, `"neuron"`, a third party's, or a machine
             (`"h200"`, `"trn2"`); or `"name:mode"`.

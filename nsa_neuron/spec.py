@@ -241,6 +241,32 @@ class OpSpec:
         Raises:
             InvalidArgument, InvalidType: naming the argument, what it is, what it must be.
         """
+        try:
+            return self._bind(values)
+        except InvalidArgument as error:
+            if not self._transposed(values):
+                raise
+            hint = (
+                f"{error.expected}. The tensors look like [B, H, S, D], as "
+                "scaled_dot_product_attention takes them; nsa ops take [B, S, H, D]: "
+                "x.transpose(1, 2)"
+            )
+            raise type(error)(self.name, error.argument, error.found, hint) from None
+
+    def _transposed(self, values: Mapping[str, Any]) -> bool:
+        """Whether q and its keys make sense with heads and tokens exchanged."""
+        keys = (arg.name for arg in self.tensors if arg.dims == "B T Hkv Dk")
+        q, k = values.get("q"), values.get(next(keys, ""))
+        if not (isinstance(q, Tensor) and isinstance(k, Tensor)) or q.is_nested or k.is_nested:
+            return False
+        if not q.dim() == k.dim() == 4:
+            return False
+        _, heads, tokens, _ = q.shape
+        _, kv_heads, kv_tokens, _ = k.shape
+        fits = kv_heads > 0 and heads % kv_heads == 0 and kv_tokens >= tokens
+        return bool(fits and heads < tokens)
+
+    def _bind(self, values: Mapping[str, Any]) -> Bound:
         sizes: dict[str, Size] = {}
         given = {arg.name: self._tensor(arg, values[arg.name]) for arg in self.tensors}
         present = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -263,6 +289,9 @@ class OpSpec:
             return None
         if not isinstance(value, Tensor):
             raise InvalidType(self.name, arg.name, type(value).__name__, "a torch.Tensor")
+        if value.is_nested:
+            expected = "a dense tensor; pack sequences back to back and give cu_seqlens instead"
+            raise InvalidType(self.name, arg.name, "a nested tensor", expected)
         if value.layout != torch.strided:
             raise InvalidType(self.name, arg.name, str(value.layout), "a dense (strided) tensor")
         ranks = [len(form) for form in arg.forms]
@@ -280,7 +309,7 @@ class OpSpec:
             raise InvalidType(self.name, arg.name, found, f"of type {arg.kind}")
         if arg.minimum is not None and value < arg.minimum:
             raise self.refuse(arg.name, value, f"at least {arg.minimum}")
-        if arg.kind == "int" and value > MAX_INT:
+        if type(value) is int and value > MAX_INT:  # a SymInt would be guarded
             raise self.refuse(arg.name, value, f"at most {MAX_INT}")
         if arg.choices and value not in arg.choices:
             raise self.refuse(arg.name, repr(value), f"one of {', '.join(arg.choices)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ SELECTION = (
 )
 WINDOW = ScalarArg("window", symbol="w", minimum=1)
 KV_LEN = ScalarArg("kv_len", symbol="T", minimum=1)
+USUAL_TOKENS, USUAL_IDS = 1024, 64  # scalars up to these are never changed, see `clamp`
 O_LSE = (Return("o", "B S Hq Dv"), Return("lse", "B S Hq", "stat"))
 
 
@@ -94,6 +95,39 @@ def compressed_slices(segs: list[Segment], block: int, stride: int) -> list[slic
         slices.append(slice(start, start + count))
         start += count
     return slices
+
+
+def clamp(bound: Bound) -> Bound:
+    """The same call with very large scalars no larger than its tokens can tell apart.
+
+    A window of more than T tokens is one of T, a selection block of more than T tokens holds them
+    all, and more ids than there are blocks are padding. Backends get the smaller numbers, so that
+    none of them allocates, or counts in 32 bits, what no call needs. Usual sizes stay, and the rest
+    becomes powers of two, because kernels are compiled for each. Sizes must be ints.
+    """
+    sizes, scalars = dict(bound.sizes), dict(bound.scalars)
+    tokens = sizes.get("T") or sizes.get("most_slc", 0) * sizes.get("page_slc", 0)
+    if not tokens:
+        return bound
+    if "m" in sizes:
+        step = sizes.get("d", 1)
+        enough = _enough(max(tokens, sizes.get("l", 1)), USUAL_TOKENS)
+        sizes["m"] = min(sizes["m"], -(-enough // step) * step)
+    if "w" in sizes:
+        sizes["w"] = min(sizes["w"], _enough(tokens, USUAL_TOKENS))
+    given_ids = any("n" in arg.forms[0] for arg in bound.spec.tensors)
+    if "n" in sizes and "n_local" in sizes and not given_ids:
+        most = max(sizes["n_init"] + sizes["n_local"], selection_blocks(tokens, sizes["m"]))
+        sizes["n"] = min(sizes["n"], _enough(most, USUAL_IDS))
+    for arg in bound.spec.scalars:
+        if arg.symbol in ("m", "w", "n"):
+            scalars[arg.name] = sizes[arg.symbol]
+    return bound if scalars == bound.scalars else replace(bound, sizes=sizes, scalars=scalars)
+
+
+def _enough(needed: int, usual: int) -> int:
+    """The power of two from `needed` on, at least `usual`."""
+    return max(usual, 1 << (needed - 1).bit_length())
 
 
 def check_heads(bound: Bound) -> None:

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.sim
 
 
 def plan(blocks_per_trip: int = 40) -> dict:
-    return {name: {"blocks_per_trip": blocks_per_trip} for name in ("forward", "backward_dq")}
+    constants = {"blocks_per_trip": blocks_per_trip, "tiles_per_body": 2, "queues": "yga"}
+    return {"forward": constants, "backward_dq": constants}
 
 
 def bound(function, ids: torch.Tensor, options: dict, blocks_per_trip: int = 40, lnc: int = 1):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from nsa_neuron.backends.neuron.run import Kernels
 
 PARTITIONS = 128
+QUADRANT = 32
+"""Partitions: where an instruction on few of them may start."""
+
 MIN_QUERIES = 32
 """Of a tile; fewer gather more blocks per query, more see more of what they did not choose."""
 HIDDEN = -3.0e38
@@ -44,13 +47,16 @@ def forward(
         o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq] float32.
     """
     cu = (cu_seqlens_q, cu_seqlens_k)
-    grid = Grid.of(q, k, block_indices, select_block, *cu)
-    lists = grid.union(kernels, plan["forward"]["blocks_per_trip"])
+    constants = plan["forward"]
+    grid = Grid.of(q, k, block_indices, select_block, *cu, body=constants["tiles_per_body"])
+    union = grid.union(kernels, constants["blocks_per_trip"])
     o, lse = kernels.forward(
-        grid.columns(q), grid.pages(k).mT.contiguous(), grid.pages(v), *grid.choices, *lists,
-        grid.heads, scale=scale,
+        grid.bodies(grid.query_columns(q)), grid.pages(k, v),
+        grid.bodies(grid.ids), grid.bodies(grid.place), grid.heads,
+        grid.bodies(union.near), union.lists, union.starts, *grid.longer(union),
+        dv=v.shape[3], queues=constants["queues"], scale=scale,
     )  # fmt: skip
-    return grid.rows(o), grid.rows(lse[..., None])[..., 0]
+    return grid.rows(o.flatten(0, 1)), grid.rows(lse.flatten(0, 1))[..., 0]
 
 
 def backward(
@@ -76,26 +82,45 @@ def backward(
         grad_o: [B, S, Hq, Dv]. grad_lse: [B, S, Hq] float32 or None for zero.
     """
     cu = (cu_seqlens_q, cu_seqlens_k)
-    grid = Grid.of(q, k, block_indices, select_block, *cu)
-    lists = grid.union(kernels, plan["backward_dq"]["blocks_per_trip"])
+    constants = plan["backward_dq"]
+    grid = Grid.of(q, k, block_indices, select_block, *cu, body=1)
+    union = grid.union(kernels, constants["blocks_per_trip"])
     dead = lse == -torch.inf
-    minus_lse = torch.where(dead, 0.0, math.log(scale) - lse)
+    shift = torch.where(dead, 0.0, math.log(scale) - lse)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(dead, 0.0)
-    columns = grid.columns(q), grid.columns(grad_o)
+    columns = grid.query_columns(q), grid.columns(grad_o)
     rows = grid.by_tile(q), grid.by_tile(grad_o)
-    keys = grid.pages(k)
-    pages = keys.mT.contiguous(), grid.pages(v).mT.contiguous()
+    tiles, pages = (grid.ids, grid.place, grid.heads), grid.pages(k, v)
     dq, delta = kernels.backward_dq(
-        *columns, rows[1], grid.by_tile(o),
-        grid.by_tile(torch.stack((minus_lse, grad_lse), -1)),
-        *pages, keys, *grid.choices, *lists, grid.heads, scale=scale,
+        *columns, rows[1], grid.by_tile(o), grid.by_tile(torch.stack((shift, grad_lse), -1)),
+        pages, *tiles, union.lists, union.starts, union.trips,
+        queues=constants["queues"], scale=scale,
     )  # fmt: skip
-    stats = torch.cat((grid.by_tile(minus_lse[..., None]), delta), -1)
+    stats = torch.cat((grid.by_tile(shift[..., None]), delta), -1)
     dk, dv = kernels.backward_dkv(
-        *columns, *rows, stats, *pages, *grid.choices, *grid.inverse(lists[0]), grid.heads,
-        scale=scale,
-    )  # fmt: skip
+        *columns, *rows, stats, pages, *tiles, *grid.inverse(union), scale=scale
+    )
     return grid.rows(dq), grid.tokens(dk, k.shape[1]), grid.tokens(dv, k.shape[1])
+
+
+@dataclass(frozen=True)
+class Union:
+    """Which pages each tile needs.
+
+    Attributes:
+        lists: int32 [tiles * trips per tile, U]: U pages per row, filled up with the null page.
+        starts: int32 [tiles, 1], first row of a tile. trips: int32 [tiles, 1], rows that it needs;
+            of the tiles of both halves equally many.
+    """
+
+    lists: Tensor
+    starts: Tensor
+    trips: Tensor
+
+    @property
+    def near(self) -> Tensor:
+        """int32 [tiles, U]: the first row of each tile."""
+        return self.lists.view(len(self.starts), -1, self.lists.shape[1])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -107,8 +132,8 @@ class Grid:
 
     Attributes:
         batch, kv_heads, group, queries: B, Hkv, G, S. page: tokens of a page.
-        tile: queries of a tile. tiles: of a kv head. spare: null tiles at the end, so that two
-            cores get the same number.
+        tile: queries of a tile. tiles: of a kv head. body: tiles of a body of the kernel's loop.
+            spare: null tiles at the end, so that two cores get the same number of bodies.
         source: int64 [pages of a head * page], the token at each place of the pages; T for none.
         ids: int32 [tiles, tile, pages chosen], place: float32 [tiles, tile, 2]: see the kernels.
     """
@@ -120,6 +145,7 @@ class Grid:
     page: int
     tile: int
     tiles: int
+    body: int
     spare: int
     source: Tensor
     ids: Tensor
@@ -134,8 +160,10 @@ class Grid:
         select_block: int,
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
+        *,
+        body: int,
     ) -> Grid:
-        """The grid of a call."""
+        """The grid of a call, with at most `body` tiles in a body."""
         (batch, queries, heads, _), kv_heads = q.shape, k.shape[2]
         group = heads // kv_heads
         page = _page(select_block)
@@ -143,7 +171,9 @@ class Grid:
         tile = min(queries, max(MIN_QUERIES, PARTITIONS // group))
         tiles = -(-queries // tile)
         total = batch * kv_heads * tiles
-        spare = total % 2 if total > 1 else 0
+        body = min(body, -(-total // 2))
+        bodies = -(-total // body)
+        spare = (bodies + bodies % 2 if bodies > 1 else bodies) * body - total
         parts = select_block // page
         ids = block_indices.long()
         if parts > 1:
@@ -158,14 +188,9 @@ class Grid:
         place = torch.cat((own, within), -1).float()
         cut = functools.partial(_cut, tile=tile, spare=spare)
         return cls(
-            batch, kv_heads, group, queries, page, tile, tiles, spare, sequences.source,
+            batch, kv_heads, group, queries, page, tile, tiles, body, spare, sequences.source,
             cut(ids.int(), fill=-1), cut(place, fill=0),
         )  # fmt: skip
-
-    @property
-    def choices(self) -> tuple[Tensor, Tensor]:
-        """ids and place."""
-        return self.ids, self.place
 
     @functools.cached_property
     def heads(self) -> Tensor:
@@ -178,26 +203,41 @@ class Grid:
         """The page that nobody chose."""
         return self.batch * self.kv_heads * (self.source.numel() // self.page)
 
-    def union(self, kernels: Kernels, blocks_per_trip: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Which pages each tile needs: lists, where each tile's starts, and its trips."""
+    def union(self, kernels: Kernels, blocks_per_trip: int) -> Union:
+        """Which pages each tile needs, about `blocks_per_trip` at a time."""
         ids = self.ids.flatten(1)
         width = min(ids.shape[1], self.source.numel() // self.page)
         step = PARTITIONS // self.page
         slots = min(-(-blocks_per_trip // step), -(-width // step)) * step
         width = -(-width // slots) * slots
         lists, trips = kernels.union_lists(ids, width=width, slots=slots, null=self.null_page)
-        if len(trips) > 1:
-            # The two cores of a launch work on tiles of the two halves, equally long.
-            trips = trips.view(2, -1).amax(0).repeat(2)
+        trips = trips.view(self.halves, -1).amax(0).repeat(self.halves)
         starts = torch.arange(len(ids), device=ids.device, dtype=torch.int32) * (width // slots)
-        return lists.view(-1, slots), starts.view(-1, 1, 1), trips.view(-1, 1).int()
+        return Union(lists.view(-1, slots), starts.view(-1, 1), trips.view(-1, 1).int())
 
-    def inverse(self, lists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def halves(self) -> int:
+        """2, the most cores of a launch, whose work must be equally long; 1 where all do all."""
+        return 2 if len(self.ids) > self.body else 1
+
+    def longer(self, union: Union) -> tuple[Tensor, Tensor, Tensor]:
+        """Tiles that need more than one trip: int32 [halves, tiles of a half, 1], these first;
+        the trips of a tile of each half together [tiles of a half, 1]; how many take part [1, 1].
+        """
+        trips = union.trips.view(self.halves, -1)
+        short, order = torch.sort((trips <= 1).int(), dim=1, stable=True)
+        count = (short == 0).sum(1).amax().view(1, 1)
+        amounts = trips.gather(1, order).amax(0)[:, None]
+        first = torch.arange(self.halves, device=order.device)[:, None] * order.shape[1]
+        return (order + first).int()[..., None], amounts, count.int()
+
+    def inverse(self, union: Union) -> tuple[Tensor, Tensor, Tensor]:
         """Which tiles need each page: entries, where each page's start, and its trips.
 
         Sorted by page and then by tile; see `backward_dkv` for the form. Sizes are known from
         shapes alone.
         """
+        lists = union.lists
         flat = lists.flatten().long()
         pages = self.null_page + self.null_page % 2
         page, order = torch.sort(flat, stable=True)
@@ -214,12 +254,12 @@ class Grid:
         entries[target] = torch.stack((tile, page), -1).to(entries.dtype)
         # What is no page's landed in the last row.
         entries[-1] = entries.new_tensor((0, -2))
-        return entries, starts.int().view(-1, 1, 1), trips.int().view(-1, 1)
+        return entries, starts.int().view(-1, 1), trips.int().view(-1, 1)
 
-    def pages(self, x: Tensor) -> Tensor:
-        """k or v [B, T, Hkv, D] as pages [B * Hkv * pages + 1, page, D]."""
-        padded = F.pad(x, (0, 0, 0, 0, 0, 1)).transpose(1, 2)
-        found = padded.index_select(2, self.source).reshape(-1, self.page, x.shape[-1])
+    def pages(self, k: Tensor, v: Tensor) -> Tensor:
+        """k and v [B, T, Hkv, D] as pages [B * Hkv * pages + 1, page, Dk + Dv]."""
+        padded = F.pad(torch.cat((k, v), -1), (0, 0, 0, 0, 0, 1)).transpose(1, 2)
+        found = padded.index_select(2, self.source).reshape(-1, self.page, padded.shape[3])
         return F.pad(found, (0, 0, 0, 0, 0, 1))
 
     def tokens(self, x: Tensor, keys: int) -> Tensor:
@@ -239,6 +279,22 @@ class Grid:
     def columns(self, x: Tensor) -> Tensor:
         """The same as [tiles, D, tile * G]."""
         return self.by_tile(x).mT.contiguous()
+
+    def query_columns(self, q: Tensor) -> Tensor:
+        """q as columns, with `heads` behind them where the kernels have room for them.
+
+        That is behind a last part of fewer than 128 rows, in a dtype that has `HIDDEN`.
+        """
+        columns, left = self.columns(q), q.shape[3] % PARTITIONS
+        room = left > 0 and left % QUADRANT == 0 and self.tile <= QUADRANT
+        if not room or q.dtype != torch.bfloat16:
+            return columns
+        return torch.cat((columns, self.heads.expand(len(columns), -1, -1)), 1)
+
+    def bodies(self, x: Tensor) -> Tensor:
+        """[tiles, ...] as [groups, body, ...]."""
+        bodies: Tensor = x.unflatten(0, (-1, self.body))
+        return bodies
 
     def rows(self, x: Tensor) -> Tensor:
         """[tiles, tile * G, D] as [B, S, Hq, D]."""

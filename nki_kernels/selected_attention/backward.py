@@ -127,7 +127,7 @@ class _DqRows(nl.NKIObject):
             mask.scores(scores, q, keys.turned, keys.hidden, self.rows, some)
             parts.product(dp, grad, values, self.rows, some)
             _, ds = _gradients(scores, dp, self.shift, self.delta, q[0].dtype, scale)
-            ds_t = parts.turned_tiles(ds, size)
+            ds_t = parts.turned_tiles(ds, size, nisa.engine.scalar)
             out = psum(self.acc.shape)
             for t in range(count):
                 key_rows = keys.blocks.tiles[first + t][:, 0:dk]

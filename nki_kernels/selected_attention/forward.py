@@ -20,9 +20,10 @@ values come as they are, [m, DK + DV]; PE turns the keys once per tile of querie
 So any union is right, and a long one only slower. Where DK leaves room (192 = 128 + 64), the mask's
 rows stand behind the second part of q^T and K^T, and cost PE nothing.
 
-At G = 16, 192/128, U = 40, per tile of 32 queries: PE 46,000 cycles (19 us), VectorE 20 us,
-ScalarE 13 us, and 40 DMAs of 1.6 us dealt to queues, which bound it. Of the other forms, keys on partitions (S^T) spares the turning of p, a third of PE, but needs the maximum beforehand:
-all scores twice. Adding the mask on VectorE would take 1.2 us per 128 x 512 scores.
+At G = 16, 192/128, U = 40, per tile of 32 queries: PE 46,000 cycles (19 us), VectorE 33 us, ScalarE
+17 us, and 40 DMAs of 1.6 us, 32 us on each of two queues; modelled 40 us. Of the other forms, keys
+on partitions (S^T) spares the turning of p, a third of PE, but needs the maximum beforehand: all
+scores twice. Adding the mask on VectorE would take 1.2 us per 128 x 512 scores.
 """
 
 import nki
@@ -38,7 +39,7 @@ from nki_kernels.selected_attention.gather import BANK, Blocks, fetch
 FLOOR = -1.0e30
 """Where a running maximum starts: below every logit, above every hidden one."""
 
-LAG = 2
+LAG = 3
 """Scores are made so many jobs ahead of their products with values, to keep PE busy."""
 
 
@@ -78,24 +79,29 @@ def forward(
         numbers = sbuf((1, body * slots), nl.int32)
         fetch(numbers, near.select(0, g))
         listed = queries.listed(near.select(0, g))
+        columns_of = []
+        for start, length in spans(q_t.shape[2], nl.tile_size.pmax):
+            part = sbuf((length, body, rows), q_t.dtype)
+            source = q_t.select(0, g)[:, start : start + length, :]
+            fetch(part, source.permute((1, 0, 2)))
+            columns_of.append(part)
         ahead = Blocks(pages, numbers[:, 0:slots], queues)
         keys = parts.Keys(ahead, queries, 0, listed[:, 0, :], mask, dk)
-        waiting = []
+        logs, waiting = Results(lse.select(0, g), nl.float32), []
         for j in range(body):
             if j + 1 < body:
                 ahead = Blocks(pages, numbers[:, (j + 1) * slots : (j + 2) * slots], queues)
-            q = parts.load_columns(q_t.select(0, g)[j])
-            tile = Tile(rows, dv, o.select(0, g)[j], lse.select(0, g)[j], False)
+            q = []
+            for part in columns_of:
+                q.append(part[:, j, :])
+            tile = Tile(Results(o.select(0, g)[j : j + 1], o.dtype), logs, j, False)
             jobs = tile.jobs(keys, True)
             for x in range(len(jobs)):
                 if x == len(jobs) - 1 and j + 1 < body:
                     keys = parts.Keys(ahead, queries, j + 1, listed[:, j + 1, :], mask, dk)
-                jobs[x].score(q, mask, scale)
-                waiting.append(jobs[x])
-                if len(waiting) > LAG:
-                    waiting.pop(0).finish(scale)
-        for job in waiting:
-            job.finish(scale)
+                advance(waiting, jobs[x], q, mask, scale)
+        drain(waiting, scale)
+        logs.store()
 
     def one_longer(tiles, i):
         """All of the union of one tile, any number of trips."""
@@ -103,7 +109,8 @@ def forward(
         fetch(chosen, tiles.select(0, i).expand_dim(0))
         queries = parts.Queries(flat(ids, chosen), flat(place, chosen))
         q = parts.load_columns(flat(q_t, chosen)[0])
-        tile = Tile(rows, dv, flat(o, chosen)[0], flat(lse, chosen)[0], True)
+        logs = Results(flat(lse, chosen), nl.float32)
+        tile = Tile(Results(flat(o, chosen), o.dtype), logs, 0, True)
         pointer = sbuf((1, 1), nl.int32)
         fetch(pointer, starts.select(0, chosen).expand_dim(0))
         amount = sbuf((1, 1), nl.int32)
@@ -119,16 +126,14 @@ def forward(
             nisa.tensor_scalar(pointer, pointer, nl.add, 1)
             blocks = Blocks(pages, numbers, queues)
             waiting = []
-            for job in tile.jobs(parts.Keys(blocks, queries, 0, listed[:, 0, :], mask, dk), False):
-                job.score(q, mask, scale)
-                waiting.append(job)
-                if len(waiting) > LAG:
-                    waiting.pop(0).finish(scale)
-            for job in waiting:
-                job.finish(scale)
+            keys = parts.Keys(blocks, queries, 0, listed[:, 0, :], mask, dk)
+            for job in tile.jobs(keys, False):
+                advance(waiting, job, q, mask, scale)
+            drain(waiting, scale)
 
         nl.fori_loop(0, times, one_trip)
-        tile.store(scale)
+        tile.finish(scale)
+        logs.store()
 
     nl.fori_loop(first, first + number, one_group)
     many = nisa.register_alloc()
@@ -137,6 +142,29 @@ def forward(
     for h in range(half, half + halves):
         nl.fori_loop(0, many, of_half(one_longer, longer[h]))
     return o, lse
+
+
+def advance(waiting, job, q, mask, scale):
+    """Scores of a job, between the two halves of the work of one `LAG` before it.
+
+    In this order no engine waits for one that is busy with something else: PE turns the old
+    exponentials and makes the new scores while VectorE copies the turned ones and then finds the
+    new maximum.
+    """
+    late = len(waiting) >= LAG
+    if late:
+        waiting[0].turn()
+    job.score(q, mask, scale)
+    waiting.append(job)
+    if late:
+        waiting.pop(0).add(scale)
+
+
+def drain(waiting, scale):
+    """The rest of all jobs whose scores are made."""
+    for job in waiting:
+        job.turn()
+        job.add(scale)
 
 
 def of_half(one_longer, tiles):
@@ -153,18 +181,39 @@ def flat(tensor, index):
     return tensor.flatten_dims(0, 1).select(0, index).expand_dim(0)
 
 
+class Results(nl.NKIObject):
+    """Rows of some tiles on their way to HBM: [rows of a part, TILES, parts, N]."""
+
+    def __init__(self, target, dtype):
+        """target: [TILES, ROWS, N] in HBM."""
+        tiles, rows, width = target.shape
+        height = min(rows, nl.tile_size.pmax)
+        self.target = target
+        self.values = sbuf((height, tiles, (rows + height - 1) // height, width), dtype)
+
+    def store(self):
+        """Writes all, in one transfer where parts are whole: row = part * height + partition."""
+        height, count = self.values.shape[0], self.values.shape[2]
+        if self.target.shape[1] == count * height:
+            view = self.target.reshape_dim(1, (count, height))
+            fetch(view.permute((2, 0, 1, 3)), self.values)
+            return
+        for p, length in spans(self.target.shape[1], height):
+            view = self.target[:, p : p + length, :]
+            fetch(view.permute((1, 0, 2)), self.values[0:length, :, p // height, :])
+
+
 class Tile(nl.NKIObject):
     """The running softmax of the rows of a query tile, 128 at a time, and where results go."""
 
-    def __init__(self, rows, dv, o, lse, looped):
-        """o [ROWS, DV] and lse [ROWS, 1] in HBM; looped: see `Rows`."""
-        self.o, self.lse = o, lse
+    def __init__(self, out, logs, index, looped):
+        """out, logs: `Results` of this tile's o and of some tiles' lse, where its number is index;
+        looped: see `Rows`."""
+        self.out, self.logs, self.index = out, logs, index
         self.parts = []
+        rows, dv = out.target.shape[1:]
         for start, length in spans(rows, nl.tile_size.pmax):
             self.parts.append(Rows(start, length, dv, looped))
-        height = min(rows, nl.tile_size.pmax)
-        self.out = sbuf((height, len(self.parts), dv), o.dtype)
-        self.log = sbuf((height, len(self.parts), 1), nl.float32)
 
     def jobs(self, keys, last):
         """All pairs of 128 rows and a run of keys; `last`: after the last one results are final."""
@@ -176,22 +225,16 @@ class Tile(nl.NKIObject):
             found[len(found) - 1].tile = [self]
         return found
 
-    def store(self, scale):
-        """Writes o and lse; of rows that saw nothing 0 and -inf."""
+    def finish(self, scale):
+        """Writes o; lse is written with that of the other tiles."""
         for p in range(len(self.parts)):
             part = self.parts[p]
-            part.result(self.out[0 : part.length, p, :], self.log[0 : part.length, p, :], scale)
-        height, count = self.out.shape[0:2]
-        for target, values in ((self.o, self.out), (self.lse, self.log)):
-            if target.shape[0] == count * height:
-                # All parts in one transfer: row = part * height + partition.
-                view = target.reshape((count, height, target.shape[1]))
-                fetch(view.permute((1, 0, 2)), values)
-            else:
-                for p in range(count):
-                    part = self.parts[p]
-                    rows = target[part.start : part.start + part.length, :]
-                    fetch(rows, values[0 : part.length, p, :])
+            part.result(
+                self.out.values[0 : part.length, 0, p, :],
+                self.logs.values[0 : part.length, self.index, p, :],
+                scale,
+            )
+        self.out.store()
 
 
 class Job(nl.NKIObject):
@@ -220,17 +263,19 @@ class Job(nl.NKIObject):
             reduce_cmd=nisa.reduce_cmd.reset_reduce,
         )  # fmt: skip
 
-    def finish(self, scale):
-        first, size, dk = self.run[0], self.keys.blocks.size, self.keys.dk
-        dv = self.rows.acc.shape[1]
-        turned = parts.turned_tiles(self.p, size)
+    def turn(self):
+        size = self.keys.blocks.size
+        self.turned = parts.turned_tiles(self.p, size, nisa.engine.vector)
+
+    def add(self, scale):
+        dk, dv = self.keys.dk, self.rows.acc.shape[1]
         out = psum((self.rows.length, dv))
-        for t in range(turned.shape[1]):
-            values = self.keys.blocks.tiles[first + t][:, dk : dk + dv]
-            nisa.nc_matmul(out, turned[:, t, :], values, accumulate=t > 0)
+        for t in range(self.turned.shape[1]):
+            values = self.keys.blocks.tiles[self.run[0] + t][:, dk : dk + dv]
+            nisa.nc_matmul(out, self.turned[:, t, :], values, accumulate=t > 0)
         self.rows.add(out, self.total, self.fade)
         for tile in self.tile:
-            tile.store(scale)
+            tile.finish(scale)
 
 
 class Rows(nl.NKIObject):
@@ -239,7 +284,7 @@ class Rows(nl.NKIObject):
     Attributes:
         top, total: [rows, 1] float32, running maximum of the logits before scaling; sum of
             exponentials.
-        shift: [rows, 1] float32, -scale * top.
+        shift: [rows, 1] float32, what is added to scaled logits.
         acc: [rows, DV] float32, sum of exponentials times values.
         looped: keys come in a hardware loop, so that everything stays in the same place; else the
             first keys need no sums before them.
@@ -260,21 +305,24 @@ class Rows(nl.NKIObject):
         top = sbuf((self.length, 1), nl.float32)
         nisa.tensor_reduce(top, nl.maximum, scores, axis=(1, 2))
         if not self.seen:
-            nisa.tensor_scalar(self.top, top, nl.maximum, FLOOR)
-            nisa.tensor_scalar(self.shift, self.top, nl.multiply, -scale)
-            self.seen = True
+            self.shift_by(top, scale)
+            self.top, self.seen = top, True
             return []
         (fade,) = columns(1, self.length)
         nisa.tensor_tensor(top, top, self.top, nl.maximum)
         if not self.looped:
             (self.shift,) = columns(1, self.length)
-        nisa.tensor_scalar(self.shift, top, nl.multiply, -scale)
+        self.shift_by(top, scale)
         nisa.activation(fade, nl.exp, self.top, bias=self.shift, scale=scale)
         if self.looped:
             nisa.tensor_copy(self.top, top)
         else:
             self.top = top
         return [fade]
+
+    def shift_by(self, top, scale):
+        """shift = -scale * top, or of `FLOOR` where nothing has been seen."""
+        nisa.tensor_scalar(self.shift, top, nl.maximum, FLOOR, op1=nl.multiply, operand1=-scale)
 
     def add(self, out, total, fade):
         """Adds exponentials' sums: with values [rows, DV] (PSUM), and alone [rows, 1]."""

@@ -1,76 +1,116 @@
 """Union lists: which blocks the queries of a tile have chosen between them, each once, descending.
 
-Dimensions: TILES query tiles, IDS ids of a tile (queries x n), WIDTH entries of a list.
+Dimensions: TILES query tiles, IDS ids of a tile (queries x n), lists cut in trips of SLOTS entries.
 Layout: one tile per partition, its ids along the free axis as float32 (exact below 2**24).
 
+    fill all lists with null
     per 128 tiles:
         x = 1 + ids (0 for none)                            VectorE
-        WIDTH times:
-            list[r] = max(x) - 1;  x = x * (x < max(x))     VectorE: every copy of the id goes
-        list[r] = null where nothing was left; trips = ceil(entries / slots)
+        while any x > 0, once per trip:                     hardware loop
+            SLOTS times:
+                entry = max(x) - 1;  x = x * (x < max(x))   VectorE: every copy of the id goes
+            store the entries, null where nothing was left  one DMA with a run-time address
 
-Bound by VectorE: two passes over IDS per entry, 1.1 us for 512 ids of 128 tiles; at WIDTH = 512
-that is 0.14 us per query of a 32-query tile. `max8` finds eight at a time, but not distinct ones.
+Bound by VectorE: two passes over IDS per entry, 1.1 us for 512 ids of 128 tiles; at 40 entries
+that is 11 ns per query of a 32-query tile. `max8` finds eight at a time, but not distinct ones.
 """
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from nki_kernels.common.cores import share
+from nki_kernels.common.buffers import columns, psum, sbuf
+from nki_kernels.common.spans import spans
+from nki_kernels.selected_attention.gather import fetch
 
 
 @nki.jit
-def union_lists(ids, width: int, slots: int, null: int):
-    """Lists [TILES, width] int32 filled up with `null`, and trips [TILES, 1] int32.
+def union_lists(ids, trips: int, slots: int, null: int):
+    """Lists [CORES, TILES, trips, slots] int32 filled up with `null`, and the trips of each
+    [CORES, TILES, 1].
+
+    Each core makes all of them, for itself: the loops of two cores must go round equally often,
+    and how often hangs on the data.
 
     Args:
         ids: [TILES, IDS] int32, -1 for none.
-        width: entries of a list, a multiple of `slots`, no fewer than the distinct ids of a tile.
+        trips: of a list; trips * slots is no less than the distinct ids of a tile.
         slots: blocks that one trip of the attention kernels takes.
         null: a block that no query chose.
     """
     tiles, count = ids.shape
-    lists = nl.ndarray((tiles, width), dtype=nl.int32, buffer=nl.shared_hbm)
-    trips = nl.ndarray((tiles, 1), dtype=nl.int32, buffer=nl.shared_hbm)
-    first, left = share(tiles)
-    while left > 0:
-        parts = min(nl.tile_size.pmax, left)
-        rows = slice(first, first + parts)
-        left_over = nl.ndarray((parts, count), dtype=nl.float32, buffer=nl.sbuf)
-        raw = nl.ndarray((parts, count), dtype=nl.int32, buffer=nl.sbuf)
+    cores = nl.num_programs(0)
+    shape = (cores, tiles, trips, slots)
+    every = nl.ndarray(shape, dtype=nl.int32, buffer=nl.shared_hbm)
+    every_amount = nl.ndarray((cores, tiles, 1), dtype=nl.int32, buffer=nl.shared_hbm)
+    lists, amounts = every[nl.program_id(0)], every_amount[nl.program_id(0)]
+    for start, parts in spans(tiles, nl.tile_size.pmax):
+        rows = slice(start, start + parts)
+        empty = sbuf((parts, trips * slots), nl.int32)
+        nisa.memset(empty, null)
+        nisa.dma_copy(lists[rows, :, :], empty.reshape_dim(1, (trips, slots)))
+        raw, left = sbuf((parts, count), nl.int32), sbuf((parts, count), nl.float32)
         nisa.dma_copy(raw, ids[rows, :])
-        nisa.tensor_scalar(left_over, raw, nl.add, 1.0)
-        found = nl.ndarray((parts, width), dtype=nl.float32, buffer=nl.sbuf)  # 1 + id
-        for r in range(width):
-            top = found[:, r : r + 1]
-            nisa.tensor_reduce(top, nl.maximum, left_over, axis=1)
-            if r < width - 1:
+        nisa.tensor_scalar(left, raw, nl.add, 1.0)
+        union = Union(left, slots, null)
+        nl.while_loop(union.more(), union.trip_into(lists[rows, :, :]))
+        whole = sbuf((parts, 1), nl.int32)
+        nisa.tensor_copy(whole, union.amount)
+        nisa.dma_copy(amounts[rows, :], whole)
+    return every, every_amount
+
+
+class Union(nl.NKIObject):
+    """Lists of up to 128 tiles in the making.
+
+    Attributes:
+        left: [tiles, IDS] float32, 1 + id where not yet listed, else 0.
+        amount: [tiles, 1] float32, trips so far with an entry in them.
+        trip: [1, 1] int32, number of the next trip.
+    """
+
+    def __init__(self, left, slots, null):
+        self.left, self.slots, self.null = left, slots, null
+        (self.amount,) = columns(1, left.shape[0])
+        self.trip = sbuf((1, 1), nl.int32)
+        nisa.memset(self.amount, 0.0)
+        nisa.memset(self.trip, 0)
+
+    def more(self):
+        """A register: whether any tile has an id left."""
+        parts = self.left.shape[0]
+        (top,) = columns(1, parts)
+        across, one = psum((1, parts)), sbuf((1, 1), nl.float32)
+        nisa.tensor_reduce(top, nl.maximum, self.left, axis=1)
+        nisa.nc_transpose(across, top, engine=nisa.engine.tensor)
+        nisa.tensor_reduce(one, nl.maximum, across, axis=1)
+        whole = sbuf((1, 1), nl.int32)
+        nisa.tensor_copy(whole, one)
+        register = nisa.register_alloc()
+        nisa.register_load(register, whole)
+        return register
+
+    def trip_into(self, lists):
+        """The body of the loop over trips, that writes to lists [tiles, trips, slots]."""
+
+        def body(_):
+            parts, slots = self.left.shape[0], self.slots
+            found = sbuf((parts, slots), nl.float32)  # 1 + id
+            for r in range(slots):
+                top = found[:, r : r + 1]
+                nisa.tensor_reduce(top, nl.maximum, self.left, axis=1)
                 nisa.scalar_tensor_tensor(
-                    left_over, left_over, nl.less, top, nl.multiply, left_over
+                    self.left, self.left, nl.less, top, nl.multiply, self.left
                 )
-        _store_lists(lists[rows, :], found, null)
-        _store_trips(trips[rows, :], found, slots)
-        first += parts
-        left -= parts
-    return lists, trips
+            fill, whole = sbuf((parts, slots), nl.float32), sbuf((parts, slots), nl.int32)
+            none = float(self.null + 1)
+            nisa.tensor_scalar(fill, found, nl.equal, 0.0, op1=nl.multiply, operand1=none)
+            nisa.scalar_tensor_tensor(whole, found, nl.subtract, 1.0, nl.add, fill)
+            fetch(lists.select(1, self.trip), whole)
+            nisa.tensor_scalar(self.trip, self.trip, nl.add, 1)
+            nisa.scalar_tensor_tensor(
+                self.amount, found[:, 0:1], nl.greater, 0.0, nl.add, self.amount
+            )
+            return self.more()
 
-
-def _store_lists(target, found, null):
-    fill = nl.ndarray(found.shape, dtype=nl.float32, buffer=nl.sbuf)
-    whole = nl.ndarray(found.shape, dtype=nl.int32, buffer=nl.sbuf)
-    nisa.tensor_scalar(fill, found, nl.equal, 0.0, op1=nl.multiply, operand1=float(null + 1))
-    nisa.scalar_tensor_tensor(whole, found, nl.subtract, 1.0, nl.add, fill)
-    nisa.dma_copy(target, whole)
-
-
-def _store_trips(target, found, slots):
-    """ceil(entries / slots): the filled ones among entries 0, slots, 2 * slots, ..."""
-    parts, width = found.shape
-    used = nl.ndarray((parts, width // slots), dtype=nl.float32, buffer=nl.sbuf)
-    total = nl.ndarray((parts, 1), dtype=nl.float32, buffer=nl.sbuf)
-    whole = nl.ndarray((parts, 1), dtype=nl.int32, buffer=nl.sbuf)
-    nisa.tensor_scalar(used, found[:, 0:width:slots], nl.greater, 0.0)
-    nisa.tensor_reduce(total, nl.add, used, axis=1)
-    nisa.tensor_copy(whole, total)
-    nisa.dma_copy(target, whole)
+        return body

@@ -159,7 +159,7 @@ def runs_of(blocks):
     return found
 
 
-def turned_tiles(matrix, size):
+def turned_tiles(matrix, size, engine):
     """[rows, keys] of SBUF as [size, tiles, rows] in SBUF: each `size` keys below each other."""
     rows, keys = matrix.shape
     out = sbuf((size, keys // size, rows), matrix.dtype)
@@ -170,7 +170,5 @@ def turned_tiles(matrix, size):
             nisa.nc_transpose(
                 bank[:, i, 0:rows], matrix[:, start : start + size], engine=nisa.engine.tensor
             )
-        nisa.tensor_copy(
-            out[:, first : first + some, :], bank[:, :, 0:rows], engine=nisa.engine.vector
-        )
+        nisa.tensor_copy(out[:, first : first + some, :], bank[:, :, 0:rows], engine=engine)
     return out

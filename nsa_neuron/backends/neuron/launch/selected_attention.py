@@ -209,11 +209,11 @@ class Grid:
         width = min(ids.shape[1], self.source.numel() // self.page)
         step = PARTITIONS // self.page
         slots = min(-(-blocks_per_trip // step), -(-width // step)) * step
-        width = -(-width // slots) * slots
-        lists, trips = kernels.union_lists(ids, width=width, slots=slots, null=self.null_page)
-        trips = trips.view(self.halves, -1).amax(0).repeat(self.halves)
-        starts = torch.arange(len(ids), device=ids.device, dtype=torch.int32) * (width // slots)
-        return Union(lists.view(-1, slots), starts.view(-1, 1), trips.view(-1, 1).int())
+        most = -(-width // slots)
+        lists, trips = kernels.union_lists(ids, trips=most, slots=slots, null=self.null_page)
+        lists, trips = lists[0], trips[0].view(self.halves, -1).amax(0).repeat(self.halves)
+        starts = torch.arange(len(ids), device=ids.device, dtype=torch.int32) * most
+        return Union(lists.reshape(-1, slots), starts.view(-1, 1), trips.view(-1, 1).int())
 
     @property
     def halves(self) -> int:

@@ -1,7 +1,8 @@
 """How work is shared by the cores of one launch (lnc 1 or 2).
 
 Both cores of an lnc 2 launch run programs with the same instructions on other addresses, as the
-hardware wants (trainium2.md 1.6); what does not divide evenly is done by both, with the same bits.
+hardware wants (docs/trainium2.md 1.6); what does not divide evenly is done by both, with the same
+bits.
 """
 
 import nki.language as nl

@@ -151,7 +151,7 @@ def _judge_unpoisoned(
 ) -> dict[str, Any]:
     facts = _judge(problem, solution, second)
     if not facts["detail"] and not _bit_equal(second, call()):
-        facts["detail"] = "two runs on the same inputs differ (rule 13)"
+        facts["detail"] = "two runs on the same inputs differ (rule 13 of docs/contract.md)"
     return facts
 
 

@@ -1,4 +1,4 @@
-"""One test for each defect of public NSA kernels that the design lists, in its order (`hopper.md`).
+"""One test for each defect of public NSA kernels that `docs/hopper.md` lists, in its order.
 
 Through the public ops, as a user would meet them, on the interpreted Triton kernels. What an op
 must give is judged by its own spec against the float64 reference; the launchers' tests next door

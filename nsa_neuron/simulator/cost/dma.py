@@ -1,9 +1,9 @@
 """What one DMA transfer costs: descriptors, the DMA engines that run them, who triggers it.
 
-A transfer is cut where either side stops being contiguous; each piece is a descriptor (fact sheet
-6.5). Eight neighbouring partitions share one of 16 DMA engines. An engine needs `dma_descriptor` ns
-per descriptor, `dma_hbm_run` ns for each run that is contiguous in HBM and its bytes at `dma_rate`
-(the profiler's packet time), and `dma_completion` ns per transfer.
+A transfer is cut where either side stops being contiguous; each piece is a descriptor
+(docs/trainium2.md 6.5). Eight neighbouring partitions share one of 16 DMA engines. An engine needs
+`dma_descriptor` ns per descriptor, `dma_hbm_run` ns for each run that is contiguous in HBM and
+its bytes at `dma_rate` (the profiler's packet time), and `dma_completion` ns per transfer.
 """
 
 from __future__ import annotations

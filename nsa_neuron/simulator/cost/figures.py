@@ -1,8 +1,9 @@
 """Published figures of Trainium2, and what the model says of the same kernels.
 
-Only figures with a stated machine, shape and source (fact sheet 7.1). A "total" of the public
-traces holds 15.0 us that belong to no kernel (the runtime's preamble and postamble: 14.8 to 15.3 us
-in six traces, total_time less the window in which the kernel's engines work), taken off here.
+Only figures with a stated machine, shape and source (docs/trainium2.md 7.1). A "total" of the
+public traces holds 15.0 us that belong to no kernel (the runtime's preamble and postamble: 14.8 to
+15.3 us in six traces, total_time less the window in which the kernel's engines work), taken off
+here.
 
 What "held out" can mean here: no constant was fitted to the figure. The rules themselves (what
 costs what) were written with all figures in view, and intervals of single instructions inside the

@@ -1,6 +1,6 @@
 """What one instruction costs its engine, from its signature alone.
 
-Rules and numbers: fact sheet sections 3 (formulas of SDK226) and 6.3, 6.4 (what traces of Trainium2
+Rules and numbers: docs/trainium2.md 3 (formulas of SDK226) and 6.3, 6.4 (what traces of Trainium2
 show). `N` is elements per partition, the free size of the widest operand. An engine takes its next
 instruction after `interval`; results are there after `latency`.
 """

@@ -5,7 +5,7 @@ Trainium2. `measured-3p`, the default, replaces it where third parties published
 hardware, or where a published duration fixes a constant. Low is always the end that makes kernels
 faster. Nothing was measured by this project.
 
-Sources: "fact sheet n" is a section of docs/simulator-internals.md's fact sheet; SDK226 is the last
+Sources: "fact sheet n" is section n of docs/trainium2.md; SDK226 is the last
 AWS documentation with costs per instruction (2.26); "traces" are the profiles in the public
 repositories chenhzhu/ and chengli2003/asst4-trainium2 (trn2.3xlarge, compiler 2.21);
 "kernel-optimization" is AWS's tutorial of that name.

@@ -19,7 +19,7 @@ class Tensor(Enum):
 
 
 class Vector(Enum):
-    """VectorE: cycles per element (SDK226's pages of the instructions; fact sheet 6.4)."""
+    """VectorE: cycles per element (SDK226's pages of the instructions; docs/trainium2.md 6.4)."""
 
     STREAM = auto()  # one
     ONE_INPUT = auto()  # one, a half or a quarter, by width, place and stride

@@ -4,7 +4,7 @@ A :class:`DType` is the object behind ``nl.bfloat16`` and its siblings. AWS docu
 (``DType = str`` in the 0.6 stubs) and AWS's kernels use it as one: ``str(dtype)``, dictionary keys,
 ``dtype == nl.float32``, ``getattr(nl, str(dtype).split(".")[-1])``. So it is a ``str`` with facts.
 
-Conversion rules (trainium2.md 2.6):
+Conversion rules (docs/trainium2.md 2.6):
 
 * Engines and DMA compute in fp32: operand -> fp32 -> result dtype.
 * Rounding is to nearest, ties to even. Stochastic rounding, a runtime switch, is not modelled.

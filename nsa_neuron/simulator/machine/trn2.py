@@ -1,6 +1,6 @@
 """Sizes and limits of a NeuronCore-v3 (Trainium2), with units and sources.
 
-Section numbers refer to `docs/simulator-internals.md`'s fact sheet; "SDK" is aws-neuron-sdk.
+Section numbers refer to `docs/trainium2.md`; "SDK" is aws-neuron-sdk.
 """
 
 from __future__ import annotations

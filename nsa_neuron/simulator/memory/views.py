@@ -1,4 +1,4 @@
-"""Shape and stride algebra of tensor views (trainium2.md 2.3): pure functions, no storage.
+"""Shape and stride algebra of tensor views (docs/trainium2.md 2.3): pure functions, no storage.
 
 Strides and offsets are in elements. Every function raises `ViewError` with the rule it breaks; the
 tensor adds the kernel's line.

@@ -1,4 +1,4 @@
-"""ACT: the activation functions and the ``activation`` instruction (trainium2.md 3.3, 5.2).
+"""ACT: the activation functions and the ``activation`` instruction (docs/trainium2.md 3.3, 5.2).
 
 The hardware uses piecewise polynomials without published error bounds; each function here is the
 mathematical one in fp32, within a few units in the last place. Outside its valid input range the

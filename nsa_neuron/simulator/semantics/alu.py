@@ -1,4 +1,4 @@
-"""The ALU operators of DVE, POOL and ACT (trainium2.md 5.1).
+"""The ALU operators of DVE, POOL and ACT (docs/trainium2.md 5.1).
 
 Decisions where no document speaks: ``maximum`` and ``minimum`` propagate NaN (as NumPy does);
 shifts by the operand's width or more give 0; bitwise operands of different widths are zero-extended

@@ -1,4 +1,4 @@
-"""DMA: transposition, indices, compute (trainium2.md 2.4, 3.1).
+"""DMA: transposition, indices, compute (docs/trainium2.md 2.4, 3.1).
 
 A plain ``dma_copy`` needs nothing of its own: ``dtypes.store(dst, src)`` copies bits between equal
 types and converts through fp32 otherwise.

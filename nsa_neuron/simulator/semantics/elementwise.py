@@ -1,4 +1,4 @@
-"""Element-wise instructions of DVE, POOL and ACT (trainium2.md 3.4)."""
+"""Element-wise instructions of DVE, POOL and ACT (docs/trainium2.md 3.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POOL (GpSimd): generated patterns, gathers, per-core searches (trainium2.md 3.6).
+"""POOL (GpSimd): generated patterns, gathers, per-core searches (docs/trainium2.md 3.6).
 
 The engine is eight cores, each beside 16 consecutive partitions.
 """

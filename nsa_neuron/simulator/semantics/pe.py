@@ -1,4 +1,4 @@
-"""PE: matrix multiplication and transposition (trainium2.md 3.2).
+"""PE: matrix multiplication and transposition (docs/trainium2.md 3.2).
 
 Products of bf16, fp16 and fp8 are exact in fp32 and sums are kept in fp32. How the hardware splits
 an fp32 operand and in which order it adds is not documented: plain fp32 BLAS here.

@@ -1,4 +1,4 @@
-"""Random numbers (trainium2.md 3.7).
+"""Random numbers (docs/trainium2.md 3.7).
 
 The generators' sequences are not published: results are reproducible here, equal to hardware's
 nowhere. DVE's generator is a counter-based one with a 32-bit seed. POOL's is Marsaglia's XORWOW,

@@ -1,4 +1,4 @@
-"""Reductions, scans and statistics of DVE, and the accumulator registers (trainium2.md 3.5)."""
+"""Reductions, scans and statistics of DVE, and accumulator registers (docs/trainium2.md 3.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DVE's search and shuffle instructions (trainium2.md 3.5).
+"""DVE's search and shuffle instructions (docs/trainium2.md 3.5).
 
 Values are compared in fp32: -0.0 equals 0.0 and NaN equals nothing. ``max8`` counts NaN as the
 largest value. None of this is documented.

@@ -1,4 +1,4 @@
-"""Cost of single instructions, against times worked out by hand from the fact sheet."""
+"""Cost of single instructions, against times worked out by hand from docs/trainium2.md."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _two_params = lru_cache(ScalarTensorTensorParams)
 
 # Operator pairs of the Scalar Engine on trn2 (isa docstring of tensor_scalar).
 _SCALAR_ENGINE = (("multiply", "add"), ("multiply", None), ("add", None))
-# Operators that run on GpSimd only (trainium2.md 5.1).
+# Operators that run on GpSimd only (docs/trainium2.md 5.1).
 _GPSIMD = {"rsqrt", "power"}
 
 

@@ -18,7 +18,7 @@ hbm = private_hbm
 
 
 class _TileSize(NKIObject):
-    """Sizes of tiles in partitions, elements or bytes (trainium2.md 2.1)."""
+    """Sizes of tiles in partitions, elements or bytes (docs/trainium2.md 2.1)."""
 
     pmax = TRN2.partitions
     psum_fmax = TRN2.psum_bank_fp32

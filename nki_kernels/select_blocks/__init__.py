@@ -27,31 +27,37 @@ best n are rounds of `max8` and `nc_match_replace8`, which take the first of equ
 to the lowest id because the list has lower ids than the piece. Masks are made from each query's
 first and last key, so packed sequences, laid out at whole selection blocks, are one row of keys.
 
-Modelled at 64K tokens, G = 16, n = 16, bfloat16, D = 192, ns per (query, kv head) at the end of the
-sequence, where 4096 keys are seen (low / central / high of the cycle model):
+Modelled with G = 16, n = 16, 32/16/64, bfloat16, ns per (query, kv head) at the end of a sequence
+(low / central / high of the cycle model, and what each engine is busy; not run on hardware):
 
-| | time | PE | ScalarE | VectorE |
-|---|---|---|---|---|
-| one program per tile | 826 / 972 / 1481 | 658 | 575 | 796 |
-| hardware loops | 1068 / 1406 / 2195 | 687 | 568 | 898 |
+| tokens, D | programs | time | PE | ScalarE | VectorE |
+|---|---|---|---|---|---|
+| 16K, 192 | one per tile | 241 / 250 / 277 | 182 | 144 | 250 |
+| 64K, 192 | one per tile | 771 / 811 / 1009 | 652 | 575 | 797 |
+| 64K, 192 | hardware loops | 1031 / 1275 / 1797 | 666 | 574 | 891 |
+| 256K, 192 | hardware loops | central 3542 | | | |
 
-Bound by VectorE: the sum over heads takes 0.6 us per 128 keys and 512 columns; logits take 0.45 us
-of PE, exp 0.48. A turn of a hardware loop costs about 14 us more, as turns do not overlap; it is
-used where unrolled programs would pass about a million instructions. Looped, a kv head's program
-has fewer than 2,500 instructions whatever the length.
+Bound by VectorE: the sum over heads takes 0.6 us per 128 keys and 512 columns, where logits take
+0.45 us of PE and exp 0.48 of ScalarE. So a piece's marks and merge are issued behind the next
+piece's logits, and nothing of VectorE's waits for GpSimd. Turns of a hardware loop do not overlap,
+which costs about 45 us per tile of queries and 3 us per piece; loops run where unrolled programs
+would pass about a million instructions. Looped, a kv head's program has fewer than 2,500
+instructions whatever the length.
 
-Weighed:
-- Scores from the bfloat16 P of compressed attention (the prototype `fused2`) cost nothing but
-  choose another block in 4 % of queries. Float32 scores from that kernel's P before it is
-  normalised need P^T (float32) as stationary operand per 128 rows, 0.41 us a tile on PE, and a
-  second bfloat16 copy of P, 0.6 us of VectorE: more than computing logits again (0.43 us of PE,
-  0.48 of ScalarE), so the two are not fused.
-- Rows (query, head) on partitions: the bias of exp is then free, but the sum over heads is a
-  float32 matmul over all keys, 0.86 us a tile, against 0.6 us of VectorE.
-- Four heads of sixteen summed by PE (their p as stationary operand, with a stride of 16 elements):
-  about 15 % less; not done, as no document prices such a stride.
-- A score map of a whole row and one selection at its end: 2 (n / 8) passes fewer per piece, but
-  VectorE searches at most 16,384 elements, and 1M tokens with m = 16 have 65,536.
+Weighed (us per 128 keys and 512 columns):
+- Scores from the bfloat16 P of compressed attention (the prototype `fused2`) are nearly free but
+  choose another block in 4 % of queries; rule 3 wants float32.
+- Float32 scores from that kernel's logits, before they are normalised: weights as stationary, P as
+  moving operand, 0.27 of PE instead of 0.45, a third of VectorE's work less, but exp twice (or a
+  second copy of P by VectorE), and every row's scores stay, 2 MB per 32 queries at 64K, until the
+  row's sum is known. At best about 1.0 for both instead of 1.4 for two kernels; not built, because
+  it needs attention's fast path (one shift per row known before) to be the usual one.
+- Rows (query, head) on partitions: the bias of exp is then free, but the sum over heads becomes a
+  float32 matmul over all keys, 0.86 of PE, against 0.6 of VectorE.
+- Four of sixteen heads summed by PE (their p as stationary operand, with a stride of 16 elements):
+  748 instead of 811 at 64K; not done, as no document prices such a stride.
+- A map of a row's scores and one selection at its end: fewer passes, but VectorE searches at most
+  16,384 elements, and 1M tokens with m = 16 have 65,536.
 """
 
 import nki
@@ -128,15 +134,18 @@ def unrolled(call, views, keys, reach, length, sharing):
     """
     cores, core = sharing
     starts, length = covering(views[0].shape[0], length)
-    late = []  # what VectorE does for a piece while PE is at the next one
+    scored, settled = [], []  # what waits for VectorE, and tiles that wait for GpSimd
 
     def catch_up():
-        for tile, sums, at, plain, ids in late:
-            edge = at + call.piece > plain
-            settle_piece(call, tile, sums, at < call.initial, edge)
+        """Work behind PE's: of the tile before, and of the piece before."""
+        for tile, ids in settled:
+            finish_tile(call, tile, ids)
+        settled.clear()
+        for tile, sums, at, plain, ids in scored:
+            settle_piece(call, tile, sums, at < call.initial, at + call.piece > plain)
             if ids is not None:
-                finish_tile(call, tile, ids)
-        late.clear()
+                settled.append((tile, ids))
+        scored.clear()
 
     for pair in range(0, len(starts), cores):
         last = min(pair + cores, len(starts)) - 1
@@ -149,7 +158,8 @@ def unrolled(call, views, keys, reach, length, sharing):
             sums = score_piece(call, tile, some, lots(call.tiles, left), known)
             catch_up()
             ids = part[4] if at + call.piece >= needed else None
-            late.append((tile, sums, at, plain, ids))
+            scored.append((tile, sums, at, plain, ids))
+    catch_up()
     catch_up()
 
 

@@ -53,7 +53,7 @@ class Tile(nl.NKIObject):
     """State of a tile of queries.
 
     `loaded`: as `head_sums` wants. `last`, `first`: as `visible` wants. `marks`: as of
-    `force_and_hide`. `scores`, `names` [queries, count + piece]: the running best, then the piece.
+    `mark`. `scores`, `names` [queries, count + piece]: the running best, then the last piece.
     `carry` [queries, 1]: what a piece's last keys add to the next one's first block. `key`
     [128, 1]: the piece's first key + partition.
     """
@@ -89,7 +89,8 @@ def start_tile(call, part):
     nisa.dma_copy(marks, columns)
     scores, names = fp32(length, call.count + call.piece), fp32(length, call.count + call.piece)
     start_list(scores, names, call.count)
-    nisa.tensor_copy(names[:, call.count : call.count + call.piece], call.block[0:length, :])
+    before = names[:, call.count : call.count + call.piece]
+    nisa.tensor_scalar(before, call.block[0:length, :], nl.subtract, float(call.piece))
     carry, key = fp32(length, 1), fp32(PARTITIONS, 1)
     nisa.memset(carry, 0.0)
     nisa.tensor_copy(key, call.key)
@@ -153,7 +154,7 @@ def score_piece(call, tile, keys, tiles, whole):
 
 
 def settle_piece(call, tile, sums, initial, edge):
-    """Merges a piece's scores into the running best; then `names` are the next piece's.
+    """Merges a piece's scores into the running best; `names` become the piece's.
 
     Args:
         sums: as of `score_piece`. initial: some of its blocks may be forced as initial ones.
@@ -161,6 +162,8 @@ def settle_piece(call, tile, sums, initial, edge):
     """
     names = tile.names[:, call.count : call.count + call.piece]
     scores = tile.scores[:, call.count : call.count + call.piece]
+    # Only now, when GpSimd has long gathered from them for the piece before.
+    nisa.tensor_scalar(names, names, nl.add, float(call.piece))
     mark(scores, names, sums[:, 0 : call.piece], tile.marks, initial, edge)
     first = scores[:, 0:1]
     nisa.tensor_tensor(first, first, tile.carry, nl.add)
@@ -168,7 +171,6 @@ def settle_piece(call, tile, sums, initial, edge):
     if edge:
         hide(scores, names, tile.marks, call.packed)
     merge(tile.scores, tile.names, call.count)
-    nisa.tensor_scalar(names, names, nl.add, float(call.piece))
 
 
 def mark(scores, names, sums, marks, initial, edge):

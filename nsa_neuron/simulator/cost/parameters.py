@@ -122,7 +122,9 @@ class Parameters:
     # Vector, Scalar, GpSimd Engines
     minimum_interval: float = _constant("cycles", "SDK226 MIN_II", 64)
     vector_overhead: float = _constant(
-        "cycles per instruction", "traces: II N + 56..72", 50, 60, 72, documented=0,
+        "cycles per instruction",
+        "traces: II N + 56..72; kernel-optimization v5: 531 cycles at N=512", 19, 60, 72,
+        documented=0,
         calibrated="intervals inside the conv traces",
     )  # fmt: skip
     vector_latency: float = _constant(
@@ -159,8 +161,9 @@ class Parameters:
         calibrated="intervals inside the transpose trace",
     )  # fmt: skip
     scalar_latency: float = _constant(
-        "cycles from issue to result, beyond the work", "traces: N + 190", 185, 190, 200,
-        documented=200, calibrated="intervals inside the transpose trace",
+        "cycles from issue to result, beyond the work",
+        "traces: N + 190; SDK nki-dma-overview: 3.70 us at N=4096, N + 344", 185, 190, 345,
+        documented=(200, 200, 345), calibrated="intervals inside the transpose trace",
     )  # fmt: skip
     scalar_table_load: float = _constant("cycles", "traces: 1283.3 ns, 17 of 17", 1540)
     accumulator_read: float = _constant("cycles", "SDK226 activation, reduce_res", 64)
@@ -221,7 +224,7 @@ class Parameters:
     dma_trigger: float = _constant(
         "ns of the triggering engine",
         "traces: 82 apart; high: what would bound a published vector add of tiny transfers",
-        60, 82, 600, documented=75,
+        60, 82, 620, documented=75,
     )  # fmt: skip
     dma_run_time: float = _constant(
         "ns of the triggering engine and its queue, a run-time address",
@@ -254,11 +257,12 @@ class Parameters:
     )  # fmt: skip
     dma_completion: float = _constant(
         "ns per transfer and DMA engine, beside its packets",
-        "kernel-optimization v3: DMA active less packet time, 28.12 ms - 25.13 ms", 41, 85, 112,
+        "kernel-optimization v3: DMA active less packet time, 28.12 ms - 25.13 ms; low: SDK "
+        "nki-dma-overview, 32 KiB stored in 1.23 us", 0, 85, 112,
         documented=0, calibrated="matmul v3 DMA active",
     )  # fmt: skip
     dma_warm_up: float = _constant(
-        "ns before the first bytes of a kernel", "traces: 0 to 900", 0, 0, 900,
+        "ns that the first transfer of a kernel takes longer", "traces: 0 to 900", 0, 0, 900,
         calibrated="exp, trigger to ScalarE",
     )  # fmt: skip
     dma_packet: float = _constant("bytes in one descriptor at most", "SDK runtime guide", 65_536)
@@ -266,8 +270,11 @@ class Parameters:
         "share of copy rate, HBM to SBUF, friendly shape", "SDK: up to 90 %", 0.9, 0.9, 0.5
     )
     dma_transpose_sbuf: float = _constant(
-        "share of copy rate, SBUF to SBUF, friendly shape", "SDK: up to 50 %", 0.5, 0.5, 0.25
-    )
+        "share of copy rate, SBUF to SBUF, friendly shape",
+        "SDK: up to 50 %; attention_cte on trn2 (third party, 512 to 4096 tokens) is 7 to 12 % "
+        "slower than published with that, 3 to 9 % with 0.7", 0.9, 0.7, 0.5,
+        documented=(0.5, 0.5, 0.25), calibrated="attention_cte, 4096 tokens",
+    )  # fmt: skip
     dma_transpose_other: float = _constant(
         "share of copy rate, other shapes", "none", 0.5, 0.25, 0.05, guess=True
     )
@@ -276,7 +283,21 @@ class Parameters:
     )
     hbm_stack: float = _constant(
         "bytes per ns of one HBM stack, which two cores share",
-        "SDK chip page 2.9 TB/s / 4; profiler 716", 750, 725, 716,
+        "SDK chip page 2.9 TB/s / 4, profiler 716; third party, both cores: 649 GB/s from device "
+        "to device, 579 clone", 716, 640, 575, documented=(750, 725, 716),
+        calibrated="clone on two cores",
+    )  # fmt: skip
+
+    # Outside a kernel's time
+    launch: float = _constant(
+        "ns that a launch adds to a kernel's time, before and after",
+        "traces: 14.8 to 15.3 us of total_time hold no work of the kernel, 12.4 in one; vector add "
+        "of one tile, p99 nc_latency 15 us", 9_000, 15_000, 17_000,
+    )  # fmt: skip
+    graph_launch: float = _constant(
+        "ns of the framework for a graph that holds one kernel",
+        "third party, trn1: 94 us; an empty graph 140 to 200 us (kiln neuron-notes.md)", 94_000,
+        94_000, 200_000, guess=True,
     )  # fmt: skip
 
     def describe(self) -> dict[str, dict[str, Any]]:

@@ -345,11 +345,11 @@ class _Scheduler:
         self.lane_last[trigger] = i
         self.issue[i] = t
         first = t + transfer.start
+        completion = transfer.completion + self.dma_cold[core]
+        begin, self.end[i] = self._engines(core, transfer, first, completion)
         if self.dma_cold[core]:
-            first += self.dma_cold[core]
             self.notes[i] = {"dma-warm-up": self.dma_cold[core]}
             self.dma_cold[core] = 0.0
-        begin, self.end[i] = self._engines(core, transfer, first)
         self.begin[i] = begin
         if begin > first:
             self.notes.setdefault(i, {})["dma-engines-busy"] = begin - first
@@ -365,18 +365,20 @@ class _Scheduler:
             self._ended(i)
             self._ended(other)
 
-    def _engines(self, core: int, transfer: Transfer, first: float) -> tuple[float, float]:
+    def _engines(
+        self, core: int, transfer: Transfer, first: float, completion: float
+    ) -> tuple[float, float]:
         """Begin and end of a transfer on its DMA engines, which are free from `first` on."""
         engines, level = self.dma_free[core], self.dma_level[core]
         if level >= 0:  # all engines are free at the same time
             if transfer.uniform:
                 begin = level if level > first else first
-                last = begin + transfer.uniform + transfer.completion
+                last = begin + transfer.uniform + completion
                 self.dma_level[core] = last
                 return begin, last
             engines[:] = [level] * ENGINES
             self.dma_level[core] = -1.0
-        begin, last, completion = 1e300, first, transfer.completion
+        begin, last = 1e300, first
         for e, time in transfer.parts:
             since = engines[e]
             if since < first:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from ..cost import Cause, guesses
+from ..cost import LEVELS, Cause, guesses
 from ..machine.trn2 import machine_for
 from .lines import PHRASES, Lines, in_words, lane_of
 from .memory import usage
@@ -33,6 +33,7 @@ def describe(estimate: Estimate) -> dict[str, Any]:
         "target": t.run.target,
         "params": t.parameters.set,
         "time_us": {k: v / 1e3 for k, v in asdict(estimate.band).items()},
+        "launch_us": {level: getattr(estimate, level).parameters.launch / 1e3 for level in LEVELS},
         "instructions": len(t.instructions),
         "assumptions": [*t.assumptions, *guesses(estimate)],
         "critical_path": critical_path(t, lines),

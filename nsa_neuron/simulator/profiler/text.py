@@ -11,11 +11,13 @@ LINES_SHOWN = 8
 
 def render(facts: dict[str, Any]) -> str:
     """All of a report, from `Profile.to_dict()`."""
-    time = facts["time_us"]
+    time, launch = facts["time_us"], facts["launch_us"]
     lines = [
         f"{facts['kernel']} on {facts['target']}: {time['central']:.2f} us MODELLED, between "
         f"{time['low']:.2f} and {time['high']:.2f}",
         f"  constants: {facts['params']}; not measured, not run on hardware",
+        f"  a launch adds {launch['central']:g} us ({launch['low']:g} to {launch['high']:g}), "
+        "which no time here holds",
         *(f"  assumed: {a}" for a in facts["assumptions"]),
         *_roofline(facts["roofline"]),
     ]

@@ -22,14 +22,29 @@ BOUNDS = [
 
 
 def compared(modelled: float, role: str = HELD_OUT) -> Comparison:
-    """A figure of 100 that the model puts elsewhere; the band's ends decide nothing."""
-    return Comparison(CASE, replace(FIGURE, role=role), Band(100.0, modelled, 100.0))
+    """A figure of 100 that the model puts elsewhere, inside the band."""
+    return Comparison(CASE, replace(FIGURE, role=role), Band(0.0, modelled, 1e9))
+
+
+def outside(role: str, low: float, high: float) -> Comparison:
+    """A figure of 100 with a band of its own."""
+    return Comparison(CASE, replace(FIGURE, role=role), Band(low, (low + high) / 2, high))
 
 
 @pytest.mark.parametrize(("modelled", "verdict"), BOUNDS)
 def test_held_out_figures_may_be_off_by_a_tenth_and_by_a_fifth(modelled, verdict):
     assert compared(modelled).verdict == verdict
     assert compared(modelled).ratio == modelled / 100
+
+
+@pytest.mark.parametrize("role", [CALIBRATES, HELD_OUT, SHOWN])
+def test_every_figure_must_lie_inside_its_band(role):
+    for low, high in ((100.01, 110.0), (90.0, 99.99)):
+        assert outside(role, low, high).verdict == "OUTSIDE" and outside(role, low, high).failed
+    for low, high in ((100.0, 110.0), (90.0, 100.0)):
+        assert outside(role, low, high).verdict == ("ok" if role == HELD_OUT else "-")
+    text = table([compared(109.0), outside(role, 90.0, 99.0)])
+    assert "inside their band: 1 of 2" in text and "OUTSIDE" in text
 
 
 @pytest.mark.parametrize("role", [CALIBRATES, SHOWN])
@@ -51,6 +66,7 @@ def test_the_last_line_counts_what_is_within_a_tenth_and_names_the_furthest():
         ([compared(119.99), compared(120.01), compared(100.0)], 1),
         ([compared(79.99)], 1),
         ([compared(100.0), compared(1e9, SHOWN), compared(1e9, CALIBRATES)], 0),
+        ([compared(100.0), outside(SHOWN, 101.0, 200.0)], 1),
     ],
 )
 def test_one_miss_is_exit_code_1(monkeypatch, capsys, found, code, words):
@@ -59,6 +75,8 @@ def test_one_miss_is_exit_code_1(monkeypatch, capsys, found, code, words):
     assert main(["profile", "--validate", *words]) == code
     out = capsys.readouterr().out
     if words:
-        assert [row["verdict"] for row in json.loads(out)] == [c.verdict for c in found]
+        rows = json.loads(out)
+        assert [row["verdict"] for row in rows][: len(found)] == [c.verdict for c in found]
+        assert {row["verdict"] for row in rows[len(found) :]} <= {"not run"}
     else:
-        assert ("MISS" in out) == bool(code)
+        assert ("MISS" in out or "OUTSIDE" in out) == bool(code)

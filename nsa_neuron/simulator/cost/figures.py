@@ -1,7 +1,8 @@
 """Published figures of Trainium2, and what the model says of the same kernels.
 
-Only figures with a stated machine, shape and source (docs/trainium2.md 7.1). A "total" of the public
-traces, and the latency of a launch, hold time that belongs to no kernel: the constant `launch`.
+Only figures with a stated machine, shape and source (docs/trainium2.md 7.1). A "total" of the
+public traces, and the latency of a launch, hold time that belongs to no kernel: the constant
+`launch`.
 Left out: figures of kernels whose listing is not public (convolutions of 824 and 3832 us, a
 transpose of 86 us, a DMA transpose of 836 us of a dtype not stated), limits that nobody measured,
 and kernel-optimization v4, whose listing moves half the traffic that is published.

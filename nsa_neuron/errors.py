@@ -87,5 +87,9 @@ class ToolchainError(NsaError, ImportError):
     """A kernel package cannot be loaded for the toolchain that was asked for."""
 
 
+class KernelFault(NsaError, RuntimeError):
+    """An interpreted kernel did what is a fault or a race on a GPU; names kernel and program."""
+
+
 class ContractViolation(NsaError, RuntimeError):
     """A backend returned something other than what the spec promises: a defect of the backend."""

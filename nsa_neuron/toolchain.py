@@ -131,6 +131,8 @@ def _release(version: str) -> tuple[int, int]:
 def triton_interpreter() -> Iterator[None]:
     """Environment in which `@triton.jit` makes interpreted kernels (CPU tensors, no GPU needed).
 
+    They run under the rules of `interpreted_grid`.
+
     Raises:
         ToolchainError: this interpreter cannot run them, see `interpreter_hindrance`.
     """
@@ -139,9 +141,18 @@ def triton_interpreter() -> Iterator[None]:
     if hindrance := interpreter_hindrance():
         raise ToolchainError(hindrance)
     _interpret_library_functions()
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        yield
+    from triton.runtime import interpreter
+
+    from nsa_neuron.interpreted_grid import StrictFunction
+
+    plain = interpreter.InterpretedFunction
+    interpreter.InterpretedFunction = StrictFunction
+    try:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            yield
+    finally:
+        interpreter.InterpretedFunction = plain
 
 
 def _interpret_library_functions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on
 GOLDEN = Path(__file__).with_name("golden")
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2.4e-2}
 """Largest error relative to max(1, largest value): a few roundings of the dtype."""
@@ -117,17 +119,19 @@ def check(
         close(got, expect, tolerance)
 
 
-def far_apart(x: Tensor, token_stride: int = 2**21) -> Tensor:
-    """A float16 [1, T, H, D] copy whose tokens lie `token_stride` elements apart.
+def promised(count: int, dtype: torch.dtype) -> Tensor:
+    """`count` zeros, whose memory the system promises and takes from nobody until it is touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype=dtype)
 
-    From T = 1025 on, that is past 2^31.
 
-    Its storage is zero pages that the system hands out when touched: a few MB are.
+def far_apart(x: Tensor, token_stride: int = 2**26) -> Tensor:
+    """A [1, T, H, D] copy whose tokens lie `token_stride` elements apart.
+
+    From T = 33 on, that is past 2^31.
     """
-    # NumPy, because torch.zeros writes its zeros.
-    storage = torch.from_numpy(np.zeros(x.shape[1] * token_stride, np.float16))
-    spread = storage.as_strided(x.shape, (0, token_stride, x.shape[3], 1))
-    return spread.copy_(x)
+    storage = promised(x.shape[1] * token_stride, x.dtype)
+    return storage.as_strided(x.shape, (0, token_stride, x.shape[3], 1)).copy_(x)
 
 
 def sequences(

@@ -252,6 +252,7 @@ CASES = (
     _case("long_blocks", "edge", (300,), block=16, stride=8, select_block=144, num_selected=3),
     _case("stride_one", "edge", (170,), block=3, stride=1, select_block=70),
     _case("custom_scale", "edge", (90,), scale=0.3, window=33),
+    _case("window_of_splits_and_one", "edge", (90, 66), window=65),
     _case("default_geometry", "conform", (300, 129), dims=(64, 64), heads=(8, 2),
           pages=(32, 1, 64), block=32, stride=16, select_block=64, window=512),
     _case("paper_heads", "conform", (500,), heads=(16, 1), dims=(192, 128), pages=(32, 1, 64),

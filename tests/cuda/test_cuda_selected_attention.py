@@ -124,16 +124,6 @@ def test_large_logits_and_odd_scale(strategy):
     oracle.close(got[1], want[1], 3e-6)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_offsets_past_two_to_the_31(strategy):
-    p = oracle.Problem.random(1, 3, 1040, 1, 2, 16, 16, torch.float16)
-    far = oracle.Problem(
-        p.q, oracle.far_apart(p.k), oracle.far_apart(p.v), p.grad_o, p.grad_lse, p.scale
-    )
-    ids = torch.tensor([0, 64], dtype=torch.int32).expand(1, 3, 1, 2)
-    check(far, ids, 16, plan(strategy, block_n=16))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strategy"),

@@ -22,15 +22,29 @@ through HBM. Gradients (`gradients.py`): of x, each place s gathers l/d shifted 
 is scattered; of the weight, sums stay in PSUM while x passes by once. Every sum has one fixed
 order, so two runs, and 1 or 2 cores, give the same bits.
 
-Cost at 64K tokens, 4 heads, D = F = 192, 32/16, bfloat16, one core (arithmetic, not measured): mean
-reads 100 MB, 0.28 ms of HBM at 354 GB/s, PE as long; a linear layer is 39 GF, 0.5 ms at 79 TF, 0.8
-ms with the 64 of 192 channels that leave half the array idle, plus 0.3 ms of transposes; backward
-is about three times that. All of it is below 2 % of the attention that follows. Options weighed:
-W stationary with 512 blocks moving needs 2 x 512 columns where this needs 4 x 192; transposing
-by DMA instead of PE would save 0.3 ms of PE and cost 2-byte descriptors.
+Modelled for 16K tokens of one kv head, D = F = 192, 32/16, bfloat16, us (low / central / high of
+the cycle model, and what PE and VectorE are busy; not run on hardware):
 
-Programs are unrolled over tiles: about 25 instructions per 1024 tokens and head for a mean, 50 for
-a layer, 150 for its gradients, so 0.2 to 0.6 million at 1M tokens and 4 heads.
+| kernel | time | PE | VectorE |
+|---|---|---|---|
+| mean_forward | 24 / 32 / 45 | 15 | 2 |
+| mean_backward | 32 / 37 / 82 | 27 | 4 |
+| linear_forward, first layer | 86 / 104 / 222 | 69 | 40 |
+| second layer; hidden_backward | 11 / 12 / 16; 9 / 11 / 18 | 5; 5 | 7; 4 |
+| weight_gradient, first layer | 80 / 85 / 156 | 70 | 29 |
+| input_gradient | 64 / 67 / 75 | 47 | 49 |
+| encoding_gradient, column_sum | 15 / 17 / 25, 4 / 5 / 8 | 13, 2 | 9, 1 |
+
+So 64K tokens and 4 heads take 1.9 ms forward (mlp), 4.5 ms backward: about 1 % of the attention
+that follows, which is why the simple design stays. A mean is bound by HBM (6.3 MB, 18 us); a layer
+by PE: 9.7 GF are 31 us at 79 TF, 41 with the 64 of 192 channels that leave half the array idle,
+plus 11 of transposes; what is above that is the start, where one load and its transposes wait for
+each other. Options weighed: W stationary and 512 blocks moving needs 2 x 512 columns where this
+needs 4 x 192; transposing by DMA would spare PE and VectorE and cost 2-byte descriptors; adding pe
+to every block before the product would cost VectorE l passes instead of one row.
+
+Programs are unrolled over tiles: at 1M tokens and 4 heads, 0.06 million instructions for a mean,
+0.24 for a layer, 0.3 for each of its gradients.
 """
 
 from nki_kernels.compress.gradients import (

@@ -4,11 +4,14 @@ A pool is [units, unit, Hkv, D]: a unit is a page, an equal part of a page, or a
 of at most 128 tokens. One DMA with a run-time address fetches one unit.
 """
 
-import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import sbuf
+from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
+
+QUEUES = "yga"
+"""All three, see `queues.fetch`: ScalarE and GpSimd have little else to do."""
 
 BANK = 512
 """float32 columns of a PSUM bank: most keys of a group."""
@@ -25,6 +28,7 @@ class Branch(nl.NKIObject):
 
     def __init__(self, k, v, numbers, first_head, heads, shared):
         self.k, self.v, self.numbers = k, v, numbers
+        self.ahead, self.keys_ahead = [], []  # tiles that have been asked for already
         self.first_head, self.heads, self.shared = first_head, heads, shared
         self.unit = k.shape[1]
         self.count = numbers.shape[1] // (1 if shared else heads)
@@ -41,6 +45,27 @@ class Branch(nl.NKIObject):
         """(first key, keys) of groups of whole tiles of at most 512 keys."""
         return spans(self.keys, self.group)
 
+    def ask(self, pool, most_bytes):
+        """Tiles of all keys or values, asked for now; none if they take too much of a partition."""
+        item = 4 if pool.dtype == nl.float32 else 2
+        found = []
+        if len(self.tiles()) * self.heads * pool.shape[3] * item <= most_bytes:
+            for first, length in self.tiles():
+                found.append(self.load(pool, first, length))
+        return found
+
+    def ask_values(self, most_bytes):
+        self.ahead = self.ask(self.v, most_bytes)
+
+    def ask_keys(self, most_bytes):
+        self.keys_ahead = self.ask(self.k, most_bytes)
+
+    def values(self, first, length):
+        """Values of a tile: [keys, heads, DV]."""
+        if len(self.ahead) > 0:
+            return self.ahead[first // self.tile]
+        return self.load(self.v, first, length)
+
     def load(self, pool, first, length):
         """Keys first .. first + length of k or v: [keys, heads, D]."""
         tile = sbuf((length, self.heads, pool.shape[3]), pool.dtype)
@@ -50,25 +75,35 @@ class Branch(nl.NKIObject):
             target = tile[start : start + size, :, :]
             if self.shared:
                 unit = self.numbers[0:1, number : number + 1]
-                nisa.dma_copy(target, pool[:, :, own, :].select(0, unit))
+                fetch(target, pool[:, :, own, :].select(0, unit), QUEUES[number % len(QUEUES)])
             else:
                 for h in range(self.heads):
                     place = h * self.count + number
                     unit = self.numbers[0:1, place : place + 1]
                     source = pool[:, :, self.first_head + h, :].select(0, unit)
-                    nisa.dma_copy(target[:, h, :], source)
+                    fetch(target[:, h, :], source, QUEUES[(number + h) % len(QUEUES)])
         return tile
 
     def load_keys(self, first, length):
         """Tiles [keys, heads, DK] of the keys of a group."""
         found = []
         for start, size in spans(length, self.tile):
-            found.append(self.load(self.k, first + start, size))
+            if len(self.keys_ahead) > 0:
+                found.append(self.keys_ahead[(first + start) // self.tile])
+            else:
+                found.append(self.load(self.k, first + start, size))
         return found
 
 
-def load_numbers(table, index):
-    """Row `index` of an int32 table [B, units] as [1, units]."""
-    numbers = sbuf((1, table.shape[1]), nl.int32)
-    nisa.dma_copy(numbers, table.select(0, index).expand_dim(0))
+def load_numbers(row):
+    """A row of an int32 table [units] as [1, units]."""
+    numbers = sbuf((1, row.shape[0]), nl.int32)
+    fetch(numbers, row.expand_dim(0))
     return numbers
+
+
+def load_table(row, pairs):
+    """A row of an int32 table [blocks] on each pair's partition, [pairs, blocks]."""
+    table = sbuf((pairs, row.shape[0]), nl.int32)
+    fetch(table, row.expand_dim(0).broadcast(0, pairs))
+    return table

@@ -8,16 +8,20 @@ kv heads of a 64/4 model with one new token take as long as one.
 
     per sequence, per group of kv heads:
         compressed   gather units; K turned by PE; S = q K^T; hide; p = exp(scale (S - max))
-                     o = p V / sum                              (p turned by PE, 128 keys at a time)
+        window       gather units; S
         selection    importance = sum of p over heads and over overlapping compressed blocks;
                      forced blocks first; the n best by rounds of 8, lowest number on ties
-        selected     addresses of the chosen blocks, looked up on the device; as above
-        window       as above
+        selected     addresses of the chosen blocks, looked up on the device; gather; S, p
+        each branch  o = p V / sum                              (p turned by PE, 128 keys at a time)
         o = sum of gate * branch
 
-Only DMA has run-time addresses. Lengths are data: bounds of what each row sees come as numbers.
-Bound by DMA: at 64K tokens, 64/4/192/128, 14.4 MB per sequence (41 us of a core's 354 GB/s), in 128
-+ 128 + 16 gathers of 64 tokens and more than that in small ones; see docs for modelled times.
+Sequences of a body overlap: one's chosen blocks are fetched behind the next one's first loads. Only
+DMA has run-time addresses. Lengths are data: bounds of what each row sees come as numbers.
+Bound by DMA: at 64K tokens, 64/4/192/128, 14.4 MB per sequence are 41 us of a core's 354 GB/s, but
+in 274 gathers of 64 rows, 1.6 us each on three queues: 146 us. Modelled, one core: 233 us for one
+sequence, 204 us each for four; with compressed pages of 128 rows 210 gathers and 202 us for one.
+Reading all of a dense cache at full rate would take 474 us. Gathers by rows (one DMA for 128 rows,
+14 ns of GpSimd per row) would need 17,400 rows, 244 us of one queue.
 """
 
 import nki
@@ -26,10 +30,17 @@ import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.cores import share
+from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
-from nki_kernels.decode.caches import Branch, load_numbers
+from nki_kernels.decode.caches import Branch, load_numbers, load_table
 from nki_kernels.decode.lanes import HIDDEN, Lanes, Scores, key_columns, weigh
 from nki_kernels.decode.selection import choose, importance, units_of, visible
+
+MOST_PER_BODY = 4
+"""Sequences whose instructions stand one after another, so that they overlap."""
+
+AHEAD = 40_000
+"""Bytes of a partition for values of a branch that are not needed yet."""
 
 
 @nki.jit
@@ -62,51 +73,107 @@ def decode(
     nisa.iota(within, [[1, k_slc.shape[1]]], offset=0, channel_multiplier=0)
     first, count = share(batch)
 
-    def one_sequence(b):
-        limits, pairs = sbuf((rows, 6), nl.float32), sbuf(place.shape[1:], nl.float32)
-        nisa.dma_copy(limits, bounds.select(0, b))
-        nisa.dma_copy(pairs, place.select(0, b))
-        table = sbuf((place.shape[1], slc_blocks.shape[1]), nl.int32)
-        blocks = slc_blocks.select(0, b).expand_dim(0)
-        nisa.dma_copy(table, blocks.broadcast(0, place.shape[1]))
-        compressed, near = load_numbers(cmp_units, b), load_numbers(win_units, b)
-        for g in range(groups):
-            head = g * per_group
-            query = Query(q_t.select(0, b), gates.select(0, b), g, lanes, scale)
-            far = Branch(k_cmp, v_cmp, compressed, head, per_group, True)
-            scores = query.attend(far, in_range(limits[:, 0:2]), 0)
-            ranks = importance(scores, owner, length, ratio, table.shape[1])
-            numbers, real = choose(ranks, pairs, chosen, initial)
-            addresses, names = units_of(numbers, real, table, parts)
-            seen = visible(names, row_of, limits[:, 4:6], k_slc.shape[1])
-            own = Branch(k_slc, v_slc, addresses, head, per_group, False)
-            query.attend(own, in_blocks(seen, within), 1)
-            window = Branch(k_win, v_win, near, head, per_group, True)
-            query.attend(window, in_range(limits[:, 2:4]), 2)
-            query.store(o.select(0, b), g)
+    per = sequences_per_body(count)
 
-    nl.fori_loop(first, first + count, one_sequence)
+    def one_body(i):
+        sequences, results = [], []
+        for j in range(per):
+            for g in range(groups):
+                sequence = Sequence(
+                    at(q_t, i, j, per)[g], at(gates, i, j, per)[g], at(o, i, j, per)[g], lanes
+                )
+                sequence.load(at(bounds, i, j, per), at(place, i, j, per))
+                head = g * per_group
+                sequence.head = head
+                units = load_numbers(at(cmp_units, i, j, per))
+                sequence.far = Branch(k_cmp, v_cmp, units, head, per_group, True)
+                units = load_numbers(at(win_units, i, j, per))
+                sequence.window = Branch(k_win, v_win, units, head, per_group, True)
+                sequence.table = load_table(at(slc_blocks, i, j, per), place.shape[1])
+                sequence.begin(scale)
+                sequence.select(owner, length, ratio, chosen, initial, parts)
+                # Behind the next one's first loads, since they must wait for something: the loads
+                # of chosen blocks for their selection, results for the sums.
+                for before in sequences:
+                    store_all(results)
+                    results = [before.end(k_slc, v_slc, row_of, within, scale)]
+                sequences = [sequence]
+        results.append(sequences[0].end(k_slc, v_slc, row_of, within, scale))
+        store_all(results)
+
+    nl.fori_loop(first, first + count, one_body, step=per)
     return o
 
 
-class Query(nl.NKIObject):
-    """Rows of some kv heads of a sequence, and the gated sum of their branches so far."""
+def sequences_per_body(count):
+    """How many of `count` sequences a body of the loop takes, so that they overlap."""
+    per = min(count, MOST_PER_BODY)
+    while count % per > 0:
+        per -= 1
+    return per
 
-    def __init__(self, q_t, gates, group, lanes, scale):
-        _, dk, rows = q_t.shape
-        self.lanes, self.scale = lanes, scale
-        self.dtype = q_t.dtype
-        self.columns = []
+
+def store_all(results):
+    for target, values in results:
+        fetch(target, values)
+
+
+def at(tensor, i, j, per):
+    """Item i + j, i a run-time number up to the last but per - 1."""
+    return tensor[j : tensor.shape[0] - per + 1 + j].select(0, i)
+
+
+class Sequence(nl.NKIObject):
+    """New tokens of a sequence for some kv heads: rows, and the gated sum of their branches."""
+
+    def __init__(self, q_t, gates, o, lanes):
+        dk, rows = q_t.shape
+        self.lanes, self.dtype, self.o = lanes, q_t.dtype, o
+        self.columns, self.total = [], []
         for first, count in spans(dk, nl.tile_size.pmax):
             tile = sbuf((count, rows), q_t.dtype)
-            nisa.dma_copy(tile, q_t[group, first : first + count, :])
+            fetch(tile, q_t[first : first + count, :])
             self.columns.append(tile)
         self.gates = sbuf((rows, 3), nl.float32)
-        nisa.dma_copy(self.gates, gates[group])
-        self.total = []
+        fetch(self.gates, gates)
 
-    def attend(self, branch, hide, which):
-        """Adds a branch; `hide` masks a group of logits. Returns its `Scores`, normalised."""
+    def load(self, bounds, place):
+        """What the rows see, and where the queries stand."""
+        self.limits, self.place = sbuf(bounds.shape, nl.float32), sbuf(place.shape, nl.float32)
+        fetch(self.limits, bounds)
+        fetch(self.place, place)
+
+    def begin(self, scale):
+        """Asks for everything that needs no selection, and makes the scores of it."""
+        self.far_scores = self.scores(self.far, in_range(self.limits[:, 0:2]))
+        self.far.ask_values(AHEAD)
+        self.window_scores = self.scores(self.window, in_range(self.limits[:, 2:4]))
+        self.window.ask_values(AHEAD)
+        self.far_scores.normalise(self.far.groups(), scale)
+
+    def select(self, owner, length, ratio, chosen, initial, parts):
+        ranks = importance(self.far_scores, owner, length, ratio, self.table.shape[1])
+        numbers, real = choose(ranks, self.place, chosen, initial)
+        self.addresses, self.names = units_of(numbers, real, self.table, parts)
+
+    def end(self, k_slc, v_slc, row_of, within, scale):
+        """The selected branch and all sums: where they go, and they."""
+        seen = visible(self.names, row_of, self.limits[:, 4:6], k_slc.shape[1])
+        own = Branch(k_slc, v_slc, self.addresses, self.head, self.lanes.heads, False)
+        own.ask_keys(AHEAD)
+        own.ask_values(AHEAD)
+        self.add(self.far_scores, self.far, 0)
+        self.window_scores.normalise(self.window.groups(), scale)
+        self.add(self.window_scores, self.window, 2)
+        own_scores = self.scores(own, in_blocks(seen, within))
+        own_scores.normalise(own.groups(), scale)
+        self.add(own_scores, own, 1)
+        out = sbuf(self.total[0].shape, self.o.dtype)
+        nisa.tensor_copy(out, self.total[0])
+        return self.o, out
+
+    def scores(self, branch, hide):
+        """`Scores` of a branch; `hide` masks a group of logits."""
         lanes = self.lanes
         groups = branch.groups()
         scores = Scores(lanes, len(groups), branch.keys)
@@ -119,9 +186,12 @@ class Query(nl.NKIObject):
                     own = self.columns[c][:, lanes.of(h)]
                     lanes.matmul(logits, own, keys[c][:, h, :], h, c > 0)
             hide(scores.values[:, first : first + count], logits, scores.top[:, i : i + 1], first)
-        scores.normalise(groups, self.scale)
-        out = weigh(scores, branch, lanes, self.dtype)
-        factor = sbuf((lanes.rows, 1), nl.float32)
+        return scores
+
+    def add(self, scores, branch, which):
+        """Adds a branch whose scores are normalised."""
+        out = weigh(scores, branch, self.lanes, self.dtype)
+        factor = sbuf((self.lanes.rows, 1), nl.float32)
         total = sbuf(out.shape, nl.float32)
         nisa.tensor_tensor(factor, scores.inverse, self.gates[:, which : which + 1], nl.multiply)
         if len(self.total) == 0:
@@ -129,12 +199,6 @@ class Query(nl.NKIObject):
         else:
             nisa.scalar_tensor_tensor(total, out, nl.multiply, factor, nl.add, self.total[0])
         self.total = [total]
-        return scores
-
-    def store(self, o, group):
-        out = sbuf(self.total[0].shape, o.dtype)
-        nisa.tensor_copy(out, self.total[0])
-        nisa.dma_copy(o[group], out)
 
 
 def in_range(bounds):

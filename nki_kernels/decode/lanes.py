@@ -109,12 +109,13 @@ def weigh(scores, branch, lanes, dtype):
         nisa.nc_transpose(bank, weights, engine=nisa.engine.tensor)
         turned = sbuf((length, lanes.heads, lanes.pitch), dtype)
         nisa.tensor_copy(turned.reshape((length, lanes.rows)), bank)
-        values = branch.load(branch.v, first, length)
+        values = branch.values(first, length)
         largest = sbuf((length, lanes.heads), nl.float32)
-        idle = sbuf((length, lanes.heads), nl.uint8)
+        used = sbuf((length, lanes.heads), nl.uint8)
+        clean = sbuf(values.shape, dtype)
         nisa.tensor_reduce(largest, nl.maximum, turned, axis=2)
-        nisa.tensor_scalar(idle, largest, nl.equal, 0.0)
-        nisa.tensor_copy_predicated(values, 0.0, idle.expand_dim(2).broadcast(2, values.shape[2]))
+        nisa.tensor_scalar(used, largest, nl.greater, 0.0)
+        nisa.select_reduce(clean, used.expand_dim(2).broadcast(2, values.shape[2]), values, 0.0)
         for h in range(lanes.heads):
-            lanes.matmul(out, turned[:, h, :], values[:, h, :], h, accumulate=first > 0)
+            lanes.matmul(out, turned[:, h, :], clean[:, h, :], h, accumulate=first > 0)
     return out

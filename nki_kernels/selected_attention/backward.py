@@ -27,9 +27,10 @@ import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.cores import share
+from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
 from nki_kernels.selected_attention import tile as parts
-from nki_kernels.selected_attention.gather import BANK, Blocks, fetch
+from nki_kernels.selected_attention.gather import BANK, Blocks
 
 
 @nki.jit

@@ -1,28 +1,18 @@
 """Blocks of keys and values, fetched by run-time addresses into static tiles.
 
 A page [m, W] holds the m <= 128 tokens of a block, keys and values side by side, so that one DMA
-fetches a block. Such a DMA costs its queue about 1.6 us whatever it moves (`dma_run_time` of the
-cost model): they are dealt to several queues.
+fetches a block.
 """
 
 import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
 
 BANK = 512
 """float32 columns of a PSUM bank."""
-
-
-def fetch(target, source, queue="y"):
-    """One DMA; queue "y" is triggered by the sync engine, "a" by ScalarE, "g" by GpSimd."""
-    if queue == "y":
-        nisa.dma_copy(target, source, dge_mode=nisa.dge_mode.hwdge, engine=nisa.engine.sync)
-    elif queue == "a":
-        nisa.dma_copy(target, source, dge_mode=nisa.dge_mode.hwdge, engine=nisa.engine.scalar)
-    else:
-        nisa.dma_copy(target, source, dge_mode=nisa.dge_mode.swdge)
 
 
 class Blocks(nl.NKIObject):

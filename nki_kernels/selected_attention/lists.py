@@ -20,8 +20,8 @@ import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import columns, psum, sbuf
+from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
-from nki_kernels.selected_attention.gather import fetch
 
 
 @nki.jit

@@ -4,8 +4,9 @@ import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
-from nki_kernels.selected_attention.gather import BANK, fetch, tiles_per_bank
+from nki_kernels.selected_attention.gather import BANK, tiles_per_bank
 
 HIDDEN = -3.0e38
 """What hides a key: added to its logit, and exactly what is left, since no logit reaches 2**100."""

@@ -40,7 +40,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(64, 32)
-        self.layers = nn.ModuleList([Layer(32, 4, 16, 24), Layer(32, 4, 16, 40)])
+        self.layers = nn.ModuleList([Layer(32, 4, 16, window=12), Layer(32, 4, 16, window=20)])
         self.head = nn.Linear(32, 64, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -51,6 +51,6 @@ class Model(nn.Module):
 
 
 def make() -> tuple[Model, torch.Tensor]:
-    """The model and a prompt of 100 tokens."""
+    """The model and a prompt of 48 tokens."""
     torch.manual_seed(0)
-    return Model(), torch.randint(0, 64, (1, 100))
+    return Model(), torch.randint(0, 64, (1, 48))

@@ -9,7 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("nsa_neuron", "nki_kernels", "cuda_kernels", "tests", "tools", "examples", "docs")
 # Pages of other people's documentation, which are cited with where they stand.
-FOREIGN = re.compile(r"(README|neuron-notes|index|conventions|SKILL)\.md|nki-[\w-]+\.md")
+FOREIGN = re.compile(
+    r"(README|neuron-notes|writeup|page|index|conventions|SKILL)\.md|nki-[\w-]+\.md"
+)
 CITED = re.compile(r"(?:trainium2\.md`?|fact sheet) (\d[\d.]*(?:, \d[\d.]*)*)")
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nsa_neuron.backends.neuron import run
 from nsa_neuron.backends.neuron.launch import attention, sliding_window_attention
+from nsa_neuron.records import recording
 
 pytestmark = pytest.mark.sim
 
@@ -115,6 +116,20 @@ def test_very_uneven_rows():
     problem.q[:, ::3] *= 1e-3
     problem.q[:, 1::3] *= 300
     check(problem)
+
+
+@pytest.mark.parametrize("lnc", [1, 2])
+def test_the_device_chooses_the_exact_way_where_one_row_asks_for_it(lnc):
+    """Logits far below the bound of norms, in one half of a pair of tiles: both cores do it again.
+
+    64 queries x 2 heads are one pair of tiles, one for each of two cores.
+    """
+    problem = oracle.Problem.random(1, 64, 64, 1, 2, 64, 16, torch.bfloat16, scale=1.0, spread=0.1)
+    for sharp, turns in ((1.0, 0), (300.0, 1)):
+        problem.q[:, 60] *= sharp
+        with recording() as runs:
+            Launcher(lnc=lnc).forward(problem.q, problem.k, problem.v, scale=1.0)
+        assert [len(core.loops) for core in runs[0].cores] == [turns] * lnc
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.11, 1.7, -0.4, 0.0])

@@ -89,7 +89,9 @@ def seeing(batch, kv_head, q, kv_heads, keys, around, reach):
         for t0, count in cut(max(0, last - first), queries_per_part(heads)):
             start = first + t0
             span = key_range(start, start + count, keys, reach)
-            found.append(Tile(batch, kv_head, kv_head * group + g0, heads, start, count, span))
+            found.append(
+                Tile(batch, kv_head, kv_head * group + g0, heads, start, count, span, reach)
+            )
     return found
 
 

@@ -2,48 +2,32 @@
 
 Dimensions: B batches, S queries, T keys, Hq = G * Hkv heads, Dk and Dv up to 256.
 Layout: a tile is up to 512 rows (queries x heads of one kv head, 4 parts of 128). Scores have keys
-on partitions (S^T form), so P needs no transpose and ScalarE works on 2 x 512 columns at once; the
-row sum is a column of ones in V. Softmax needs a shift per row, which in this form lies along the
-free dim: it is added inside the matmul as one to three more contraction rows (exact in float32).
+on partitions (S^T form), so P needs no transpose, and the row sum is a column of ones in V.
 
-    for each tile of rows:
-        q^T                                                       PE transposes
-        1. m = max of the visible logits of each row, from S (rows on partitions):
-           for each 512 keys, each part:  S = q k^T;  range_select(S, lo, hi) -> max
-        2. for each 128 keys:             S^T = k q^T - m;  P^T = exp(scale * S^T)
-                                          at the edges of the ranges: P^T = 0 where not visible
-                                          o += P v, sum += P 1
-        o = o / sum, lse = m * scale + log(sum); rows that see nothing: 0 and -inf
+    for each group of tiles:
+        fast:  P^T = exp(scale * k q^T - U) with one U for the tile, an upper bound of its logits
+        if a row's sum fell below 1e-18 on some core:             a loop of 0 or 1 turns
+            exact: the same tiles again, the shift being each row's maximum
 
-Right for any logits: the shift is the exact maximum over what the row sees, hidden keys never
-touch it, and what overflows among hidden keys is replaced, not multiplied.
-Bound by PE: per 128 keys and 512 rows, passes of 512 columns (0.22 us each in bfloat16): scores
-twice (once or twice each by Dk), shift 1, P V 1; VectorE's maximum takes 0.6 us beside that, exp
-0.45 us. Keys and values are read from HBM once per tile of rows (2.2 times less time than PE), or
-stay in SBUF where all of a kv head's fit.
+`fast` and `exact` say what each costs. The device chooses by what came out, so the result is right
+for any logits: nothing overflows below an upper bound, and a sum that is large enough has lost
+nothing. Exact from the start are tiles that may hold rows without keys, packed batches, float16
+(whose P would need 11 bits), and the last pair of an odd number of queries, whose middle one two
+cores write, so that its bits must not hang on its tile. Both cores of an lnc 2 launch take the
+same way.
 """
 
 import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
-from nki_kernels.common.range_attention.geometry import cut, query_tiles
-from nki_kernels.common.range_attention.operands import (
-    Chunks,
-    Constants,
-    hide,
-    load_rows,
-    query_bounds,
-    row_bounds,
-    shift_rows,
-    store_rows,
-    transpose_rows,
-    visible,
-)
+from nki_kernels.common.cores import this_core
+from nki_kernels.common.range_attention import exact
+from nki_kernels.common.range_attention.fast import Fast
+from nki_kernels.common.range_attention.geometry import query_tiles
+from nki_kernels.common.range_attention.operands import Chunks, Constants, store_rows
 
-NOTHING_SEEN = -1e30  # below any logit, above range_select's fill
-SMALLEST_SUM = 1e-18  # keeps log and reciprocal in range where a row sees nothing
-GROUP = 2  # tiles of keys per exponential
+PAIRS = 8  # pairs of tiles that are redone together
 
 
 class Source(nl.NKIObject):
@@ -61,10 +45,11 @@ class Source(nl.NKIObject):
         return self.chunks.tiles("v", self.v, first, True)
 
 
-def attend(q, k_t, v, bounds, reach, scale, chunk, resident):
+def attend(q, k_t, v, bounds, largest_key, reach, scale, chunk, resident):
     """o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq, 1] float32, in HBM.
 
-    q [B, S, Hq, Dk], k_t [B, Hkv, Dk, T], v [B, T, Hkv, Dv], bounds [S, 2]; scale > 0.
+    q [B, S, Hq, Dk], k_t [B, Hkv, Dk, T], v [B, T, Hkv, Dv], bounds [S, 2], largest_key [B, Hkv]
+    float32: the largest norm of a kv head's keys; scale > 0.
     chunk: keys per load, a multiple of 512. resident: keys of a kv head that SBUF may hold.
     """
     batch, queries, heads, _ = q.shape
@@ -73,207 +58,59 @@ def attend(q, k_t, v, bounds, reach, scale, chunk, resident):
     lse = nl.ndarray((batch, queries, heads, 1), dtype=nl.float32, buffer=nl.shared_hbm)
     constants = Constants(q.dtype)
     source = Source(k_t, v, Chunks(chunk, keys, resident))
+    again = Source(k_t, v, Chunks(chunk, keys, 0))  # loads of a loop's body stay in it
+    fast = Fast(q, bounds, largest_key, o, lse, source, constants, scale)
+    waiting = []
     for tile in query_tiles(batch, kv_heads, heads // kv_heads, queries, keys, reach, 4):
-        if tile.last > tile.first:
-            source.chunks.select(tile.batch, tile.kv_head)
-            attend_tile(q, bounds, o, lse, tile, source, constants, scale)
-        else:
+        if len(waiting) > 0 and tile.pair >= waiting[0].pair + PAIRS:
+            attend_group(fast, waiting, again)
+            waiting = []
+        if tile.last == tile.first:
             write_dead(o, lse, tile, constants)
+        elif q.dtype == nl.float16 or tile.overlaps or not tile.all_alive:
+            source.chunks.select(tile.batch, tile.kv_head)
+            exact.attend_tile(q, bounds, o, lse, tile, source, constants, scale)
+        else:
+            waiting.append(tile)
+    if len(waiting) > 0:
+        attend_group(fast, waiting, again)
     return o, lse
 
 
-def attend_tile(q, bounds, o, lse, tile, source, constants, scale):
-    """One tile of rows that sees some keys."""
-    rows = []
-    for p in range(tile.parts):
-        rows.append(load_rows(q, tile, p))
-    q_t = transpose_rows(rows, tile)
-    largest, total = row_statistics(q_t, bounds, tile, source, scale)
-    shift = shift_rows(largest, tile, constants)
-    sums = weighted_sums(q_t, shift, bounds, tile, source, constants, scale)
-    for p in range(tile.parts):
-        finish_part(o, lse, tile, p, sums[p], largest, total, constants, scale)
+def attend_group(fast, tiles, again):
+    """Tiles the fast way, and all of them the exact way if some row asks for it."""
+    turns = nisa.register_alloc()
+    nisa.register_load(turns, worst_of_cores(fast.attend(tiles)))
+
+    def redo(_):
+        for tile in tiles:
+            again.chunks.select(tile.batch, tile.kv_head)
+            exact.attend_tile(
+                fast.q, fast.bounds, fast.o, fast.lse, tile, again, fast.constants, fast.scale
+            )
+
+    nl.fori_loop(0, turns, redo)
 
 
-def row_statistics(q_t, bounds, tile, source, scale):
-    """What a row's softmax needs, from the logits with rows on partitions, all float32.
-
-    Returns:
-        largest [rows of a part, parts]: the largest visible logit before scaling; 0 if none.
-        total: the sum of exp(scale * (logit - largest)); 0 if none.
-    """
-    chunks = source.chunks.of(tile.first, tile.last - tile.first)
-    blocks = 0
-    for _, _, count in chunks:
-        blocks += len(cut(count, 512))
-    limits, maxima, totals = [], [], []
-    for p in range(tile.parts):
-        rows = tile.part(p)[1]
-        limits.append(row_bounds(bounds, tile, p))
-        maxima.append(sbuf((rows, blocks), nl.float32))
-        totals.append(sbuf((rows, blocks), nl.float32))
-    block = 0
-    for first, skipped, count in chunks:
-        k_t = source.keys(first)
-        for k0, width in cut(count, 512):
-            start = skipped + k0
-            for p in range(tile.parts):
-                c0, rows = tile.part(p)
-                scores = psum((rows, width), nl.float32)
-                for c in range(len(q_t)):
-                    keys = k_t[c][:, start : start + width]
-                    nisa.nc_matmul(scores, q_t[c][:, c0 : c0 + rows], keys, accumulate=c > 0)
-                here = (block, first + start)
-                block_statistics(scores, limits[p], here, maxima[p], totals[p], scale)
-            block += 1
-    rows = tile.part(0)[1]
-    largest, total = sbuf((rows, tile.parts), nl.float32), sbuf((rows, tile.parts), nl.float32)
-    if tile.part(tile.parts - 1)[1] < rows:
-        nisa.memset(largest, 0.0)
-    for p in range(tile.parts):
-        rows = tile.part(p)[1]
-        merge_blocks(
-            maxima[p], totals[p], largest[0:rows, p : p + 1], total[0:rows, p : p + 1], scale
+def worst_of_cores(unsafe):
+    """1 as int32 [1, 1] if a row of [128, columns] on either core is unsafe, else 0."""
+    columns = unsafe.shape[1]
+    ones = sbuf((128, 1), nl.float32)
+    nisa.memset(ones, 1.0)
+    counted = psum((1, columns), nl.float32)
+    nisa.nc_matmul(counted, ones, unsafe, accumulate=False)
+    count = sbuf((1, 1), nl.float32)
+    nisa.tensor_reduce(count, nl.maximum, counted, axis=1)
+    core, cores = this_core()
+    if cores == 2:
+        other = sbuf((1, 1), nl.float32)
+        nisa.sendrecv(
+            src=count, dst=other, send_to_rank=1 - core, recv_from_rank=1 - core, pipe_id=0
         )
-    return largest, total
-
-
-def block_statistics(scores, limits, here, maxima, totals, scale):
-    """The maximum of a block of logits [rows, keys] and the sum of exponentials below it."""
-    block, first_key = here
-    seen = sbuf(scores.shape, nl.float32)
-    largest = maxima[:, block : block + 1]
-    nisa.range_select(
-        seen,
-        scores,
-        nl.greater_equal,
-        nl.less,
-        limits[:, 0:1],
-        limits[:, 1:2],
-        reduce_res=largest,
-        range_start=first_key,
-    )
-    # Far above range_select's fill, so that hidden keys count 0 where a row sees nothing.
-    bias = sbuf((scores.shape[0], 1), nl.float32)
-    nisa.tensor_scalar(bias, largest, nl.maximum, NOTHING_SEEN, op1=nl.multiply, operand1=-scale)
-    ignored = sbuf(scores.shape, nl.bfloat16)
-    nisa.activation_reduce(
-        ignored, nl.exp, seen, nl.add, totals[:, block : block + 1], bias=bias, scale=scale
-    )
-
-
-def merge_blocks(maxima, totals, largest, total, scale):
-    """Statistics of whole rows from those of their blocks [rows, blocks]."""
-    rows = maxima.shape[0]
-    nisa.tensor_reduce(largest, nl.maximum, maxima, axis=1)
-    bias = sbuf((rows, 1), nl.float32)
-    nisa.tensor_scalar(bias, largest, nl.maximum, NOTHING_SEEN, op1=nl.multiply, operand1=-scale)
-    weights = sbuf(maxima.shape, nl.float32)
-    nisa.activation(weights, nl.exp, maxima, bias=bias, scale=scale)
-    nisa.tensor_tensor(weights, weights, totals, nl.multiply)
-    nisa.tensor_reduce(total, nl.add, weights, axis=1)
-    # A row that sees nothing has range_select's fill, which is no shift.
-    nisa.scalar_tensor_tensor(largest, largest, nl.greater, NOTHING_SEEN, nl.multiply, largest)
-
-
-def weighted_sums(q_t, shift, bounds, tile, source, constants, scale):
-    """P @ [v | 1] of every part in PSUM, with P = exp(scale * (logits - shift)) where visible."""
-    limits = query_bounds(bounds, tile)
-    sums = []
-    for p in range(tile.parts):
-        sums.append(psum((tile.part(p)[1], source.v.shape[3] + 1), nl.float32))
-    waiting = []  # the group whose P @ V comes after the next group's scores
-    for first, skipped, count in source.chunks.of(tile.first, tile.last - tile.first):
-        k_t = source.keys(first)
-        v = source.values(first)
-        for k0, width in cut(count, 128 * GROUP):
-            key0 = skipped + k0
-            weights = weights_of(
-                q_t, shift, limits, tile, constants, scale, k_t, first, key0, width
-            )
-            if len(waiting) > 0:
-                add_values(sums, tile, waiting[0], waiting[0][1] == tile.first)
-                waiting = []
-            waiting.append((weights, first + key0, v, key0))
-    add_values(sums, tile, waiting[0], waiting[0][1] == tile.first)
-    return sums
-
-
-def weights_of(q_t, shift, limits, tile, constants, scale, k_t, first, key0, width):
-    """P^T of `width` keys from chunk position key0, as a list of [keys, columns]."""
-    tiles = cut(width, 128)
-    columns = tile.columns
-    scores = psum((128, GROUP, 512), nl.float32)
-    weights = sbuf((128, GROUP, columns), q_t[0].dtype)
-    found = []
-    for j, (k0, keys) in enumerate_list(tiles):
-        score = scores[0:keys, j, 0:columns]
-        for c in range(len(q_t)):
-            k_part = k_t[c][:, key0 + k0 : key0 + k0 + keys]
-            nisa.nc_matmul(score, k_part, q_t[c], accumulate=c > 0)
-        nisa.nc_matmul(score, constants.ones[:, 0:keys], shift, accumulate=True)
-        found.append(weights[0:keys, j, :])
-    if width % 128 == 0:
-        whole = len(tiles)
-        nisa.activation(weights[:, 0:whole, :], nl.exp, scores[:, 0:whole, 0:columns], scale=scale)
-    else:
-        for j, (_, keys) in enumerate_list(tiles):
-            nisa.activation(found[j], nl.exp, scores[0:keys, j, 0:columns], scale=scale)
-    for j, (k0, keys) in enumerate_list(tiles):
-        position = first + key0 + k0
-        if not tile.sees_all(position, position + keys):
-            hide(found[j], visible(limits, tile, constants, position, keys), tile)
-    return found
-
-
-def enumerate_list(items):
-    """(index, item) pairs: `enumerate` is not in the compiled subset."""
-    found = []
-    for i in range(len(items)):
-        found.append((i, items[i]))
-    return found
-
-
-def add_values(sums, tile, group, opening):
-    """Adds a group's P @ [v | 1] to the sums of every part."""
-    weights, _, v, key0 = group
-    for j in range(len(weights)):
-        keys = weights[j].shape[0]
-        for p in range(tile.parts):
-            c0, rows = tile.part(p)
-            nisa.nc_matmul(
-                sums[p],
-                weights[j][:, c0 : c0 + rows],
-                v[0:keys, key0 // 128 + j, :],
-                accumulate=not (opening and j == 0),
-            )
-
-
-def finish_part(o, lse, tile, p, sums, largest, total, constants, scale):
-    """Divides by the row sums and writes o and lse of a part.
-
-    o is divided by the sum of what PE multiplied v with, rounded to the inputs' dtype; lse has the
-    float32 sum.
-    """
-    rows, width = tile.part(p)[1], o.shape[3]
-    inverse = sbuf((rows, 1), nl.float32)
-    nisa.tensor_scalar(inverse, sums[:, width : width + 1], nl.maximum, SMALLEST_SUM)
-    nisa.reciprocal(inverse, inverse)
-    result = sbuf((rows, width), o.dtype)
-    nisa.tensor_scalar(result, sums[:, 0:width], nl.multiply, inverse)
-    store_rows(o, tile, p, result)
-    row_total = total[0:rows, p : p + 1]
-    logarithm = sbuf((rows, 1), nl.float32)
-    nisa.tensor_scalar(logarithm, row_total, nl.maximum, SMALLEST_SUM)
-    nisa.activation(logarithm, nl.log, logarithm)
-    row_lse = sbuf((rows, 1), nl.float32)
-    nisa.scalar_tensor_tensor(
-        row_lse, largest[0:rows, p : p + 1], nl.multiply, scale, nl.add, logarithm
-    )
-    dead = sbuf((rows, 1), nl.uint16)
-    nisa.tensor_scalar(dead, row_total, nl.equal, 0.0)
-    nisa.tensor_copy_predicated(row_lse, constants.minus_infinity[0:rows, :], dead)
-    store_rows(lse, tile, p, row_lse)
+        nisa.tensor_tensor(count, count, other, nl.maximum)
+    flag = sbuf((1, 1), nl.int32)
+    nisa.tensor_scalar(flag, count, nl.minimum, 1.0)
+    return flag
 
 
 def write_dead(o, lse, tile, constants):

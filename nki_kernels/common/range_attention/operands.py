@@ -9,12 +9,14 @@ import nki.language as nl
 from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.range_attention.geometry import cut
 
+SMALLEST_SUM = 1e-18  # what log takes, with room; below it a sum counts as nothing
+
 
 class Constants(nl.NKIObject):
     """Tensors that every tile uses, made once.
 
     `ones` [3, 128] adds shift rows to every key; `key_index` [128, 1] float32 counts partitions;
-    `minus_infinity` [128, 1] float32.
+    `one_row` [1, 128], `one_column` and `minus_infinity` [128, 1] float32.
     """
 
     def __init__(self, dtype):
@@ -24,6 +26,10 @@ class Constants(nl.NKIObject):
         nisa.memset(self.ones, 1.0)
         self.key_index = sbuf((128, 1), nl.float32)
         nisa.iota(self.key_index, [[0, 1]], offset=0, channel_multiplier=1)
+        self.one_row = sbuf((1, 128), nl.float32)
+        nisa.memset(self.one_row, 1.0)
+        self.one_column = sbuf((128, 1), nl.float32)
+        nisa.memset(self.one_column, 1.0)
         self.minus_infinity = sbuf((128, 1), nl.float32)
         nisa.memset(self.minus_infinity, float("-inf"))
 
@@ -61,7 +67,7 @@ def transpose_rows(parts, tile):
                 engine=nisa.engine.tensor,
             )
         kept = sbuf((width, tile.columns), dtype)
-        nisa.tensor_copy(kept, turned, engine=nisa.engine.vector)
+        nisa.tensor_copy(kept, turned, engine=nisa.engine.scalar)
         found.append(kept)
     return found
 

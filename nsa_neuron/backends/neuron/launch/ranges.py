@@ -87,8 +87,9 @@ def forward(
         scale: of the logits, any sign.
     """
     q, scale = positive_scale(q, scale)
+    largest_key = k.float().norm(dim=-1).amax(1)
     o, lse = kernels.forward(
-        q.contiguous(), turned(k), v.contiguous(), ranges.bounds,
+        q.contiguous(), turned(k), v.contiguous(), ranges.bounds, largest_key,
         reach=ranges.reach, scale=scale, **plan["forward"],
     )  # fmt: skip
     return o, lse.squeeze(-1)

@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsa_neuron.errors import BackendUnavailable, NoLowering, NsaError
+from nsa_neuron.errors import BackendUnavailable, NsaError
 from nsa_neuron.library import LOWERED, NAMESPACE, pinned
 from nsa_neuron.ops import get
-from nsa_neuron.registry import ANYWHERE, AUTOMATIC, REGISTRY, Refusal, Supported, Target
+from nsa_neuron.registry import REGISTRY, Refusal, Target
 
 if TYPE_CHECKING:
     from types import CodeType
 
+    from nsa_neuron.registry import Lowered
     from nsa_neuron.spec import Bound
 
 log = logging.getLogger("nsa_neuron")
@@ -172,9 +173,8 @@ def choose_lowerings(
             continue
         if node.target.namespace != NAMESPACE:
             continue
-        choice, bound, plan = _choose(node, policy)
+        choice, lowered = _choose(node, policy)
         choices.append(choice)
-        lowered = REGISTRY.get(choice.target.backend).lower(bound, plan)
         # A lowering that is an operator itself stands in the graph, where a vendor's compiler can
         # see into it; any other is called through ours.
         own = isinstance(lowered, torch._ops.OpOverload)
@@ -206,21 +206,13 @@ def explain(compiled: Callable[..., Any]) -> Explanation:
     return found if found is not None else Explanation()
 
 
-def _choose(node: torch.fx.Node, policy: str | None) -> tuple[Choice, Bound, Any]:
-    """Asks the registry about one node; the choice, the call and the backend's plan for it."""
+def _choose(node: torch.fx.Node, policy: str | None) -> tuple[Choice, Lowered]:
+    """Asks the registry about one node; the choice and the callable."""
     op = node.target.__name__.split(".")[0]  # type: ignore[union-attr]
     bound = _bind(op, node)
-    names = (policy,) if policy else AUTOMATIC.get(bound.device.type, ANYWHERE)
-    rejected: list[Refusal] = []
-    for name in names:
-        target = REGISTRY.target(name)
-        verdict = REGISTRY.ask(target, bound)
-        if isinstance(verdict, Supported):
-            choice = Choice(op, bound.describe(), target, tuple(rejected), node.name)
-            return choice, bound, verdict.plan
-        rejected.append(Refusal(target, verdict.rule, verdict.reason))
-    reasons = [(r.target.backend, r.target.mode, r.rule, r.reason) for r in rejected]
-    raise NoLowering(op, bound.describe(), reasons)
+    selection = REGISTRY.select(bound, policy)
+    choice = Choice(op, bound.describe(), selection.target, selection.rejected, node.name)
+    return choice, selection.lowered
 
 
 def _bind(op: str, node: torch.fx.Node) -> Bound:

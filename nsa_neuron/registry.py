@@ -38,7 +38,7 @@ TARGETS = {"trn2": "neuron", "h200": "cuda"}
 # Whom to ask for tensors of a device type, best first. CPU tensors never choose a simulator by
 # themselves: it is asked for by name.
 AUTOMATIC = {
-    "cpu": ("cpu:torch", "reference:eager"),
+    "cpu": ("cpu:native", "cpu:torch", "reference:eager"),
     "cuda": ("cuda:hw", "reference:eager"),
     "neuron": ("neuron:hw", "reference:eager"),
     "xla": ("neuron:hw", "reference:eager"),
@@ -243,6 +243,7 @@ class Registry:
 
         Raises:
             NoLowering: with every reason.
+            BackendUnavailable: the one asked for finds, when it lowers, that it cannot run here.
         """
         if policy is not None:
             wanted: tuple[Target, ...] = (self.target(policy),)
@@ -253,9 +254,15 @@ class Registry:
         for target in wanted:
             verdict = self.ask(target, bound)
             if isinstance(verdict, Supported):
-                self._tell(bound, target, rejected)
-                lowered = self.get(target.backend).lower(bound, verdict.plan)
-                return Selection(target, lowered, tuple(rejected))
+                try:
+                    lowered = self.get(target.backend).lower(bound, verdict.plan)
+                except BackendUnavailable as error:  # kernels that do not compile, say
+                    if policy is not None:
+                        raise
+                    verdict = Unsupported("available", str(error))
+                else:
+                    self._tell(bound, target, rejected)
+                    return Selection(target, lowered, tuple(rejected))
             rejected.append(Refusal(target, verdict.rule, verdict.reason))
         reasons = [(r.target.backend, r.target.mode, r.rule, r.reason) for r in rejected]
         raise NoLowering(bound.spec.name, bound.describe(), reasons)

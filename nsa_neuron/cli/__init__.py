@@ -45,6 +45,7 @@ class Command:
 COMMANDS = (
     Command("ops", "what each operation takes, gives and costs", "nsa_neuron.cli.ops"),
     Command("backends", "what can run here, and why not", "nsa_neuron.cli.backends"),
+    Command("build", "compile the CPU kernels now", "nsa_neuron.cli.build"),
     Command("conform", "try every op on every backend", "nsa_neuron.cli.conform"),
     Command("agree", "do targets agree on your model, and where not", "nsa_neuron.cli.agree"),
     Command("explain", "who would run a call, and who refuses it", "nsa_neuron.cli.explain"),

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from nsa_neuron.registry import use_backend
+from nsa_neuron.registry import requesting
 
-TARGETS = ("reference:eager", "cpu:torch")
+# Automatic: cpu:native where it can be compiled, but cpu:torch for float64.
+TARGETS = ("reference:eager", "cpu:torch", "automatic")
 
 
 @pytest.fixture(autouse=True, params=TARGETS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The target that the test's calls run on."""
-    with use_backend(request.param):
+    with requesting(None if request.param == "automatic" else request.param):
         yield request.param

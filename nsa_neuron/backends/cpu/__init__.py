@@ -1,18 +1,28 @@
-"""The `cpu` backend: plain torch arranged for a CPU's caches (`torch`)."""
+"""The `cpu` backend: C++ kernels (`native`), or plain torch arranged for a CPU's caches (`torch`).
+
+`native` is compiled at first use; where that cannot be (no compiler, another CPU), `torch` runs
+everything, and `nsa backends` says what hinders `native`.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from nsa_neuron.backends.cpu.native_mode import build
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 
 if TYPE_CHECKING:
     from nsa_neuron.registry import Lowered
     from nsa_neuron.spec import Bound
 
-
-MODES = {"torch": "nsa_neuron.backends.cpu.torch_mode"}
+MODES = {
+    "native": "nsa_neuron.backends.cpu.native_mode",
+    "torch": "nsa_neuron.backends.cpu.torch_mode",
+}
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class CpuBackend:
@@ -21,18 +31,28 @@ class CpuBackend:
     name = "cpu"
 
     def modes(self) -> dict[str, str]:
-        return {"torch": ""}
+        # The first is meant by `use_backend("cpu")`: the best that can run here.
+        hindrance = build.hindrance()
+        if hindrance:
+            return {"torch": "", "native": hindrance}
+        return {"native": "", "torch": ""}
 
     def supports(self, bound: Bound, mode: str) -> Verdict:
         if refusal := same_device(bound.device, "cpu"):
             return refusal
+        if mode == "native" and bound.dtype not in NATIVE_DTYPES:
+            reason = f"{bound.dtype} is not one of float32, float16, bfloat16; cpu:torch takes it"
+            return Unsupported("dtype", reason)
         if bound.spec.name not in _implementations(mode):
-            return Unsupported("op", f"cpu:{mode} does not implement {bound.spec.name}")
+            return Unsupported("kernel", f"there is no C++ kernel for {bound.spec.name} yet")
         return Supported(mode)
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
-        lowered: Lowered = _implementations(plan)[bound.spec.name]
-        return lowered
+        if plan == "native":
+            from nsa_neuron.backends.cpu.native_mode import extension
+
+            extension.load()
+        return _implementations(plan)[bound.spec.name]
 
 
 def _implementations(mode: str) -> dict[str, Lowered]:

@@ -1,0 +1,89 @@
+"""The whole of NSA, forward: three kernels, the first of which also selects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nsa_neuron.backends.cpu.native_mode import attention, extension
+from nsa_neuron.backends.cpu.native_mode.call import Call, Rows, Run, float_rows, new_call
+from nsa_neuron.ops import common
+
+if TYPE_CHECKING:
+    from nsa_neuron.ops.nsa_attention import Eight
+
+OP = "nsa_attention"
+
+
+class Branches:
+    """The three calls of one `nsa_attention`, which share q, scale and sequences.
+
+    Args:
+        values: the arguments of `nsa_attention` by name.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+        self._q = float_rows(values["q"])
+        self._scale = common.default_scale(values["scale"], values["q"])
+        offsets = (values["cu_seqlens_q"], values["cu_seqlens_k"])
+        lengths = (self._q.shape[1], values["k_slc"].shape[1])
+        geometry = (values["block"], values["stride"])
+        self._raw = attention.raw_runs(*lengths, *offsets)
+        self._compressed = attention.compressed_runs(*lengths, *offsets, *geometry)
+        self._alive: list[Tensor] = []  # what the calls point to
+        self.ids = attention.new_ids(self._q, values["k_cmp"], values["num_selected"])
+        self.shape = (*self._q.shape[:3], values["v_cmp"].shape[3])
+
+    def calls(self) -> tuple[tuple[str, Call], ...]:
+        """Kernel and call of the compressed, selected and window branch, in the order to run."""
+        v = self._values
+        cmp = self._call("cmp", self._compressed)
+        attention.set_selection(cmp, self.ids, v)
+        slc = self._call("slc", self._raw)
+        slc.ids, slc.selected = self.ids.data_ptr(), v["num_selected"]
+        slc.select_block = v["select_block"]
+        win = self._call("win", self._raw)
+        win.window = v["window"]
+        return (
+            ("compressed_forward", cmp),
+            ("selected_forward", slc),
+            ("interval_forward", win),
+        )
+
+    def _call(self, branch: str, runs: list[Run]) -> Call:
+        k, v = (float_rows(self._values[f"{side}_{branch}"]) for side in ("k", "v"))
+        self._alive += [k, v]
+        return new_call(self._q, k, v, runs, self._scale)
+
+
+def whole(**values: Any) -> Tensor:
+    """`nsa_attention`: every branch adds its gated result to o as it comes."""
+    branches = Branches(values)
+    o = torch.empty(branches.shape, dtype=torch.float32)
+    lse = torch.empty(branches.shape[:3], dtype=torch.float32)
+    gates = values["gates"].float().contiguous()
+    for i, (kernel, call) in enumerate(branches.calls()):
+        call.o, call.gates, call.branch = Rows.of(o), gates.data_ptr(), i
+        call.lse = lse.data_ptr()
+        extension.run(kernel, call, OP)
+    return o.to(values["q"].dtype)
+
+
+def forward(**values: Any) -> Eight:
+    """`nsa_attention_forward`: keeps every branch's result for the backward pass."""
+    branches = Branches(values)
+    dtype = values["q"].dtype
+    outs, stats = [], []
+    for kernel, call in branches.calls():
+        outs.append(torch.empty(branches.shape, dtype=torch.float32))
+        stats.append(torch.empty(branches.shape[:3], dtype=torch.float32))
+        call.o, call.lse = Rows.of(outs[-1]), stats[-1].data_ptr()
+        extension.run(kernel, call, f"{OP}_forward")
+    o_cmp, o_slc, o_win = outs
+    o = attention.gated_sum(o_cmp, o_slc, o_win, values["gates"].float()).to(dtype)
+    lse_cmp, lse_slc, lse_win = stats
+    o_cmp, o_slc, o_win = (x.to(dtype) for x in outs)
+    return o, branches.ids, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win

@@ -1,0 +1,52 @@
+// What Python calls, through ctypes: plain C, and no exception leaves it.
+#include <cstring>
+#include <exception>
+
+#include "kernels.h"
+#include "runtime.h"
+
+namespace {
+
+enum Status { OK = 0, BAD_CALL = 1, NO_MEMORY = 2, FAILED = 3 };
+
+// Runs a kernel; what it throws becomes a status and a message of at most `size` bytes.
+template <typename Kernel>
+int guarded(char* message, int64_t size, const Kernel& kernel) noexcept {
+  const auto tell = [&](const char* text, int status) {
+    std::strncpy(message, text, size - 1);
+    message[size - 1] = 0;
+    return status;
+  };
+  try {
+    kernel();
+    return OK;
+  } catch (const nsa::BadCall& error) {
+    return tell(error.what(), BAD_CALL);
+  } catch (const std::bad_alloc&) {
+    return tell("out of memory", NO_MEMORY);
+  } catch (const std::exception& error) {
+    return tell(error.what(), FAILED);
+  } catch (...) {
+    return tell("an exception of unknown type", FAILED);
+  }
+}
+
+}  // namespace
+
+#define NSA_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Python refuses a library whose record of a call is not its own.
+NSA_EXPORT int64_t nsa_call_size() { return sizeof(nsa::Call); }
+
+NSA_EXPORT int nsa_interval_forward(const nsa::Call* call, char* message, int64_t size) {
+  return guarded(message, size, [&] { nsa::interval_forward(*call); });
+}
+NSA_EXPORT int nsa_compressed_forward(const nsa::Call* call, char* message, int64_t size) {
+  return guarded(message, size, [&] { nsa::compressed_forward(*call); });
+}
+NSA_EXPORT int nsa_selected_forward(const nsa::Call* call, char* message, int64_t size) {
+  return guarded(message, size, [&] { nsa::selected_forward(*call); });
+}
+NSA_EXPORT int nsa_gated_sum(const nsa::Call* call, char* message, int64_t size) {
+  return guarded(message, size, [&] { nsa::gated_sum(*call); });
+}

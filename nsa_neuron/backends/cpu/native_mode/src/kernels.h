@@ -1,0 +1,17 @@
+// The kernels; api.cpp exports them to Python.
+#pragma once
+#include <memory>
+
+#include "call.h"
+
+namespace nsa {
+
+void interval_forward(const Call& call);
+// Compressed attention (o, lse; where o is given) and selection (ids; where they are given) from
+// one q @ k. Without o, probabilities come from the lse given.
+void compressed_forward(const Call& call);
+void selected_forward(const Call& call);
+// o of branches that lie in q, k and v, all like o.
+void gated_sum(const Call& call);
+
+}  // namespace nsa

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..run.coverage import Coverage
 from .storage import NOBODY, Region, Relations, Space, Storage
 from .timeline import Cause
 
@@ -56,8 +57,8 @@ class Tracker:
         self.storages: dict[Allocation, Storage] = {}  # likewise, without addressed ones
         self.arenas = {buffer: Storage({}, self.relations) for buffer in ("sbuf", "psum")}
         self.spaces = {
-            "sbuf": Space(machine.sbuf_bytes, 1),
-            "psum": Space(machine.psum_bytes, machine.psum_bank_bytes),
+            "sbuf": Space(_shared_out(trace, "sbuf", machine), 1, machine),
+            "psum": Space(_shared_out(trace, "psum", machine), machine.psum_bank_bytes, machine),
         }
         self._everywhere: dict[Place, Place] = {}
         self._dead: list[Allocation] = []  # in the instruction looked at
@@ -282,6 +283,20 @@ class Tracker:
         elif any(a.allocation.buffer == "shared_hbm" for a in (*i.writes, *i.reads)):
             deps += [f << SHIFT | EDGE for f in self._fences]
             users[me if lane >= self.in_order else -1 - lane] = me
+
+
+def _shared_out(trace: CoreTrace, buffer: str, machine: Machine) -> int:
+    """Bytes per partition beside the tensors with addresses; at least the largest tile's."""
+    limit = machine.sbuf_bytes if buffer == "sbuf" else machine.psum_bytes
+    used = [a for a in trace.allocations if a.buffer == buffer and a.last_use >= 0]
+    spans = {(a.address[1], a.address[1] + a.pitch_bytes) for a in used if a.address}
+    if not spans:
+        return limit
+    covered = Coverage(spans)
+    for span in spans:
+        covered.change(*span, 1)
+    largest = max((a.pitch_bytes for a in used if not a.address), default=0)
+    return max(limit - covered.covered, min(largest, limit))
 
 
 MEETINGS = ("core_barrier", "sendrecv")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ..run.coverage import QUARTERS, quarters
 from .overlap import may_overlap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ..machine.trn2 import Machine
     from ..memory.allocation import Access, Allocation
     from ..memory.layout import Place
 
@@ -205,16 +207,24 @@ def _bytes(access: Access) -> tuple[int, int]:
 
 
 class Space:
-    """Bytes per partition of one memory that the compiler shares out."""
+    """Bytes per partition of one memory that the compiler shares out, on average over partitions.
 
-    def __init__(self, limit: int, granule: int) -> None:
+    Args:
+        limit: what there is.
+        granule: a PSUM bank, else 1.
+        machine: sizes.
+    """
+
+    def __init__(self, limit: int, granule: int, machine: Machine) -> None:
         self.free = limit
         self.granule = granule
+        self.machine = machine
         self.released: deque[tuple[int, Iterable[Region]]] = deque()
 
     def size(self, a: Allocation) -> int:
-        """Bytes per partition, in whole granules (PSUM banks)."""
-        return -(-a.pitch_bytes // self.granule) * self.granule
+        """Bytes in whole granules; less where a tile leaves quarters of the partitions free."""
+        bytes_ = -(-a.pitch_bytes // self.granule) * self.granule
+        return -(-bytes_ * quarters(a, self.machine) // QUARTERS)
 
     def reclaim(self) -> list[int]:
         """Make up for taking more than there was; return the instructions that must have ended."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ..run.coverage import QUARTERS, Coverage, quarters, quarters_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,27 +36,51 @@ def usage(
         machine: for the bank size.
 
     Returns:
-        For "sbuf" and "psum": times in ns, and bytes from each time to the next.
+        For "sbuf" and "psum": times in ns, and bytes from each time to the next, on average over
+        the partitions: two tiles of 64 partitions may lie beside one another.
     """
     spans = _spans(t, core)
     found = {}
     for buffer in BUFFERS:
         granule = machine.psum_bank_bytes if buffer == "psum" else 1
-        events: list[tuple[float, int]] = []
-        placed: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        events: list[tuple[float, float]] = []
+        placed: list[tuple[float, float, Allocation]] = []
         for a, (first, last) in spans.items():
             if a.buffer != buffer:
                 continue
-            size = -(-a.pitch_bytes // granule) * granule
             if a.address:
-                placed.setdefault((a.address[1], size), []).append((first, last))
+                placed.append((first, last, a))
             else:
+                size = -(-a.pitch_bytes // granule) * granule * quarters(a, machine) / QUARTERS
                 events += [(first, size), (last, -size)]
-        for (_, size), uses in placed.items():
-            for first, last in _merged(uses):
-                events += [(first, size), (last, -size)]
-        found[buffer] = _steps(events)
+        found[buffer] = _steps(events + _covered(placed, granule, machine))
     return found
+
+
+def _covered(
+    placed: list[tuple[float, float, Allocation]], granule: int, machine: Machine
+) -> list[tuple[float, float]]:
+    """Changes of the bytes that tensors with addresses cover, each byte counted once."""
+    ranges = {}
+    for _, _, a in placed:
+        assert a.address is not None
+        size = -(-a.pitch_bytes // granule) * granule
+        ranges[a] = (a.address[1], a.address[1] + size)
+    covers = [Coverage(ranges.values()) for _ in range(QUARTERS)]
+    users: Counter[tuple[int, int, int]] = Counter()
+    changes = []
+    order = [(first, 1, k) for k, (first, _, _) in enumerate(placed)]
+    order += [(last, 0, k) for k, (_, last, _) in enumerate(placed)]
+    for time, start, k in sorted(order):
+        a = placed[k][2]
+        first, last = ranges[a]
+        for quarter in quarters_of(a, machine):
+            users[quarter, first, last] += 1 if start else -1
+            if users[quarter, first, last] == start:
+                before = covers[quarter].covered
+                covers[quarter].change(first, last, 1 if start else -1)
+                changes.append((time, (covers[quarter].covered - before) / QUARTERS))
+    return changes
 
 
 def _spans(t: Timeline, core: int) -> dict[Allocation, tuple[float, float]]:
@@ -75,17 +102,7 @@ def _spans(t: Timeline, core: int) -> dict[Allocation, tuple[float, float]]:
     return spans
 
 
-def _merged(uses: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    merged: list[tuple[float, float]] = []
-    for first, last in sorted(uses):
-        if merged and first <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
-        else:
-            merged.append((first, last))
-    return merged
-
-
-def _steps(events: list[tuple[float, int]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _steps(events: list[tuple[float, float]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Running sum at each distinct time; at equal times room is given before it is taken."""
     if not events:
         return np.zeros(1), np.zeros(1, np.int64)

@@ -7,6 +7,7 @@ that it wrote and another tensor has overwritten since.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from ..rules.session import locate, violate
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..issue.record import CoreTrace, Instruction
     from ..memory.allocation import Access, Allocation
 
+_STRETCHES = 64
 # Partitions [p0, p1) and bytes [lo, hi) of the machine.
 Box = tuple[int, int, int, int]
 
@@ -76,17 +78,25 @@ class _Contents:
 
 
 def _rivals(placed: list[Allocation]) -> dict[Allocation, list[Allocation]]:
-    """For each tensor those that share bytes with it and whose lifetimes meet its own."""
+    """For each tensor those that share bytes with it and whose lifetimes meet its own.
+
+    Tensors are looked for by stretches of bytes, so those that lie apart never meet here.
+    """
     found: dict[Allocation, list[Allocation]] = {}
     placed.sort(key=lambda a: a.first_use)
-    active: list[Allocation] = []
+    width = max(1, max((_whole(a)[3] for a in placed), default=0) // _STRETCHES)
+    stretches: defaultdict[int, list[Allocation]] = defaultdict(list)
     for a in placed:
-        active = [b for b in active if b.last_use > a.first_use]
-        for b in active:
-            if _common(_whole(a), _whole(b)) is not None:
+        box = _whole(a)
+        near: dict[Allocation, None] = {}
+        for k in range(box[2] // width, (box[3] - 1) // width + 1):
+            active = stretches[k] = [b for b in stretches[k] if b.last_use > a.first_use]
+            near.update(dict.fromkeys(active))
+            active.append(a)
+        for b in near:
+            if _common(box, _whole(b)) is not None:
                 found.setdefault(a, []).append(b)
                 found.setdefault(b, []).append(a)
-        active.append(a)
     return found
 
 

@@ -316,9 +316,11 @@ def test_capacity_names_the_largest_live_tensors():
             nisa.dma_copy(out, t[:, 0:4])
         return out
 
-    with pytest.raises(simulator.CapacityError, match="7 tensors are live") as caught:
+    with pytest.raises(simulator.CapacityError, match="7 tensors in SBUF are live") as caught:
         simulator.simulate(kernel)(np.ones((128, 4), np.float32))
-    assert caught.value.rule == "sbuf-capacity" and len(caught.value.table) == 7
+    assert caught.value.rule == "sbuf-capacity" and caught.value.table[0].startswith(
+        "7 x 32,768 bytes per partition"
+    )
 
     def frees(a):
         out = nl.ndarray(a.shape, a.dtype, buffer=nl.shared_hbm)

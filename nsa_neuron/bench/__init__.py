@@ -1,8 +1,9 @@
-"""Measurements on this machine: the plugin's cost, the reference against torch, the simulator.
+"""Measurements on this machine (the plugin's cost, the reference against torch, the simulator), and
+modelled times of a Trainium2.
 
-Every record is a flat dictionary with the shape measured, the unit, median, 20th and 80th
-percentile, and where, on which revision and beside which load it was measured. `simulator` needs
-no torch, the others do, so each is imported where it is used.
+Every record is a flat dictionary with the shape, the unit, the number and its band, whether it was
+measured or modelled, and where, on which revision and beside which load. `simulator` needs no
+torch, the others do, so each is imported where it is used.
 """
 
 import json
@@ -10,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from nsa_neuron.bench.record import Record
+from nsa_neuron.bench.record import Modelled, Record
 
-__all__ = ["Record", "head", "to_lines"]
+__all__ = ["Modelled", "Record", "head", "to_lines"]
 
 
-def to_lines(records: Sequence[Record], here: Mapping[str, Any]) -> list[str]:
+def to_lines(records: Sequence[Record | Modelled], here: Mapping[str, Any]) -> list[str]:
     """Records as JSON lines, each complete in itself.
 
     Args:
-        records: what was measured.
+        records: what was measured or modelled.
         here: `environment.describe()` from before, so that its load is that of other work.
     """
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")

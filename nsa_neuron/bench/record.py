@@ -1,4 +1,4 @@
-"""One measured quantity."""
+"""One quantity, measured or modelled."""
 
 from __future__ import annotations
 
@@ -41,6 +41,33 @@ class Record:
 
     def __str__(self) -> str:
         return f"{self.median:.3g} ({self.p20:.3g} to {self.p80:.3g})"
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """A modelled quantity and the band of the model's constants.
+
+    Attributes:
+        bench: which benchmark.
+        name: what was modelled.
+        unit: of the numbers.
+        low, central, high: at that end of all constants.
+        facts: shape, dtype, cores: what the numbers depend on.
+    """
+
+    bench: str
+    name: str
+    unit: str
+    low: float
+    central: float
+    high: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "kind": "modelled"}
+
+    def __str__(self) -> str:
+        return f"{self.central:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
 def _percentile(values: Sequence[float], share: float) -> float:

@@ -1,31 +1,34 @@
-"""Measure on this machine: the operations (`--target cpu`) or the simulator (`--simulator`).
+"""Measure on this machine, or model a Trainium2.
 
 `--target cpu` measures what one call of torch.ops.nsa costs beyond an empty op, and the reference
 NSA against scaled_dot_product_attention. `--simulator` measures the simulator's own time and memory
-against NumPy doing the same arithmetic on the same tiles, and what profiling adds. Everything is
-measured on this computer; modelled times of a NeuronCore come from `nsa profile`.
+against NumPy doing the same arithmetic on the same tiles, and what profiling adds. Both measure on
+this computer. `--target trn2` measures nothing: it models the forward time of the NKI kernels on
+one NeuronCore, per stage and against dense attention, from simulated runs of some queries (a minute
+or more per length); nothing of it has run on hardware. One kernel's time: `nsa profile`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nsa_neuron import bench, environment
-from nsa_neuron.bench.record import Record
+from nsa_neuron.bench.record import Modelled, Record
 from nsa_neuron.cli import need_torch
+from nsa_neuron.errors import NsaError
 
 if TYPE_CHECKING:
     import argparse
 
-# What was measured, and what prints it.
-Part = tuple[Sequence[Record], Callable[[Sequence[Record]], str]]
+# What was measured or modelled, and what prints it.
+Part = tuple[Sequence[Record | Modelled], Callable[[Any], str]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--target", choices=("cpu",), help="measure here")
+    what.add_argument("--target", choices=("cpu", "trn2"), help="measure here, or model")
     what.add_argument(
         "--simulator",
         action="store_true",
@@ -34,7 +37,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", choices=("overhead", "attention"), help="one part of --target cpu only"
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="default 2048 8192 16384, on trn2 65536"
+    )
+    parser.add_argument(
+        "--dims", nargs="+", default=["192/128"], metavar="DK/DV", help="head dims, on trn2"
+    )
+    parser.add_argument(
+        "--replaced",
+        type=float,
+        default=0.05,
+        help="share of a query's blocks that the next one replaces, on trn2; 1 is random",
+    )
+    parser.add_argument("--no-dense", action="store_true", help="no dense attention, on trn2")
     parser.add_argument("--rounds", type=int, default=150, help="interleaved rounds of overhead")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to a file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -42,7 +57,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     here = environment.describe()
-    parts = _simulator() if args.simulator else _cpu(args)
+    if args.simulator:
+        parts = _simulator()
+    else:
+        parts = _trn2(args) if args.target == "trn2" else _cpu(args)
     records = [record for measured, _ in parts for record in measured]
     lines = bench.to_lines(records, here)
     if args.out:
@@ -50,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         with args.out.open("a") as file:
             file.write("".join(f"{line}\n" for line in lines))
     texts = [to_text(measured) for measured, to_text in parts]
-    print("\n".join(lines) if args.json else "\n\n".join([bench.head(here), *texts]))
+    told = [] if args.target == "trn2" else [bench.head(here)]
+    print("\n".join(lines) if args.json else "\n\n".join([*told, *texts]))
     return 0
 
 
@@ -68,5 +87,26 @@ def _cpu(args: argparse.Namespace) -> list[Part]:
     if args.part in (None, "overhead"):
         parts.append((overhead.measure(rounds=args.rounds), overhead.to_text))
     if args.part in (None, "attention"):
-        parts.append((attention.measure(args.tokens), attention.to_text))
+        lengths = args.tokens or [2048, 8192, 16384]
+        parts.append((attention.measure(lengths), attention.to_text))
     return parts
+
+
+def _trn2(args: argparse.Namespace) -> list[Part]:
+    need_torch("nsa bench --target trn2")
+    from nsa_neuron.bench import trainium
+
+    problems = [
+        trainium.Problem(tokens, (64, 4), _dims(text), args.replaced)
+        for tokens in args.tokens or [65536]
+        for text in args.dims
+    ]
+    return [(trainium.measure(problems, dense=not args.no_dense), trainium.to_text)]
+
+
+def _dims(text: str) -> tuple[int, int]:
+    """`192/128` as numbers."""
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise NsaError(f"--dims is {text!r}; it must be DK/DV, such as 192/128")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,71 @@
+"""`nsa bench --target trn2`: what is modelled, and that it says so; no test asserts a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nsa_neuron.bench import trainium
+from nsa_neuron.cli import main
+
+pytestmark = pytest.mark.sim
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Two stages, of few queries."""
+    few = [
+        trainium.Stage("sliding_window_attention", 32, trainium._attention),
+        trainium.Stage("gated_sum", 64, trainium._gated_sum, per_token=True),
+    ]
+    monkeypatch.setattr(trainium, "STAGES", tuple(few))
+    monkeypatch.setattr(trainium, "ATTENTION", trainium.Stage("attention", 32, trainium._attention))
+
+
+def test_lines_are_modelled_and_ordered(short, capsys) -> None:
+    words = ["bench", "--target", "trn2", "--tokens", "256", "--dims", "32/32", "64/32", "--json"]
+    assert main(words) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["name"] for line in lines] == [
+        "sliding_window_attention", "gated_sum", "attention",
+    ] * 2  # fmt: skip
+    for line in lines:
+        assert line["kind"] == "modelled" and line["bench"] == "trn2"
+        assert 0 < line["low"] <= line["central"] <= line["high"]
+        assert line["facts"]["cores"] == 1
+    assert {line["facts"]["Dk"] for line in lines} == {32, 64}
+
+
+def test_text_says_that_nothing_was_measured(short, capsys) -> None:
+    assert main(["bench", "--target", "trn2", "--tokens", "256", "--dims", "32/32"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("MODELLED, not measured, not run on hardware")
+    assert "measured on" not in text and "dense / nsa" in text
+
+
+def test_dims_that_are_none_are_refused(capsys) -> None:
+    assert main(["bench", "--target", "trn2", "--dims", "192"]) == 2
+    assert "--dims is '192'" in capsys.readouterr().err
+
+
+def test_positions_integrate_a_cubic() -> None:
+    cubic = [sum(share**k for share in trainium.GAUSS) / 2 for k in range(4)]
+    assert cubic == pytest.approx([1 / (k + 1) for k in range(4)])
+
+
+@pytest.mark.parametrize("replaced", [0.0, 0.05, 1.0])
+def test_blocks_drift(replaced) -> None:
+    rows = list(trainium.drifting_blocks(40_000, replaced))
+    assert len(rows) == 1024
+    for t, ids in zip(range(40_000 - 1024, 40_000), rows, strict=True):
+        assert ids == sorted(set(ids)) and len(ids) == 16
+        assert {0, t // 64 - 1, t // 64} <= set(ids) and ids[-1] == t // 64
+    changed = [len(set(b) - set(a)) for a, b in zip(rows, rows[1:], strict=False)]
+    share = sum(changed) / len(changed) / 13
+    assert abs(share - replaced) < 0.03
+
+
+def test_short_sequences_have_fewer_blocks() -> None:
+    (first, *_) = trainium.drifting_blocks(100, 0.5)
+    assert first == [0] + [-1] * 15

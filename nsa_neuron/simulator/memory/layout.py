@@ -117,8 +117,9 @@ class Place:
             p1 = p0 + (layout.partitions - 1) * layout.step + 1
             lo = (column + layout.low) * itemsize
             hi = (column + layout.high + 1) * itemsize
-            lane = p0 + form.address[0] if form.address else p0
-            spot = lane, lo if form.buffer == "psum" else 0
+            first, byte = form.address or (0, 0)
+            # Which bank a matmul writes depends on the byte, whoever's tensor begins where.
+            spot = first + p0, byte + lo if form.buffer == "psum" else 0
         else:
             p0, p1 = 0, 1
             lo = (start + layout.low) * itemsize

@@ -142,3 +142,37 @@ def test_gathered_rows_are_runs_of_their_own():
 
     _, x = transfer(body)
     assert (x.descriptors, x.hbm_runs, x.row_bytes, x.queue) == (128, 128, 512, "dma-gpsimd")
+
+
+def test_no_dma_engine_is_in_two_transfers_at_once():
+    """Even ones on all engines and small ones on some, one after the other, again and again."""
+
+    def body():
+        for _ in range(3):
+            nisa.dma_copy(sbuf((128, 512)), hbm((128, 512)))
+            nisa.dma_copy(sbuf((128, 512))[0:32], hbm((32, 512)))
+            nisa.dma_copy(sbuf((128, 512))[96:128], hbm((32, 512)))
+
+    t = timeline(body, dma_trigger=0.0)
+    busy = np.zeros(16)
+    for i, cost in enumerate(t.costs):
+        before = busy.copy()
+        for engine, time in cost.transfer.parts:
+            busy[engine] += time + cost.transfer.completion
+        used = [engine for engine, _ in cost.transfer.parts]
+        assert t.end[i] == pytest.approx(P.dma_start + busy[used].max())
+        assert t.begin[i] == pytest.approx(P.dma_start + before[used].min())
+        assert (t.notes.get(i, {}).get("dma-engines-busy", 0.0) > 0) == bool(before[used].min())
+    assert t.total == pytest.approx(P.dma_start + busy.max())
+
+
+def test_a_transfer_after_idle_engines_does_not_wait_for_them():
+    def body():
+        a = sbuf((128, 64))
+        nisa.dma_copy(a, hbm((128, 64)))
+        nisa.tensor_copy(a, a)
+        nisa.dma_copy(hbm((128, 64)), a)
+
+    t = timeline(body)
+    assert t.begin[2] == pytest.approx(t.issue[2] + P.dma_start)
+    assert "dma-engines-busy" not in t.notes.get(2, {})

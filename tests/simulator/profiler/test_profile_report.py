@@ -12,6 +12,7 @@ from profile_helpers import two_cores as copies
 from nsa_neuron import simulator
 from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import Cause, load
+from nsa_neuron.simulator.profiler.roofline import roofline_of
 
 KERNELS = {
     "pipeline": lambda: profile_of(pipeline, *shapes((128, 2048))),
@@ -167,6 +168,34 @@ def test_two_cores_share_the_roof():
     assert one == other == 2 * 128 * 256 * 4
     assert facts["roofline"]["bandwidth_peak_gb_s"] == HBM
     assert facts["roofline"]["hbm_bytes"] == one + other
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given"),
+    [(matmuls, shapes((256, 128), (256, 512), dtype="bfloat16")), (pipeline, shapes((128, 512)))],
+    ids=["matrix products", "elements"],
+)
+def test_two_cores_have_two_roofs_of_work_and_one_of_bandwidth(kernel, given):
+    """Both do all the work here, so the work is twice one core's, and so is its roof."""
+    one, two = (roofline_of(profile_of(kernel, *given, lnc=n).timeline) for n in (1, 2))
+    assert two.roof == pytest.approx(2 * one.roof)
+    assert two.work == 2 * one.work and two.bandwidth == one.bandwidth == HBM
+    assert two.ridge == pytest.approx(2 * one.ridge)
+
+
+def test_bandwidth_counts_what_is_read_and_what_is_written():
+    """A load reads the stack, a store writes it, a copy between its tensors does both."""
+    nbytes = 128 * 512 * 4
+    for to, of, times in ((sbuf, hbm, 1), (hbm, sbuf, 1), (hbm, hbm, 2), (sbuf, sbuf, 0)):
+        found = profile_of(lambda to=to, of=of: nisa.dma_copy(to((128, 512)), of((128, 512))))
+        facts = found.to_dict()
+        dma = facts["cores"][0]["dma"]
+        assert dma["bytes_written"] == nbytes
+        assert dma["hbm_bytes"] == facts["roofline"]["hbm_bytes"] == times * nbytes
+        rate = times * nbytes / found.timeline.total
+        assert dma["gb_s"] == pytest.approx(rate)
+        assert facts["roofline"]["bandwidth_gb_s"] == pytest.approx(rate)
+        assert dma["gb_s_while_active"] >= dma["gb_s"]
 
 
 def test_an_empty_kernel_has_a_report():

@@ -25,7 +25,7 @@ from nki_kernels.common.spans import spans
 
 
 @nki.jit
-def union_lists(ids, trips: int, slots: int, null: int):
+def union_lists(ids, trips: int, slots: int, null: int, per_tile: int):
     """Lists [CORES, TILES, trips, slots] int32 filled up with `null`, and the trips of each
     [CORES, TILES, 1].
 
@@ -36,7 +36,8 @@ def union_lists(ids, trips: int, slots: int, null: int):
         ids: [TILES, IDS] int32, -1 for none.
         trips: of a list; trips * slots is no less than the distinct ids of a tile.
         slots: blocks that one trip of the attention kernels takes.
-        null: a block that no query chose.
+        null: the first of per_tile blocks that no query chose.
+        per_tile: blocks of 128 keys; among these no null block comes twice.
     """
     tiles, count = ids.shape
     cores = nl.num_programs(0)
@@ -47,12 +48,12 @@ def union_lists(ids, trips: int, slots: int, null: int):
     for start, parts in spans(tiles, nl.tile_size.pmax):
         rows = slice(start, start + parts)
         empty = sbuf((parts, trips * slots), nl.int32)
-        nisa.memset(empty, null)
+        nisa.tensor_scalar(empty, nulls(parts, trips * slots, null, per_tile), nl.subtract, 1.0)
         nisa.dma_copy(lists[rows, :, :], empty.reshape_dim(1, (trips, slots)))
         raw, left = sbuf((parts, count), nl.int32), sbuf((parts, count), nl.float32)
         nisa.dma_copy(raw, ids[rows, :])
         nisa.tensor_scalar(left, raw, nl.add, 1.0)
-        union = Union(left, slots, null)
+        union = Union(left, nulls(parts, slots, null, per_tile))
         nl.while_loop(union.more(), union.trip_into(lists[rows, :, :]))
         whole = sbuf((parts, 1), nl.int32)
         nisa.tensor_copy(whole, union.amount)
@@ -60,17 +61,26 @@ def union_lists(ids, trips: int, slots: int, null: int):
     return every, every_amount
 
 
+def nulls(parts, count, null, per_tile):
+    """1 + the null blocks that fill up lists: null, ..., null + per_tile - 1, and again."""
+    found = sbuf((parts, count), nl.float32)
+    pattern = [[0, count // per_tile], [1, per_tile]]
+    nisa.iota(found, pattern, offset=null + 1, channel_multiplier=0)
+    return found
+
+
 class Union(nl.NKIObject):
     """Lists of up to 128 tiles in the making.
 
     Attributes:
         left: [tiles, IDS] float32, 1 + id where not yet listed, else 0.
+        none: [tiles, slots] float32, see `nulls`.
         amount: [tiles, 1] float32, trips so far with an entry in them.
         trip: [1, 1] int32, number of the next trip.
     """
 
-    def __init__(self, left, slots, null):
-        self.left, self.slots, self.null = left, slots, null
+    def __init__(self, left, none):
+        self.left, self.none, self.slots = left, none, none.shape[1]
         (self.amount,) = columns(1, left.shape[0])
         self.trip = sbuf((1, 1), nl.int32)
         nisa.memset(self.amount, 0.0)
@@ -103,9 +113,10 @@ class Union(nl.NKIObject):
                     self.left, self.left, nl.less, top, nl.multiply, self.left
                 )
             fill, whole = sbuf((parts, slots), nl.float32), sbuf((parts, slots), nl.int32)
-            none = float(self.null + 1)
-            nisa.tensor_scalar(fill, found, nl.equal, 0.0, op1=nl.multiply, operand1=none)
-            nisa.scalar_tensor_tensor(whole, found, nl.subtract, 1.0, nl.add, fill)
+            # 1 + the null block where there is nothing, else nothing.
+            nisa.scalar_tensor_tensor(fill, found, nl.equal, 0.0, nl.multiply, self.none)
+            nisa.tensor_tensor(fill, fill, found, nl.add)
+            nisa.tensor_scalar(whole, fill, nl.subtract, 1.0)
             fetch(lists.select(1, self.trip), whole)
             nisa.tensor_scalar(self.trip, self.trip, nl.add, 1)
             nisa.scalar_tensor_tensor(

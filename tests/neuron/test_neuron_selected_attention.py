@@ -19,7 +19,7 @@ pytestmark = pytest.mark.sim
 
 def plan(blocks_per_trip: int = 40) -> dict:
     constants = {"blocks_per_trip": blocks_per_trip, "tiles_per_body": 2, "queues": "yga"}
-    return {"forward": constants, "backward_dq": constants}
+    return {"forward": constants, "backward": constants}
 
 
 def bound(function, ids: torch.Tensor, options: dict, blocks_per_trip: int = 40, lnc: int = 1):

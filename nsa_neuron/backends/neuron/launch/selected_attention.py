@@ -82,24 +82,22 @@ def backward(
         grad_o: [B, S, Hq, Dv]. grad_lse: [B, S, Hq] float32 or None for zero.
     """
     cu = (cu_seqlens_q, cu_seqlens_k)
-    constants = plan["backward_dq"]
+    constants = plan["backward"]
     grid = Grid.of(q, k, block_indices, select_block, *cu, body=1)
     union = grid.union(kernels, constants["blocks_per_trip"])
     dead = lse == -torch.inf
+    minus_lse = torch.where(dead, 0.0, -lse)
     shift = torch.where(dead, 0.0, math.log(scale) - lse)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(dead, 0.0)
-    columns = grid.query_columns(q), grid.columns(grad_o)
-    rows = grid.by_tile(q), grid.by_tile(grad_o)
-    tiles, pages = (grid.ids, grid.place, grid.heads), grid.pages(k, v)
-    dq, delta = kernels.backward_dq(
-        *columns, rows[1], grid.by_tile(o), grid.by_tile(torch.stack((shift, grad_lse), -1)),
-        pages, *tiles, union.lists, union.starts, union.trips,
+    pages = grid.pages(k, v)
+    dq, *sums = kernels.backward(
+        grid.query_columns(q), grid.columns(grad_o),
+        *(grid.by_tile(x) for x in (q, grad_o, o, torch.stack((shift, minus_lse, grad_lse), -1))),
+        pages, grid.ids, grid.place, grid.heads, union.lists, union.starts, union.trips,
         queues=constants["queues"], scale=scale,
     )  # fmt: skip
-    stats = torch.cat((grid.by_tile(shift[..., None]), delta), -1)
-    dk, dv = kernels.backward_dkv(
-        *columns, *rows, stats, pages, *tiles, *grid.inverse(union), scale=scale
-    )
+    rows = grid.null_page * grid.page
+    dk, dv = kernels.backward_sum(*sums, keys=rows, dk=k.shape[3], dtype_of=pages)
     return grid.rows(dq), grid.tokens(dk, k.shape[1]), grid.tokens(dv, k.shape[1])
 
 
@@ -128,7 +126,7 @@ class Grid:
     """How queries are cut in tiles, and keys in pages of at most 128 tokens.
 
     A page is a block, or one of the equal parts of a longer block. Pages are numbered over batches,
-    kv heads and (packed) sequences; the last one, which nobody chose, is zero.
+    kv heads and (packed) sequences; the last ones, which nobody chose, are zero.
 
     Attributes:
         batch, kv_heads, group, queries: B, Hkv, G, S. page: tokens of a page.
@@ -173,7 +171,7 @@ class Grid:
         total = batch * kv_heads * tiles
         body = min(body, -(-total // 2))
         bodies = -(-total // body)
-        spare = (bodies + bodies % 2 if bodies > 1 else bodies) * body - total
+        spare = (bodies + bodies % 2) * body - total
         parts = select_block // page
         ids = block_indices.long()
         if parts > 1:
@@ -200,7 +198,7 @@ class Grid:
 
     @property
     def null_page(self) -> int:
-        """The page that nobody chose."""
+        """The first page that nobody chose; there are as many as fill 128 keys."""
         return self.batch * self.kv_heads * (self.source.numel() // self.page)
 
     def union(self, kernels: Kernels, blocks_per_trip: int) -> Union:
@@ -210,64 +208,36 @@ class Grid:
         step = PARTITIONS // self.page
         slots = min(-(-blocks_per_trip // step), -(-width // step)) * step
         most = -(-width // slots)
-        lists, trips = kernels.union_lists(ids, trips=most, slots=slots, null=self.null_page)
-        lists, trips = lists[0], trips[0].view(self.halves, -1).amax(0).repeat(self.halves)
+        lists, trips = kernels.union_lists(
+            ids, trips=most, slots=slots, null=self.null_page, per_tile=step
+        )
+        lists, trips = lists[0], trips[0].view(2, -1).amax(0).repeat(2)
         starts = torch.arange(len(ids), device=ids.device, dtype=torch.int32) * most
         return Union(lists.reshape(-1, slots), starts.view(-1, 1), trips.view(-1, 1).int())
 
-    @property
-    def halves(self) -> int:
-        """2, the most cores of a launch, whose work must be equally long; 1 where all do all."""
-        return 2 if len(self.ids) > self.body else 1
-
     def longer(self, union: Union) -> tuple[Tensor, Tensor, Tensor]:
-        """Tiles that need more than one trip: int32 [halves, tiles of a half, 1], these first;
+        """Tiles that need more than one trip: int32 [2, tiles of a half, 1], these first;
         the trips of a tile of each half together [tiles of a half, 1]; how many take part [1, 1].
         """
-        trips = union.trips.view(self.halves, -1)
+        trips = union.trips.view(2, -1)
         short, order = torch.sort((trips <= 1).int(), dim=1, stable=True)
         count = (short == 0).sum(1).amax().view(1, 1)
         amounts = trips.gather(1, order).amax(0)[:, None]
-        first = torch.arange(self.halves, device=order.device)[:, None] * order.shape[1]
+        first = torch.arange(2, device=order.device)[:, None] * order.shape[1]
         return (order + first).int()[..., None], amounts, count.int()
 
-    def inverse(self, union: Union) -> tuple[Tensor, Tensor, Tensor]:
-        """Which tiles need each page: entries, where each page's start, and its trips.
-
-        Sorted by page and then by tile; see `backward_dkv` for the form. Sizes are known from
-        shapes alone.
-        """
-        lists = union.lists
-        flat = lists.flatten().long()
-        pages = self.null_page + self.null_page % 2
-        page, order = torch.sort(flat, stable=True)
-        tile = order // (len(flat) // len(self.ids))
-        edges = torch.searchsorted(page, torch.arange(pages + 1, device=flat.device))
-        edges[self.null_page :] = edges[self.null_page]
-        # The two cores of a launch work on pages of the two halves, equally long.
-        trips = edges.diff().view(2, -1).amax(0).repeat(2)
-        starts = trips.cumsum(0) - trips
-        entries = lists.new_tensor((0, -2)).repeat(2 * len(flat) + 1, 1)
-        rank = torch.arange(len(flat), device=flat.device) - edges[page.clamp(max=pages - 1)]
-        target = starts[page.clamp(max=pages - 1)] + rank
-        target = torch.where(page < self.null_page, target, 2 * len(flat))
-        entries[target] = torch.stack((tile, page), -1).to(entries.dtype)
-        # What is no page's landed in the last row.
-        entries[-1] = entries.new_tensor((0, -2))
-        return entries, starts.int().view(-1, 1), trips.int().view(-1, 1)
-
     def pages(self, k: Tensor, v: Tensor) -> Tensor:
-        """k and v [B, T, Hkv, D] as pages [B * Hkv * pages + 1, page, Dk + Dv]."""
+        """k and v [B, T, Hkv, D] as pages [B * Hkv * pages + null ones, page, Dk + Dv]."""
         padded = F.pad(torch.cat((k, v), -1), (0, 0, 0, 0, 0, 1)).transpose(1, 2)
         found = padded.index_select(2, self.source).reshape(-1, self.page, padded.shape[3])
-        return F.pad(found, (0, 0, 0, 0, 0, 1))
+        return F.pad(found, (0, 0, 0, 0, 0, PARTITIONS // self.page))
 
     def tokens(self, x: Tensor, keys: int) -> Tensor:
-        """Gradients of pages [B * Hkv * pages (+ 1), page, D] as [B, T, Hkv, D]."""
+        """Gradients of pages [B * Hkv * pages * page, D] as [B, T, Hkv, D]."""
         places = self.source.numel()
         at = torch.empty(keys + 1, dtype=torch.long, device=x.device)
         at[self.source] = torch.arange(places, device=x.device)
-        heads = x[: self.null_page].reshape(self.batch, self.kv_heads, places, x.shape[-1])
+        heads = x.reshape(self.batch, self.kv_heads, places, x.shape[-1])
         return heads.index_select(2, at[:keys]).transpose(1, 2).contiguous()
 
     def by_tile(self, x: Tensor) -> Tensor:

@@ -30,6 +30,10 @@ demo: $(STAMP) ## the main job: NSA on a real text (ARGS='--target trn2 --mode s
 test: $(STAMP) ## the whole test suite
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -q
 
+.PHONY: newcomer
+newcomer: $(STAMP) ## four kinds of new user, each from an empty environment, torch installed anew
+	NEWCOMER=full $(BIN)/pytest -q tests/newcomer
+
 .PHONY: test-fast
 test-fast: $(STAMP) ## without the slow tests
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -q -m "not slow"

@@ -1,0 +1,49 @@
+# What the newcomers' scripts share. Each starts from an empty environment in an empty folder:
+#
+#   NAME.sh PYTHON WHEEL ROOT
+#
+# PYTHON makes the environment, WHEEL is nsa-neuron's, ROOT this repository, whose documents and
+# examples are read. With NEWCOMER=full torch is installed too, as the README says; without it, torch
+# and what it needs are seen where PYTHON has them, which saves a minute.
+set -euo pipefail
+PYTHON=$1 WHEEL=$2 ROOT=$3
+HERE=$(mktemp -d)
+trap 'rm -rf "$HERE"' EXIT
+cd "$HERE"
+unset PYTHONPATH NSA_BACKEND
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+say() { echo "== $*"; }
+
+environment() {
+  "$PYTHON" -m venv env
+  PATH=$HERE/env/bin:$PATH
+  [ "$(command -v python)" = "$HERE/env/bin/python" ] || fail "the environment is not the first on the path"
+}
+
+fail() {
+  echo "FAILED: $*" >&2
+  exit 1
+}
+
+# expect STATUS TEXT COMMAND...: the command ends with that status and says that text.
+expect() {
+  local status=$1 text=$2 found=0
+  shift 2
+  say "$*"
+  "$@" >said 2>&1 || found=$?
+  [ "$found" = "$status" ] || { cat said; fail "status $found, not $status: $*"; }
+  grep -qF -- "$text" said || { cat said; fail "does not say '$text': $*"; }
+}
+
+# A traceback is nothing that a person should see.
+no_traceback() { ! grep -q Traceback said || { cat said; fail "a traceback"; }; }
+
+torch() {
+  if [ "${NEWCOMER:-}" = full ]; then
+    pip install --quiet --constraint "$ROOT/constraints.txt" torch
+  else
+    "$PYTHON" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+      >"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+  fi
+}

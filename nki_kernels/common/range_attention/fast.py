@@ -9,16 +9,19 @@ afterwards whether it was too far below.
     for each 128 keys, 512 rows:
         S^T = k q^T                                               PE
         P^T = exp(scale * S^T - U), 0 where not visible           ScalarE, float32
-        total += P^T                                              VectorE
+        total += P^T                                              VectorE twice, GpSimd once in 3
         o += P v, sum += P 1 (two tiles of keys behind)           PE
     o = o / sum;  lse = U + log(total summed over keys)
 
 PE takes P^T as the upper halves of its float32 numbers, bfloat16 by truncation: o is divided by the
-sum of the same, and nothing is converted. lse needs the float32 sum, which is VectorE's only work.
-Bound, per 128 keys and 512 rows in bfloat16: PE 0.67 us at 192/128 (S^T two passes of 512 columns,
-P v one of 4 x 129), 0.45 us at 128/128; VectorE 0.60 us; ScalarE 0.48 us. Weighed: a shift per row
-would cost PE 0.22 us; summing bfloat16 P by the column of ones leaves lse wrong by 1e-3; a second
-exponential in bfloat16 would make ScalarE the bound (0.95 us).
+sum of the same, and nothing is converted. lse needs the float32 sum; its additions take turns in
+three tensors, since one waits for the last to the same. What is left of Dk after 128, if at most
+64, lies on both halves of the partitions, so that two tiles of keys share PE.
+Modelled per 128 keys and 512 rows of one core, bfloat16, 32K keys (`nsa bench --target trn2`):
+0.57 us at 192/128, 0.50 us at 128/128, PE and ScalarE both 98 % busy, VectorE 80 %, DMA 60 %.
+Weighed: without the folded rest of Dk 0.67 us; one tensor of sums 0.71 us, bound by VectorE; a
+shift per row as more contraction rows 0.22 us more on PE; summing bfloat16 P by the column of ones
+leaves lse wrong by 1e-3; a second exponential for it makes ScalarE the bound, 0.95 us.
 """
 
 import nki.isa as nisa
@@ -28,6 +31,7 @@ from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.range_attention.geometry import cut
 from nki_kernels.common.range_attention.operands import (
     SMALLEST_SUM,
+    fold,
     hide,
     load_rows,
     query_bounds,
@@ -37,6 +41,8 @@ from nki_kernels.common.range_attention.operands import (
 )
 
 KEPT_MASKS = 512  # [128, queries] of 2 bytes each
+ADDERS = 3  # sums of P^T of a tile
+GPSIMD_TURN = 2
 AHEAD = 2  # tiles of keys between their scores and P @ V
 
 
@@ -55,7 +61,8 @@ class Work(nl.NKIObject):
         self.bias = None
         self.limits = None
         self.sums = []
-        self.total = None
+        self.totals = []
+        self.added = 0
 
 
 class Fast(nl.NKIObject):
@@ -140,7 +147,7 @@ class Fast(nl.NKIObject):
 
     def turn(self, work):
         """q^T, [D chunk, columns]."""
-        work.q_t = transpose_rows(work.rows, work.tile)
+        work.q_t = fold(transpose_rows(work.rows, work.tile))
 
     def bound(self, work):
         """The largest square of the tile, float32 [1, 1]."""
@@ -201,16 +208,31 @@ class Fast(nl.NKIObject):
         """P^T of a tile of keys, float32 [keys, columns], with what P @ V needs."""
         first, start, size, last = job
         tile, position = work.tile, first + start
-        k_t, v = self.source.keys(first), self.source.values(first)
+        k_t, v = self.source.folded_keys(first), self.source.values(first)
         scores = psum((size, tile.columns), nl.float32)
         for c in range(len(work.q_t)):
-            keys = k_t[c][:, start : start + size]
-            nisa.nc_matmul(scores, keys, work.q_t[c], accumulate=c > 0)
+            self.multiply(scores, k_t[c], work.q_t[c], start, c)
         weights = sbuf(scores.shape, nl.float32)
         nisa.activation(weights, nl.exp, scores, bias=work.bias[0:size, :], scale=self.scale)
         if not tile.sees_all(position, position + size):
             hide(weights, self.visible(tile, work.limits, position, size), tile)
         return work, weights, v[0:size, start // 128, :], position == tile.first, last
+
+    def multiply(self, scores, k_t, q_t, start, c):
+        """Adds chunk c of the contraction to S^T of the tile of keys at `start` of its chunk."""
+        size = scores.shape[0]
+        if len(k_t.shape) == 2:
+            nisa.nc_matmul(scores, k_t[:, start : start + size], q_t, accumulate=c > 0)
+            return
+        p0, width = start // 128 % 2 * 64, self.q.shape[3] - 128
+        nisa.nc_matmul(
+            scores,
+            k_t[p0 : p0 + width, start // 256, 0:size],
+            q_t[p0 : p0 + width, :],
+            accumulate=True,
+            tile_position=(p0, 0),
+            tile_size=(64, 128),
+        )
 
     def add_values(self, job, totals):
         """Adds one tile of keys to P @ [v | 1] of every part and to the sums of P^T."""
@@ -219,12 +241,8 @@ class Fast(nl.NKIObject):
         if opening:
             for p in range(tile.parts):
                 work.sums.append(psum((tile.part(p)[1], v.shape[1]), nl.float32))
-            if not self.wide:
-                work.total = sbuf((128, tile.columns), nl.float32)
-                nisa.memset(work.total, 0.0, engine=nisa.engine.gpsimd)
         if not self.wide:
-            summed = work.total[0 : weights.shape[0], :]
-            nisa.tensor_tensor(summed, summed, weights, nl.add)
+            self.add_weights(work, weights)
         for p in range(tile.parts):
             c0, rows = tile.part(p)
             if self.wide:
@@ -234,6 +252,19 @@ class Fast(nl.NKIObject):
             nisa.nc_matmul(work.sums[p], part, v, accumulate=not opening)
         if last:
             self.finish(work, totals)
+
+    def add_weights(self, work, weights):
+        """Adds P^T to one of the tile's float32 sums, in turn, since an addition waits for the
+        last one to the same sum. GpSimd takes one in ADDERS, at half VectorE's speed."""
+        if len(work.totals) < ADDERS:
+            total = sbuf((128, work.tile.columns), nl.float32)
+            nisa.memset(total, 0.0, engine=nisa.engine.gpsimd)
+            work.totals.append(total)
+        turn = work.added % ADDERS
+        work.added += 1
+        summed = work.totals[turn][0 : weights.shape[0], :]
+        engine = nisa.engine.gpsimd if turn == GPSIMD_TURN else nisa.engine.vector
+        nisa.tensor_tensor(summed, summed, weights, nl.add, engine=engine)
 
     def finish(self, work, totals):
         """Writes o, and keeps the rows' float32 sums."""
@@ -248,7 +279,9 @@ class Fast(nl.NKIObject):
             else:
                 column = summed[0:rows, p : p + 1]
                 over_keys = self.constants.one_column
-                nisa.nc_matmul(column, work.total[:, c0 : c0 + rows], over_keys, accumulate=False)
+                for i in range(len(work.totals)):
+                    over_rows = work.totals[i][:, c0 : c0 + rows]
+                    nisa.nc_matmul(column, over_rows, over_keys, accumulate=i > 0)
                 nisa.tensor_copy(kept, column, engine=nisa.engine.vector)
             inverse = sbuf((rows, 1), nl.float32)  # of 0: such a row is done again
             nisa.reciprocal(inverse, of_part[:, width : width + 1])

@@ -41,6 +41,9 @@ class Source(nl.NKIObject):
     def keys(self, first):
         return self.chunks.turned("k", self.k_t, first)
 
+    def folded_keys(self, first):
+        return self.chunks.folded("folded", self.k_t, first)
+
     def values(self, first):
         return self.chunks.tiles("v", self.v, first, True)
 
@@ -58,12 +61,11 @@ def attend(q, k_t, v, bounds, largest_key, reach, scale, chunk, resident):
     lse = nl.ndarray((batch, queries, heads, 1), dtype=nl.float32, buffer=nl.shared_hbm)
     constants = Constants(q.dtype)
     source = Source(k_t, v, Chunks(chunk, keys, resident))
-    again = Source(k_t, v, Chunks(chunk, keys, 0))  # loads of a loop's body stay in it
     fast = Fast(q, bounds, largest_key, o, lse, source, constants, scale)
     waiting = []
     for tile in query_tiles(batch, kv_heads, heads // kv_heads, queries, keys, reach, 4):
         if len(waiting) > 0 and tile.pair >= waiting[0].pair + PAIRS:
-            attend_group(fast, waiting, again)
+            attend_group(fast, waiting)
             waiting = []
         if tile.last == tile.first:
             write_dead(o, lse, tile, constants)
@@ -73,16 +75,19 @@ def attend(q, k_t, v, bounds, largest_key, reach, scale, chunk, resident):
         else:
             waiting.append(tile)
     if len(waiting) > 0:
-        attend_group(fast, waiting, again)
+        attend_group(fast, waiting)
     return o, lse
 
 
-def attend_group(fast, tiles, again):
+def attend_group(fast, tiles):
     """Tiles the fast way, and all of them the exact way if some row asks for it."""
     turns = nisa.register_alloc()
     nisa.register_load(turns, worst_of_cores(fast.attend(tiles)))
 
     def redo(_):
+        # Chunks of its own: what a loop's body loads stays in it.
+        chunks = Chunks(fast.source.chunks.size, fast.source.chunks.keys, 0)
+        again = Source(fast.source.k_t, fast.source.v, chunks)
         for tile in tiles:
             again.chunks.select(tile.batch, tile.kv_head)
             exact.attend_tile(

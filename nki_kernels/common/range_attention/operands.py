@@ -72,6 +72,17 @@ def transpose_rows(parts, tile):
     return found
 
 
+def fold(q_t):
+    """The second chunk of q^T, if it has at most 64 rows, on both halves of the partitions."""
+    if len(q_t) != 2 or q_t[1].shape[0] > 64:
+        return q_t
+    width, columns = q_t[1].shape
+    both = sbuf((128, columns), q_t[1].dtype)
+    for half in range(2):
+        nisa.tensor_copy(both[64 * half : 64 * half + width, :], q_t[1], engine=nisa.engine.scalar)
+    return [q_t[0], both]
+
+
 def row_bounds(bounds, tile, p):
     """lo and hi of part p's rows in column form, [rows, 2]."""
     first, rows = tile.part(p)
@@ -137,7 +148,10 @@ def hide(scores, seen, tile):
 
 
 class Chunks(nl.NKIObject):
-    """Key-like tensors of one kv head, by chunks of `size` keys; kept if `keys` <= `resident`."""
+    """Key-like tensors of one kv head, by chunks of `size` keys.
+
+    All chunks are kept if `keys` <= `resident`, else the latest of each tensor.
+    """
 
     def __init__(self, size, keys, resident):
         self.size = size
@@ -146,6 +160,7 @@ class Chunks(nl.NKIObject):
         self.batch = -1
         self.head = -1
         self.kept = {}
+        self.latest = {}
 
     def select(self, batch, head):
         """Makes a kv head the current one."""
@@ -153,6 +168,7 @@ class Chunks(nl.NKIObject):
             self.batch = batch
             self.head = head
             self.kept = {}
+            self.latest = {}
 
     def of(self, first, count):
         """(chunk's first key, first key in it, keys) that keys first .. first + count touch."""
@@ -172,9 +188,39 @@ class Chunks(nl.NKIObject):
         if key in self.kept:
             return self.kept[key]
         found = load_turned(source, self.batch, self.head, first, self._count(first))
-        if self.keep:
-            self.kept[key] = found
+        self._keep(name, key, found)
         return found
+
+    def folded(self, name, source, first):
+        """As `turned`, but what is left of D after 128, if at most 64, lies [128, pairs, 128]:
+        tiles of 128 keys in turn on the lower and the upper half of the partitions, so that PE
+        multiplies two of them at a time, each on half of its rows."""
+        key = name + str(first)
+        if key in self.kept:
+            return self.kept[key]
+        width = source.shape[2] - 128
+        if not 0 < width <= 64:
+            return self.turned(name, source, first)
+        count = self._count(first)
+        part = source[self.batch, self.head, :, first : first + count]
+        lower = sbuf((128, count), source.dtype)
+        nisa.dma_copy(lower, part[0:128, :])
+        pairs, rest = count // 256, count % 256
+        rest_of_d = sbuf((128, pairs + (1 if rest > 0 else 0), 128), source.dtype)
+        for half in range(2):
+            p0 = 64 * half
+            if pairs > 0:
+                by_tile = part[128:, 0 : pairs * 256].reshape_dim(1, (pairs, 2, 128))
+                nisa.dma_copy(rest_of_d[p0 : p0 + width, 0:pairs, :], by_tile[:, :, half, :])
+            left = min(128, rest - 128 * half)
+            if left > 0:
+                first_key = pairs * 256 + 128 * half
+                nisa.dma_copy(
+                    rest_of_d[p0 : p0 + width, pairs, 0:left],
+                    part[128:, first_key : first_key + left],
+                )
+        self._keep(name, key, [lower, rest_of_d])
+        return [lower, rest_of_d]
 
     def tiles(self, name, source, first, ones):
         """Keys of a chunk on partitions, from source [B, T, Hkv, D].
@@ -197,9 +243,15 @@ class Chunks(nl.NKIObject):
             nisa.dma_copy(chunk[:, 0:whole, 0:width], by_tile)
         if rest > 0:
             nisa.dma_copy(chunk[0:rest, whole, 0:width], rows[whole * 128 : count, :])
-        if self.keep:
-            self.kept[key] = chunk
+        self._keep(name, key, chunk)
         return chunk
+
+    def _keep(self, name, key, loaded):
+        if not self.keep:
+            if name in self.latest:
+                self.kept.pop(self.latest[name])
+            self.latest[name] = key
+        self.kept[key] = loaded
 
     def _count(self, first):
         return min(self.size, self.keys - first)

@@ -30,6 +30,7 @@ GAUSS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))
 """Positions, as shares of the sequence, whose mean integrates a cubic exactly."""
 
 DENSE = "attention"
+WITHOUT_GRADIENT = ("select_blocks",)
 Values = dict[str, Any]
 
 
@@ -40,12 +41,14 @@ class Problem:
     Attributes:
         tokens: length of the sequence. heads: query and kv heads. dims: Dk, Dv.
         replaced: share of a query's free blocks that the next query does not choose; 1: random.
+        backward: the backward pass instead of the forward one.
     """
 
     tokens: int
     heads: tuple[int, int]
     dims: tuple[int, int]
     replaced: float
+    backward: bool = False
 
     @property
     def group(self) -> int:
@@ -69,7 +72,7 @@ class Stage:
 
 
 def measure(problems: Sequence[Problem], dense: bool = True) -> list[Modelled]:
-    """Models the forward stages of NSA, and dense attention, for each problem.
+    """Models the stages of NSA, and dense attention, for each problem.
 
     Returns:
         Milliseconds of one core for all heads, per stage.
@@ -80,7 +83,8 @@ def measure(problems: Sequence[Problem], dense: bool = True) -> list[Modelled]:
         for problem in problems:
             for stage in stages:
                 advance(f"{problem.tokens} tokens, {stage.op}")
-                found.append(_stage(problem, stage))
+                if not (problem.backward and stage.op in WITHOUT_GRADIENT):
+                    found.append(_stage(problem, stage))
     return found
 
 
@@ -96,7 +100,7 @@ def _stage(problem: Problem, stage: Stage) -> Modelled:
     facts = {
         "tokens": problem.tokens, "Hq": problem.heads[0], "Hkv": problem.heads[1],
         "Dk": problem.dims[0], "Dv": problem.dims[1], "replaced": problem.replaced,
-        "dtype": "bfloat16", "pass": "forward", "cores": 1,
+        "dtype": "bfloat16", "pass": "backward" if problem.backward else "forward", "cores": 1,
         "ns per query and kv head": [round(band[1], 1) for band in bands],
     }  # fmt: skip
     return Modelled(BENCH, stage.op, "ms", low, central, high, facts)
@@ -104,15 +108,33 @@ def _stage(problem: Problem, stage: Stage) -> Modelled:
 
 def _time(stage: Stage, problem: Problem, position: int, queries: int) -> tuple[float, ...]:
     """Modelled ns (low, central, high) of all launches of one call."""
-    spec = get(stage.op)
+    spec = get(f"{stage.op}_backward" if problem.backward else stage.op)
     made = {**spec.defaults, **stage.make(problem, position, queries)}
-    op = getattr(torch.ops.nsa, stage.op).default
+    if problem.backward:
+        made |= _saved(stage, made)
+    op = getattr(torch.ops.nsa, spec.name).default
     with use_backend(TARGET), records.recording() as runs, torch.no_grad():
         op(**{name: made[name] for name in spec.names})
     bands = [cost.estimate(run).band for run in runs]
     return tuple(
         sum(getattr(band, level) for band in bands) for level in ("low", "central", "high")
     )
+
+
+def _saved(stage: Stage, made: Values) -> Values:
+    """Gradients and what the forward op returned, of the right shapes; time hangs on no value.
+
+    With a large lse every probability is a small number, as it should be.
+    """
+    spec = get(stage.op)
+    saved: Values = {}
+    bound = spec.bind({name: made[name] for name in spec.names})
+    for name, shape, dtype in bound.returns():
+        if name == "lse":
+            saved["lse"] = torch.full([int(size) for size in shape], 30.0)
+        else:
+            saved[name] = saved[f"grad_{name}"] = _normal(*map(int, shape)).to(dtype)
+    return saved
 
 
 def _normal(*shape: int) -> Tensor:
@@ -199,18 +221,21 @@ STAGES = (
 ATTENTION = Stage(DENSE, 64, _attention)
 
 
+FACTS = ("tokens", "Hq", "Hkv", "Dk", "Dv", "replaced", "pass")
+
+
 def to_text(found: Sequence[Modelled]) -> str:
     """A table per problem: milliseconds of one core, and the whole against dense attention."""
     problems: dict[tuple[Any, ...], list[Modelled]] = {}
     for item in found:
         facts = item.facts
-        key = tuple(facts[name] for name in ("tokens", "Hq", "Hkv", "Dk", "Dv", "replaced"))
+        key = tuple(facts[name] for name in FACTS)
         problems.setdefault(key, []).append(item)
     return "\n\n".join(_one(key, items) for key, items in problems.items())
 
 
 def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:
-    tokens, hq, hkv, dk, dv, replaced = key
+    tokens, hq, hkv, dk, dv, replaced, which = key
     rows = [[item.name, str(item)] for item in items if item.name != DENSE]
     # Keys and values are compressed alike, so the stage counts twice.
     nsa = [
@@ -225,7 +250,7 @@ def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:
             rows.append(["dense attention", str(item)])
             rows.append(["dense / nsa, central", f"{item.central / nsa[1]:.2f}"])
     title = (
-        f"MODELLED, not measured, not run on hardware: forward, {tokens} tokens, "
+        f"MODELLED, not measured, not run on hardware: {which}, {tokens} tokens, "
         f"{hq}/{hkv}/{dk}/{dv}, bfloat16, {replaced:.0%} of the blocks replaced per query"
     )
     return table(title, ["stage", "one core, ms (low to high)"], rows)

@@ -3,7 +3,7 @@
 `--target cpu` measures what one call of torch.ops.nsa costs beyond an empty op, and the reference
 NSA against scaled_dot_product_attention. `--simulator` measures the simulator's own time and memory
 against NumPy doing the same arithmetic on the same tiles, and what profiling adds. Both measure on
-this computer. `--target trn2` measures nothing: it models the forward time of the NKI kernels on
+this computer. `--target trn2` measures nothing: it models the time of the NKI kernels on
 one NeuronCore, per stage and against dense attention, from simulated runs of some queries (a minute
 or more per length); nothing of it has run on hardware. One kernel's time: `nsa profile`.
 """
@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=0.05,
         help="share of a query's blocks that the next one replaces, on trn2; 1 is random",
     )
+    parser.add_argument("--backward", action="store_true", help="the backward pass, on trn2")
     parser.add_argument("--no-dense", action="store_true", help="no dense attention, on trn2")
     parser.add_argument("--rounds", type=int, default=150, help="interleaved rounds of overhead")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to a file")
@@ -97,7 +98,7 @@ def _trn2(args: argparse.Namespace) -> list[Part]:
     from nsa_neuron.bench import trainium
 
     problems = [
-        trainium.Problem(tokens, (64, 4), _dims(text), args.replaced)
+        trainium.Problem(tokens, (64, 4), _dims(text), args.replaced, args.backward)
         for tokens in args.tokens or [65536]
         for text in args.dims
     ]

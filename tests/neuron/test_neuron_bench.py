@@ -45,6 +45,18 @@ def test_text_says_that_nothing_was_measured(short, capsys) -> None:
     assert "measured on" not in text and "dense / nsa" in text
 
 
+def test_backward_leaves_out_what_has_no_gradient(short, capsys, monkeypatch) -> None:
+    select = trainium.Stage("select_blocks", 32, trainium._select)
+    monkeypatch.setattr(trainium, "STAGES", (*trainium.STAGES, select))
+    words = ["bench", "--target", "trn2", "--tokens", "256", "--dims", "32/32", "--backward"]
+    assert main([*words, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["name"] for line in lines] == [
+        "sliding_window_attention", "gated_sum", "attention",
+    ]  # fmt: skip
+    assert {line["facts"]["pass"] for line in lines} == {"backward"}
+
+
 def test_dims_that_are_none_are_refused(capsys) -> None:
     assert main(["bench", "--target", "trn2", "--dims", "192"]) == 2
     assert "--dims is '192'" in capsys.readouterr().err

@@ -265,3 +265,16 @@ def test_bad_calls(call, error, text):
     net = model(max_positions=20)
     with pytest.raises(error, match=text):
         call(net)
+
+
+def test_export_of_every_length():
+    """Short sequences have no or one compressed block: sizes that torch would make special."""
+    from torch.fx.experimental import _config
+
+    net, tokens = model(("nsa",), torch.float32), bytes_of(1, 41)
+    sizes = {"tokens": {1: torch.export.Dim("s", min=2, max=256)}}
+    with _config.patch(backed_size_oblivious=True):
+        program = torch.export.export(net, (tokens,), dynamic_shapes=sizes).module()
+    for length in (2, 7, 8, 11, 12, 41):
+        short = tokens[:, :length]
+        torch.testing.assert_close(program(short), net(short))

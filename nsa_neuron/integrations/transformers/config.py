@@ -1,0 +1,102 @@
+"""The configuration of `NsaForCausalLM`: Llama's names, and NSA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.nn.attention import KINDS
+from nsa_neuron.nn.config import NsaConfig
+
+
+@strict
+class NsaLmConfig(PreTrainedConfig):
+    """A Llama-like decoder with Native Sparse Attention.
+
+    Attributes:
+        attention_kinds: of each layer: `nsa`, `full`, `window`; None: all `nsa`.
+        value_head_dim: None: as `head_dim`.
+        rope_theta: base of the rotary encoding; rope_placement: see `NsaConfig.rope`.
+        compress_block, compress_stride, select_block, num_selected, num_initial, num_local,
+            attention_window, phi, shared_kv: see `NsaConfig`.
+        The rest: as in `LlamaConfig`.
+    """
+
+    model_type = "nsa"
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 1
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 65536
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    mlp_bias: bool = False
+    rope_theta: float = 10_000.0
+    rope_placement: str = "after"
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 64
+    num_selected: int = 16
+    num_initial: int = 1
+    num_local: int = 2
+    attention_window: int = 512
+    phi: str = "mlp"
+    shared_kv: bool = False
+    attention_kinds: list[str] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.value_head_dim is None:
+            self.value_head_dim = self.head_dim
+        if self.attention_kinds is None:
+            self.attention_kinds = ["nsa"] * self.num_hidden_layers
+        kwargs.pop("layer_types", None)
+        self.layer_types = ["nsa"] * self.num_hidden_layers  # of the cache: one class for all kinds
+        super().__post_init__(**kwargs)
+
+    def validate_layer_type(self) -> None:
+        """Every layer has a kind, and the attention's sizes are legal."""
+        kinds = self.attention_kinds or []
+        if len(kinds) != self.num_hidden_layers or not set(kinds) <= set(KINDS):
+            expected = f"{self.num_hidden_layers} of {', '.join(KINDS)}"
+            raise InvalidArgument("NsaLmConfig", "attention_kinds", kinds, expected)
+        self.attention_config()
+
+    def attention_config(self) -> NsaConfig:
+        """Sizes and options of every attention layer."""
+        assert self.head_dim is not None and self.value_head_dim is not None
+        return NsaConfig(
+            dim=self.hidden_size,
+            heads=self.num_attention_heads,
+            kv_heads=self.num_key_value_heads,
+            dk=self.head_dim,
+            dv=self.value_head_dim,
+            block=self.compress_block,
+            stride=self.compress_stride,
+            select_block=self.select_block,
+            num_selected=self.num_selected,
+            num_initial=self.num_initial,
+            num_local=self.num_local,
+            window=self.attention_window,
+            phi=self.phi,
+            shared_kv=self.shared_kv,
+            rope_base=float(self.rope_theta),
+            rope=self.rope_placement,
+            max_positions=self.max_position_embeddings,
+        )

@@ -67,8 +67,6 @@ def test_the_base_install_is_the_simulator_s():
 
 @pytest.mark.parametrize("extra", project()["optional-dependencies"])
 def test_every_extra_means_something(extra: str):
-    if extra == "hf" and not (ROOT / "nsa_neuron" / "integrations").exists():
-        pytest.skip("the integration that it is for is not there yet")
     wanted = {r.name for r in requirements(extra)} - {"nsa-neuron"}
     assert wanted or any(r.name == "nsa-neuron" for r in requirements(extra))
     assert wanted - imported() - TOOLS - NAMED == set()

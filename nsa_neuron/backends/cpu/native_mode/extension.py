@@ -13,7 +13,15 @@ from nsa_neuron.backends.cpu.native_mode import build
 from nsa_neuron.backends.cpu.native_mode.call import Call
 from nsa_neuron.errors import BackendUnavailable, ContractViolation, InvalidArgument
 
-KERNELS = ("interval_forward", "compressed_forward", "selected_forward", "gated_sum")
+KERNELS = (
+    "interval_forward",
+    "interval_backward",
+    "compressed_forward",
+    "selected_forward",
+    "selected_backward",
+    "gated_sum",
+    "gated_sum_backward",
+)
 MESSAGE_BYTES = 512
 OK, BAD_CALL, NO_MEMORY = 0, 1, 2
 

@@ -1,4 +1,4 @@
-"""The whole of NSA, forward: three kernels, the first of which also selects."""
+"""The whole of NSA: three kernels forward, the first of which also selects; three backward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsa_neuron.backends.cpu.native_mode import attention, extension
+from nsa_neuron.backends.cpu.native_mode import attention, extension, gradients
 from nsa_neuron.backends.cpu.native_mode.call import Call, Rows, Run, float_rows, new_call
 from nsa_neuron.ops import common
 
@@ -22,9 +22,10 @@ class Branches:
 
     Args:
         values: the arguments of `nsa_attention` by name.
+        ids: the chosen blocks `[B, S, Hkv, n]`, for the backward pass; None: they are to be chosen.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], ids: Tensor | None = None) -> None:
         self._values = values
         self._q = float_rows(values["q"])
         self._scale = common.default_scale(values["scale"], values["q"])
@@ -34,7 +35,9 @@ class Branches:
         self._raw = attention.raw_runs(*lengths, *offsets)
         self._compressed = attention.compressed_runs(*lengths, *offsets, *geometry)
         self._alive: list[Tensor] = []  # what the calls point to
-        self.ids = attention.new_ids(self._q, values["k_cmp"], values["num_selected"])
+        if ids is None:
+            ids = attention.new_ids(self._q, values["k_cmp"], values["num_selected"])
+        self.ids = ids
         self.shape = (*self._q.shape[:3], values["v_cmp"].shape[3])
 
     def calls(self) -> tuple[tuple[str, Call], ...]:
@@ -87,3 +90,33 @@ def forward(**values: Any) -> Eight:
     lse_cmp, lse_slc, lse_win = stats
     o_cmp, o_slc, o_win = (x.to(dtype) for x in outs)
     return o, branches.ids, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win
+
+
+def backward(**values: Any) -> Eight:
+    """`nsa_attention_backward`: gates are applied as gradients are read, and dq is summed in place.
+
+    rowsum(dO_c * o_c), which a branch's softmax needs, is its gate times the gate's gradient.
+    """
+    dtype = values["q"].dtype
+    branches = Branches(values, values["block_indices"].contiguous())
+    gates = values["gates"].float().contiguous()
+    grad_o = float_rows(values["grad_o"])
+    outs = [values[f"o_{branch}"] for branch in ("cmp", "slc", "win")]
+    dgates = gradients.gate_gradients(grad_o, outs, gates)
+    dq = torch.empty(values["q"].shape, dtype=torch.float32)
+    grads: list[Tensor] = []
+    kernels = ("interval_backward", "selected_backward", "interval_backward")
+    for i, (kernel, (_, call)) in enumerate(zip(kernels, branches.calls(), strict=True)):
+        name = ("cmp", "slc", "win")[i]
+        shift = (dgates[..., i] * gates[..., i]).contiguous()
+        lse = values[f"lse_{name}"].contiguous()
+        dk, dv = (torch.zeros(values[f"{side}_{name}"].shape) for side in ("k", "v"))
+        call.gates, call.branch = gates.data_ptr(), i
+        call.grad_o, call.dq = Rows.of(grad_o), Rows.of(dq)
+        call.dk, call.dv = Rows.of(dk), Rows.of(dv)
+        call.lse, call.shift = lse.data_ptr(), shift.data_ptr()
+        extension.run(kernel, call, f"{OP}_backward")
+        grads += [dk.to(dtype), dv.to(dtype)]
+    dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win = grads
+    done = dgates.to(values["gates"].dtype)
+    return dq.to(dtype), dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, done

@@ -38,15 +38,15 @@ int guarded(char* message, int64_t size, const Kernel& kernel) noexcept {
 // Python refuses a library whose record of a call is not its own.
 NSA_EXPORT int64_t nsa_call_size() { return sizeof(nsa::Call); }
 
-NSA_EXPORT int nsa_interval_forward(const nsa::Call* call, char* message, int64_t size) {
-  return guarded(message, size, [&] { nsa::interval_forward(*call); });
-}
-NSA_EXPORT int nsa_compressed_forward(const nsa::Call* call, char* message, int64_t size) {
-  return guarded(message, size, [&] { nsa::compressed_forward(*call); });
-}
-NSA_EXPORT int nsa_selected_forward(const nsa::Call* call, char* message, int64_t size) {
-  return guarded(message, size, [&] { nsa::selected_forward(*call); });
-}
-NSA_EXPORT int nsa_gated_sum(const nsa::Call* call, char* message, int64_t size) {
-  return guarded(message, size, [&] { nsa::gated_sum(*call); });
-}
+#define NSA_KERNEL(name)                                                              \
+  NSA_EXPORT int nsa_##name(const nsa::Call* call, char* message, int64_t size) {     \
+    return guarded(message, size, [&] { nsa::name(*call); });                         \
+  }
+
+NSA_KERNEL(interval_forward)
+NSA_KERNEL(interval_backward)
+NSA_KERNEL(compressed_forward)
+NSA_KERNEL(selected_forward)
+NSA_KERNEL(selected_backward)
+NSA_KERNEL(gated_sum)
+NSA_KERNEL(gated_sum_backward)

@@ -1,4 +1,4 @@
-"""Try every op on every backend and judge the results against the float64 reference.
+"""Try every op on every backend; judge the results against float64, and against each other's.
 
 Exit code: 0 no case fails, 1 some case fails, 2 wrong usage or nothing could be run.
 """
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from nsa_neuron import conformance
 from nsa_neuron.cli import FAILED, UNUSABLE, shared
-from nsa_neuron.conformance import html, text
+from nsa_neuron.conformance import history, html, text
 from nsa_neuron.conformance.gaps import load_gaps
-from nsa_neuron.conformance.problems import TAGS
+from nsa_neuron.conformance.problems import TAGS, problems
+from nsa_neuron.errors import NsaError
 
 if TYPE_CHECKING:
     import argparse
@@ -46,12 +47,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="known gaps of a third party's backend",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
+    parser.add_argument(
+        "--history",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="earlier reports (--json) for the page",
+    )
     parser.add_argument("--verbose", action="store_true", help="every cell and every refusal")
     shared.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     gaps = shared.pairs(args.known_gaps, "--known-gaps")
+    past = history.load(args.history)
+    if args.case and args.case not in (known := _cases(args)):
+        raise NsaError(f"--case: no case '{args.case}'; there are {', '.join(known)}")
     report = conformance.run(
         args.backend,
         ops=args.op,
@@ -62,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     if args.html:
-        args.html.write_text(html.page(report))
+        args.html.write_text(html.page(report, past))
     if args.json:
         print(report.to_json())
     else:
@@ -72,6 +84,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.rows and report.ran else UNUSABLE
 
 
+def _cases(args: argparse.Namespace) -> list[str]:
+    """Names of the cases that the other options leave."""
+    found = problems(args.op, tags=args.tag or TAGS)
+    return list(dict.fromkeys(problem.case for problem in found))
+
+
 def _print(report: conformance.Report, verbose: bool) -> None:
     if not report.rows:
         print("no case matches")
@@ -79,6 +97,8 @@ def _print(report: conformance.Report, verbose: bool) -> None:
     print(text.matrix(report))
     if verbose:
         print(f"\n{text.cell_table(report)}\n\n{text.refusals(report)}")
+    if between := text.between(report):
+        print(f"\n{between}")
     if not report.ok:
         print(f"\n{text.failures(report)}")
     verdict = f"{len(report.failures)} of {report.ran} cases fail"

@@ -7,10 +7,15 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from nsa_neuron import environment
+from nsa_neuron.conformance import history
+from nsa_neuron.conformance.between import worst_of_pairs
 from nsa_neuron.conformance.outcome import Status
 from nsa_neuron.conformance.text import SHORT, glyph
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nsa_neuron.conformance.history import Past
     from nsa_neuron.conformance.report import Cell, Report
 
 KINDS = {
@@ -63,14 +68,21 @@ error of plain torch in the same dtype plus a rounding band of the result.</p>
 <tbody>$rows</tbody></table></div>
 $hindrances
 $failures
+$between
+$history
 <h2>Cells</h2>
 $details
 </html>
 """)
 
 
-def page(report: Report) -> str:
-    """The page as text."""
+def page(report: Report, past: Sequence[Past] = ()) -> str:
+    """The page as text.
+
+    Args:
+        report: of now.
+        past: earlier ones, oldest first.
+    """
     failed = len(report.failures)
     verdict = f"{failed} of {report.ran} cases fail" if failed else f"{report.ran} cases, no fail"
     targets = [str(place.target) for place in report.places]
@@ -83,6 +95,8 @@ def page(report: Report) -> str:
         rows=_rows(report, targets),
         hindrances=_hindrances(report),
         failures=_failures(report),
+        between=_between(report),
+        history=_history([*past, history.of(report.to_dict())]) if past else "",
         details="\n".join(_detail(cell) for cell in report.cells if cell.worst.case),
     )
 
@@ -139,6 +153,43 @@ def _failures(report: Report) -> str:
         for row in report.failures
     )
     return f'<h2>Failures</h2><div class="scroll"><table>{lines}</table></div>'
+
+
+def _between(report: Report) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(a.one)}</td><td>{escape(a.other)}</td>"
+        f'<td class="mono">{escape(a.op)}</td><td>{SHORT[a.dtype]}</td><td>{escape(a.case)}</td>'
+        f'<td class="num">{a.difference:.2g} of {a.budget:.2g}</td></tr>'
+        for a in worst_of_pairs(report.between)
+    )
+    if not rows:
+        return ""
+    head = (
+        "<h2>Targets against each other</h2><p>Where each pair is furthest apart; two that are "
+        "right are within the budget.</p>"
+    )
+    return f'{head}<div class="scroll"><table>{rows}</table></div>'
+
+
+def _history(reports: Sequence[Past]) -> str:
+    """Cases by status of every report, newest first, and what changed since the one before."""
+    targets = dict.fromkeys(target for past in reports for target in past.counts)
+    lines = []
+    for i, past in reversed([*enumerate(reports)]):
+        cells = "".join(
+            "<td>"
+            + escape(", ".join(f"{n} {status}" for status, n in past.counts.get(t, {}).items()))
+            + "</td>"
+            for t in targets
+        )
+        changed = history.changes(reports[i - 1], past) if i else []
+        words = "<br>".join(map(escape, changed)) or ("nothing" if i else "")
+        lines.append(f'<tr><td class="mono">{escape(past.name)}</td>{cells}<td>{words}</td></tr>')
+    heads = "".join(f"<th>{escape(target)}</th>" for target in targets)
+    return (
+        f'<h2>History</h2><div class="scroll"><table><tr><th>revision</th>{heads}<th>changed</th>'
+        f"</tr>{''.join(lines)}</table></div>"
+    )
 
 
 def _detail(cell: Cell) -> str:

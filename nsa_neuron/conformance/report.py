@@ -6,10 +6,12 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from nsa_neuron import environment
+from nsa_neuron.conformance.between import Apart, worst_of_pairs
 from nsa_neuron.conformance.outcome import Outcome, Status
 
 if TYPE_CHECKING:
@@ -84,10 +86,12 @@ class Report:
     Attributes:
         places: the targets that were asked for, in order.
         rows: one outcome per problem and target.
+        between: how far the targets' results of each problem are apart.
     """
 
     places: tuple[Place, ...]
     rows: list[Outcome] = field(default_factory=list)
+    between: list[Apart] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
         self.rows.append(outcome)
@@ -121,12 +125,17 @@ class Report:
         return {
             "schema": SCHEMA,
             "ok": self.ok,
+            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "environment": environment.describe(),
             "targets": [
                 {"target": str(p.target), "device": p.device, "hindrance": p.hindrance}
                 for p in self.places
             ],
             "cells": [cell.to_dict() for cell in self.cells],
+            "between": [
+                {**apart.to_dict(), "difference": _number(apart.difference)}
+                for apart in worst_of_pairs(self.between)
+            ],
             "rows": [
                 {**asdict(row), "status": row.status.value, **_finite(row)} for row in self.rows
             ],
@@ -138,8 +147,8 @@ class Report:
 
 def _finite(row: Outcome) -> dict[str, float | str | None]:
     """JSON has neither infinity nor NaN: such an error is written as text."""
-    values = {"error": row.error, "budget": row.budget}
-    return {
-        name: str(value) if value is not None and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+    return {"error": _number(row.error), "budget": _number(row.budget)}
+
+
+def _number(value: float | None) -> float | str | None:
+    return str(value) if value is not None and not math.isfinite(value) else value

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_neuron.conformance import between
 from nsa_neuron.conformance.gaps import Gap, known_gaps
 from nsa_neuron.conformance.outcome import Outcome, Status
 from nsa_neuron.conformance.problems import Problem, Solution, place_inputs, problems, solve
@@ -22,6 +23,7 @@ from nsa_neuron.registry import use_backend
 from nsa_neuron.terminal import progress
 
 Gaps = Mapping[str, Sequence[Gap]]
+Results = dict[str, tuple[Tensor, ...]]
 
 
 def run(
@@ -54,9 +56,13 @@ def run(
     report = Report(tuple(places))
     with progress("conformance", sum(len(where) for _, where in plan)) as advance:
         for problem, where in plan:
+            results: Results = {}
             for place in where:
                 advance(f"{place.target} {problem}")
-                report.add(try_problem(problem, place, listed[place.target.backend]))
+                gaps_of = listed[place.target.backend]
+                report.add(try_problem(problem, place, gaps_of, results))
+            if len(results) > 1:
+                report.between += between.compare(problem, solve(problem), results)
     return report
 
 
@@ -80,9 +86,18 @@ def _plan(
     return plan
 
 
-def try_problem(problem: Problem, place: Place, gaps: Sequence[Gap] = ()) -> Outcome:
-    """One problem on one target. Whatever a backend raises is its failure, not the suite's."""
-    status, facts = _attempt(problem, place)
+def try_problem(
+    problem: Problem, place: Place, gaps: Sequence[Gap] = (), results: Results | None = None
+) -> Outcome:
+    """One problem on one target. Whatever a backend raises is its failure, not the suite's.
+
+    Args:
+        problem: op, case, dtype.
+        place: the target.
+        gaps: known ones of its backend.
+        results: gets what the op returned, by target, on the CPU.
+    """
+    status, facts = _attempt(problem, place, {} if results is None else results)
     gap = _gap(problem, place, gaps)
     if gap and status is Status.FAIL:
         status, facts["detail"] = Status.GAP, f"{gap.reason} ({facts['detail']})"
@@ -99,13 +114,13 @@ def _gap(problem: Problem, place: Place, gaps: Sequence[Gap]) -> Gap | None:
     return next((gap for gap in gaps if gap.covers(*key)), None)
 
 
-def _attempt(problem: Problem, place: Place) -> tuple[Status, dict[str, Any]]:
+def _attempt(problem: Problem, place: Place, results: Results) -> tuple[Status, dict[str, Any]]:
     if place.hindrance:
         return Status.NOT_RUN, {"detail": place.hindrance}
     solution = solve(problem)
     start = time.perf_counter()
     try:
-        facts = _compare(problem, place, solution)
+        facts = _compare(problem, place, solution, results)
     except NoLowering as refused:
         _, _, rule, reason = refused.reasons[-1]
         return Status.UNSUPPORTED, {"detail": f"{rule}: {reason}"}
@@ -115,7 +130,9 @@ def _attempt(problem: Problem, place: Place) -> tuple[Status, dict[str, Any]]:
     return (Status.FAIL if facts.get("detail") else Status.PASS), facts
 
 
-def _compare(problem: Problem, place: Place, solution: Solution) -> dict[str, Any]:
+def _compare(
+    problem: Problem, place: Place, solution: Solution, results: Results
+) -> dict[str, Any]:
     """Two runs, the first with poisoned allocations; both right, bit-equal, inputs untouched.
 
     Poisoning switches torch to deterministic algorithms, which may round differently. So if the
@@ -133,6 +150,7 @@ def _compare(problem: Problem, place: Place, solution: Solution) -> dict[str, An
 
     with poisoned_allocations():
         first = call()
+    results[str(place.target)] = tuple(x.cpu() for x in first)
     facts = _judge(problem, solution, first)
     if facts["detail"]:
         return facts

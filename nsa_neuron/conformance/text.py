@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nsa_neuron.conformance.between import worst_of_pairs
 from nsa_neuron.conformance.outcome import Status
 from nsa_neuron.terminal import table
 
@@ -92,6 +93,20 @@ def failures(report: Report) -> str:
         f"FAIL {row.op} on {row.target} {SHORT[row.dtype]}, case {row.case}: {row.detail}"
         for row in report.failures
     )
+
+
+def between(report: Report) -> str:
+    """How far each pair of targets is apart, at the problem that uses most of the budget."""
+    rows = [
+        [
+            a.one, a.other, a.op, SHORT[a.dtype], a.case, a.result,
+            f"{a.difference:.2g} of {a.budget:.2g}",
+        ]
+        for a in worst_of_pairs(report.between)
+    ]  # fmt: skip
+    title = "furthest apart from each other (two that are right are within the budget)"
+    heads = ["target", "target", "op", "dtype", "case", "result", "difference"]
+    return table(title, heads, rows) if rows else ""
 
 
 def refusals(report: Report) -> str:

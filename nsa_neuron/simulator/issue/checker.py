@@ -254,14 +254,14 @@ def make_plan(
                 _check_placement(checker, operand)
     try:
         result = spec.check(checker)
+        engine, payload = result if isinstance(result, tuple) else (result, None)
+        formula = checker.formula or spec.timing.on(engine)
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         if not checker.violations or isinstance(error, SimulationError):
             raise
         # What a relaxed rule forbids may be beyond what the rest of the check can look at.
         raise checker.violations[-1] from error
-    engine, payload = result if isinstance(result, tuple) else (result, None)
     registers = sum(isinstance(value, VirtualRegister) for value in reads)
-    formula = checker.formula or spec.timing.on(engine)
     accumulator = spec.timing.accumulator and sum(value is not None for value in writes) > 1
     return Plan(engine, spec.timing, formula, accumulator, payload, checker.violations, registers)
 

@@ -87,6 +87,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "trace, or a sample to draw from",
     )
     parser.add_argument(
+        "--iterations",
+        type=int,
+        metavar="N",
+        help="without data, run N iterations (8 or more) of each hardware loop and continue the "
+        "rest at their pace",
+    )
+    parser.add_argument(
         "--constant",
         type=_constant,
         action="append",
@@ -106,7 +113,8 @@ def _profile(args: argparse.Namespace, module: Any) -> Profile:
         kernel = kernel[args.lnc]
     values = loading.parse_arguments(kernel, args.arg, args.seed, args.data)
     options = {"params": args.params, "unknown": args.trips, "constants": dict(args.constant)}
-    return profile(kernel, data=args.data, **options)(**values)
+    made = profile(kernel, data=args.data, iterations=args.iterations, **options)
+    return made(**values)
 
 
 def _constant(text: str) -> tuple[str, float]:

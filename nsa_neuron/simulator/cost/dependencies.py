@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..run.coverage import Coverage
+from .loops import allocated_once
 from .storage import NOBODY, Region, Relations, Space, Storage
 from .timeline import Cause
 
@@ -60,6 +61,7 @@ class Tracker:
             "sbuf": Space(_shared_out(trace, "sbuf", machine), 1, machine),
             "psum": Space(_shared_out(trace, "psum", machine), machine.psum_bank_bytes, machine),
         }
+        self.indexed = trace.indexed
         self._everywhere: dict[Place, Place] = {}
         self._dead: list[Allocation] = []  # in the instruction looked at
         self._fences: list[int] = []
@@ -69,17 +71,24 @@ class Tracker:
         """Dependencies of each instruction, as `producer << SHIFT | cause`."""
         first, regions, lanes, in_order = self.first, self.regions, self.lanes, self.in_order
         dead = self._dead
-        written = {a.allocation for i in self.trace.instructions for a in i.writes}
+        once = allocated_once(self.trace)
+        accesses, self.indexed = once or (None, self.trace.indexed)
+        written = (
+            {a.allocation for i in self.trace.instructions for a in i.writes}
+            if accesses is None
+            else {a.allocation for writes, _ in accesses for a in writes}
+        )
         loads: dict[int, list[int]] = {}  # what waits for a register waits for its source
         result: list[list[int]] = []
         for me, i in enumerate(self.trace.instructions):
             lane = lanes[me]
             deps: list[int] = []
+            writes, reads = (i.writes, i.reads) if accesses is None else accesses[me]
             if i.opcode == LOAD:
-                loads[me] = self._load(i, me, lane)
+                loads[me] = self._load(reads[0], me, lane)
                 result.append(deps)
                 continue
-            for access in i.reads:
+            for access in reads:
                 allocation = access.allocation
                 region = first.get(allocation)
                 if region is None or region.place is not access.place:
@@ -103,7 +112,7 @@ class Tracker:
                     self._note(readers, me, lane)
                 if allocation.last_use == me:
                     self._release(allocation)
-            for access in i.writes:
+            for access in writes:
                 allocation = access.allocation
                 region = first.get(allocation)
                 if region is None or region.place is not access.place:
@@ -113,7 +122,9 @@ class Tracker:
                         region = self._region(access, lane, deps)
                 if not region.written:
                     self._first_write(region)
-                own = lane if lane < in_order else -1
+                # A queue runs its transfers in order: where a run-time address only may be that of
+                # an earlier one, it does not wait for that to be complete.
+                own = lane if lane < in_order or access.place.dynamic else -1
                 if region.writer >= 0 and lanes[region.writer] != own:
                     deps.append(region.writer << SHIFT | WAW)
                 region.writer = me
@@ -143,9 +154,8 @@ class Tracker:
             result.append(deps)
         return result
 
-    def _load(self, i: Instruction, me: int, lane: int) -> list[int]:
+    def _load(self, access: Access, me: int, lane: int) -> list[int]:
         """What a register load waits for; it takes no time, what uses the register does."""
-        (access,) = i.reads
         allocation, deps = access.allocation, list[int]()
         region = self.first.get(allocation)
         if region is None:
@@ -249,7 +259,7 @@ class Tracker:
             regions = self.regions.get(allocation)
             users = (first,) if regions is None else regions.values()
             self.spaces[allocation.buffer].release(allocation, users)
-            if allocation not in self.trace.indexed:
+            if allocation not in self.indexed:
                 self._dead.append(allocation)
 
     def _forget(self, allocation: Allocation) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..machine.trn2 import machine_for
+from .loops import Continued, continued
 from .parameters import DEFAULT_SET, LEVELS, load
 from .program import Program, analyse
 from .schedule import schedule
@@ -25,16 +26,21 @@ class Estimate:
 
     Attributes:
         low, central, high: all constants at that end of their band.
+        rest: at each level, what the iterations of hardware loops take that the run left out.
     """
 
     low: Timeline
     central: Timeline
     high: Timeline
+    rest: tuple[Continued, Continued, Continued] = (Continued(), Continued(), Continued())
 
     @property
     def band(self) -> Band:
         """Total time in ns; sorted, since constants interact."""
-        low, central, high = self.low.total, self.central.total, self.high.total
+        timelines = (self.low, self.central, self.high)
+        low, central, high = (
+            t.total + rest.added for t, rest in zip(timelines, self.rest, strict=True)
+        )
         return Band(min(low, central), central, max(high, central))
 
 
@@ -61,14 +67,18 @@ def estimate(
         constants: values that replace the set's at all levels, by name.
 
     Raises:
-        ValueError: unknown parameter set or constant.
+        ValueError: unknown parameter set or constant; a loop cut short whose pace has not settled.
     """
     given = tuple(sorted((constants or {}).items()))
     levels = [load(params, level, given) for level in LEVELS]
     with paused_gc():
         program = program_of(run)
         low, central, high = (schedule(program, p) for p in levels)
-    return Estimate(low, central, high)
+    if not any(core.trips for core in run.cores):
+        return Estimate(low, central, high)
+    rest = (continued(low), continued(central), continued(high))
+    central.assumptions.append(rest[1].describe(central.total))
+    return Estimate(low, central, high, rest)
 
 
 def central(run: Run, params: str = DEFAULT_SET) -> Timeline:

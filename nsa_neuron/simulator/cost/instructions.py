@@ -7,6 +7,7 @@ instruction after `interval`; results are there after `latency`.
 
 from __future__ import annotations
 
+from copy import copy
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,16 @@ class Cost:
         self.psum = False
         self.transfer: Transfer | None = None
         self.meeting = False
+
+    def followed_by(self, time: float) -> Cost:
+        """The same, after which its engine's sequencer is busy for `time` ns with a loop."""
+        new = copy(self)
+        new.guesses = (*self.guesses, "loop_iteration")
+        if self.transfer is not None:
+            new.transfer = copy(self.transfer)
+            new.transfer.trigger_time += time
+        new.interval += time
+        return new
 
     def __repr__(self) -> str:
         return f"<{self.engine}.{self.opcode}: {self.interval:.1f} ns, {self.rule}>"

@@ -193,6 +193,11 @@ class Parameters:
     register_access: float = _constant(
         "ns of a register load, store or loop branch", "none", 100, 500, 2000, guess=True
     )
+    loop_iteration: float = _constant(
+        "ns of each engine per iteration of a hardware loop",
+        "third party, trn1: 1.4 to 1.5 us over unrolled, waits of the body's tensors included "
+        "(kiln neuron-notes.md)", 50, 300, 1500, guess=True,
+    )  # fmt: skip
     psum_bank_share: float = _constant(
         "share of an overlap on one bank that serialises", "none; fact sheet 6.2", 0, 1, 1,
         guess=True,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .dependencies import MEETINGS, SHIFT, Tracker
 from .instructions import COMPUTE, Cost, cost_of
+from .loops import iteration_ends
 from .parameters import Parameters, load
 
 if TYPE_CHECKING:
@@ -116,7 +117,25 @@ def costs_of(program: Program, p: Parameters) -> list[Cost]:
     if cores > 1:
         p = replace(p, hbm_stack=p.hbm_stack / cores)
     costs = _costs(program.examples, p, program.machine)
-    return [costs[k] for k in program.kind]
+    found = [costs[k] for k in program.kind]
+    _add_iterations(program, found, p)
+    return found
+
+
+def _add_iterations(program: Program, costs: list[Cost], p: Parameters) -> None:
+    """What each engine spends on an iteration of a hardware loop, after its last instruction."""
+    known: dict[tuple[int, int], Cost] = {}
+    offset = 0
+    for core in program.run.cores:
+        if core.loops:
+            part = costs[offset : offset + len(core.instructions)]
+            engine = [c.transfer.trigger if c.transfer else c.engine for c in part]
+            for index, count in iteration_ends(core, engine).items():
+                key = (program.kind[offset + index], count)
+                if key not in known:
+                    known[key] = part[index].followed_by(count * p.loop_iteration)
+                costs[offset + index] = known[key]
+        offset += len(core.instructions)
 
 
 @lru_cache(maxsize=8)

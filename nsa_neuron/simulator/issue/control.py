@@ -11,7 +11,9 @@ from .current import require_core
 from .record import LoopMark
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .record import CoreTrace
 
 
 def static_range(start: int, stop: int | None = None, step: int = 1) -> range:
@@ -36,13 +38,24 @@ def _iterate(lower: int, upper: int, step: int) -> Iterator[VirtualRegister]:
     loop = core.state["loops"] = core.state.get("loops", 0) + 1
     _refuse_in_no_reorder(core)
     made = len(trace.allocations)
+    values: Sequence[int] = range(lower, upper, step)
+    shown = core.options.iterations
+    if shown and len(values) > shown:
+        trace.trips[loop] = len(values)
+        values = [*values[: shown - 1], values[-1]]  # the last, whose addresses reach furthest
     try:
-        for iteration, value in enumerate(range(lower, upper, step)):
-            first = len(trace.instructions)
+        for iteration, value in enumerate(values):
+            begin = len(trace.instructions), len(trace.allocations)
             yield VirtualRegister(value, frozen=True)
-            trace.loops.append(LoopMark(loop, iteration, first, len(trace.instructions)))
+            _mark(trace, loop, iteration, *begin)
     finally:
         _close(core, made)
+
+
+def _mark(trace: CoreTrace, loop: int, iteration: int, first: int, made: int) -> None:
+    """Note an iteration that has ended."""
+    last, after = len(trace.instructions), len(trace.allocations)
+    trace.loops.append(LoopMark(loop, iteration, first, last, (made, after)))
 
 
 def _close(core: Any, made: int) -> None:
@@ -97,9 +110,9 @@ def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]
         if not register:
             _close(core, made)
             return
-        first = len(trace.instructions)
+        begin = len(trace.instructions), len(trace.allocations)
         register = body_fun(VirtualRegister(register.value))
-        trace.loops.append(LoopMark(loop, iteration, first, len(trace.instructions)))
+        _mark(trace, loop, iteration, *begin)
         iteration += 1
 
 

@@ -91,12 +91,20 @@ class Instruction:
 
 @dataclass
 class LoopMark:
-    """Instructions first..last (exclusive) are iteration `iteration` of dynamic loop `loop`."""
+    """An iteration of a hardware loop.
+
+    Attributes:
+        loop: number of the loop, one each time that it is entered.
+        iteration: from 0.
+        first, last: its instructions, last exclusive.
+        made: its allocations, likewise.
+    """
 
     loop: int
     iteration: int
     first: int
     last: int
+    made: tuple[int, int]
 
 
 @dataclass
@@ -107,7 +115,8 @@ class CoreTrace:
         core: index of the core in the launch.
         instructions: in program order.
         allocations: every tensor made by this core (arguments are in `Run.arguments`).
-        loops: iterations of dynamic loops.
+        loops: iterations of hardware loops, each noted at its end.
+        trips: how many iterations a loop has of which not all were run.
         relaxed: rules broken but relaxed by name.
         warnings: doubtful but legal use, one line each.
         indexed: tensors read for the address of an operand, which does not count as their use.
@@ -117,6 +126,7 @@ class CoreTrace:
     instructions: list[Instruction] = field(default_factory=list)
     allocations: list[Allocation] = field(default_factory=list)
     loops: list[LoopMark] = field(default_factory=list)
+    trips: dict[int, int] = field(default_factory=dict)
     relaxed: list[SimulationError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     indexed: set[Allocation] = field(default_factory=set)

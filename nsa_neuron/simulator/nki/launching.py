@@ -44,6 +44,7 @@ def simulate(
     target: str | None = None,
     precise: bool | None = None,
     unknown: Callable[[VirtualRegister], int] | None = None,
+    iterations: int | None = None,
     ranks: int = 1,
 ) -> Simulated:
     """Make a simulated version of a kernel.
@@ -55,6 +56,7 @@ def simulate(
         target: machine, "trn2".
         precise: False holds narrow floats as fp32 (NKI_PRECISE_FP=0).
         unknown: shape-only: value of a register that data would have set.
+        iterations: shape-only: how many iterations of each hardware loop are run; all unless given.
         ranks: how many ranks run the kernel together, as `nki.collectives` needs; arguments that
             differ between them are given as `PerRank([...])`.
 
@@ -78,6 +80,7 @@ def simulate(
         "target": target,
         "precise": precise,
         "unknown": unknown,
+        "iterations": iterations,
         "relax": None if relax is None else frozenset(relax),
     }
     options = replace(

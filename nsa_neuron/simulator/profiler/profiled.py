@@ -133,6 +133,7 @@ def profile(
     relax: Iterable[str] | None = None,
     target: str | None = None,
     unknown: Callable[[VirtualRegister], int] | None = None,
+    iterations: int | None = None,
     constants: Mapping[str, float] | None = None,
     assumptions: Iterable[str] = (),
 ) -> Profiled:
@@ -146,6 +147,8 @@ def profile(
         target: machine, "trn2".
         unknown: without data: value of a register that data would have set; `cost.trips` makes
             them from a number, a trace or a distribution, and the report says which.
+        iterations: without data: how many iterations of each hardware loop are run, at least 8; the
+            rest is continued at the pace that they settle to.
         constants: values of the cycle model's constants that replace the set's, by name;
             `nsa profile --constants` lists them.
         assumptions: further sentences for the report.
@@ -157,5 +160,11 @@ def profile(
         >>> found = simulator.profile(kernel)(ShapeDtype((128, 512), "bfloat16"))
         >>> found.time.central                         # ns, modelled
     """
-    options = {"data": data, "relax": relax, "target": target, "unknown": unknown}
+    options = {
+        "data": data,
+        "relax": relax,
+        "target": target,
+        "unknown": unknown,
+        "iterations": iterations,
+    }
     return Profiled(kernel, params, constants or {}, options, assumptions)

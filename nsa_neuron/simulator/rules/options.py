@@ -25,6 +25,7 @@ class Options:
         precise: False is NKI_PRECISE_FP=0, narrow floats held as fp32.
         unknown: in a shape-only run, gives the value of a register that data would have set;
             called with the register.
+        iterations: in a shape-only run, how many iterations of each hardware loop are run; 0: all.
     """
 
     target: str = "trn2"
@@ -32,6 +33,7 @@ class Options:
     relax: frozenset[str] = frozenset()
     precise: bool = True
     unknown: Callable[[VirtualRegister], int] | None = None
+    iterations: int = 0
 
     @property
     def machine(self) -> Machine:
@@ -39,12 +41,16 @@ class Options:
         return machine_for(self.target)
 
     def validate(self) -> None:
-        """Refuse unknown targets and rule names.
+        """Refuse unknown targets and rule names, and loops cut short in a run with data.
 
         Raises:
             ValueError: naming what is known.
         """
         machine_for(self.target)
+        if self.iterations and self.data:
+            raise ValueError("iterations= leaves out iterations, so it needs data=False")
+        if not isinstance(self.iterations, int) or self.iterations < 0:
+            raise ValueError(f"iterations is 0 or a positive integer, not {self.iterations!r}")
         unknown = sorted(self.relax - RULES.keys())
         if unknown:
             raise ValueError(f"no rule is named {unknown[0]!r}; rules: {', '.join(sorted(RULES))}")

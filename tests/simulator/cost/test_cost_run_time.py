@@ -124,7 +124,7 @@ def test_a_loop_index_is_a_run_time_address():
 
         nl.fori_loop(0, 4, step)
 
-    t = of(record(body))
+    t = of(record(body), loop_iteration=0.0)
     transfers = [i for i, x in enumerate(t.instructions) if x.opcode == "dma_copy"]
     assert [t.free[i] - t.issue[i] for i in transfers] == pytest.approx([P.dma_run_time] * 4)
 

@@ -3,7 +3,7 @@
 Dimensions and layout as in `forward`. p = exp(scale S - lse) is recomputed;
 ds = scale p (dO v^T - delta), delta = sum(dO o) - grad_lse; a hidden key has p = 0.
 
-    per tile, per trip of its union list:                       hardware loops
+    per tile, its first U blocks; then for longer unions, trip by trip:
         gather U pages; K^T, V^T                                DMA; PE
         per 128 rows, per 512 keys:
             S, dP = q^T.T @ K^T + mask, dO^T.T @ V^T            PE
@@ -19,9 +19,9 @@ query tiles; which half and which chain an addition belongs to hangs on no core,
 give the same bits, and two runs do.
 
 Bound at U = 40, G = 16, 192/128, per tile of 32 queries, by GpSimd, which makes the descriptors of
-20 additions of 128 rows, 3.9 us each (78 us); PE has 90,000 cycles (38 us). Modelled 158 us, since
-tiles do not overlap yet. The other way, per block the list of the tiles that have it, needs no sums
-in HBM, but S and dP a second time and 650 KB of q and dO per block and tile: modelled at 1,000 us.
+20 additions of 128 rows, 3.9 us each (78 us); PE has 42 us, ScalarE 35 us. Modelled: 103 us. The
+other way, per block the list of the tiles that have it, needs no sums in HBM, but S and dP a second
+time and 650 KB of q and dO per block and tile: modelled at 1,000 us per tile as first written.
 """
 
 import nki
@@ -35,50 +35,84 @@ from nki_kernels.common.spans import spans
 from nki_kernels.selected_attention import tile as parts
 from nki_kernels.selected_attention.gather import BANK, Blocks
 
+LAG = 2
+"""p and ds are made so many jobs ahead of their part of dq, to keep PE busy."""
+
 CHAINS = 2
 """Sums per half of the query tiles that may be under way at once."""
 
 
 @nki.jit
 def backward(
-    q_t, do_t, q, do, o, stats, pages, ids, place, heads, lists, starts, trips, queues: str,
-    scale: float,
+    q_t, do_t, q, do, o, stats, pages, ids, place, heads, near, lists, starts, longer, amounts,
+    count, queues: str, scale: float,
 ):  # fmt: skip
-    """dq [TILES, ROWS, DK] in q's dtype, and 2 * CHAINS sums [PAGES * m, DK + DV] float32.
+    """dq [GROUPS, BODY, ROWS, DK] in q's dtype, and 2 * CHAINS sums [PAGES * m, DK + DV] float32.
 
     Args:
-        q_t, do_t: [TILES, D, ROWS], TILES even; q_t has `heads` behind it where there is room, see
-            `tile.Mask`. q, do, o: [TILES, ROWS, D].
-        stats: [TILES, ROWS, 3] float32: ln(scale) - lse and -lse (both 0 of rows that see nothing),
-            and grad_lse.
+        q_t, do_t: [GROUPS, BODY, D, ROWS], GROUPS even; q_t has `heads` behind it where there is
+            room, see `tile.Mask`. q, do, o: [GROUPS, BODY, ROWS, D].
+        stats: [GROUPS, BODY, ROWS, 3] float32: ln(scale) - lse and -lse (both 0 of rows that see
+            nothing), and grad_lse.
         pages: [PAGES, m, DK + DV].
-        ids: [TILES, TQ, n]. place: [TILES, TQ, 2].
-        heads, lists, starts, queues: as for `forward`; null pages that fill a list up differ within
-            128 keys.
-        trips: [TILES, 1] int32: rows of `lists` of a tile, equal in both halves.
+        ids, place, heads, near, lists, starts, longer, amounts, count, queues: as for `forward`;
+            null pages that fill a list up differ within 128 keys.
     """
-    (tiles, _, rows), dk = q_t.shape, q.shape[2]
-    dq = nl.ndarray((tiles, rows, dk), dtype=q_t.dtype, buffer=nl.shared_hbm)
+    groups, rows, dk = q_t.shape[0], q_t.shape[3], q.shape[3]
+    dq = nl.ndarray((*q_t.shape[0:2], rows, dk), dtype=q_t.dtype, buffer=nl.shared_hbm)
     sums = []
     for _ in range(2 * CHAINS):
         shape = (pages.shape[0] * pages.shape[1], pages.shape[2])
         sums.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.shared_hbm))
-    mask = parts.Mask(heads, pages.shape[1], q_t.shape[1] - dk)
+    mask = parts.Mask(heads, pages.shape[1], q_t.shape[2] - dk)
 
-    def tile_of(own_sums):
+    def first_trips(own_sums):
+        def one_group(g):
+            tensors = Tensors(
+                q_t.select(0, g), do_t.select(0, g), q.select(0, g), do.select(0, g),
+                o.select(0, g), stats.select(0, g),
+            )  # fmt: skip
+            queries = parts.Queries(ids.select(0, g), place.select(0, g))
+            body, slots = near.shape[1:]
+            numbers = sbuf((1, body * slots), nl.int32)
+            fetch(numbers, near.select(0, g))
+            listed = queries.listed(near.select(0, g))
+            row = near.select(0, g).reshape((1, body * slots))
+            places = rows_of(row, pages.shape[1])
+            per = places.shape[1] // body
+            ahead = Blocks(pages, numbers[:, 0:slots], queues)
+            keys = Keys(ahead, queries, 0, listed[:, 0, :], mask, dk)
+            for j in range(body):
+                if j + 1 < body:
+                    ahead = Blocks(pages, numbers[:, (j + 1) * slots : (j + 2) * slots], queues)
+                tile = Tile(tensors, j, dk)
+                tile.differentiate(keys, mask, scale)
+                before = keys
+                if j + 1 < body:
+                    keys = Keys(ahead, queries, j + 1, listed[:, j + 1, :], mask, dk)
+                tile.add_to(own_sums, before, places[:, j * per : (j + 1) * per])
+                tile.store(dq.select(0, g)[j])
+
+        return one_group
+
+    def all_trips(own_sums, tiles):
         def one_tile(i):
-            tile = Tile(q_t.select(0, i), do_t.select(0, i), dk)
-            tile.load_rows(q.select(0, i), do.select(0, i), o.select(0, i), stats.select(0, i))
-            queries = parts.Queries(
-                ids.select(0, i).expand_dim(0), place.select(0, i).expand_dim(0)
-            )
+            chosen = sbuf((1, 1), nl.int32)
+            fetch(chosen, tiles.select(0, i).expand_dim(0))
+            tensors = Tensors(
+                parts.flat(q_t, chosen), parts.flat(do_t, chosen), parts.flat(q, chosen),
+                parts.flat(do, chosen), parts.flat(o, chosen), parts.flat(stats, chosen),
+            )  # fmt: skip
+            queries = parts.Queries(parts.flat(ids, chosen), parts.flat(place, chosen))
             pointer, amount = sbuf((1, 1), nl.int32), sbuf((1, 1), nl.int32)
-            fetch(pointer, starts.select(0, i).expand_dim(0))
-            fetch(amount, trips.select(0, i).expand_dim(0))
+            fetch(pointer, starts.select(0, chosen).expand_dim(0))
+            fetch(amount, amounts.select(0, i).expand_dim(0))
             times = nisa.register_alloc()
             nisa.register_load(times, amount)
+            tile = Tile(tensors, 0, dk)
+            tile.clear()
 
-            def one_trip(_):
+            def trip(again):
                 row = lists.select(0, pointer).expand_dim(0)
                 numbers = sbuf((1, lists.shape[1]), nl.int32)
                 fetch(numbers, row)
@@ -86,21 +120,30 @@ def backward(
                 places = rows_of(row, pages.shape[1])
                 nisa.tensor_scalar(pointer, pointer, nl.add, 1)
                 blocks = Blocks(pages, numbers, queues)
-                keys = parts.Keys(blocks, queries, 0, listed[:, 0, :], mask, dk)
-                values = blocks.turned(dk, pages.shape[2])
-                tile.add(keys, values, mask, own_sums, places, scale)
+                keys = Keys(blocks, queries, 0, listed[:, 0, :], mask, dk)
+                tile.differentiate(keys, mask, scale)
+                if again:
+                    tile.add_to(own_sums, keys, places)
 
-            nl.fori_loop(0, times, one_trip)
-            tile.store(dq.select(0, i))
+            def one_trip(_):
+                trip(True)
+
+            # The first trip's dk and dv have been added already.
+            trip(False)
+            nl.fori_loop(1, times, one_trip)
+            tile.store(parts.flat(dq, chosen)[0])
 
         return one_tile
 
+    many = nisa.register_alloc()
+    nisa.register_load(many, count)
     first, number = share(2)
     for half in range(first, first + number):
         own = sums[half * CHAINS : (half + 1) * CHAINS]
         for total in own:
             clear(total)
-        nl.fori_loop(half * tiles // 2, (half + 1) * tiles // 2, tile_of(own))
+        nl.fori_loop(half * groups // 2, (half + 1) * groups // 2, first_trips(own))
+        nl.fori_loop(0, many, all_trips(own, longer[half]))
     return dq, sums[0], sums[1], sums[2], sums[3]
 
 
@@ -147,47 +190,95 @@ def rows_of(row, tokens):
     return at
 
 
+class Keys(nl.NKIObject):
+    """Gathered blocks, ready for the products: K^T and V^T, and which keys are hidden."""
+
+    def __init__(self, blocks, queries, tile, listed, mask, dk):
+        self.blocks = blocks
+        self.scored = parts.Keys(blocks, queries, tile, listed, mask, dk)
+        self.values = blocks.turned(dk, blocks.tiles[0].shape[1])
+
+
+class Tensors(nl.NKIObject):
+    """What is known of the rows of some tiles, in SBUF.
+
+    Attributes:
+        q_t, do_t: [D, TILES, ROWS], one per 128 of D.
+        q, do, o, stats: [rows of a part, TILES, parts, N].
+    """
+
+    def __init__(self, q_t, do_t, q, do, o, stats):
+        """Tensors of some tiles as `backward` takes them: [TILES, ...]."""
+        self.q_t, self.do_t = self.columns(q_t), self.columns(do_t)
+        self.q, self.do = self.rows(q), self.rows(do)
+        self.o, self.stats = self.rows(o), self.rows(stats)
+
+    def columns(self, source):
+        """[TILES, D, ROWS] in HBM."""
+        tiles, size, rows = source.shape
+        found = []
+        for start, length in spans(size, nl.tile_size.pmax):
+            part = sbuf((length, tiles, rows), source.dtype)
+            fetch(part, source[:, start : start + length, :].permute((1, 0, 2)))
+            found.append(part)
+        return found
+
+    def rows(self, source):
+        """[TILES, ROWS, N] in HBM."""
+        tiles, rows, width = source.shape
+        height = min(rows, nl.tile_size.pmax)
+        count = (rows + height - 1) // height
+        whole = sbuf((height, tiles, count, width), source.dtype)
+        if rows == count * height:
+            # Row = part * height + partition.
+            view = source.reshape_dim(1, (count, height))
+            fetch(whole, view.permute((2, 0, 1, 3)))
+        else:
+            for start, length in spans(rows, height):
+                view = source[:, start : start + length, :].permute((1, 0, 2))
+                fetch(whole[0:length, :, start // height, :], view)
+        return whole
+
+
 class Tile(nl.NKIObject):
     """The rows of a query tile, 128 at a time, and their dq."""
 
-    def __init__(self, q_t, do_t, dk):
-        self.q, self.grad = parts.load_columns(q_t), parts.load_columns(do_t)
-        self.dtype = q_t.dtype
+    def __init__(self, tensors, index, dk):
+        self.q, self.grad = [], []
+        for part in tensors.q_t:
+            self.q.append(part[:, index, :])
+        for part in tensors.do_t:
+            self.grad.append(part[:, index, :])
         self.parts = []
-        for start, length in spans(q_t.shape[1], nl.tile_size.pmax):
-            self.parts.append(Rows(start, length, dk))
+        for start, length in spans(self.q[0].shape[1], nl.tile_size.pmax):
+            self.parts.append(Rows(tensors, index, start, length, dk))
 
-    def load_rows(self, q, do, o, stats):
-        """[ROWS, N] tensors in HBM."""
-        count, height = len(self.parts), self.parts[0].length
-        loaded = []
-        for source in (q, do, o, stats):
-            whole = sbuf((height, count, source.shape[1]), source.dtype)
-            if source.shape[0] == count * height:
-                # Row = part * height + partition.
-                fetch(whole, source.reshape_dim(0, (count, height)).permute((1, 0, 2)))
-            else:
-                for p in range(count):
-                    part = self.parts[p]
-                    fetch(whole[0 : part.length, p, :], source[part.rows, :])
-            loaded.append(whole)
-        for p in range(count):
-            part = self.parts[p]
-            own = slice(0, part.length)
-            part.begin(
-                loaded[0][own, p, :], loaded[1][own, p, :], loaded[2][own, p, :],
-                loaded[3][own, p, :],
-            )  # fmt: skip
-
-    def add(self, keys, values, mask, sums, places, scale):
-        """Adds what the keys of a trip contribute to dq, and their dk and dv to `sums`."""
+    def clear(self):
+        """dq = 0, for several trips."""
         for part in self.parts:
-            part.differentiate(self.q, self.grad, keys, values, mask, self.dtype, scale)
-        size, tiles = keys.blocks.size, len(keys.blocks.tiles)
-        dk = keys.dk
-        for t in range(tiles):
+            nisa.memset(part.acc, 0.0)
+            part.looped = True
+
+    def differentiate(self, keys, mask, scale):
+        """p and ds of the keys of a trip, and what they add to dq."""
+        waiting = []
+        for part in self.parts:
+            part.begin(keys)
+            for run in spans(len(keys.blocks.tiles), BANK // keys.blocks.size):
+                if len(waiting) >= LAG:
+                    waiting.pop(0).add()
+                job = Job(part, keys, run)
+                job.differentiate(self.q, self.grad, mask, scale)
+                waiting.append(job)
+        for job in waiting:
+            job.add()
+
+    def add_to(self, sums, keys, places):
+        """Adds dk and dv of the keys of a trip to `sums`, at `places` [keys of a tile, tiles]."""
+        size = keys.blocks.size
+        dk, dv = self.parts[0].q.shape[1], self.parts[0].do.shape[1]
+        for t in range(len(keys.blocks.tiles)):
             some = slice(t * size, (t + 1) * size)
-            dv = self.parts[0].do.shape[1]
             dk_part, dv_part = psum((size, dk)), psum((size, dv))
             for p in range(len(self.parts)):
                 part = self.parts[p]
@@ -218,41 +309,62 @@ class Rows(nl.NKIObject):
         p, ds: [rows, keys] of a trip, in q's dtype.
     """
 
-    def __init__(self, start, length, dk):
-        self.rows = slice(start, start + length)
-        self.length = length
+    def __init__(self, tensors, index, start, length, dk):
+        self.rows, self.length, self.looped = slice(start, start + length), length, False
+        p, own = start // nl.tile_size.pmax, slice(0, length)
+        self.q, self.do = tensors.q[own, index, p, :], tensors.do[own, index, p, :]
+        self.stats = tensors.stats[own, index, p, :]
         self.acc = sbuf((length, dk), nl.float32)
-        nisa.memset(self.acc, 0.0)
-
-    def begin(self, q, do, o, stats):
-        self.q, self.do, self.stats = q, do, stats
-        (self.delta,) = columns(1, self.length)
-        product = sbuf(do.shape, nl.float32)
-        nisa.tensor_tensor(product, do, o, nl.multiply)
+        (self.delta,) = columns(1, length)
+        product = sbuf(self.do.shape, nl.float32)
+        nisa.tensor_tensor(product, self.do, tensors.o[own, index, p, :], nl.multiply)
         nisa.tensor_reduce(self.delta, nl.add, product, axis=1)
-        nisa.tensor_tensor(self.delta, self.delta, stats[:, 2:3], nl.subtract)
+        nisa.tensor_tensor(self.delta, self.delta, self.stats[:, 2:3], nl.subtract)
 
-    def differentiate(self, q, grad, keys, values, mask, dtype, scale):
-        """p and ds of the keys of a trip; adds to dq."""
-        size, shape = keys.blocks.size, (self.length, keys.blocks.keys)
-        self.p, self.ds = sbuf(shape, dtype), sbuf(shape, dtype)
-        out = psum(self.acc.shape)
-        for first, count in spans(len(keys.blocks.tiles), BANK // size):
-            some = slice(first * size, (first + count) * size)
-            scores, dp = psum((self.length, count * size)), psum((self.length, count * size))
-            scaled = sbuf(scores.shape, nl.float32)
-            mask.scores(scores, q, keys.turned, keys.hidden, self.rows, some)
-            parts.product(dp, grad, values, self.rows, some)
-            nisa.activation(scaled, nl.exp, scores, bias=self.stats[:, 0:1], scale=scale)
-            nisa.activation(self.p[:, some], nl.exp, scores, bias=self.stats[:, 1:2], scale=scale)
-            nisa.scalar_tensor_tensor(
-                self.ds[:, some], dp, nl.subtract, self.delta, nl.multiply, scaled
-            )
-            ds_t = parts.turned_tiles(self.ds[:, some], size, nisa.engine.scalar)
-            for t in range(count):
-                key_rows = keys.blocks.tiles[first + t][:, 0 : keys.dk]
-                nisa.nc_matmul(out, ds_t[:, t, :], key_rows, accumulate=first + t > 0)
-        nisa.tensor_tensor(self.acc, self.acc, out, nl.add)
+    def begin(self, keys):
+        """Room for p and ds of a trip."""
+        shape = (self.length, keys.blocks.keys)
+        self.p, self.ds = sbuf(shape, self.q.dtype), sbuf(shape, self.q.dtype)
+        self.out = psum(self.acc.shape)
+
+    def take(self):
+        """Adds what a trip has added up in PSUM to dq."""
+        if self.looped:
+            nisa.tensor_tensor(self.acc, self.acc, self.out, nl.add)
+        else:
+            nisa.tensor_copy(self.acc, self.out)
+
+
+class Job(nl.NKIObject):
+    """128 rows against a run of at most 512 keys: p and ds first, their part of dq later."""
+
+    def __init__(self, rows, keys, run):
+        self.rows, self.keys, self.run = rows, keys, run
+
+    def differentiate(self, q, grad, mask, scale):
+        rows, size = self.rows, self.keys.blocks.size
+        first, count = self.run
+        self.some = slice(first * size, (first + count) * size)
+        shape = (rows.length, count * size)
+        scores, dp, scaled = psum(shape), psum(shape), sbuf(shape, nl.float32)
+        scored = self.keys.scored
+        mask.scores(scores, q, scored.turned, scored.hidden, rows.rows, self.some)
+        parts.product(dp, grad, self.keys.values, rows.rows, self.some)
+        nisa.activation(scaled, nl.exp, scores, bias=rows.stats[:, 0:1], scale=scale)
+        nisa.activation(rows.p[:, self.some], nl.exp, scores, bias=rows.stats[:, 1:2], scale=scale)
+        nisa.scalar_tensor_tensor(
+            rows.ds[:, self.some], dp, nl.subtract, rows.delta, nl.multiply, scaled
+        )
+
+    def add(self):
+        rows, blocks = self.rows, self.keys.blocks
+        first, count = self.run
+        turned = parts.turned_tiles(rows.ds[:, self.some], blocks.size, nisa.engine.scalar)
+        for t in range(count):
+            key_rows = blocks.tiles[first + t][:, 0 : rows.q.shape[1]]
+            nisa.nc_matmul(rows.out, turned[:, t, :], key_rows, accumulate=first + t > 0)
+        if first + count == len(blocks.tiles):
+            rows.take()
 
 
 @nki.jit

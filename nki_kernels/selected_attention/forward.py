@@ -108,10 +108,10 @@ def forward(
         """All of the union of one tile, any number of trips."""
         chosen = sbuf((1, 1), nl.int32)
         fetch(chosen, tiles.select(0, i).expand_dim(0))
-        queries = parts.Queries(flat(ids, chosen), flat(place, chosen))
-        q = parts.load_columns(flat(q_t, chosen)[0])
-        logs = Results(flat(lse, chosen), nl.float32)
-        tile = Tile(Results(flat(o, chosen), o.dtype), logs, 0, True)
+        queries = parts.Queries(parts.flat(ids, chosen), parts.flat(place, chosen))
+        q = parts.load_columns(parts.flat(q_t, chosen)[0])
+        logs = Results(parts.flat(lse, chosen), nl.float32)
+        tile = Tile(Results(parts.flat(o, chosen), o.dtype), logs, 0, True)
         pointer = sbuf((1, 1), nl.int32)
         fetch(pointer, starts.select(0, chosen).expand_dim(0))
         amount = sbuf((1, 1), nl.int32)
@@ -175,11 +175,6 @@ def of_half(one_longer, tiles):
         one_longer(tiles, i)
 
     return one
-
-
-def flat(tensor, index):
-    """[1, ...] of [GROUPS, BODY, ...] at the run-time number of a tile."""
-    return tensor.flatten_dims(0, 1).select(0, index).expand_dim(0)
 
 
 class Results(nl.NKIObject):

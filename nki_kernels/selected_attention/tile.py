@@ -26,6 +26,11 @@ def load_columns(source):
     return found
 
 
+def flat(tensor, index):
+    """[1, ...] of [GROUPS, BODY, ...] at the run-time number of a tile."""
+    return tensor.flatten_dims(0, 1).select(0, index).expand_dim(0)
+
+
 class Queries(nl.NKIObject):
     """What says which keys the queries of some tiles see.
 

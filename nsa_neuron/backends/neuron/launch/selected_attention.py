@@ -83,22 +83,25 @@ def backward(
     """
     cu = (cu_seqlens_q, cu_seqlens_k)
     constants = plan["backward"]
-    grid = Grid.of(q, k, block_indices, select_block, *cu, body=1)
+    grid = Grid.of(q, k, block_indices, select_block, *cu, body=constants["tiles_per_body"])
     union = grid.union(kernels, constants["blocks_per_trip"])
     dead = lse == -torch.inf
     minus_lse = torch.where(dead, 0.0, -lse)
     shift = torch.where(dead, 0.0, math.log(scale) - lse)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(dead, 0.0)
     pages = grid.pages(k, v)
+    stats = torch.stack((shift, minus_lse, grad_lse), -1)
+    rows = (grid.by_tile(x) for x in (q, grad_o, o, stats))
+    tiles = (grid.query_columns(q), grid.columns(grad_o), *rows)
     dq, *sums = kernels.backward(
-        grid.query_columns(q), grid.columns(grad_o),
-        *(grid.by_tile(x) for x in (q, grad_o, o, torch.stack((shift, minus_lse, grad_lse), -1))),
-        pages, grid.ids, grid.place, grid.heads, union.lists, union.starts, union.trips,
+        *(grid.bodies(x) for x in tiles), pages,
+        grid.bodies(grid.ids), grid.bodies(grid.place), grid.heads,
+        grid.bodies(union.near), union.lists, union.starts, *grid.longer(union),
         queues=constants["queues"], scale=scale,
     )  # fmt: skip
-    rows = grid.null_page * grid.page
-    dk, dv = kernels.backward_sum(*sums, keys=rows, dk=k.shape[3], dtype_of=pages)
-    return grid.rows(dq), grid.tokens(dk, k.shape[1]), grid.tokens(dv, k.shape[1])
+    keys = grid.null_page * grid.page
+    dk, dv = kernels.backward_sum(*sums, keys=keys, dk=k.shape[3], dtype_of=pages)
+    return grid.rows(dq.flatten(0, 1)), grid.tokens(dk, k.shape[1]), grid.tokens(dv, k.shape[1])
 
 
 @dataclass(frozen=True)

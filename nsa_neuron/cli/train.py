@@ -30,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", default="nsa", help=f"of all layers, or of each: {kinds}")
     for name in NUMBERS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the task's own")
+    parser.add_argument("--begin-with", type=Path, help="a checkpoint: weights to start from")
     parser.add_argument("--until", type=int, help="stop before this step")
     shared.add_json(parser)
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         model = train(
             config, kinds, task, how, args.folder,
             lambda step, loss: advance(f"steps, loss {loss:.3f}"), args.until,
+            args.begin_with,
         )  # fmt: skip
     found = evaluate(model, task, 8, how.length)
     result = {"folder": str(args.folder), "task": args.task, "kinds": kinds, **found}

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_neuron.errors import InvalidArgument, NsaError, StateMismatch
-from nsa_neuron.nn.checkpoint import read_tensors, save_checkpoint, write_tensors
+from nsa_neuron.nn.checkpoint import load_checkpoint, read_tensors, save_checkpoint, write_tensors
 from nsa_neuron.nn.model import ByteLanguageModel
 from nsa_neuron.training.tasks import Batch, Task
 
@@ -93,6 +93,7 @@ def train(
     folder: str | Path,
     report: Report | None = None,
     until: int | None = None,
+    begin_with: str | Path | None = None,
 ) -> ByteLanguageModel:
     """Trains a model, or goes on with what is in the folder.
 
@@ -103,15 +104,21 @@ def train(
         folder: of the run.
         report: is told each finished step and its loss.
         until: stop before this step (it is resumed by calling again); default: all steps.
+        begin_with: a checkpoint whose weights a new run begins with; default: random ones.
 
     Raises:
-        StateMismatch: the folder holds a run of another model or schedule.
+        StateMismatch: the folder holds a run of another model or schedule, or the checkpoint to
+            begin with is of another model.
     """
     folder = Path(folder)
     torch.manual_seed(how.seed)
     model = ByteLanguageModel(config, kinds).train()
     optimizer = _optimizer(model, how)
     what = _plain({"config": config.to_dict(), "kinds": kinds, "how": dataclasses.asdict(how)})
+    if begin_with is not None:
+        first, notes = load_checkpoint(begin_with)
+        model.load_state_dict(first.state_dict())
+        what["begun_with"] = notes
     start = _resume(folder / STATE, model, optimizer, what)
     stop = how.steps if until is None else min(until, how.steps)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +209,8 @@ def _save(
     for p, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
     write_tensors(folder / STATE, tensors, {"step": step, **what})
-    save_checkpoint(model, folder / MODEL, {"steps": step, **what["how"]})
+    notes: dict[str, Any] = {key: what[key] for key in ("how", "begun_with") if key in what}
+    save_checkpoint(model, folder / MODEL, notes | {"finished_steps": step})
 
 
 def _resume(

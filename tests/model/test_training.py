@@ -65,6 +65,20 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     assert (tmp_path / "training.safetensors").read_bytes() == before
 
 
+def test_a_run_that_begins_with_a_checkpoint(tmp_path):
+    run(tmp_path / "first", until=2)
+    path = tmp_path / "first" / "model.safetensors"
+    first, _ = load_checkpoint(path)
+    how = dataclasses.replace(HOW, rate=1e-12, decay=0.0)
+    parts = (config(), ("nsa", "window"), Text(CORPUS), how, tmp_path / "second")
+    second = train(*parts, begin_with=path)
+    torch.testing.assert_close(weights(second), weights(first))
+    _, notes = load_checkpoint(tmp_path / "second" / "model.safetensors")
+    assert notes["begun_with"]["finished_steps"] == 2 and notes["finished_steps"] == HOW.steps
+    with pytest.raises(StateMismatch, match="another configuration"):
+        train(config(), ("full", "window"), *parts[2:4], tmp_path / "third", begin_with=path)
+
+
 def test_the_schedule():
     rates = [HOW.rate_at(step) for step in range(HOW.steps)]
     assert max(rates) <= HOW.rate and rates[0] == pytest.approx(HOW.rate / 2)

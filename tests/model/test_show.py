@@ -1,0 +1,164 @@
+"""Looking inside: captured numbers are the layers' own; the page holds them, nothing foreign."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from tiny import MIXED, bytes_of, model
+
+import nsa_neuron as nsa
+from nsa_neuron.cli import main
+from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.nn import NativeSparseAttention, capture
+from nsa_neuron.nn.checkpoint import save_checkpoint
+from nsa_neuron.show import html, look, picture
+
+NET = model(MIXED, torch.float32)
+TEXT = bytes(bytes_of(200).tolist())
+TAGS = b"<script>alert('x')</script> & \"quotes\" \xff\x00 " * 6
+
+
+@torch.no_grad()
+def test_capture_gives_what_the_layer_computed():
+    """Gates and branch outputs, put together again, are the layer's output."""
+    tokens, at = bytes_of(2, 120), [0, 7, 63, 119]
+    outputs = {}
+    layers = {n: m for n, m in NET.named_modules() if isinstance(m, NativeSparseAttention)}
+    hooks = [
+        layer.register_forward_hook(lambda m, i, o, name=name: outputs.update({name: o}))
+        for name, layer in layers.items()
+    ]
+    with capture(NET, at) as found:
+        NET(tokens)
+    for hook in hooks:
+        hook.remove()
+    assert [item.name for item in found] == list(layers)
+    for item in found:
+        for t, q in item.queries.items():
+            parts = torch.stack([q.outputs[b] for b in ("cmp", "slc", "win")], -1)
+            o = (parts * q.gates[..., None, :]).sum(-1).flatten(-2)
+            torch.testing.assert_close(layers[item.name].out(o), outputs[item.name][:, t])
+            assert q.window.shape[-1] == min(t + 1, 12)
+            assert q.compressed.shape[-1] == max(0, (t + 1 - 8) // 4 + 1)
+            torch.testing.assert_close(q.window.sum(-1), torch.ones(2, 4))
+            own = t // 16
+            for row in q.block_indices.flatten(0, 1).tolist():
+                ids = [i for i in row if i >= 0]
+                assert ids == sorted(set(ids)) and own in ids and 0 in ids and max(ids) == own
+
+
+@torch.no_grad()
+def test_selection_is_the_most_important_of_what_is_left():
+    with capture(NET, [199]) as found:
+        NET(bytes_of(1, 200))
+    for item in found:
+        q = item.queries[199]
+        for ids, scores in zip(q.block_indices[0].tolist(), q.importance[0], strict=True):
+            free = [j for j in range(1, 11)]
+            best = max(free, key=lambda j: scores[j])
+            assert set(ids) == {0, 11, 12, best}
+
+
+def test_capture_leaves_no_trace_and_refuses_what_it_cannot_see():
+    tokens = bytes_of(1, 20)
+    with pytest.raises(InvalidArgument, match="below 20"), capture(NET, [20]):
+        NET(tokens)
+    with pytest.raises(InvalidArgument, match="one sequence per row"), capture(NET, [1]):
+        NET(tokens, cu_seqlens=torch.tensor([0, 9, 20], dtype=torch.int32))
+    with torch.no_grad(), capture(NET, [1]):
+        cache = NET.new_cache(1, 64)
+        with cache.step(20) as step:
+            NET(tokens, step)
+        with pytest.raises(InvalidArgument, match="while captured"), cache.step(1) as step:
+            NET(tokens[:, :1], step)
+    with pytest.raises(InvalidArgument, match="with at least one"), capture(model(("full",)), [1]):
+        pass
+    with pytest.raises(InvalidArgument, match="one or more positions"), capture(NET, []):
+        pass
+    assert all("observer" not in vars(m) for m in NET.modules())
+
+
+class Reader(HTMLParser):
+    """Ids, attributes and the text of the page's blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.tags, self.blocks, self.inside = [], [], {}, None
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.append((tag, values))
+        if "id" in values:
+            self.ids.append(values["id"])
+        if tag == "b" and "id" in values:
+            self.inside = values["id"]
+            self.blocks[self.inside] = ""
+
+    def handle_endtag(self, tag):
+        if tag == "b":
+            self.inside = None
+
+    def handle_data(self, data):
+        if self.inside:
+            self.blocks[self.inside] += data
+
+
+def test_the_page_holds_the_text_and_every_view_and_nothing_foreign():
+    text = TAGS + TEXT
+    found = look(NET, text, [100, -1, 100])
+    page = html(found, "A <title>", "about & more")
+    reader = Reader()
+    reader.feed(page)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert not re.search(r"https?://|<script|javascript:| on\w+=", page)
+    size = found.select_block
+    assert list(reader.blocks) == [f"b{i}" for i in range(-(-len(text) // size))]
+    assert reader.blocks["b0"] == text[:size].decode()
+    assert found.queries == (100, len(text) - 1) and len(found.views) == 2 * 2 * 2
+    radios = [v["id"] for tag, v in reader.tags if tag == "input"]
+    assert radios == ["q0", "q1", "v0", "v1", "v2", "v3"]
+    for i, view in enumerate(found.views):
+        chosen = f"body:has(#q{i // 4}:checked):has(#v{i % 4}:checked)"
+        assert f"{chosen} #p{i} {{ display: block }}" in page and f"p{i}" in reader.ids
+        for p in view.picked:
+            assert f"{chosen} #b{p.block} {{ background: rgb(var(--pick)" in page
+            assert p.last <= view.query
+    later = [v for tag, v in reader.tags if tag == "b" and "f0" in v.get("class", "").split()]
+    assert [v["id"] for v in later] == [f"b{i}" for i in range(7, -(-len(text) // size))]
+
+
+def test_look_says_why_blocks_were_picked():
+    view = look(NET, TEXT, [199]).views[0]
+    assert [p.why for p in view.picked] == ["first", "importance", "before", "own"]
+    assert view.picked[-1].last == 199
+
+
+@pytest.mark.parametrize("queries", [[], [200], [-201]])
+def test_bad_queries(queries):
+    with pytest.raises(InvalidArgument, match="from -200 to 199"):
+        look(NET, TEXT, queries)
+
+
+def test_the_command(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    save_checkpoint(NET, tmp_path / "m.safetensors")
+    (tmp_path / "text.txt").write_bytes(TEXT)
+    words = ["show", str(tmp_path / "text.txt"), str(tmp_path / "m.safetensors")]
+    more = ["--ask", "Where?", "--ask", "-1", "--out", str(tmp_path / "p.html")]
+    assert main([*words, *more, "--png", str(tmp_path / "p.png")]) == 0
+    assert "most important passage" in capsys.readouterr().out
+    assert "Where?" in (tmp_path / "p.html").read_text()
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*words, "--ask", "500"]) == 2
+    assert main([*words, "--ask", "a?", "--ask", "b?"]) == 2
+    assert main(["show", str(tmp_path / "none"), words[2]]) == 2
+
+
+def test_a_picture_of_a_text_shorter_than_a_block(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture(look(NET, b"abc", [0, 2]), tmp_path / "p.png")
+    assert html(look(NET, b"abc", [0, 2]), "short").count("none yet") == 8
+    assert nsa.NsaError

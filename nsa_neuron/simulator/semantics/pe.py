@@ -27,6 +27,10 @@ def operand(view: NDArray[Any], dtype: DType) -> F32:
 def matmul(stationary: F32, moving: F32, out: F32 | None = None) -> F32:
     """``stationary.T @ moving`` over the partition axis.
 
+    An element's bits hang on its row and column only, not on where they lie among the others, as
+    in hardware: two cores, or two runs of other tiles, then agree. BLAS sums so for matrices, but
+    not for a matrix and a vector, so a vector is multiplied beside a copy of itself.
+
     Args:
         stationary: ``[K, *free]`` fp32, free axes flattened to M in row-major order.
         moving: ``[K, *free]`` fp32, free axes flattened to N.
@@ -36,7 +40,16 @@ def matmul(stationary: F32, moving: F32, out: F32 | None = None) -> F32:
         ``[M, N]`` fp32: ``out``, or new.
     """
     k = stationary.shape[0]
-    return np.matmul(stationary.reshape(k, -1).T, moving.reshape(k, -1), out=out)
+    left, right = stationary.reshape(k, -1), moving.reshape(k, -1)
+    m, n = left.shape[1], right.shape[1]
+    if m > 1 and n > 1:
+        return np.matmul(left.T, right, out=out)
+    left, right = (np.repeat(x, 2, 1) if x.shape[1] == 1 else x for x in (left, right))
+    product = np.matmul(left.T, right)[:m, :n]
+    if out is None:
+        return product
+    out[...] = product
+    return out
 
 
 def matmul_double_row(stationary: F32, moving: F32) -> F32:
@@ -50,7 +63,7 @@ def matmul_double_row(stationary: F32, moving: F32) -> F32:
         ``[M, N]`` fp32.
     """
     k = stationary.shape[0] * 2
-    return stationary.reshape(k, -1).T @ moving.reshape(k, -1)
+    return matmul(stationary.reshape(k, -1), moving.reshape(k, -1))
 
 
 def psum_update(

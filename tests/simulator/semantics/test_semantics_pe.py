@@ -40,6 +40,22 @@ def test_matmul(pair, sizes):
     assert got.tolist() == want
 
 
+@pytest.mark.parametrize(("m", "n"), [(49, 1), (1, 49), (7, 1), (1, 1), (5, 3)])
+def test_bits_of_a_product_do_not_hang_on_its_place(m, n):
+    """BLAS multiplies a matrix and a vector in another order for the last rows."""
+    rng = np.random.default_rng(m)
+    for k in (17, 49, 127):
+        stationary, moving = (rng.standard_normal((k, x)).astype(np.float32) for x in (m, n))
+        whole = pe.matmul(stationary, moving)
+        assert whole.shape == (m, n)
+        for first in range(m):
+            for column in range(n):
+                part = pe.matmul(stationary[:, first:], moving[:, column:])
+                assert np.array_equal(part, whole[first:, column:])
+        out = np.empty((m, n), np.float32)
+        assert pe.matmul(stationary, moving, out) is out and np.array_equal(out, whole)
+
+
 def test_matmul_flattens_free_axes_in_view_order():
     a, b = random((6, 2, 3), "float32", 3), random((6, 2, 2, 2), "float32", 4)
     got = pe.matmul(a, b.transpose(0, 3, 1, 2))

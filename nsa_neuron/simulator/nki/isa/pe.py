@@ -223,7 +223,7 @@ def _run_matmul(core, payload, writes, reads, params):
         _foreign(core, dst)
     if accumulate is False and out.flags.c_contiguous:
         k = st.shape[0] * (2 if double else 1)
-        np.matmul(st.reshape(k, -1).T, mv.reshape(k, -1), out=out.reshape(out.shape[0], -1))
+        semantics.matmul(st.reshape(k, -1), mv.reshape(k, -1), out.reshape(out.shape[0], -1))
     else:
         product = (semantics.matmul_double_row if double else semantics.matmul)(st, mv)
         written = group.mask(access) if accumulate is None else False

@@ -45,7 +45,7 @@ def matmul(stationary: F32, moving: F32, out: F32 | None = None) -> F32:
     if m > 1 and n > 1:
         return np.matmul(left.T, right, out=out)
     left, right = (np.repeat(x, 2, 1) if x.shape[1] == 1 else x for x in (left, right))
-    product = np.matmul(left.T, right)[:m, :n]
+    product: F32 = np.matmul(left.T, right)[:m, :n]
     if out is None:
         return product
     out[...] = product

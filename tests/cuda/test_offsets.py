@@ -71,6 +71,34 @@ def test_offsets_past_two_to_the_31(op: str, axis: int) -> None:
         assert torch.equal(got.nan_to_num(), near.nan_to_num())
 
 
+def packed_values_of(op: str) -> dict:
+    """The same call packed: two sequences, of which the second begins far from the first."""
+    spec = get(op)
+    case = next(case for case in spec.cases if case.name in ("packed_tails", "packed_linear"))
+    if op.startswith("compress_") or op == "compress":
+        case = replace(case, lengths=((9, 9), (24, 24)))
+    else:
+        sizes = {**case.sizes, "Dk": 16, "Dv": 16}
+        case = replace(case, sizes=sizes, lengths=((2, 12), (5, 40)))
+    return spec.arguments(case, torch.float16)
+
+
+PACKED = [name for name in NAMES if name != "decode" and not name.startswith("gated_sum")]
+
+
+@pytest.mark.parametrize("op", PACKED)
+def test_offsets_of_packed_sequences_past_two_to_the_31(op: str) -> None:
+    values = packed_values_of(op)
+    wanted = run(op, dict(values))
+    far = {
+        name: spread(x, 1)
+        for name, x in values.items()
+        if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.shape[1] > 1
+    }
+    for got, near in zip(run(op, {**values, **far}), wanted, strict=True):
+        assert torch.equal(got.nan_to_num(), near.nan_to_num())
+
+
 def test_the_gaps_are_past_what_32_bits_hold() -> None:
     for axis in range(3):
         x = spread(torch.arange(24.0).view(2, 3, 4), axis)

@@ -1,0 +1,1 @@
+"""Planted faults and the score of the tests against them: `python -m tools.mutants --help`."""

@@ -70,6 +70,10 @@ bench: $(STAMP) ## measure on this machine: call overhead, reference NSA, the si
 	$(BIN)/nsa bench --target cpu
 	$(BIN)/nsa bench --simulator
 
+.PHONY: mutants
+mutants: $(STAMP) ## plant faults in a copy and count those that no test notices (about two hours)
+	$(BIN)/python -m tools.mutants
+
 .PHONY: clean
 clean: ## remove the environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

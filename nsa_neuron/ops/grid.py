@@ -68,8 +68,16 @@ def grid(
     return tuple(replace(case, scalars=fixed) for case in GRID) + extra
 
 
-def variant(base: str, name: str, scalars: Mapping[str, Any], **options: Any) -> Case:
-    """A case of the grid under another name, with other scalar arguments; tagged `edge`."""
+def variant(
+    base: str, name: str, scalars: Mapping[str, Any], queries: int | None = None, **options: Any
+) -> Case:
+    """A case of the grid under another name, with other scalar arguments; tagged `edge`.
+
+    `queries`: only the last so many of its tokens ask; interpreted kernels take time for each.
+    """
     case = next(case for case in GRID if case.name == base)
     merged = {**case.options, **options}
-    return replace(case, name=name, tags=("edge",), scalars=dict(scalars), options=merged)
+    sizes = dict(case.sizes) if queries is None else {**case.sizes, "S": queries}
+    return replace(
+        case, name=name, tags=("edge",), sizes=sizes, scalars=dict(scalars), options=merged
+    )

@@ -338,7 +338,7 @@ SMALL = {**select_blocks.SMALL, "window": 20}
 CASES = grid(
     SMALL,
     (
-        variant("several_tiles", "default_geometry", {"num_selected": 4}),
+        variant("several_tiles", "default_geometry", {"num_selected": 4}, queries=20),
         variant("prefill_tail", "custom_scale", {**SMALL, "scale": 0.3}),
         variant("m_plus_1", "l_d_m_equal", {**SMALL, "block": 16, "stride": 16}),
         variant(

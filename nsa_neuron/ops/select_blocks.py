@@ -207,15 +207,17 @@ SPEC = OpSpec(
     cases=grid(
         SMALL,
         (
-            variant("several_tiles", "default_geometry", {"num_selected": 4}),
-            variant("several_tiles", "n_exceeds_blocks", {}),
+            variant("several_tiles", "default_geometry", {"num_selected": 4}, queries=20),
+            variant("several_tiles", "n_exceeds_blocks", {}, queries=20),
             variant("m_plus_1", "l_d_m_equal", {**SMALL, "block": 16, "stride": 16}),
             variant(
                 "prefill_tail", "no_initial_one_local", {**SMALL, "num_initial": 0, "num_local": 1}
             ),
             variant("m_plus_1", "forced_only", {**SMALL, "num_selected": 3}),
             variant("prefill_tail", "custom_scale", {**SMALL, "scale": 0.3}),
-            variant("several_tiles", "three_to_one", {**SMALL, "block": 12, "stride": 4}),
+            variant(
+                "several_tiles", "three_to_one", {**SMALL, "block": 12, "stride": 4}, queries=20
+            ),
             bench_case(65536),
         ),
     ),

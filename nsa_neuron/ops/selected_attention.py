@@ -296,7 +296,7 @@ SPEC = OpSpec(
     cases=grid(
         {"select_block": 16},
         (
-            variant("several_tiles", "default_block", {}),
+            variant("several_tiles", "default_block", {}, queries=20),
             variant("m_plus_1", "dead_rows", {"select_block": 16}, dead=True),
             variant("batch2_kv2", "blocks_after_query", {"select_block": 16}, past=True),
             variant("group4_s40", "one_id", {"select_block": 16}, chosen=1),

@@ -93,6 +93,14 @@ def test_adding_a_failure_reaches_cells_that_were_already_read():
     assert made.cells[0].status is S.FAIL and not made.ok
 
 
+def test_the_share_of_a_budget():
+    """Above 1 is too much; nothing compared is no share, an error without a budget all of it."""
+    shares = [row(S.PASS, error=e, budget=b).share for e, b in ((1, 4), (6, 4), (0, 4), (0, 0))]
+    assert shares == [0.25, 1.5, 0.0, 0.0]
+    assert row(S.FAIL, error=1.0, budget=0.0).share == float("inf")
+    assert row(S.UNSUPPORTED).share == 0.0
+
+
 def test_ok_and_failures_follow_the_rows(report: Report) -> None:
     assert not report.ok and [x.op for x in report.failures] == ["gated_sum"]
     assert report.ran == 4

@@ -51,7 +51,7 @@ SUITE = """
 from torch import bfloat16
 from nsa_neuron.conformance import conformance_tests
 
-test_everything = conformance_tests("acme", tags=("smoke",))
+test_everything = conformance_tests("acme", tags=("smoke",), dtypes=(bfloat16,))
 test_two_ops = conformance_tests(
     "acme", ops=("gated_sum", "sliding_window_attention"), tags=("edge",), dtypes=(bfloat16,)
 )
@@ -73,7 +73,8 @@ def distribution(tmp_path: Path) -> Path:
 
 def run(where: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Runs Python in the distribution's folder, with it on the path."""
-    environment = {**os.environ, "PYTHONPATH": str(where), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(where), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     environment.pop("NSA_BACKEND", None)
     return subprocess.run(
         [sys.executable, *command], cwd=where, env=environment, capture_output=True, text=True
@@ -93,7 +94,7 @@ def test_a_right_backend_passes_its_own_pytest_on_two_workers(distribution: Path
     done = run(distribution, "-m", "pytest", "-q", "-rs", "-n", "2", "test_acme.py")
     counts = pytest_counts(done.stdout)
     assert done.returncode == 0, done.stdout
-    assert counts["passed"] > 100 and "failed" not in counts
+    assert counts["passed"] > 20 and "failed" not in counts
     assert "unsupported: gradients: acme chips only infer" in done.stdout
     assert "unsupported: packed: one sequence at a time" in done.stdout
 

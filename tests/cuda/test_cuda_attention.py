@@ -7,8 +7,9 @@ from functools import partial
 import masked_oracle as oracle
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import examples
 from poisoned import poison  # noqa: F401
 
 from nsa_neuron.backends.cuda import plans
@@ -54,7 +55,7 @@ def test_dtypes_and_windows(dtype, window):
     check(problem, window, plan(64, 16))
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(
     queries=st.integers(1, 24),
     past=st.integers(0, 20),

@@ -9,8 +9,9 @@ import compressed_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import examples
 
 from nsa_neuron.backends.cuda import plans
 from nsa_neuron.backends.cuda.launch import select_blocks as launch
@@ -52,7 +53,7 @@ def check(ids, scores, tokens, m, n, initial, local, rtol=1e-5):
         assert min(row[list(extra)]) >= (1 - rtol) * max(row[list(missing)]), (s, h, got, right)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@examples(12)
 @given(st.data())
 def test_any_geometry_matches_rule_4(data):
     stride = data.draw(st.sampled_from([1, 2, 3, 4]))

@@ -6,8 +6,9 @@ import masked_oracle as oracle
 import pytest
 import torch
 from chosen_blocks import mask_of, random_ids
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import examples
 from poisoned import poison  # noqa: F401
 from selected_oracle import check, kernels, plan
 
@@ -27,7 +28,7 @@ def test_dtypes(dtype, strategy):
     check(problem, random_ids(21, 40, 1, 3, 16), 16, plan(strategy, chunk=16))
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(
     queries=st.integers(1, 24),
     past=st.integers(0, 40),

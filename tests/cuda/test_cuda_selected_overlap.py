@@ -8,8 +8,9 @@ import masked_oracle as oracle
 import pytest
 import torch
 from chosen_blocks import mask_of, random_ids
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import examples
 from poisoned import poison  # noqa: F401
 from selected_oracle import OP, check, kernels, plan
 
@@ -81,7 +82,7 @@ def test_the_flag_turns_at_the_sharing(kind, sharing):
     assert flag_of(call, sharing * 1.001) == BY_BLOCK
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(
     queries=st.integers(1, 40), past=st.integers(0, 40), kv_heads=st.integers(1, 2),
     slots=st.integers(1, 5), min_sharing=st.floats(0.5, 4.0),

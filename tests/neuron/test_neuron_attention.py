@@ -7,8 +7,9 @@ from functools import partial
 import masked_oracle as oracle
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from interpreted import examples
 
 from nsa_neuron.backends.neuron import run
 from nsa_neuron.backends.neuron.launch import attention, sliding_window_attention
@@ -58,7 +59,7 @@ def check_masked(problem: oracle.Problem, masks, one: Launcher, two: Launcher) -
     assert all(a.equal(b) for a, b in zip(*results, strict=True))
 
 
-@settings(max_examples=8)
+@examples(8)
 @example(queries=1, past=0, group=1, dims=(16, 16), window=0)
 @example(queries=5, past=0, group=131, dims=(16, 16), window=0)  # more heads than rows of a tile
 @example(queries=3, past=1100, group=2, dims=(16, 16), window=600)  # chunks of keys, one skipped

@@ -7,8 +7,9 @@ from typing import Any
 import judged
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import examples
 
 from nsa_neuron.cases import cumulative, exact_normal
 from nsa_neuron.ops.compressed_attention import compressed_attention
@@ -92,6 +93,6 @@ def problems(draw: Any) -> dict[str, Any]:
 
 
 @given(values=problems(), dtype=st.sampled_from(sorted(DTYPES)))
-@settings(max_examples=20, deadline=None, derandomize=True)
+@examples(20)
 def test_any_shape(values, dtype):
     check(values, DTYPES[dtype])

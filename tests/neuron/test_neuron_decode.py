@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from decode_cases import a_case, check_golden
-from hypothesis import given, settings
+from hypothesis import given
+from interpreted import examples
 
 import nsa_neuron as nsa
 from nsa_neuron.backends.neuron import run
@@ -48,7 +49,7 @@ def close(values: dict, o: torch.Tensor) -> None:
     torch.testing.assert_close(o.double(), want, rtol=0, atol=bound)
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(a_case())
 def test_any_case(case: Case) -> None:
     values = SPEC.arguments(case, torch.float32)

@@ -7,8 +7,9 @@ from typing import Any
 import judged
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import examples
 
 from nsa_neuron.backends.neuron import plans, run
 from nsa_neuron.backends.neuron.launch import select_blocks as launch
@@ -159,6 +160,6 @@ def problems(draw: Any) -> dict[str, Any]:
 
 
 @given(values=problems(), dtype=st.sampled_from(sorted(DTYPES)))
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(25)
 def test_any_shape(values, dtype):
     judged.judge("select_blocks", values, DTYPES[dtype])

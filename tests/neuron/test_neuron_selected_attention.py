@@ -8,8 +8,9 @@ import masked_oracle as oracle
 import pytest
 import torch
 from chosen_blocks import mask_of, random_ids
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import examples
 
 from nsa_neuron.backends.neuron import run
 from nsa_neuron.backends.neuron.launch import selected_attention as launch
@@ -63,7 +64,7 @@ def test_shapes(queries, keys, kv_heads, group, dims, select_block, blocks_per_t
           blocks_per_trip)  # fmt: skip
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(
     queries=st.integers(1, 40),
     past=st.integers(0, 40),

@@ -1,5 +1,7 @@
 """Planted faults as data: one TOML file per wing, each fault a change of one text in one file.
 
+Such a file:
+
     wing = "conformance"
     tests = ["tests/conformance"]          # what `--wide` runs for those that survive
 

@@ -46,7 +46,5 @@ def table(outcomes: list[Outcome]) -> str:
             f"{own.count(SURVIVED):9}{own.count(UNDECIDED):10}{share:7.0%}"
         )
     for status in (SURVIVED, UNDECIDED):
-        lines += [
-            f"{status} {o.wing}/{o.name}: {o.detail}" for o in outcomes if o.status == status
-        ]
+        lines += [f"{status} {o.wing}/{o.name}: {o.detail}" for o in outcomes if o.status == status]
     return "\n".join(lines)

@@ -32,16 +32,17 @@ Modelled with G = 16, n = 16, 32/16/64, bfloat16, ns per (query, kv head) at the
 
 | tokens, D | programs | time | PE | ScalarE | VectorE |
 |---|---|---|---|---|---|
-| 16K, 192 | one per tile | 241 / 250 / 277 | 182 | 144 | 250 |
-| 64K, 192 | one per tile | 771 / 811 / 1009 | 652 | 575 | 797 |
-| 64K, 192 | hardware loops | 1031 / 1275 / 1797 | 666 | 574 | 891 |
-| 256K, 192 | hardware loops | central 3542 | | | |
+| 16K, 192 | one per tile | 224 / 250 / 277 | 183 | 144 | 250 |
+| 64K, 192 | one per tile | 726 / 811 / 1011 | 646 | 575 | 796 |
+| 64K, 192 | hardware loops | 901 / 1065 / 1337 | 655 | 574 | 883 |
+| 256K, 192 | hardware loops | central 3355 | | | |
 
 Bound by VectorE: the sum over heads takes 0.6 us per 128 keys and 512 columns, where logits take
 0.45 us of PE and exp 0.48 of ScalarE. So a piece's marks and merge are issued behind the next
-piece's logits, and nothing of VectorE's waits for GpSimd. Turns of a hardware loop do not overlap,
-which costs about 45 us per tile of queries and 3 us per piece; loops run where unrolled programs
-would pass about a million instructions. Looped, a kv head's program has fewer than 2,500
+piece's logits, and nothing of VectorE's waits for GpSimd. Turns of a hardware loop hardly overlap,
+which costs about 30 us per tile of queries, 3 % at 256K; run-time addresses are few, and left to
+hardware descriptors. Loops run where unrolled programs would pass about a million instructions.
+Looped, a kv head's program has fewer than 2,500
 instructions whatever the length.
 
 Weighed (us per 128 keys and 512 columns):

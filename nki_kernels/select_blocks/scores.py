@@ -3,6 +3,7 @@
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
 
 PARTITIONS = 128
@@ -42,25 +43,45 @@ def load_queries(q, shift, first, count, heads, joined):
         if below > 0:
             turned_rows.append((tile[0:below, :], channel))
         if below < channels:
-            nisa.dma_copy(tile[below:channels, :], shifts)
+            fetch(tile[below:channels, :], shifts)
         tiles.append(tile)
-    for token, tokens in spans(count, PARTITIONS // many):
+    for place, tokens, natural in load_rows(q, first, count, heads):
         rows = tokens * many
-        natural = nl.ndarray((rows, dim), dtype=q.dtype, buffer=nl.sbuf)
-        at = first + token
-        nisa.dma_copy(natural, q[at : at + tokens, start : start + many, :])
         for tile, channel in turned_rows:
             channels = tile.shape[0]
             turned = nl.ndarray((channels, rows), dtype=q.dtype, buffer=nl.psum)
             part = natural[:, channel : channel + channels]
             nisa.nc_transpose(turned, part, engine=nisa.engine.tensor)
-            begin = token * many
-            nisa.tensor_copy(tile[:, begin : begin + rows], turned)
+            nisa.tensor_copy(tile[:, place * many : place * many + rows], turned)
     if not joined:
         row = nl.ndarray((pieces, columns), dtype=shift.dtype, buffer=nl.sbuf)
-        nisa.dma_copy(row, shifts)
+        fetch(row, shifts)
         tiles.append(row)
     return tiles
+
+
+def load_rows(q, first, count, heads):
+    """Tiles of whole queries, at most 128 rows (query, head): (first query, queries, [rows, D]).
+
+    All full tiles come by one DMA, whose address may be a run-time one that has its price.
+    """
+    start, many = heads
+    dim, per = q.shape[2], PARTITIONS // many
+    source = q[first : first + count, start : start + many, :]
+    full = count // per
+    found = []
+    if full > 0:
+        natural = nl.ndarray((per * many, full, dim), dtype=q.dtype, buffer=nl.sbuf)
+        tiles = source[0 : full * per].reshape_dim(0, (full, per))
+        fetch(natural, tiles.permute((1, 2, 0, 3)))
+        for tile in range(full):
+            found.append((tile * per, per, natural[:, tile, :]))
+    left = count - full * per
+    if left > 0:
+        natural = nl.ndarray((left * many, dim), dtype=q.dtype, buffer=nl.sbuf)
+        fetch(natural, source[full * per : count])
+        found.append((full * per, left, natural))
+    return found
 
 
 def visible(last, first, keys, offset, count):

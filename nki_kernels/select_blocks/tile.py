@@ -3,6 +3,7 @@
 import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
 from nki_kernels.select_blocks.best import chosen_ids, fp32, merge, start_list
 from nki_kernels.select_blocks.scores import (
@@ -80,13 +81,13 @@ def start_tile(call, part):
             found = load_queries(q, shift, first, many, some, call.joined)
             loaded.append((first, many, some[1], found))
     last = fp32(PARTITIONS, length)
-    nisa.dma_copy(last, rows[0:1, :].broadcast(0, PARTITIONS))
+    fetch(last, rows[0:1, :].broadcast(0, PARTITIONS))
     first_key = None
     if call.packed:
         first_key = fp32(PARTITIONS, length)
-        nisa.dma_copy(first_key, rows[1:2, :].broadcast(0, PARTITIONS))
+        fetch(first_key, rows[1:2, :].broadcast(0, PARTITIONS))
     marks = fp32(length, columns.shape[1])
-    nisa.dma_copy(marks, columns)
+    fetch(marks, columns)
     scores, names = fp32(length, call.count + call.piece), fp32(length, call.count + call.piece)
     start_list(scores, names, call.count)
     before = names[:, call.count : call.count + call.piece]
@@ -128,7 +129,7 @@ def score_piece(call, tile, keys, tiles, whole):
         parts = []
         for channel, channels in spans(keys.shape[0], PARTITIONS):
             part = nl.ndarray((channels, end - begin), dtype=keys.dtype, buffer=nl.sbuf)
-            nisa.dma_copy(part, keys[channel : channel + channels, begin:end])
+            fetch(part, keys[channel : channel + channels, begin:end])
             parts.append(part)
         for offset, count, column, columns, kind in lot:
             stationary = []
@@ -210,4 +211,4 @@ def finish_tile(call, tile, ids):
         nisa.memset(result[:, call.count : call.width], -1)
     found = chosen_ids(tile.scores, tile.names, tile.marks[:, 1:2], call.count, call.limit)
     nisa.tensor_copy(result[:, 0 : call.count], found)
-    nisa.dma_copy(ids, result)
+    fetch(ids, result)

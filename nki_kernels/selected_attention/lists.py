@@ -23,6 +23,9 @@ from nki_kernels.common.buffers import columns, psum, sbuf
 from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
 
+SOME_IDS = 2048
+"""Ids that are loaded at a time: as float32 all of a tile's ids stay on its partition."""
+
 
 @nki.jit
 def union_lists(ids, trips: int, slots: int, null: int, per_tile: int):
@@ -47,13 +50,17 @@ def union_lists(ids, trips: int, slots: int, null: int, per_tile: int):
     lists, amounts = every[nl.program_id(0)], every_amount[nl.program_id(0)]
     for start, parts in spans(tiles, nl.tile_size.pmax):
         rows = slice(start, start + parts)
-        empty = sbuf((parts, trips * slots), nl.int32)
-        nisa.tensor_scalar(empty, nulls(parts, trips * slots, null, per_tile), nl.subtract, 1.0)
-        nisa.dma_copy(lists[rows, :, :], empty.reshape_dim(1, (trips, slots)))
-        raw, left = sbuf((parts, count), nl.int32), sbuf((parts, count), nl.float32)
-        nisa.dma_copy(raw, ids[rows, :])
-        nisa.tensor_scalar(left, raw, nl.add, 1.0)
-        union = Union(left, nulls(parts, slots, null, per_tile))
+        none = nulls(parts, slots, null, per_tile)
+        empty = sbuf((parts, slots), nl.int32)
+        nisa.tensor_scalar(empty, none, nl.subtract, 1.0)
+        for trip in range(trips):
+            nisa.dma_copy(lists[rows, trip, :], empty)
+        left = sbuf((parts, count), nl.float32)
+        for low, some in spans(count, SOME_IDS):
+            raw = sbuf((parts, some), nl.int32)
+            nisa.dma_copy(raw, ids[rows, low : low + some])
+            nisa.tensor_scalar(left[:, low : low + some], raw, nl.add, 1.0)
+        union = Union(left, none)
         nl.while_loop(union.more(), union.trip_into(lists[rows, :, :]))
         whole = sbuf((parts, 1), nl.int32)
         nisa.tensor_copy(whole, union.amount)

@@ -12,8 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interpreted import examples
 
+import nsa_neuron as nsa
 from nsa_neuron.backends.neuron import run
 from nsa_neuron.backends.neuron.launch import selected_attention as launch
+from nsa_neuron.backends.neuron.launch.selected_attention import sizes
+from nsa_neuron.errors import NsaError
+from nsa_neuron.registry import use_backend
 
 pytestmark = pytest.mark.sim
 
@@ -150,3 +154,30 @@ def test_golden(name):
     grads = bound(launch.backward, z["topk_idx"], options)(z["do"], *tensors, o, lse)
     for output, got in zip(("dq_slc", "dk_slc", "dv_slc"), grads, strict=True):
         oracle.close_to_golden(meta, z, output, got)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("select_block", "group", "dims", "item"),
+    [
+        (64, 16, (192, 128), 2),
+        (64, 64, (256, 256), 4),
+        (16, 1, (64, 64), 4),
+        (131, 4, (128, 128), 2),
+    ],
+)
+def test_sizes_fit_and_fill_whole_tiles_of_keys(select_block, group, dims, item, backward):
+    constants = {"tiles_per_body": 16, "blocks_per_trip": 40}
+    cut = sizes.choose(constants, select_block, group, dims, 16, item, backward=backward)
+    assert cut.blocks % (128 // cut.page) == 0 and select_block % cut.page == 0
+    assert 1 <= cut.body <= 16 and cut.queries * group <= max(1024, group)
+    keys = cut.blocks * cut.page
+    scores = 4 * -(-cut.queries * group // 128) * keys * item if backward else 0
+    assert 4 * keys * item * sum(dims) // 128 + scores <= 212_984
+
+
+def test_too_many_ids_are_refused_by_rule():
+    q = torch.randn(1, 1, 1, 8)
+    ids = torch.full((1, 1, 1, 400), -1, dtype=torch.int32)
+    with use_backend("neuron", "sim"), pytest.raises(NsaError, match="rule 'ids'"):
+        nsa.selected_attention(q, q, q, ids, select_block=64)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from nsa_neuron.backends.neuron.launch.selected_attention.sizes import (
+    MOST_ROWS,
+    page_of,
+    queries_of,
+)
 from nsa_neuron.registry import Unsupported
 
 if TYPE_CHECKING:
@@ -23,6 +28,9 @@ MOST_SCORED = 512
 
 MOST_RANKED = 16_384
 """Elements of VectorE's search for the eight largest (trainium2.md, part 3.5)."""
+
+MOST_IDS = 40_000
+"""float32 ids on a partition while the union of a tile is listed."""
 
 DECODE_BYTES = 160_000
 """Of 212,984 bytes per partition, what decode's logits and its blocks' scores may take."""
@@ -57,6 +65,21 @@ def _select_refusal(bound: Bound) -> Unsupported | None:
     return None
 
 
+def _selected_refusal(bound: Bound) -> Unsupported | None:
+    if bound.group > MOST_ROWS:
+        return Unsupported("group", f"Hq / Hkv = {bound.group} > {MOST_ROWS} rows of a tile")
+    ids = bound["n"] * (bound["m"] // page_of(bound["m"]))
+    of_tile = queries_of(bound.group) * ids
+    if of_tile > MOST_IDS:
+        reason = f"{of_tile} ids of a tile's queries > {MOST_IDS}, what a partition of SBUF holds"
+        return Unsupported("ids", reason)
+    sequences = bound.sizes.get("N1", 2) - 1
+    keys = bound["B"] * bound["Hkv"] * (bound["T"] + sequences * bound["m"])
+    if keys >= EXACT:
+        return Unsupported("length", f"{keys} keys of all heads >= {EXACT}, exact in float32")
+    return None
+
+
 def _decode_refusal(bound: Bound) -> Unsupported | None:
     if bound.group > PARTITIONS:
         return Unsupported("group", f"Hq / Hkv = {bound.group} > {PARTITIONS} partitions")
@@ -81,4 +104,5 @@ _REFUSALS = {
     "compress": _compress_refusal,
     "decode": _decode_refusal,
     "select_blocks": _select_refusal,
+    "selected_attention": _selected_refusal,
 }

@@ -1,9 +1,8 @@
-"""Launches `nki_kernels/selected_attention`: attention over selected blocks."""
+"""How a call of selected attention is cut: tiles of queries, pages of keys, lists of unions."""
 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,97 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_neuron.backends.neuron.launch.selected_attention.sizes import PARTITIONS, QUADRANT, Sizes
+
 if TYPE_CHECKING:
-    from nsa_neuron.backends.neuron.plans import Plan
     from nsa_neuron.backends.neuron.run import Kernels
 
-PARTITIONS = 128
-QUADRANT = 32
-"""Partitions: where an instruction on few of them may start."""
-
-MIN_QUERIES = 32
-"""Of a tile; fewer gather more blocks per query, more see more of what they did not choose."""
 HIDDEN = -3.0e38
 """Twin of `nki_kernels.selected_attention.tile.HIDDEN`."""
-
-
-def forward(
-    kernels: Kernels,
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    *,
-    select_block: int,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, S, Hq, Dk] over the selected blocks of k, v [B, T, Hkv, D].
-
-    Args:
-        block_indices: int32 [B, S, Hkv, n], ids of blocks of `select_block` tokens, -1 for none.
-
-    Returns:
-        o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq] float32.
-    """
-    cu = (cu_seqlens_q, cu_seqlens_k)
-    constants = plan["forward"]
-    grid = Grid.of(q, k, block_indices, select_block, *cu, body=constants["tiles_per_body"])
-    union = grid.union(kernels, constants["blocks_per_trip"])
-    o, lse = kernels.forward(
-        grid.bodies(grid.query_columns(q)), grid.pages(k, v),
-        grid.bodies(grid.ids), grid.bodies(grid.place), grid.heads,
-        grid.bodies(union.near), union.lists, union.starts, *grid.longer(union),
-        dv=v.shape[3], queues=constants["queues"], scale=scale,
-    )  # fmt: skip
-    return grid.rows(o.flatten(0, 1)), grid.rows(lse.flatten(0, 1))[..., 0]
-
-
-def backward(
-    kernels: Kernels,
-    plan: Plan,
-    grad_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor | None = None,
-    *,
-    select_block: int,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward` with respect to q, k and v, contiguous, in their dtypes.
-
-    Args:
-        grad_o: [B, S, Hq, Dv]. grad_lse: [B, S, Hq] float32 or None for zero.
-    """
-    cu = (cu_seqlens_q, cu_seqlens_k)
-    constants = plan["backward"]
-    grid = Grid.of(q, k, block_indices, select_block, *cu, body=constants["tiles_per_body"])
-    union = grid.union(kernels, constants["blocks_per_trip"])
-    dead = lse == -torch.inf
-    minus_lse = torch.where(dead, 0.0, -lse)
-    shift = torch.where(dead, 0.0, math.log(scale) - lse)
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(dead, 0.0)
-    pages = grid.pages(k, v)
-    stats = torch.stack((shift, minus_lse, grad_lse), -1)
-    rows = (grid.by_tile(x) for x in (q, grad_o, o, stats))
-    tiles = (grid.query_columns(q), grid.columns(grad_o), *rows)
-    dq, *sums = kernels.backward(
-        *(grid.bodies(x) for x in tiles), pages,
-        grid.bodies(grid.ids), grid.bodies(grid.place), grid.heads,
-        grid.bodies(union.near), union.lists, union.starts, *grid.longer(union),
-        queues=constants["queues"], scale=scale,
-    )  # fmt: skip
-    keys = grid.null_page * grid.page
-    dk, dv = kernels.backward_sum(*sums, keys=keys, dk=k.shape[3], dtype_of=pages)
-    return grid.rows(dq.flatten(0, 1)), grid.tokens(dk, k.shape[1]), grid.tokens(dv, k.shape[1])
 
 
 @dataclass(frozen=True)
@@ -161,18 +76,16 @@ class Grid:
         select_block: int,
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
-        *,
-        body: int,
+        sizes: Sizes,
     ) -> Grid:
-        """The grid of a call, with at most `body` tiles in a body."""
+        """The grid of a call."""
         (batch, queries, heads, _), kv_heads = q.shape, k.shape[2]
-        group = heads // kv_heads
-        page = _page(select_block)
+        group, page = heads // kv_heads, sizes.page
         sequences = _Sequences.of(queries, k.shape[1], page, cu_seqlens_q, cu_seqlens_k, q.device)
-        tile = min(queries, max(MIN_QUERIES, PARTITIONS // group))
+        tile = min(queries, sizes.queries)
         tiles = -(-queries // tile)
         total = batch * kv_heads * tiles
-        body = min(body, -(-total // 2))
+        body = min(sizes.body, -(-total // 2))
         bodies = -(-total // body)
         spare = (bodies + bodies % 2) * body - total
         parts = select_block // page
@@ -204,12 +117,12 @@ class Grid:
         """The first page that nobody chose; there are as many as fill 128 keys."""
         return self.batch * self.kv_heads * (self.source.numel() // self.page)
 
-    def union(self, kernels: Kernels, blocks_per_trip: int) -> Union:
-        """Which pages each tile needs, about `blocks_per_trip` at a time."""
+    def union(self, kernels: Kernels, blocks: int) -> Union:
+        """Which pages each tile needs, at most `blocks` (of whole 128 keys) at a time."""
         ids = self.ids.flatten(1)
         width = min(ids.shape[1], self.source.numel() // self.page)
         step = PARTITIONS // self.page
-        slots = min(-(-blocks_per_trip // step), -(-width // step)) * step
+        slots = min(blocks, -(-width // step) * step)
         most = -(-width // slots)
         lists, trips = kernels.union_lists(
             ids, trips=most, slots=slots, null=self.null_page, per_tile=step
@@ -274,11 +187,6 @@ class Grid:
         shape = (self.batch, self.kv_heads, self.tiles * self.tile, self.group, x.shape[-1])
         whole = x[: len(x) - self.spare].reshape(shape)[:, :, : self.queries]
         return whole.transpose(1, 2).flatten(2, 3).contiguous()
-
-
-def _page(select_block: int) -> int:
-    """The largest divisor of `select_block` that fits the partitions."""
-    return next(size for size in range(PARTITIONS, 0, -1) if select_block % size == 0)
 
 
 def _cut(x: Tensor, tile: int, spare: int, fill: float) -> Tensor:

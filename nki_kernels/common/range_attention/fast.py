@@ -31,7 +31,6 @@ from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.range_attention.geometry import cut
 from nki_kernels.common.range_attention.operands import (
     SMALLEST_SUM,
-    fold,
     hide,
     load_rows,
     query_bounds,
@@ -147,7 +146,7 @@ class Fast(nl.NKIObject):
 
     def turn(self, work):
         """q^T, [D chunk, columns]."""
-        work.q_t = fold(transpose_rows(work.rows, work.tile))
+        work.q_t = transpose_rows(work.rows, work.tile, True)
 
     def bound(self, work):
         """The largest square of the tile, float32 [1, 1]."""
@@ -241,8 +240,6 @@ class Fast(nl.NKIObject):
         if opening:
             for p in range(tile.parts):
                 work.sums.append(psum((tile.part(p)[1], v.shape[1]), nl.float32))
-        if not self.wide:
-            self.add_weights(work, weights)
         for p in range(tile.parts):
             c0, rows = tile.part(p)
             if self.wide:
@@ -250,18 +247,20 @@ class Fast(nl.NKIObject):
             else:  # the upper halves of float32 are bfloat16
                 part = weights.view(nl.bfloat16)[:, 2 * c0 + 1 : 2 * (c0 + rows) : 2]
             nisa.nc_matmul(work.sums[p], part, v, accumulate=not opening)
+        if not self.wide:
+            self.add_weights(work, weights)
         if last:
             self.finish(work, totals)
 
     def add_weights(self, work, weights):
         """Adds P^T to one of the tile's float32 sums, in turn, since an addition waits for the
-        last one to the same sum. GpSimd takes one in ADDERS, at half VectorE's speed."""
-        if len(work.totals) < ADDERS:
-            total = sbuf((128, work.tile.columns), nl.float32)
-            nisa.memset(total, 0.0, engine=nisa.engine.gpsimd)
-            work.totals.append(total)
+        last one to the same sum; the first ones are the first P^T themselves. GpSimd takes one in
+        ADDERS, at half VectorE's speed."""
         turn = work.added % ADDERS
         work.added += 1
+        if len(work.totals) < ADDERS:
+            work.totals.append(weights)
+            return
         summed = work.totals[turn][0 : weights.shape[0], :]
         engine = nisa.engine.gpsimd if turn == GPSIMD_TURN else nisa.engine.vector
         nisa.tensor_tensor(summed, summed, weights, nl.add, engine=engine)
@@ -278,9 +277,9 @@ class Fast(nl.NKIObject):
                 nisa.tensor_copy(kept, of_part[:, width : width + 1], engine=nisa.engine.vector)
             else:
                 column = summed[0:rows, p : p + 1]
-                over_keys = self.constants.one_column
                 for i in range(len(work.totals)):
                     over_rows = work.totals[i][:, c0 : c0 + rows]
+                    over_keys = self.constants.one_column[0 : over_rows.shape[0], :]
                     nisa.nc_matmul(column, over_rows, over_keys, accumulate=i > 0)
                 nisa.tensor_copy(kept, column, engine=nisa.engine.vector)
             inverse = sbuf((rows, 1), nl.float32)  # of 0: such a row is done again

@@ -53,8 +53,12 @@ def store_rows(target, tile, p, values):
     nisa.dma_copy(target[tile.batch, t0:t1, tile.h0 : tile.h0 + tile.heads, :], values)
 
 
-def transpose_rows(parts, tile):
-    """Row tiles [rows, D] of a tile's parts -> chunks of at most 128 of D, [D chunk, columns]."""
+def transpose_rows(parts, tile, fold=False):
+    """Row tiles [rows, D] of a tile's parts -> chunks of at most 128 of D, [D chunk, columns].
+
+    With `fold` a second chunk of at most 64 lies on both halves of the partitions, see
+    `Chunks.folded`.
+    """
     found = []
     dtype = parts[0].dtype
     for d0, width in cut(parts[0].shape[1], 128):
@@ -66,21 +70,13 @@ def transpose_rows(parts, tile):
                 parts[p][:, d0 : d0 + width],
                 engine=nisa.engine.tensor,
             )
-        kept = sbuf((width, tile.columns), dtype)
-        nisa.tensor_copy(kept, turned, engine=nisa.engine.scalar)
+        twice = fold and d0 > 0 and width <= 64
+        kept = sbuf((128 if twice else width, tile.columns), dtype)
+        nisa.tensor_copy(kept[0:width, :], turned, engine=nisa.engine.scalar)
+        if twice:
+            nisa.tensor_copy(kept[64 : 64 + width, :], turned, engine=nisa.engine.scalar)
         found.append(kept)
     return found
-
-
-def fold(q_t):
-    """The second chunk of q^T, if it has at most 64 rows, on both halves of the partitions."""
-    if len(q_t) != 2 or q_t[1].shape[0] > 64:
-        return q_t
-    width, columns = q_t[1].shape
-    both = sbuf((128, columns), q_t[1].dtype)
-    for half in range(2):
-        nisa.tensor_copy(both[64 * half : 64 * half + width, :], q_t[1], engine=nisa.engine.scalar)
-    return [q_t[0], both]
 
 
 def row_bounds(bounds, tile, p):

@@ -13,10 +13,12 @@ rows, so dK and dV are summed over the group in program order: no atomics, the s
             dV += P^T dO;  dK += dS^T q                           PE
         dv = dV;  dk = scale * dK
 
-Bound by PE and by bytes alike: per 128 rows and 256 keys PE takes 0.85 us at 192/128 in bfloat16
-(a quarter of it transposes), reading the rows' q and dO 0.23 us of HBM; VectorE about 0.9 us.
-Three stages are emitted in turn so that PE never waits for the softmax: loads and transposes of
-the rows after next, scores of the next, sums of this.
+Bound by PE: 0.92 us per 128 rows and 256 keys at 192/128 in bfloat16 are modelled, 0.78 of them
+PE's work (a fifth of it transposes); reading the rows' q and dO takes 0.23 us of HBM, VectorE and
+ScalarE 0.7 us each. Stages are emitted in turn so that PE never waits for the softmax: loads three
+rows ahead of transposes, these one ahead of scores, the softmax one behind, and the sums one more.
+Weighed: q^T and dO^T from HBM would save the transposes and double the bytes, which then bind; P in
+float32 for dS costs a second exponential and errs no less, since dS is rounded anyway.
 """
 
 import nki.isa as nisa
@@ -35,17 +37,17 @@ from nki_kernels.common.range_attention.operands import (
     load_rows,
     load_turned,
     row_bounds,
-    transpose_rows,
 )
 
 SECTION = 256  # keys whose gradients PSUM holds
+LOADED = 3  # rows loaded before they are transposed
 
 
 def gradients_of_keys(grad_o, q, k_t, v_t, stats, bounds, reach, scale):
     """dk [B, T, Hkv, Dk] and dv [B, T, Hkv, Dv] in q's dtype, in HBM.
 
     grad_o [B, S, Hq, Dv], q [B, S, Hq, Dk], k_t [B, Hkv, Dk, T], v_t [B, Hkv, Dv, T],
-    stats [B, S, Hq, 2] float32 (lse, finite, and delta), bounds [S, 2]; scale > 0.
+    stats [B, S, Hq, 2] float32 (-lse, finite, and delta), bounds [S, 2]; scale > 0.
     """
     batch, kv_heads, dk_width, keys = k_t.shape
     dk = nl.ndarray((batch, keys, kv_heads, dk_width), dtype=q.dtype, buffer=nl.shared_hbm)
@@ -113,17 +115,14 @@ class Section(nl.NKIObject):
             self.grad_v.append(psum((size, v_t.shape[2]), nl.float32))
         self.empty = True
 
-    def add(self, rows, weights, grad_s):
+    def add(self, rows):
         """dV += P^T dO and dK += dS^T q of up to 128 rows."""
-        q_rows, grad_rows = rows
+        adding = not self.empty
         for i in range(len(self.parts)):
             k0, size = self.parts[i]
-            nisa.nc_matmul(
-                self.grad_v[i], weights[:, k0 : k0 + size], grad_rows, accumulate=not self.empty
-            )
-            nisa.nc_matmul(
-                self.grad_k[i], grad_s[:, k0 : k0 + size], q_rows, accumulate=not self.empty
-            )
+            weights, grad_s = rows.weights[:, k0 : k0 + size], rows.grad_s[:, k0 : k0 + size]
+            nisa.nc_matmul(self.grad_v[i], weights, rows.grad, accumulate=adding)
+            nisa.nc_matmul(self.grad_k[i], grad_s, rows.q, accumulate=adding)
         self.empty = False
 
     def store(self, dk, dv, scale):
@@ -140,42 +139,86 @@ class Section(nl.NKIObject):
                 nisa.dma_copy(target[self.batch, key0 : key0 + size, self.head, :], result)
 
 
+class Rows(nl.NKIObject):
+    """Up to 128 rows on their way through the stages."""
+
+    def __init__(self, tile):
+        self.tile = tile
+        self.q = None
+        self.grad = None
+        self.stat = None
+        self.limits = None
+        self.q_t = []
+        self.grad_t = []
+        self.products = None
+        self.weights = None
+        self.grad_s = None
+
+
 def add_rows(section, tiles, grad_o, q, stats, bounds, around, scale):
-    """Adds the gradients of all tiles of rows, in order."""
-    loaded, scored = [], []
-    for i in range(len(tiles) + 2):
-        if i < len(tiles):
-            loaded.append(load(tiles[i], grad_o, q, stats, bounds, around))
-        if 1 <= i <= len(tiles):
-            tile, operands = tiles[i - 1], loaded[i - 1]
-            scored.append(weights_and_gradients(section, tile, operands, scale))
-        if i >= 2:
-            weights, grad_s = scored[i - 2]
-            section.add(loaded[i - 2][0], weights, grad_s)
+    """Adds the gradients of all tiles of rows, in order; each stage is ahead of the next."""
+    rows = []
+    for tile in tiles:
+        rows.append(Rows(tile))
+    count = len(rows)
+    for i in range(count + LOADED + 4):
+        if i < count:
+            load(rows[i], grad_o, q, stats, bounds, around)
+        turned = i - LOADED
+        multiplied, weighed, added = turned - 1, turned - 2, turned - 4
+        if 0 <= turned < count:
+            turn(rows[turned])
+        if 0 <= multiplied < count:
+            multiply(section, rows[multiplied])
+        if 0 <= weighed < count:
+            weigh(section, rows[weighed], scale)
+        if 0 <= added:
+            section.add(rows[added])
+            rows[added] = None
 
 
-def load(tile, grad_o, q, stats, bounds, around):
-    """((q, dO), q^T, dO^T, statistics, bounds or None if all is visible) of a tile of one part."""
-    rows = load_rows(q, tile, 0), load_rows(grad_o, tile, 0)
-    limits = None
-    if not tile.sees_all(around[0], around[1]):
-        limits = row_bounds(bounds, tile, 0)
-    return (
-        rows,
-        transpose_rows([rows[0]], tile),
-        transpose_rows([rows[1]], tile),
-        load_rows(stats, tile, 0),
-        limits,
-    )
+def load(rows, grad_o, q, stats, bounds, around):
+    """q, dO, statistics, and bounds unless all keys are visible."""
+    rows.q = load_rows(q, rows.tile, 0)
+    rows.grad = load_rows(grad_o, rows.tile, 0)
+    rows.stat = load_rows(stats, rows.tile, 0)
+    if not rows.tile.sees_all(around[0], around[1]):
+        rows.limits = row_bounds(bounds, rows.tile, 0)
 
 
-def weights_and_gradients(section, tile, operands, scale):
-    """P and dS (unscaled) of a tile's rows, [rows, keys of the section] in the inputs' dtype."""
-    _, q_t, grad_t, stat, limits = operands
-    shape = (tile.columns, section.count)
-    scores = product(q_t, section.k_t, shape)
-    bias = sbuf((tile.columns, 1), nl.float32)
-    nisa.tensor_scalar(bias, stat[:, 0:1], nl.multiply, -1.0)
+def turn(rows):
+    """q^T and dO^T by chunks of at most 128 of their dims, through one bank of PSUM."""
+    chunks = []
+    for source, kept in ((rows.q, rows.q_t), (rows.grad, rows.grad_t)):
+        for d0, width in cut(source.shape[1], 128):
+            chunks.append((source, kept, d0, width))
+    columns = rows.tile.columns
+    turned = psum((128, len(chunks), columns), rows.q.dtype)
+    for i in range(len(chunks)):
+        source, _, d0, width = chunks[i]
+        nisa.nc_transpose(
+            turned[0:width, i, :], source[:, d0 : d0 + width], engine=nisa.engine.tensor
+        )
+    for i in range(len(chunks)):
+        _, kept, _, width = chunks[i]
+        copy = sbuf((width, columns), rows.q.dtype)
+        engine = nisa.engine.vector if i == 0 else nisa.engine.scalar
+        nisa.tensor_copy(copy, turned[0:width, i, :], engine=engine)
+        kept.append(copy)
+
+
+def multiply(section, rows):
+    """S and dP of rows in one bank of PSUM, [rows, 2, keys of the section]."""
+    rows.products = psum((rows.tile.columns, 2, section.count), nl.float32)
+    for i, rows_t, keys_t in ((0, rows.q_t, section.k_t), (1, rows.grad_t, section.v_t)):
+        for c in range(len(rows_t)):
+            nisa.nc_matmul(rows.products[:, i, :], rows_t[c], keys_t[c], accumulate=c > 0)
+
+
+def weigh(section, rows, scale):
+    """P and dS (unscaled) of rows, [rows, keys of the section] in the inputs' dtype."""
+    shape = (rows.tile.columns, section.count)
+    scores, limits = rows.products[:, 0, :], rows.limits
     if limits is not None:
         seen = sbuf(shape, nl.float32)
         nisa.range_select(
@@ -188,21 +231,14 @@ def weights_and_gradients(section, tile, operands, scale):
             range_start=section.first,
         )
         scores = seen
-    exact = sbuf(shape, nl.float32)
-    nisa.activation(exact, nl.exp, scores, bias=bias, scale=scale)
-    weights = exact
-    if q_t[0].dtype != nl.float32:
-        weights = sbuf(shape, q_t[0].dtype)
-        nisa.activation(weights, nl.exp, scores, bias=bias, scale=scale)
-    products = product(grad_t, section.v_t, shape)
-    grad_s = sbuf(shape, q_t[0].dtype)
-    nisa.scalar_tensor_tensor(grad_s, products, nl.subtract, stat[:, 1:2], nl.multiply, exact)
-    return weights, grad_s
-
-
-def product(rows_t, keys_t, shape):
-    """rows @ keys^T [rows, keys] in PSUM, from both transposed, over chunks of the contraction."""
-    result = psum(shape, nl.float32)
-    for c in range(len(rows_t)):
-        nisa.nc_matmul(result, rows_t[c], keys_t[c], accumulate=c > 0)
-    return result
+    rows.weights = sbuf(shape, rows.q.dtype)
+    nisa.activation(rows.weights, nl.exp, scores, bias=rows.stat[:, 0:1], scale=scale)
+    rows.grad_s = sbuf(shape, rows.q.dtype)
+    nisa.scalar_tensor_tensor(
+        rows.grad_s,
+        rows.products[:, 1, :],
+        nl.subtract,
+        rows.stat[:, 1:2],
+        nl.multiply,
+        rows.weights,
+    )

@@ -14,9 +14,9 @@ matmuls, so that nothing is broadcast along partitions.
         dq = scale * dQ
 
 Bound by PE: per 128 keys and 512 rows two shifts, S and dP by Dk and Dv, dQ by Dk: five passes of
-0.22 us at 128/128, seven at 192/128 in bfloat16; VectorE takes 0.6 us beside that. With rows on
-partitions the shifts would be free, but dS would have to be transposed for dQ, which costs a pass
-and two copies out of PSUM.
+0.22 us at 128/128, seven at 192/128 in bfloat16; VectorE takes 0.6 us beside that. Modelled: 1.35
+and 1.66 us. With rows on partitions the shifts would be free, but dS would have to be transposed
+for dQ, which costs a pass and two copies out of PSUM.
 """
 
 import nki.isa as nisa
@@ -41,7 +41,7 @@ def gradient_of_queries(grad_o, q, k_t, v_t, k, stats, bounds, reach, scale, chu
     """dq [B, S, Hq, Dk] in q's dtype, in HBM.
 
     grad_o [B, S, Hq, Dv], q [B, S, Hq, Dk], k_t [B, Hkv, Dk, T], v_t [B, Hkv, Dv, T],
-    k [B, T, Hkv, Dk], stats [B, S, Hq, 2] float32 (lse, finite, and delta), bounds [S, 2];
+    k [B, T, Hkv, Dk], stats [B, S, Hq, 2] float32 (-lse, finite, and delta), bounds [S, 2];
     scale > 0. chunk, resident: as in the forward.
     """
     batch, queries, heads, width = q.shape
@@ -96,7 +96,7 @@ def load_tile(grad_o, q, stats, tile, constants, scale):
         grad_parts.append(load_rows(grad_o, tile, p))
         stat = load_rows(stats, tile, p)
         rows = tile.part(p)[1]
-        nisa.tensor_scalar(shifts[0:rows, p : p + 1], stat[:, 0:1], nl.multiply, 1.0 / scale)
+        nisa.tensor_scalar(shifts[0:rows, p : p + 1], stat[:, 0:1], nl.multiply, -1.0 / scale)
         nisa.tensor_copy(deltas[0:rows, p : p + 1], stat[:, 1:2], engine=nisa.engine.vector)
     return (
         transpose_rows(q_parts, tile),

@@ -117,7 +117,7 @@ def backward(
     """
     positive_q, positive = positive_scale(q, scale)
     delta = row_shift(grad_o, o, lse, grad_lse)
-    stats = torch.stack((lse.masked_fill(lse == -torch.inf, 0.0), delta), -1)
+    stats = torch.stack((-lse.masked_fill(lse == -torch.inf, 0.0), delta), -1)
     shared = {"reach": ranges.reach, "scale": positive}
     k_t, v_t = turned(k), turned(v)
     grad_o, positive_q = grad_o.contiguous(), positive_q.contiguous()

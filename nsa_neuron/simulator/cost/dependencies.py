@@ -70,7 +70,7 @@ class Tracker:
     def run(self) -> list[list[int]]:
         """Dependencies of each instruction, as `producer << SHIFT | cause`."""
         first, regions, lanes, in_order = self.first, self.regions, self.lanes, self.in_order
-        dead = self._dead
+        dead, sync = self._dead, self.in_order - 1
         once = allocated_once(self.trace)
         accesses, self.indexed = once or (None, self.trace.indexed)
         written = (
@@ -84,7 +84,7 @@ class Tracker:
             lane = lanes[me]
             deps: list[int] = []
             writes, reads = (i.writes, i.reads) if accesses is None else accesses[me]
-            if i.opcode == LOAD:
+            if lane == sync and i.opcode == LOAD:
                 loads[me] = self._load(reads[0], me, lane)
                 result.append(deps)
                 continue
@@ -122,19 +122,22 @@ class Tracker:
                         region = self._region(access, lane, deps)
                 if not region.written:
                     self._first_write(region)
-                # A queue runs its transfers in order: where a run-time address only may be that of
-                # an earlier one, it does not wait for that to be complete.
-                own = lane if lane < in_order or access.place.dynamic else -1
-                if region.writer >= 0 and lanes[region.writer] != own:
-                    deps.append(region.writer << SHIFT | WAW)
-                region.writer = me
-                if region.readers:
-                    for reader in region.readers:
-                        if reader != me and lanes[reader] != own:
-                            deps.append(reader << SHIFT | WAR)
-                    region.readers = NOBODY
-                if region.near:
-                    self._write_near(region, me, own, deps)
+                if region.writer >= 0 or region.readers or region.near:
+                    # A queue runs its transfers in order: where a run-time address only may be
+                    # that of an earlier one, it does not wait for that to be complete.
+                    own = lane if lane < in_order or access.place.dynamic else -1
+                    if region.writer >= 0 and lanes[region.writer] != own:
+                        deps.append(region.writer << SHIFT | WAW)
+                    region.writer = me
+                    if region.readers:
+                        for reader in region.readers:
+                            if reader != me and lanes[reader] != own:
+                                deps.append(reader << SHIFT | WAR)
+                        region.readers = NOBODY
+                    if region.near:
+                        self._write_near(region, me, own, deps)
+                else:
+                    region.writer = me
                 if allocation.last_use == me:
                     self._release(allocation)
             while dead:

@@ -345,10 +345,10 @@ class _Scheduler:
         self.lane_last[trigger] = i
         self.issue[i] = t
         first = t + transfer.start
-        completion = transfer.completion + self.dma_cold[core]
-        begin, self.end[i] = self._engines(core, transfer, first, completion)
-        if self.dma_cold[core]:
-            self.notes[i] = {"dma-warm-up": self.dma_cold[core]}
+        cold = self.dma_cold[core]
+        begin, self.end[i] = self._engines(core, transfer, first, transfer.completion + cold)
+        if cold:
+            self.notes[i] = {"dma-warm-up": cold}
             self.dma_cold[core] = 0.0
         self.begin[i] = begin
         if begin > first:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ..machine.trn2 import Machine
     from ..memory.allocation import Access, Allocation
-    from ..memory.layout import Place
+    from ..memory.layout import Form, Place
 
 _NARROW_ENOUGH = 64  # stretches a region may span before it is kept aside
 _FEW = 8  # regions that are sooner looked through than looked up
@@ -219,27 +219,33 @@ class Space:
         self.free = limit
         self.granule = granule
         self.machine = machine
+        self._sizes: dict[Form, int] = {}
         self.released: deque[tuple[int, Iterable[Region]]] = deque()
 
     def size(self, a: Allocation) -> int:
         """Bytes in whole granules; less where a tile leaves quarters of the partitions free."""
-        bytes_ = -(-a.pitch_bytes // self.granule) * self.granule
-        return -(-bytes_ * quarters(a, self.machine) // QUARTERS)
+        size = self._sizes.get(a.form)
+        if size is None:
+            bytes_ = -(-a.pitch_bytes // self.granule) * self.granule
+            size = self._sizes[a.form] = -(-bytes_ * quarters(a, self.machine) // QUARTERS)
+        return size
 
     def reclaim(self) -> list[int]:
         """Make up for taking more than there was; return the instructions that must have ended."""
         users: list[int] = []
-        while self.free < 0 and self.released:
-            size, regions = self.released.popleft()
-            taken = min(size, -self.free)
-            self.free += taken
-            if taken < size:  # the rest can be had once the same instructions have ended
-                self.released.appendleft((size - taken, regions))
+        free, released = self.free, self.released
+        while free < 0 and released:
+            size, regions = released.popleft()
+            free += size
+            if free > 0:  # the rest can be had once the same instructions have ended
+                released.appendleft((free, regions))
+                free = 0
             for region in regions:
                 if region.readers:
                     users += region.readers
                 elif region.writer >= 0:
                     users.append(region.writer)
+        self.free = free
         return users
 
     def release(self, a: Allocation, regions: Iterable[Region]) -> None:

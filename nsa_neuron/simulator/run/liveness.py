@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..issue.record import CoreTrace, Run
     from ..machine.trn2 import Machine
     from ..memory.allocation import Allocation
+    from ..memory.layout import Form
 
 _LOOKS = 32  # instants looked at one by one before all are swept through
 
@@ -51,12 +52,16 @@ class _Tiles:
 
     def __init__(self, used: list[Allocation], machine: Machine) -> None:
         self.used = used
+        self.machine = machine
         self.first = np.array([a.first_use for a in used])
         self.after = np.array([a.last_use for a in used]) + 1
-        self.size = np.array([_footprint(a, machine) for a in used])
-        self.placed = np.array([a.address is not None for a in used])
-        self.width = np.array([quarters(a, machine) for a in used])
-        self.machine = machine
+        number: dict[Form, int] = {}
+        alike = np.array([number.setdefault(a.form, len(number)) for a in used])
+        example = {a.form: a for a in used}
+        forms = [example[form] for form in number]
+        self.size = np.array([_footprint(a, machine) for a in forms])[alike]
+        self.placed = np.array([a.address is not None for a in forms])[alike]
+        self.width = np.array([quarters(a, machine) for a in forms])[alike]
 
     def live_at(self, when: int) -> NDArray[np.intp]:
         """Indices of the tensors live before an instruction ends."""
@@ -69,15 +74,17 @@ class _Tiles:
         until none left can need more: one look, unless tensors share addresses or halves.
         """
         above = self._bound()
-        order = np.argsort(-above, kind="stable")
+        few = min(_LOOKS, len(above))
+        order = np.argpartition(-above, few - 1)
+        order[:few] = order[:few][np.argsort(-above[order[:few]])]
         best, when = -1, 0
-        for when_ in order[:_LOOKS].tolist():
+        for when_ in order[:few].tolist():
             if above[when_] <= best:
                 return best, when
             need = self.need(when_)
             if need > best:
                 best, when = need, when_
-        if len(order) <= _LOOKS or above[order[_LOOKS]] <= best:
+        if len(order) <= few or above[order[few:]].max() <= best:
             return best, when
         swept = self._sweep()
         return max((best, when), (self.need(swept), swept))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nsa_neuron.bench.record import Record
 from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.kernels import bench as kernels
 from nsa_neuron.simulator.kernels.matmul import loads_hoisted
+from nsa_neuron.simulator.machine.trn2 import machine_for
 from nsa_neuron.simulator.nki.launching import simulate
+from nsa_neuron.simulator.run import liveness
 from nsa_neuron.simulator.run.arguments import ShapeDtype
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ BENCH = "simulator"
 
 TOKENS = 12_288  # some 27,000 instructions
 MATRIX = 4096  # some 18,000
+SIZES = (1_000, 10_000, 100_000, 300_000)  # instructions
 
 
 def overhead(
@@ -58,6 +62,25 @@ def shape_only(rounds: int) -> list[Record]:
         for what, values in (("recorded", record), ("timed", central), ("timed with band", band)):
             title = f"shape-only {name}, {what}"
             records.append(Record.of(BENCH, title, "1/ms", values, **facts))
+    return records
+
+
+def bookkeeping(rounds: int) -> list[Record]:
+    """CPU time per instruction of what follows a run, from a thousand instructions on.
+
+    Every instruction makes a tile at one of a few addresses, the worst case for the capacity of
+    SBUF and for the search for tiles that destroy each other's data.
+    """
+    records = []
+    for count in SIZES:
+        simulated = simulate(kernels.rotating_tiles, data=False)
+        with cost.paused_gc():
+            simulated(ShapeDtype((128, 512), "bfloat16"), count)
+            run = _run(simulated)
+            check = partial(liveness.check, run.cores[0], machine_for(run.target))
+            times = [_seconds(check) for _ in range(rounds)]
+        title = f"bookkeeping after {count:,} instructions, each"
+        records.append(Record.of(BENCH, title, "us", [t / count * 1e6 for t in times]))
     return records
 
 

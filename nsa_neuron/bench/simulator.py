@@ -84,7 +84,7 @@ def measure(rounds: int = 7) -> list[Record]:
     records.append(_overhead(rounds))
     for case in cases():
         records.append(modelling.overhead(case.name, case.kernel, case.arguments, rounds))
-    return records + modelling.shape_only(rounds)
+    return records + modelling.shape_only(rounds) + modelling.bookkeeping(rounds)
 
 
 def _compare(case: Case, rounds: int) -> list[Record]:

@@ -63,10 +63,11 @@ def test_rows_and_what_is_printed(monkeypatch):
     monkeypatch.setattr(bench, "SMALL", 20)
     monkeypatch.setattr(modelling, "TOKENS", 512)
     monkeypatch.setattr(modelling, "MATRIX", 512)
+    monkeypatch.setattr(modelling, "SIZES", (100, 1000))
     rows = bench.measure(rounds=2)
     assert [r.unit for r in rows] == ["ratio", "ms", "ms", "us", "ratio", "us", "ratio"] + [
         "1/ms"
-    ] * 6
+    ] * 6 + ["us"] * 2
     lines = [json.loads(line) for line in to_lines(rows, environment.describe())]
     for line in lines:
         assert line["kind"] == "measured" and line["environment"].keys() >= {"load", "revision"}

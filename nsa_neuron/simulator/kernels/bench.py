@@ -197,3 +197,17 @@ def small_instructions_numpy(x: Any, count: int) -> Any:
     for _ in range(count):
         np.add(tile, tile, out=tile)
     return tile
+
+
+def rotating_tiles(x: Any, count: int) -> Any:
+    """`count` instructions on tiles that an allocator rotates through a few addresses."""
+    out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
+    tile = nl.ndarray(x.shape, x.dtype, address=(0, 0))
+    nisa.dma_copy(tile, x)
+    pitch = x.shape[1] * tile.dtype.itemsize
+    for k in range(1, count - 1):
+        made = nl.ndarray(x.shape, x.dtype, address=(0, k % 16 * pitch))
+        nisa.tensor_copy(made, tile, engine=nisa.engine.vector)
+        tile = made
+    nisa.dma_copy(out, tile)
+    return out

@@ -1,7 +1,7 @@
 """The mode `cpu:native`: C++ kernels on torch's own micro-kernels, compiled at first use.
 
 `compress` is `cpu:torch`'s in both modes: products with large matrices, which torch's GEMM does at
-the machine's rate already. `decode` is `cpu:torch`'s until its kernel exists.
+the machine's rate already.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nsa_neuron.backends.cpu import torch_mode
-from nsa_neuron.backends.cpu.native_mode import attention, gradients, nsa_attention
+from nsa_neuron.backends.cpu.native_mode import attention, decode, gradients, nsa_attention
 
 if TYPE_CHECKING:
     from nsa_neuron.backends.cpu.torch_mode import Implementation
 
-SHARED = ("compress", "compress_backward", "decode")
+SHARED = ("compress", "compress_backward")
 IMPLEMENTATIONS: dict[str, Implementation] = {
     **{name: torch_mode.IMPLEMENTATIONS[name] for name in SHARED},
     "attention": attention.attention,
@@ -28,6 +28,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "selected_attention_backward": gradients.selected_attention_backward,
     "gated_sum": attention.gated_sum,
     "gated_sum_backward": gradients.gated_sum_backward,
+    "decode": decode.decode,
     "nsa_attention": nsa_attention.whole,
     "nsa_attention_forward": nsa_attention.forward,
     "nsa_attention_backward": nsa_attention.backward,

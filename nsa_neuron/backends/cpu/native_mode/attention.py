@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nsa_neuron.backends.cpu.native_mode import extension
 from nsa_neuron.backends.cpu.native_mode.call import (
+    FEW_QUERIES,
     Call,
     Rows,
     Run,
@@ -52,7 +53,8 @@ def _attend(
     call.o, call.lse = Rows.of(o), lse.data_ptr()
     for name, value in settings.items():
         setattr(call, name, value)
-    extension.run(kernel, call, op)
+    few = len(runs) == 1 and q.shape[1] <= FEW_QUERIES
+    extension.run("few_queries" if few else kernel, call, op)
     return o.to(dtype), lse
 
 

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+FEW_QUERIES = 8
+"""Queries of a sequence up to which the kernel for a few queries runs: a decode step, or one that
+checks drafted tokens. Above, packing the keys pays."""
+
 Run = tuple[slice, slice, int]
 """A sequence: its query rows, its key rows, the position of its first query."""
 EVERYTHING = 2**62
@@ -68,6 +72,11 @@ class Call(ctypes.Structure):
         ("selected", ctypes.c_int64),
         ("initial", ctypes.c_int64),
         ("local", ctypes.c_int64),
+        ("table", ctypes.c_void_p),
+        ("pages", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+        ("table_width", ctypes.c_int64),
+        ("lengths", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -96,7 +105,7 @@ def new_call(q: Tensor, k: Tensor, v: Tensor | None, runs: Sequence[Run], scale:
     call = Call(
         q=Rows.of(q), k=Rows.of(k), sequences=records, sequence_count=len(runs), batch=b, queries=s,
         kv_heads=k.shape[2], group=hq // k.shape[2], dk_dim=dk, scale=scale, length=1, stride=1,
-        window=EVERYTHING,
+        window=EVERYTHING, pages=b, page=max(1, k.shape[1]),
     )  # fmt: skip
     if v is not None:
         call.v, call.dv_dim = Rows.of(v), v.shape[3]

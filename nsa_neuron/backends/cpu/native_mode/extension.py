@@ -19,11 +19,13 @@ KERNELS = (
     "compressed_forward",
     "selected_forward",
     "selected_backward",
+    "few_queries",
+    "few_queries_whole",
     "gated_sum",
     "gated_sum_backward",
 )
 MESSAGE_BYTES = 512
-OK, BAD_CALL, NO_MEMORY = 0, 1, 2
+OK, BAD_IDS, NO_MEMORY, FAILED, BAD_TABLE = range(5)
 
 
 @cache
@@ -49,27 +51,30 @@ def load() -> ctypes.CDLL:
     return library
 
 
-def run(kernel: str, call: Call, op: str) -> None:
+def run(kernel: str, call: Call | ctypes.Array[Call], op: str) -> None:
     """Runs a kernel.
 
     Args:
         kernel: one of `KERNELS`.
-        call: its record; whatever it points to is alive.
+        call: its record, or those of the branches; whatever they point to is alive.
         op: the op's name, for errors.
 
     Raises:
-        InvalidArgument: block ids that name no block.
+        InvalidArgument: block ids that name no block, tables that lead outside the pools.
         MemoryError: no memory for the kernel's buffers.
         ContractViolation: the kernel failed.
     """
     message = ctypes.create_string_buffer(MESSAGE_BYTES)
-    status = getattr(load(), f"nsa_{kernel}")(ctypes.byref(call), message, MESSAGE_BYTES)
+    first = ctypes.cast(ctypes.byref(call), ctypes.POINTER(Call))
+    status = getattr(load(), f"nsa_{kernel}")(first, message, MESSAGE_BYTES)
     if status == OK:
         return
     text = message.value.decode(errors="replace")
-    if status == BAD_CALL:
+    if status == BAD_IDS:
         found, _, expected = text.partition("|")
         raise InvalidArgument(op, "block_indices", found, expected)
+    if status == BAD_TABLE:
+        raise InvalidArgument(op, "seqlens", f"given with tables of which {text}", "within them")
     if status == NO_MEMORY:
         raise MemoryError(f"{op} on cpu:native: {text}")
     raise ContractViolation(f"{op} on cpu:native failed: {text}")

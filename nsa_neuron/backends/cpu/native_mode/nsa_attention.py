@@ -8,13 +8,22 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.backends.cpu.native_mode import attention, extension, gradients
-from nsa_neuron.backends.cpu.native_mode.call import Call, Rows, Run, float_rows, new_call
+from nsa_neuron.backends.cpu.native_mode.call import (
+    FEW_QUERIES,
+    Call,
+    Rows,
+    Run,
+    float_rows,
+    new_call,
+)
 from nsa_neuron.ops import common
 
 if TYPE_CHECKING:
     from nsa_neuron.ops.nsa_attention import Eight
 
 OP = "nsa_attention"
+Calls = tuple[tuple[str, Call], ...]
+"""Kernel and call of each branch."""
 
 
 class Branches:
@@ -40,7 +49,7 @@ class Branches:
         self.ids = ids
         self.shape = (*self._q.shape[:3], values["v_cmp"].shape[3])
 
-    def calls(self) -> tuple[tuple[str, Call], ...]:
+    def calls(self) -> Calls:
         """Kernel and call of the compressed, selected and window branch, in the order to run."""
         v = self._values
         cmp = self._call("cmp", self._compressed)
@@ -56,6 +65,14 @@ class Branches:
             ("interval_forward", win),
         )
 
+    def run(self, calls: Calls, op: str) -> None:
+        """Runs all three; a few queries in one go, which shares them out to all threads."""
+        if len(self._raw) == 1 and self._q.shape[1] <= FEW_QUERIES:
+            extension.run("few_queries_whole", (Call * 3)(*(call for _, call in calls)), op)
+            return
+        for kernel, call in calls:
+            extension.run(kernel, call, op)
+
     def _call(self, branch: str, runs: list[Run]) -> Call:
         k, v = (float_rows(self._values[f"{side}_{branch}"]) for side in ("k", "v"))
         self._alive += [k, v]
@@ -68,10 +85,11 @@ def whole(**values: Any) -> Tensor:
     o = torch.empty(branches.shape, dtype=torch.float32)
     lse = torch.empty(branches.shape[:3], dtype=torch.float32)
     gates = values["gates"].float().contiguous()
-    for i, (kernel, call) in enumerate(branches.calls()):
+    calls = branches.calls()
+    for i, (_, call) in enumerate(calls):
         call.o, call.gates, call.branch = Rows.of(o), gates.data_ptr(), i
         call.lse = lse.data_ptr()
-        extension.run(kernel, call, OP)
+    branches.run(calls, OP)
     return o.to(values["q"].dtype)
 
 
@@ -80,11 +98,12 @@ def forward(**values: Any) -> Eight:
     branches = Branches(values)
     dtype = values["q"].dtype
     outs, stats = [], []
-    for kernel, call in branches.calls():
+    calls = branches.calls()
+    for _, call in calls:
         outs.append(torch.empty(branches.shape, dtype=torch.float32))
         stats.append(torch.empty(branches.shape[:3], dtype=torch.float32))
         call.o, call.lse = Rows.of(outs[-1]), stats[-1].data_ptr()
-        extension.run(kernel, call, f"{OP}_forward")
+    branches.run(calls, f"{OP}_forward")
     o_cmp, o_slc, o_win = outs
     o = attention.gated_sum(o_cmp, o_slc, o_win, values["gates"].float()).to(dtype)
     lse_cmp, lse_slc, lse_win = stats

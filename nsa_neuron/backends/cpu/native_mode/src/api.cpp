@@ -7,7 +7,7 @@
 
 namespace {
 
-enum Status { OK = 0, BAD_CALL = 1, NO_MEMORY = 2, FAILED = 3 };
+enum Status { OK = 0, BAD_IDS = 1, NO_MEMORY = 2, FAILED = 3, BAD_TABLE = 4 };
 
 // Runs a kernel; what it throws becomes a status and a message of at most `size` bytes.
 template <typename Kernel>
@@ -20,8 +20,10 @@ int guarded(char* message, int64_t size, const Kernel& kernel) noexcept {
   try {
     kernel();
     return OK;
-  } catch (const nsa::BadCall& error) {
-    return tell(error.what(), BAD_CALL);
+  } catch (const nsa::BadIds& error) {
+    return tell(error.what(), BAD_IDS);
+  } catch (const nsa::BadTable& error) {
+    return tell(error.what(), BAD_TABLE);
   } catch (const std::bad_alloc&) {
     return tell("out of memory", NO_MEMORY);
   } catch (const std::exception& error) {
@@ -48,5 +50,12 @@ NSA_KERNEL(interval_backward)
 NSA_KERNEL(compressed_forward)
 NSA_KERNEL(selected_forward)
 NSA_KERNEL(selected_backward)
+// Of one op, and of the three branches of the whole.
+NSA_EXPORT int nsa_few_queries(const nsa::Call* call, char* message, int64_t size) {
+  return guarded(message, size, [&] { nsa::few_queries(call, 1); });
+}
+NSA_EXPORT int nsa_few_queries_whole(const nsa::Call* calls, char* message, int64_t size) {
+  return guarded(message, size, [&] { nsa::few_queries(calls, 3); });
+}
 NSA_KERNEL(gated_sum)
 NSA_KERNEL(gated_sum_backward)

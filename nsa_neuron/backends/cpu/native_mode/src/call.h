@@ -36,8 +36,15 @@ struct Call {
   int64_t branch;
   // Selection: int32 ids [B, S, Hkv, n].
   int32_t* ids;
-  int64_t select_block, selected, initial, local;
+  int64_t select_block, selected, initial, local;  // local is 0 where ids are given, not chosen
+  // Paged keys: k and v are pools whose batch axis is pages of `page` rows; row i of sequence b is in
+  // page table[b, i / page]. Null: page b is sequence b.
+  const int32_t* table;
+  int64_t pages, page, table_width;
+  const int32_t* lengths;  // [B], tokens of each sequence
 
+  bool chooses() const { return ids && local > 0; }
+  bool reads_ids() const { return ids && local == 0; }
   int64_t heads() const { return kv_heads * group; }
   int64_t lanes() const { return batch * kv_heads; }
   // Index of a row of [B, S, Hq, ...].

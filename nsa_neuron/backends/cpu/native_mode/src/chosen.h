@@ -25,18 +25,22 @@ class Chosen {
   // be used: nothing is read outside the keys whatever the ids are.
   void of(const Tile& one) {
     const Sequence& sequence = call_.sequences[one.sequence];
-    const int64_t s = sequence.q_first + one.first, t = sequence.offset + one.first;
-    const int64_t m = call_.select_block, limit = (sequence.k_count + m - 1) / m;
-    const int32_t* ids = call_.ids + ((one.b * call_.queries + s) * call_.kv_heads + one.h) * call_.selected;
+    of(one.b, sequence.q_first + one.first, one.h, sequence.offset + one.first, sequence.k_count);
+  }
+
+  // The same for row s of the query axis, at position t of a sequence of so many keys.
+  void of(int64_t b, int64_t s, int64_t h, int64_t t, int64_t keys) {
+    const int64_t m = call_.select_block, limit = (keys + m - 1) / m;
+    const int32_t* ids = call_.ids + ((b * call_.queries + s) * call_.kv_heads + h) * call_.selected;
     blocks.clear();
     for (int64_t j = 0; j < call_.selected; j++) {
       const int64_t id = ids[j];
       if (id < -1 || id >= limit)
-        throw BadCall("with id " + std::to_string(id) + " of query " + std::to_string(s) + "|in [-1, " +
+        throw BadIds("with id " + std::to_string(id) + " of query " + std::to_string(s) + "|in [-1, " +
                       std::to_string(limit) + ")");
       const int64_t first = id * m;
       if (id < 0 || first > t) continue;
-      const int64_t tokens = std::min(m, sequence.k_count - first);
+      const int64_t tokens = std::min(m, keys - first);
       blocks.push_back({first, tokens, std::min(tokens, t - first + 1)});
     }
     refuse_repetition(ids, s);
@@ -56,7 +60,7 @@ class Chosen {
     std::sort(sorted_.begin(), sorted_.end());
     for (size_t j = 1; j < sorted_.size(); j++)
       if (sorted_[j] >= 0 && sorted_[j] == sorted_[j - 1])
-        throw BadCall("repeating id " + std::to_string(sorted_[j]) + " for query " + std::to_string(s) +
+        throw BadIds("repeating id " + std::to_string(sorted_[j]) + " for query " + std::to_string(s) +
                       "|distinct per row");
   }
 

@@ -48,7 +48,8 @@ struct Work {
   void attend(const Tile& tile, int64_t head, int64_t count) {
     const Sequence& sequence = call.sequences[tile.sequence];
     const int64_t m = tile.count * count, lane = tile.b * call.kv_heads + tile.h;
-    const int64_t high = seen(call, sequence, sequence.offset + tile.first + tile.count - 1).high;
+    const int64_t last = sequence.offset + tile.first + tile.count - 1;
+    const int64_t high = rounded_end(sequence, seen(call, sequence, last).high);
     const int64_t length = round_up(high, KEYS);
     gather_queries(call, tile, head, count, queries.get());
     for (int64_t j = 0; j < length; j += KEYS)

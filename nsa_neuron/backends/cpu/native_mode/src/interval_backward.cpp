@@ -40,7 +40,7 @@ Parts cut_parts(const Call& call) {
         for (int64_t first = 0; first < sequence.q_count; first += step) {
           const int64_t count = std::min(step, sequence.q_count - first), t = sequence.offset + first;
           const int64_t low = seen(call, sequence, t).low / KEYS * KEYS;
-          const int64_t high = std::max(low, seen(call, sequence, t + count - 1).high);
+          const int64_t high = std::max(low, rounded_end(sequence, seen(call, sequence, t + count - 1).high));
           parts.all.push_back({{i, b, h, first, count, double(count) * double(high - low)}, low, high, at});
           at += (high - low) * (call.dk_dim + call.dv_dim);
         }
@@ -82,7 +82,7 @@ struct Work {
     gather(tile, head, count);
     std::fill(dq.get(), dq.get() + call.dk_dim * pitch, 0.f);
     const int64_t low = seen(call, sequence, t0).low / KEYS * KEYS;
-    const int64_t high = seen(call, sequence, t0 + tile.count - 1).high;
+    const int64_t high = rounded_end(sequence, seen(call, sequence, t0 + tile.count - 1).high);
     for (int64_t from = low; from < high; from += CHUNK) {
       const int64_t to = std::min(from + CHUNK, high), at = from - part.low;
       step(tile, count, from, to, dk + at * call.dk_dim, dv + at * call.dv_dim);

@@ -37,7 +37,7 @@ struct Work {
     std::fill(sums.get(), sums.get() + m * call.dv_dim, 0.f);
     const int64_t t0 = sequence.offset + tile.first;
     const int64_t low = seen(call, sequence, t0).low / KEYS * KEYS;
-    const int64_t high = seen(call, sequence, t0 + tile.count - 1).high;
+    const int64_t high = rounded_end(sequence, seen(call, sequence, t0 + tile.count - 1).high);
     for (int64_t from = low; from < high; from += CHUNK) step(tile, count, from, std::min(from + CHUNK, high));
     for (int64_t i = 0; i < tile.count; i++)
       for (int64_t g = 0; g < count; g++) {

@@ -10,8 +10,13 @@
 
 namespace nsa {
 
-// A call that breaks the contract: reported as such, not as a defect.
-struct BadCall : std::runtime_error {
+// Block ids that break the contract: what they are, `|`, what they must be.
+struct BadIds : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A table of pages that leads outside the pools.
+struct BadTable : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

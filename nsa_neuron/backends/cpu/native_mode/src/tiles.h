@@ -22,6 +22,12 @@ inline Span seen(const Call& call, const Sequence& sequence, int64_t t) {
   return {std::min(low, high), high};
 }
 
+// The end of a run of keys in whole vectors where the sequence has them: products of few lengths,
+// each of which torch compiles once, at the price of keys whose probabilities are zero.
+inline int64_t rounded_end(const Sequence& sequence, int64_t high) {
+  return std::min(round_up(high, 16), sequence.k_count);
+}
+
 // Some queries of one sequence and lane (batch and kv head).
 struct Tile {
   int64_t sequence, b, h, first, count;  // `first` counts within the sequence

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from nsa_neuron.backends.cpu.native_mode import extension
 from nsa_neuron.backends.cpu.native_mode.call import (
-    FEW_QUERIES,
     Call,
     Rows,
     Run,
+    few,
     float_rows,
+    near_rows,
     new_call,
     new_results,
 )
@@ -47,14 +48,15 @@ def _attend(
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs a forward kernel that gives o in q's dtype and lse; settings are fields of the call."""
-    dtype, (q, k, v) = q.dtype, (float_rows(x) for x in (q, k, v))
+    dtype, kernel = q.dtype, "few_queries" if few(q, runs) else kernel
+    as_rows = near_rows if kernel == "few_queries" else float_rows
+    q, k, v = float_rows(q), as_rows(k), as_rows(v)
     call = new_call(q, k, v, runs, common.default_scale(scale, q))
     o, lse = new_results(q, v.shape[3])
     call.o, call.lse = Rows.of(o), lse.data_ptr()
     for name, value in settings.items():
         setattr(call, name, value)
-    few = len(runs) == 1 and q.shape[1] <= FEW_QUERIES
-    extension.run("few_queries" if few else kernel, call, op)
+    extension.run(kernel, call, op)
     return o.to(dtype), lse
 
 

@@ -18,6 +18,9 @@ EVERYTHING = 2**62
 """A window that hides nothing."""
 
 
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
 class Rows(ctypes.Structure):
     """Where a tensor `[batch, token, head, channel]` lies; strides in elements."""
 
@@ -26,14 +29,15 @@ class Rows(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("token", ctypes.c_int64),
         ("head", ctypes.c_int64),
+        ("type", ctypes.c_int64),
     )
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
-        """The rows of a tensor as `float_rows` gives it."""
+        """The rows of a tensor as `float_rows` or `near_rows` gives it."""
         batch, token, head = x.stride()[:3]
         # The stride of an only token may be anything, but products ask for one that is legal.
-        return cls(x.data_ptr(), batch, max(token, x.shape[3]), head)
+        return cls(x.data_ptr(), batch, max(token, x.shape[3]), head, _TYPES[x.dtype])
 
 
 class SequenceRecord(ctypes.Structure):
@@ -83,9 +87,18 @@ class Call(ctypes.Structure):
 def float_rows(x: Tensor) -> Tensor:
     """A float32 tensor `[batch, token, head, channel]` whose channels are adjacent and whose tokens
     do not overlap, as products need it; the given one where it is that."""
-    x = x.float()
+    return near_rows(x.float())
+
+
+def near_rows(x: Tensor) -> Tensor:
+    """The same in its own dtype, as the kernel for a few queries reads keys and values."""
     apart = x.shape[1] == 1 or x.stride(1) >= x.shape[3]
     return x if x.stride(3) == 1 and apart else x.contiguous()
+
+
+def few(q: Tensor, runs: Sequence[Run]) -> bool:
+    """Whether a call of so many queries is one for `few_queries`."""
+    return len(runs) == 1 and q.shape[1] <= FEW_QUERIES
 
 
 def new_call(q: Tensor, k: Tensor, v: Tensor | None, runs: Sequence[Run], scale: float) -> Call:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.backends.cpu.native_mode import attention, extension
-from nsa_neuron.backends.cpu.native_mode.call import Call, Rows, float_rows, new_call
+from nsa_neuron.backends.cpu.native_mode.call import Call, Rows, float_rows, near_rows, new_call
 from nsa_neuron.ops import common
 
 
@@ -22,7 +22,7 @@ def decode(**values: Any) -> Tensor:
 
     def branch(i: int, name: str) -> Call:
         table = values[f"{name}_table"].contiguous()
-        k, v = (float_rows(values[f"{side}_{name}"]) for side in ("k", "v"))
+        k, v = (near_rows(values[f"{side}_{name}"]) for side in ("k", "v"))
         alive.extend((table, k, v))
         call = new_call(q, k, v, [], common.default_scale(values["scale"], q))
         call.o, call.gates, call.branch = Rows.of(o), gates.data_ptr(), i

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from nsa_neuron.backends.cpu.native_mode import attention, extension, gradients
 from nsa_neuron.backends.cpu.native_mode.call import (
-    FEW_QUERIES,
     Call,
     Rows,
     Run,
+    few,
     float_rows,
+    near_rows,
     new_call,
 )
 from nsa_neuron.ops import common
@@ -43,6 +44,8 @@ class Branches:
         geometry = (values["block"], values["stride"])
         self._raw = attention.raw_runs(*lengths, *offsets)
         self._compressed = attention.compressed_runs(*lengths, *offsets, *geometry)
+        # The backward pass has no kernel of its own for a few queries.
+        self._few = ids is None and few(self._q, self._raw)
         self._alive: list[Tensor] = []  # what the calls point to
         if ids is None:
             ids = attention.new_ids(self._q, values["k_cmp"], values["num_selected"])
@@ -67,14 +70,15 @@ class Branches:
 
     def run(self, calls: Calls, op: str) -> None:
         """Runs all three; a few queries in one go, which shares them out to all threads."""
-        if len(self._raw) == 1 and self._q.shape[1] <= FEW_QUERIES:
+        if self._few:
             extension.run("few_queries_whole", (Call * 3)(*(call for _, call in calls)), op)
             return
         for kernel, call in calls:
             extension.run(kernel, call, op)
 
     def _call(self, branch: str, runs: list[Run]) -> Call:
-        k, v = (float_rows(self._values[f"{side}_{branch}"]) for side in ("k", "v"))
+        as_rows = near_rows if self._few else float_rows
+        k, v = (as_rows(self._values[f"{side}_{branch}"]) for side in ("k", "v"))
         self._alive += [k, v]
         return new_call(self._q, k, v, runs, self._scale)
 

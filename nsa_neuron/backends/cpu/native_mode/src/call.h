@@ -4,12 +4,15 @@
 
 namespace nsa {
 
-// Float rows [batch, token, head, channel]; strides in elements, channels adjacent.
+// Rows [batch, token, head, channel]; strides in elements, channels adjacent. Only few_queries reads
+// types other than float32: it reads once what others read many times.
 struct Rows {
+  enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
   float* data;
-  int64_t batch, token, head;
+  int64_t batch, token, head, type;
 
-  float* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
+  int64_t offset(int64_t b, int64_t t, int64_t h) const { return b * batch + t * token + h * head; }
+  float* at(int64_t b, int64_t t, int64_t h) const { return data + offset(b, t, h); }
 };
 
 // One sequence: its rows of the query and key axes, and where its first query stands in it.

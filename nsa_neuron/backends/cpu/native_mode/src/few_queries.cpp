@@ -4,6 +4,7 @@
 // nothing else is. A query's run of keys is cut in pieces, whose softmax is made separately and then
 // put together in their order; so all threads work on one query, and their number changes nothing.
 #include "chosen.h"
+#include "half.h"
 #include "kernels.h"
 #include "softmax.h"
 #include "tiles.h"
@@ -18,6 +19,26 @@ constexpr int64_t LONGEST = 256;  // keys of a piece
 struct Piece {
   int64_t problem, page, row, first, count;  // `first`: index of the first key in the sequence
 };
+
+// Rows as products take them: where they lie, or converted.
+struct Floats {
+  const float* data;
+  int64_t pitch;
+};
+Floats floats(const Rows& rows, const Piece& piece, int64_t h, int64_t channels, Buffer& converted) {
+  if (rows.type == Rows::FLOAT32) return {rows.at(piece.page, piece.row, h), rows.token};
+  converted.grow(LONGEST * channels);
+  const uint16_t* source = reinterpret_cast<const uint16_t*>(rows.data) + rows.offset(piece.page, piece.row, h);
+  for (int64_t i = 0; i < piece.count; i++) {
+    const uint16_t* row = source + i * rows.token;
+    float* out = converted.get() + i * channels;
+    if (rows.type == Rows::BFLOAT16)
+      from_bfloat16(row, out, channels);
+    else
+      from_float16(row, out, channels);
+  }
+  return {converted.get(), channels};
+}
 
 // One query's group of heads in one branch.
 struct Problem {
@@ -52,7 +73,7 @@ class Branch {
   int64_t problems() const { return problems_.size(); }
 
   struct Scratch {
-    Buffer columns, rows;
+    Buffer columns, rows, converted;
     explicit Scratch(int64_t group) : columns(LONGEST * group), rows((LONGEST + WIDTH) * group) {}
   };
 
@@ -60,7 +81,8 @@ class Branch {
     const Piece& piece = pieces_[index];
     const Problem& problem = problems_[piece.problem];
     const int64_t group = call_.group, pitch = round_up(piece.count, WIDTH);
-    gemm(piece.count, group, call_.dk_dim, call_.k.at(piece.page, piece.row, problem.h), call_.k.token,
+    const Floats keys = floats(call_.k, piece, problem.h, call_.dk_dim, scratch.converted);
+    gemm(piece.count, group, call_.dk_dim, keys.data, keys.pitch,
          queries_.get() + piece.problem * call_.dk_dim * group, group, scratch.columns.get(), group, false);
     float* rows = call_.chooses() ? probabilities_.get() + offsets_[index] * group : scratch.rows.get();
     for (int64_t g = 0; g < group; g++) {
@@ -73,8 +95,8 @@ class Branch {
     }
     if (!call_.o.data) return;
     float* out = results_.get() + index * group * call_.dv_dim;
-    gemm(group, call_.dv_dim, piece.count, rows, pitch, call_.v.at(piece.page, piece.row, problem.h), call_.v.token,
-         out, call_.dv_dim, false);
+    const Floats values = floats(call_.v, piece, problem.h, call_.dv_dim, scratch.converted);
+    gemm(group, call_.dv_dim, piece.count, rows, pitch, values.data, values.pitch, out, call_.dv_dim, false);
   }
 
   // Chooses the blocks of a problem from the probabilities of its pieces.

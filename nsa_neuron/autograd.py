@@ -2,7 +2,7 @@
 
 A forward op's gradient calls `torch.ops.nsa.<name>_backward`, so the backward gets its own
 lowering. Backward ops and `decode` refuse to be differentiated. The Autograd kernels are our own
-`autograd.Function`s with a separate `setup_context`, which `torch.func` needs and
+autograd functions of one level with a separate `setup_context`, which `torch.func` needs and
 `torch.library.register_autograd` (2.13) does not make.
 
 A call that records nothing goes straight to the op's router where the dispatcher would, too: that
@@ -16,14 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.library import Library
 
 from nsa_neuron.errors import UnsupportedTransform
 from nsa_neuron.ops import get
 from nsa_neuron.registry import requested, requesting
+from nsa_neuron.torch_private import (
+    AFTER_AUTOGRAD,
+    DispatchKey,
+    DispatchKeySet,
+    SingleLevelFunction,
+    any_requires_grad,
+    below_autograd,
+    enable_single_level_autograd_function,
+    forward_mode,
+    transforming,
+)
 
 if TYPE_CHECKING:
     from nsa_neuron.spec import OpSpec
@@ -56,21 +65,17 @@ def register_autograd(
 
 
 def _kernel(
-    spec: OpSpec, function: type[torch.autograd.Function], router: Callable[..., Any]
+    spec: OpSpec, function: type[SingleLevelFunction], router: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The Autograd kernel: records a graph node only where a gradient can be asked for."""
     op = getattr(torch.ops.nsa, spec.name).default
     count = len(spec.tensors)
-    any_requires_grad = torch._C._any_requires_grad
-    below_autograd = torch._C._AutoDispatchBelowAutograd
-
     # When torch.func calls an Autograd kernel it has chosen the level already, so the node belongs
-    # to that level; `Function.apply` would hand the call back to torch.func, which fails.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    transforming = torch._C._are_functorch_transforms_active
+    # to that level; a `Function` would hand the call back to torch.func, which fails.
+    apply = function.apply  # type: ignore[attr-defined]
 
     def kernel(keys: DispatchKeySet, *args: Any, **scalars: Any) -> Any:
-        if forward_ad._current_level >= 0:
+        if forward_mode():
             _refuse_tangents(spec, args)
         if torch.is_grad_enabled() and any_requires_grad(*args):
             inputs = (*args, *(None,) * (count - len(args)), scalars)
@@ -95,7 +100,7 @@ def _only_backend_left(keys: DispatchKeySet) -> bool:
     bits = keys.raw_repr()
     known = _left.get(bits)
     if known is None:
-        rest = keys & torch._C._after_autograd_keyset
+        rest = keys & AFTER_AUTOGRAD
         known = _left[bits] = any(rest == DispatchKeySet(backend) for backend in _BACKENDS)
     return known
 
@@ -103,8 +108,8 @@ def _only_backend_left(keys: DispatchKeySet) -> bool:
 def _forward(op: Any) -> Callable[..., Any]:
     def forward(*inputs: Any) -> Any:
         # A Function's forward runs without grad mode, which torch.func's outer levels still need.
-        outer = torch._C._are_functorch_transforms_active()
-        with torch.set_grad_enabled(outer), torch._C._AutoDispatchBelowAutograd():
+        outer = transforming()
+        with torch.set_grad_enabled(outer), below_autograd():
             return op(*inputs[:-1], **inputs[-1])
 
     return forward
@@ -119,7 +124,7 @@ def _refuse_tangents(spec: OpSpec, args: tuple[Any, ...]) -> None:
             )
 
 
-def _function(spec: OpSpec, backward: OpSpec) -> type[torch.autograd.Function]:
+def _function(spec: OpSpec, backward: OpSpec) -> type[SingleLevelFunction]:
     """The autograd.Function of an op whose gradients `backward` gives.
 
     Names connect the two: `backward` takes `grad_<result>`, the forward's tensors and the results
@@ -159,10 +164,10 @@ def _function(spec: OpSpec, backward: OpSpec) -> type[torch.autograd.Function]:
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(run_backward),
     }
-    return type(f"{spec.name}_autograd", (torch.autograd.Function,), members)
+    return type(f"{spec.name}_autograd", (SingleLevelFunction,), members)
 
 
-def _refusing_function(spec: OpSpec) -> type[torch.autograd.Function]:
+def _refusing_function(spec: OpSpec) -> type[SingleLevelFunction]:
     """For backward ops and `decode`: a graph node that raises when it is differentiated."""
     why = (
         "NSA defines first derivatives only. Do not use create_graph=True or a second "
@@ -182,16 +187,16 @@ def _refusing_function(spec: OpSpec) -> type[torch.autograd.Function]:
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(refuse),
     }
-    return type(f"{spec.name}_autograd", (torch.autograd.Function,), members)
+    return type(f"{spec.name}_autograd", (SingleLevelFunction,), members)
 
 
 def _train_or_infer(*args: Any, **kwargs: Any) -> Tensor:
     """`nsa_attention` under autograd: training runs the op that keeps what backward needs."""
-    if forward_ad._current_level >= 0:
+    if forward_mode():
         _refuse_tangents(get("nsa_attention"), args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and any_requires_grad(*args):
         results: tuple[Tensor, ...] = torch.ops.nsa.nsa_attention_forward.default(*args, **kwargs)
         return results[0]
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         result: Tensor = torch.ops.nsa.nsa_attention.default(*args, **kwargs)
         return result

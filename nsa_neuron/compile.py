@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nsa_neuron import torch_private
 from nsa_neuron.errors import BackendUnavailable, NsaError
 from nsa_neuron.library import LOWERED, NAMESPACE, pinned
 from nsa_neuron.ops import get
@@ -124,7 +125,9 @@ def backend(
     given = dict(options or {})
     policy = policy_of(given)
     rest = given.get("rest") or _default_rest(policy)
-    explanation = _explanations.setdefault(_key(_code_being_compiled(), given), Explanation())
+    explanation = _explanations.setdefault(
+        _key(torch_private.code_being_compiled(), given), Explanation()
+    )
     explanation.rest = rest
 
     def choose(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -169,7 +172,7 @@ def choose_lowerings(
         NoLowering: see `backend`.
     """
     for node in graph.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, torch_private.OpOverload):
             continue
         if node.target.namespace != NAMESPACE:
             continue
@@ -177,7 +180,7 @@ def choose_lowerings(
         choices.append(choice)
         # A lowering that is an operator itself stands in the graph, where a vendor's compiler can
         # see into it; any other is called through ours.
-        own = isinstance(lowered, torch._ops.OpOverload)
+        own = isinstance(lowered, torch_private.OpOverload)
         node.target = lowered if own else pinned(choice.op, choice.target)
     graph.recompile()
     return graph
@@ -192,14 +195,10 @@ def explain(compiled: Callable[..., Any]) -> Explanation:
     Raises:
         NsaError: it is not such a callable.
     """
-    wrapper = _compile_wrapper(compiled)
+    wrapper = torch_private.compile_record(compiled)
     if wrapper is None or wrapper.compiler_name != "nsa_neuron":
         raise NsaError('explain needs a callable made by torch.compile(..., backend="nsa_neuron")')
-    original = compiled
-    if isinstance(compiled, torch._dynamo.OptimizedModule):
-        original = type(compiled._orig_mod).forward
-    while hasattr(original, "_torchdynamo_orig_callable"):
-        original = original._torchdynamo_orig_callable
+    original = torch_private.original_of(compiled)
     code = getattr(original, "__code__", None) or original.__call__.__code__  # type: ignore[operator]
     options = wrapper.kwargs.get("options") or {}
     found = _explanations.get(_key(code, options))
@@ -249,87 +248,41 @@ def _compile_rest(
 ) -> Callable[..., Any]:
     """Runs AOTAutograd, so that forward and backward both pass `choose`, and compiles the rest."""
     if rest == "inductor":
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-        def inner(graph: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-            return compile_fx_inner(choose(graph), inputs, **kwargs)
-
-        # The autograd cache's key knows nothing of our choices.
-        with torch._functorch.config.patch(enable_autograd_cache=False):
-            compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner)
-        return compiled  # type: ignore[no-any-return]
-    from torch._dynamo.backends.common import aot_autograd
+        return torch_private.inductor(gm, example_inputs, choose)
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         chosen = choose(graph)
         if rest == "neuron":
             return _vendor_backend()(chosen, inputs)
-        from functorch.compile import make_boxed_func
+        return torch_private.boxed(chosen.forward)
 
-        return make_boxed_func(chosen.forward)
-
-    aot: Callable[..., Any] = aot_autograd(fw_compiler=compile_graph, bw_compiler=compile_graph)(
-        gm, example_inputs
-    )
-    return aot
+    return torch_private.aot(gm, example_inputs, compile_graph)
 
 
 def _default_rest(policy: str | None) -> str:
     if policy == "neuron:hw":
         return "neuron"
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except InvalidCxxCompiler:
-        log.warning("inductor has no C++ compiler here; what is no nsa op runs eagerly")
-        return "eager"
-    return "inductor"
+    if torch_private.has_cpp_compiler():
+        return "inductor"
+    log.warning("inductor has no C++ compiler here; what is no nsa op runs eagerly")
+    return "eager"
 
 
 def _vendor_backend() -> GraphCompiler:
     """AWS's dynamo backend. Not yet run on hardware."""
-    from torch._dynamo.backends.registry import list_backends, lookup_backend
-
-    if "neuron" not in list_backends():
+    compiler: GraphCompiler | None = torch_private.dynamo_backend("neuron")
+    if compiler is None:
         raise BackendUnavailable(
             "torch.compile has no backend 'neuron' here: it comes with AWS's torch-neuronx"
         )
-    compiler: GraphCompiler = lookup_backend("neuron")
     return compiler
-
-
-def _code_being_compiled() -> CodeType | None:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        code: CodeType = InstructionTranslator.current_tx().f_code
-    except AttributeError:
-        return None  # called outside dynamo, by hand
-    return code
 
 
 def _key(code: CodeType | None, options: Mapping[str, Any]) -> Key:
     """Identifies code and options; what follows a graph break belongs to the code before it."""
-    from torch._dynamo.resume_execution import ContinueExecutionCache
-
-    while code in (resumed := ContinueExecutionCache.generated_code_metadata):
-        code = resumed[code].code
+    code = torch_private.code_before_breaks(code)
     place = (code.co_filename, code.co_firstlineno) if code else ("", 0)
     return (*place, repr(sorted(options.items())))
-
-
-def _compile_wrapper(compiled: Any) -> Any:
-    """torch.compile's record of backend and options behind a compiled callable, or None."""
-    context = getattr(compiled, "dynamo_ctx", None)
-    if context is None and getattr(compiled, "__closure__", None):
-        cells = dict(zip(compiled.__code__.co_freevars, compiled.__closure__, strict=True))
-        context = cells["self"].cell_contents if "self" in cells else None
-    callback = getattr(context, "callback", None)
-    while callback is not None and not hasattr(callback, "compiler_name"):
-        callback = getattr(callback, "_torchdynamo_orig_backend", None)
-    return callback
 
 
 __all__ = ["LOWERED", "Choice", "Explanation", "backend", "choose_lowerings", "explain"]

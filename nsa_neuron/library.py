@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from nsa_neuron.ops import OPS, common, get
 from nsa_neuron.registry import REGISTRY, Lowered, Target, check_environment, requested
 from nsa_neuron.spec import Bound, OpSpec, TensorArg
 from nsa_neuron.vmap import register_vmap
+
+if TYPE_CHECKING:
+    from nsa_neuron.torch_private import OpOverload
 
 NAMESPACE = "nsa"
 LOWERED = "nsa_lowered"  # ops whose backend was chosen at compile time
@@ -185,7 +188,7 @@ def check_results(bound: Bound, results: Any, target: Target) -> None:
             )
 
 
-def pinned(name: str, target: Target) -> torch._ops.OpOverload:
+def pinned(name: str, target: Target) -> OpOverload:
     """The op `torch.ops.nsa_lowered.<name>__<backend>_<mode>`: one op fixed to one target.
 
     Compiled graphs call it in place of `torch.ops.nsa.<name>` once a lowering has been chosen.
@@ -194,7 +197,7 @@ def pinned(name: str, target: Target) -> torch._ops.OpOverload:
     namespace = getattr(torch.ops, LOWERED)
     if not hasattr(namespace, short):
         _define(_lowered, f"{LOWERED}::{short}", Router(get(name), str(target)))
-    overload: torch._ops.OpOverload = getattr(namespace, short).default
+    overload: OpOverload = getattr(namespace, short).default
     return overload
 
 

@@ -21,6 +21,7 @@ from torch import Tensor  # nki_op evaluates the annotations of what it register
 if TYPE_CHECKING:
     from nsa_neuron.registry import Lowered
     from nsa_neuron.spec import OpSpec
+    from nsa_neuron.torch_private import OpOverload
 
 log = logging.getLogger("nsa_neuron")
 
@@ -29,7 +30,7 @@ NAMESPACE = "nsa_trn2"
 DEVICES = ("neuron", "xla", "privateuseone")
 NOT_RUN = "neuron:hw has not been run on hardware yet: compare with neuron:sim before you trust it"
 
-_operations: dict[str, torch._ops.OpOverload] = {}
+_operations: dict[str, OpOverload] = {}
 
 
 def hindrance() -> str:
@@ -52,7 +53,7 @@ def start(kernel: Any, lnc: int, tensors: tuple[Any, ...], constants: dict[str, 
     return importlib.import_module(VENDOR_PACKAGE).wrap_nki(kernel)[lnc](*tensors, **constants)
 
 
-def operation(spec: OpSpec, launch: Lowered) -> torch._ops.OpOverload:
+def operation(spec: OpSpec, launch: Lowered) -> OpOverload:
     """The operator `torch.ops.nsa_trn2.<op>` that runs a launcher, with the spec's schema.
 
     Args:

@@ -42,21 +42,22 @@ Bound by VectorE: the sum over heads takes 0.6 us per 128 keys and 512 columns, 
 piece's logits, and nothing of VectorE's waits for GpSimd. Turns of a hardware loop hardly overlap,
 which costs about 30 us per tile of queries, 3 % at 256K; run-time addresses are few, and left to
 hardware descriptors. Loops run where unrolled programs would pass about a million instructions.
-Looped, a kv head's program has fewer than 2,500
-instructions whatever the length.
+Looped, a kv head's program has fewer than 2,500 instructions whatever the length.
 
 Weighed (us per 128 keys and 512 columns):
 - Scores from the bfloat16 P of compressed attention (the prototype `fused2`) are nearly free but
   choose another block in 4 % of queries; rule 3 wants float32.
-- Float32 scores from that kernel's logits, before they are normalised: weights as stationary, P as
-  moving operand, 0.27 of PE instead of 0.45, a third of VectorE's work less, but exp twice (or a
-  second copy of P by VectorE), and every row's scores stay, 2 MB per 32 queries at 64K, until the
-  row's sum is known. At best about 1.0 for both instead of 1.4 for two kernels; not built, because
-  it needs attention's fast path (one shift per row known before) to be the usual one.
+- Float32 scores from that kernel's float32 P, before it is normalised: weights as stationary, P as
+  moving operand, 0.27 of PE instead of 0.45, no second exp, and 0.45 of VectorE (evacuation,
+  division by the row's sum, sum over heads) instead of 0.75; but every row's scores stay until its
+  sum is known, 2 MB per 32 queries at 64K. About 1.05 for both stages, bound by VectorE, instead of
+  1.4 for two kernels: the next thing to build.
 - Rows (query, head) on partitions: the bias of exp is then free, but the sum over heads becomes a
   float32 matmul over all keys, 0.86 of PE, against 0.6 of VectorE.
 - Four of sixteen heads summed by PE (their p as stationary operand, with a stride of 16 elements):
   748 instead of 811 at 64K; not done, as no document prices such a stride.
+- The first of the additions over heads by GpSimd, for every second or fourth tile: VectorE 703 and
+  749 instead of 796, but 826 to 915 in all, since logits then wait for GpSimd.
 - A map of a row's scores and one selection at its end: fewer passes, but VectorE searches at most
   16,384 elements, and 1M tokens with m = 16 have 65,536.
 """

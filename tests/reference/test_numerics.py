@@ -147,6 +147,13 @@ def test_topk_set_may_lose_a_hundred_thousandth_of_the_mass(side, ok) -> None:
     assert diff.ok is ok and diff.error == pytest.approx(lost, rel=1e-6)
 
 
+def test_topk_set_refuses_a_hidden_block_even_where_no_mass_is_lost() -> None:
+    scores = torch.tensor([math.inf, 0.5, 0.0, -math.inf]).double().view(1, 1, 1, 4)
+    ids = {last: torch.tensor([[[[0, 1, last]]]], dtype=torch.int32) for last in (2, 3)}
+    assert TopKSet(lambda inputs: scores)(ids[2], ids[2], ids[2], {}).ok
+    assert not TopKSet(lambda inputs: scores)(ids[3], ids[2], ids[2], {}).ok
+
+
 @pytest.mark.parametrize(("last", "ok"), [(4, True), (5, False)])
 def test_topk_set_knows_the_last_block(last, ok) -> None:
     scores = torch.full((1, 1, 1, 5), 0.5).double()

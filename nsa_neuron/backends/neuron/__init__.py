@@ -71,7 +71,7 @@ class NeuronBackend:
         for symbol in ("Dk", "Dv", "D"):
             if symbol in bound.sizes and bound[symbol] > MAX_HEAD_DIM:
                 return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
-        return limits.refusal(bound) or Supported(mode)
+        return limits.refusal(bound, mode) or Supported(mode)
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
         if bound.spec.name in composite.WHOLE:

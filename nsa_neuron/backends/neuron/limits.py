@@ -36,14 +36,56 @@ DECODE_BYTES = 160_000
 """Of 212,984 bytes per partition, what decode's logits and its blocks' scores may take."""
 
 
-def refusal(bound: Bound) -> Unsupported | None:
+MOST_INSTRUCTIONS = 5_000_000
+"""Of one program, as AWS's compiler's error NCC_EBVF030 gives it (docs/nki_0_7.md, part 3)."""
+
+RANGES = ("attention", "compressed_attention", "sliding_window_attention")
+"""Ops of `nki_kernels/common/range_attention`: their launchers take a scale of any sign."""
+
+INSTRUCTIONS = {"forward": (130, 21), "backward": (40, 36)}
+"""Of their largest kernel per 512 rows, and for each 128 keys of them: both ways of the forward, or
+dk and dv."""
+
+
+def refusal(bound: Bound, mode: str) -> Unsupported | None:
     """The refusal of a call that the kernels cannot take."""
+    stem = bound.spec.name.removesuffix("_backward")
+    if stem in RANGES:
+        return _range_refusal(bound, mode)
     scale = bound.scalars.get("scale")
     if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
         reason = f"scale = {scale}; kernels hide a key by a large negative logit before scaling"
         return Unsupported("scale", reason)
-    stem = bound.spec.name.removesuffix("_backward")
     return _REFUSALS[stem](bound) if stem in _REFUSALS else None
+
+
+def _range_refusal(bound: Bound, mode: str) -> Unsupported | None:
+    """Range attention has no hardware loops yet: its program grows with the tiles it visits. The
+    simulator takes any program, in time."""
+    keys = bound["Nc"] if "Nc" in bound.sizes else bound["T"]
+    if keys >= EXACT:
+        return Unsupported("length", f"{keys} keys >= {EXACT}, exact in float32")
+    count = range_instructions(bound)
+    if mode == "hw" and count > MOST_INSTRUCTIONS:
+        reason = (
+            f"its program has about {count:,} instructions > {MOST_INSTRUCTIONS:,}, what AWS's "
+            "compiler takes; call it for fewer queries or kv heads at a time"
+        )
+        return Unsupported("program", reason)
+    return None
+
+
+def range_instructions(bound: Bound) -> int:
+    """About how many instructions the largest kernel of a range attention has, on one core."""
+    direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
+    seen = bound["T"] - bound["S"] / 2
+    if "Nc" in bound.sizes:
+        seen /= bound["d"]
+    if "w" in bound.sizes:
+        seen = min(seen, bound["w"])
+    tiles = math.ceil(bound["S"] * bound.group / 512) * bound["B"] * bound["Hkv"]
+    fixed, per_tile = INSTRUCTIONS[direction]
+    return int(tiles * (fixed + (seen / PARTITIONS + 1) * per_tile))
 
 
 def _compress_refusal(bound: Bound) -> Unsupported | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..run.coverage import Coverage
-from .loops import allocated_once
+from .loops import allocated_once, gates
 from .storage import NOBODY, Region, Relations, Space, Storage
 from .timeline import Cause
 
@@ -78,6 +78,7 @@ class Tracker:
             if accesses is None
             else {a.allocation for writes, _ in accesses for a in writes}
         )
+        gated = gates(self.trace, lanes)
         loads: dict[int, list[int]] = {}  # what waits for a register waits for its source
         result: list[list[int]] = []
         for me, i in enumerate(self.trace.instructions):
@@ -142,6 +143,9 @@ class Tracker:
                     self._release(allocation)
             while dead:
                 self._forget(dead.pop())
+            if me in gated:
+                for load in gated[me]:
+                    deps += loads.get(load, ())
             if i.after:
                 for e in i.after:
                     if e.opcode == LOAD:

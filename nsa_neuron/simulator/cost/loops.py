@@ -86,6 +86,24 @@ def _first_made(trace: CoreTrace) -> dict[Allocation, Allocation]:
     return first
 
 
+def gates(trace: CoreTrace, lanes: Sequence[int]) -> dict[int, list[int]]:
+    """Register loads that an instruction waits for because a loop's next iteration depends on them.
+
+    Args:
+        trace: what a core did.
+        lanes: of each instruction.
+
+    Returns:
+        indices of loads, by the first instruction of each lane in an iteration.
+    """
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for mark in trace.loops:
+        if mark.waits:
+            for index in {lanes[k]: k for k in range(mark.last - 1, mark.first - 1, -1)}.values():
+                found[index] += [load.index for load in mark.waits]
+    return found
+
+
 def iteration_ends(trace: CoreTrace, engine: Sequence[str]) -> dict[int, int]:
     """How many iterations end with an instruction: each engine's last of each iteration.
 

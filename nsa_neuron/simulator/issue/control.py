@@ -13,7 +13,7 @@ from .record import LoopMark
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from .record import CoreTrace
+    from .record import CoreTrace, Instruction
 
 
 def static_range(start: int, stop: int | None = None, step: int = 1) -> range:
@@ -29,16 +29,17 @@ def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> Iterator[Virtu
     """
     lower, upper = (0, start) if stop is None else (start, stop)
     _check_step(step)
-    return _iterate(scalar(lower), scalar(upper), step)
+    return _iterate(lower, upper, step)
 
 
-def _iterate(lower: int, upper: int, step: int) -> Iterator[VirtualRegister]:
+def _iterate(lower: Any, upper: Any, step: int) -> Iterator[VirtualRegister]:
     core = require_core("dynamic_range")
     trace = core.trace
     loop = core.state["loops"] = core.state.get("loops", 0) + 1
     _refuse_in_no_reorder(core)
     made = len(trace.allocations)
-    values: Sequence[int] = range(lower, upper, step)
+    values: Sequence[int] = range(scalar(lower), scalar(upper), step)
+    waits = _loads(lower, upper)
     shown = core.options.iterations
     if shown and len(values) > shown:
         trace.trips[loop] = len(values)
@@ -47,15 +48,28 @@ def _iterate(lower: int, upper: int, step: int) -> Iterator[VirtualRegister]:
         for iteration, value in enumerate(values):
             begin = len(trace.instructions), len(trace.allocations)
             yield VirtualRegister(value, frozen=True)
-            _mark(trace, loop, iteration, *begin)
+            _mark(trace, loop, iteration, *begin, () if iteration else waits)
     finally:
         _close(core, made)
 
 
-def _mark(trace: CoreTrace, loop: int, iteration: int, first: int, made: int) -> None:
+def _loads(*values: Any) -> tuple[Instruction, ...]:
+    """What loaded the registers among some values."""
+    found = [v.loaded for v in values if isinstance(v, VirtualRegister)]
+    return tuple([load for load in found if load is not None])
+
+
+def _mark(
+    trace: CoreTrace,
+    loop: int,
+    iteration: int,
+    first: int,
+    made: int,
+    waits: tuple[Instruction, ...],
+) -> None:
     """Note an iteration that has ended."""
     last, after = len(trace.instructions), len(trace.allocations)
-    trace.loops.append(LoopMark(loop, iteration, first, last, (made, after)))
+    trace.loops.append(LoopMark(loop, iteration, first, last, (made, after), waits))
 
 
 def _close(core: Any, made: int) -> None:
@@ -74,7 +88,7 @@ def fori_loop(
             returns something.
     """
     _check_step(step)
-    for register in _iterate(scalar(lower), scalar(upper), step):
+    for register in _iterate(lower, upper, step):
         result = body_fun(VirtualRegister(register.value))
         if result is not None:
             raise violation(
@@ -110,9 +124,9 @@ def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]
         if not register:
             _close(core, made)
             return
-        begin = len(trace.instructions), len(trace.allocations)
+        begin, waits = (len(trace.instructions), len(trace.allocations)), _loads(register)
         register = body_fun(VirtualRegister(register.value))
-        _mark(trace, loop, iteration, *begin)
+        _mark(trace, loop, iteration, *begin, waits)
         iteration += 1
 
 

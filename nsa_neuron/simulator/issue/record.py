@@ -98,6 +98,7 @@ class LoopMark:
         iteration: from 0.
         first, last: its instructions, last exclusive.
         made: its allocations, likewise.
+        waits: loads of the registers that decide whether it runs.
     """
 
     loop: int
@@ -105,6 +106,7 @@ class LoopMark:
     first: int
     last: int
     made: tuple[int, int]
+    waits: tuple[Instruction, ...] = ()
 
 
 @dataclass

@@ -223,3 +223,43 @@ def test_nothing_is_added_where_nothing_was_cut():
     run = record(pipeline(4))
     found = cost.estimate(run)
     assert found.rest == (Continued(),) * 3 and found.band.central == found.central.total
+
+
+def test_a_loop_waits_for_the_register_that_bounds_it():
+    def body(bound):
+        count, slow = sbuf((1, 1), nl.int32), sbuf((128, 8192))
+        nisa.memset(slow, 0.0, engine=nisa.engine.gpsimd)
+        nisa.memset(count, 3, engine=nisa.engine.gpsimd)
+        register = nisa.register_alloc(3)
+        if bound:
+            nisa.register_load(register, count)
+        tile = sbuf((128, 64))
+        nisa.memset(tile, 0.0, engine=nisa.engine.vector)
+        nl.fori_loop(0, register, lambda i: nisa.activation(tile, nl.copy, tile) and None)
+
+    free, bound = (of(record(lambda b=b: body(b), data=True)) for b in (False, True))
+    source = at(bound, "memset")[1]
+    assert free.issue[at(free, "activation")[0]] < bound.end[source] / 2
+    assert bound.issue[at(bound, "activation")[0]] >= bound.end[source]
+
+
+def test_each_iteration_of_a_while_loop_waits_for_its_condition():
+    def body():
+        left, tile = sbuf((1, 1), nl.int32), sbuf((128, 64))
+        nisa.memset(tile, 0.0, engine=nisa.engine.vector)
+        nisa.memset(left, 3, engine=nisa.engine.gpsimd)
+        register = nisa.register_alloc(left)
+
+        def step(again):
+            nisa.activation(tile, nl.copy, tile)
+            nisa.tensor_scalar(left, left, nl.subtract, 1, engine=nisa.engine.vector)
+            nisa.register_load(again, left)
+            return again
+
+        nl.while_loop(register, step)
+
+    t = of(record(body, data=True))
+    work, conditions = at(t, "activation"), at(t, "tensor_scalar")
+    assert len(work) == 3
+    for after, before in zip(work[1:], conditions, strict=False):
+        assert t.issue[after] >= t.end[before]

@@ -102,6 +102,7 @@ COMMANDS = {
     "nsa simulate my_kernel.py::kernel": RUN,
     "nsa profile my_kernel.py::kernel": RUN,
     "nsa lint my_kernel.py": RUN,
+    "nsa agree examples/porting/model.py": "test_the_porter_s_job_runs_as_it_stands",
     "nsa lint kernels": "tests/simulator/command/test_ci_example.py",
     "nsa simulate kernels/rmsnorm.py": "tests/simulator/command/test_ci_example.py",
     "python -m nsa_neuron.simulator script.py": RUN,

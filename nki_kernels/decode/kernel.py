@@ -71,14 +71,18 @@ def decode(
     nisa.dma_copy(row_of, rows_of)
     within = sbuf((rows, k_slc.shape[1]), nl.float32)
     nisa.iota(within, [[1, k_slc.shape[1]]], offset=0, channel_multiplier=0)
-    first, count = share(batch)
+    # Sequences are shared by the cores, or kv heads where sequences are odd and heads are not.
+    cores = nl.num_programs(0)
+    by_heads = batch % cores > 0 and groups % cores == 0
+    first, count = (0, batch) if by_heads else share(batch)
+    first_group, own_groups = share(groups) if by_heads else (0, groups)
 
     per = sequences_per_body(count)
 
     def one_body(i):
         sequences, results = [], []
         for j in range(per):
-            for g in range(groups):
+            for g in range(first_group, first_group + own_groups):
                 sequence = Sequence(
                     at(q_t, i, j, per)[g], at(gates, i, j, per)[g], at(o, i, j, per)[g], lanes
                 )

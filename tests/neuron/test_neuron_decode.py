@@ -61,7 +61,7 @@ def test_golden() -> None:
         check_golden()
 
 
-@pytest.mark.parametrize("name", ["edges", "several_queries"])
+@pytest.mark.parametrize("name", ["edges", "several_queries", "group34_kv2"])
 def test_two_cores_and_two_runs_give_the_same_bits(name: str) -> None:
     values = a_named(name, torch.bfloat16)
     o = launched(values)

@@ -31,11 +31,13 @@ class Kernels:
     Args:
         module: a module of `nki_kernels`.
         start: runs one of its kernels.
+        cores: physical cores of a launch, 1 or 2.
     """
 
-    def __init__(self, module: ModuleType, start: Start) -> None:
+    def __init__(self, module: ModuleType, start: Start, cores: int) -> None:
         self._module = module
         self._start = start
+        self.cores = cores
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Tensor, ...]]:
         kernel = getattr(self._module, name)
@@ -57,7 +59,7 @@ def simulated(stem: str, lnc: int = 1) -> Kernels:
         records.note(launch.runs)
         return results
 
-    return Kernels(_package().load(stem), start)
+    return Kernels(_package().load(stem), start, lnc)
 
 
 @functools.cache
@@ -67,7 +69,7 @@ def on_hardware(stem: str, lnc: int) -> Kernels:
     def start(kernel: Any, tensors: tuple[Any, ...], constants: dict[str, Any]) -> Any:
         return hardware.start(kernel, lnc, tensors, constants)
 
-    return Kernels(_vendor_package().load(stem), start)
+    return Kernels(_vendor_package().load(stem), start, lnc)
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def forward(
     found = []
     for start in range(0, queries, step):
         stop = min(start + step, queries)
-        rows = Rows.of(q[:, start:stop], kv_heads)
+        rows = Rows.of(q[:, start:stop], kv_heads, kernels.cores)
         position = seqlens.long()[:, None] + torch.arange(
             start - queries, stop - queries, device=q.device
         )
@@ -146,10 +146,13 @@ class Rows:
     per_group: int
 
     @classmethod
-    def of(cls, q: Tensor, kv_heads: int) -> Rows:
+    def of(cls, q: Tensor, kv_heads: int, cores: int) -> Rows:
+        """For q [B, S, Hq, Dk]; heads in two groups at least where two cores must share them."""
         queries, group = q.shape[1], q.shape[2] // kv_heads
         pitch = next(size for size in (32, 64, PARTITIONS) if size >= queries * group)
         most = PARTITIONS // pitch
+        if q.shape[0] % cores and kv_heads % cores == 0:
+            most = min(most, kv_heads // cores)
         per_group = next(size for size in range(most, 0, -1) if kv_heads % size == 0)
         return cls(queries, kv_heads, group, pitch, per_group)
 

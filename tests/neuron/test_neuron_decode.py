@@ -90,6 +90,11 @@ def test_equal_scores_take_the_lowest_block(chosen: int) -> None:
     close({**values, "num_selected": chosen}, launched({**values, "num_selected": chosen}))
 
 
+def test_a_negative_scale() -> None:
+    values = {**a_named("several_queries"), "scale": -0.4}
+    close(values, launched(values))
+
+
 def test_impossible_pages_are_refused_by_name() -> None:
     values = a_named("two_sequences")
     values["slc_table"][1, 0] = values["k_slc"].shape[0]

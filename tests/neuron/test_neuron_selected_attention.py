@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import masked_oracle as oracle
@@ -93,6 +94,12 @@ def test_large_logits_and_odd_scale():
     assert want[1].max() > 1000
     oracle.close(got[0], want[0], 5e-3)
     oracle.close(got[1], want[1], 3e-6)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_scales_of_any_sign(scale):
+    problem = replace(oracle.Problem.random(1, 20, 30, 1, 2, 16, 16), scale=scale)
+    check(problem, random_ids(20, 30, 1, 3, 8), 8)
 
 
 def test_rows_that_see_nothing():

@@ -40,7 +40,7 @@ MOST_INSTRUCTIONS = 5_000_000
 """Of one program, as AWS's compiler's error NCC_EBVF030 gives it (docs/nki_0_7.md, part 3)."""
 
 RANGES = ("attention", "compressed_attention", "sliding_window_attention")
-"""Ops of `nki_kernels/common/range_attention`: their launchers take a scale of any sign."""
+"""Ops of `nki_kernels/common/range_attention`."""
 
 INSTRUCTIONS = {"forward": (130, 21), "backward": (40, 36)}
 """Of their largest kernel per 512 rows, and for each 128 keys of them: both ways of the forward, or
@@ -52,10 +52,6 @@ def refusal(bound: Bound, mode: str) -> Unsupported | None:
     stem = bound.spec.name.removesuffix("_backward")
     if stem in RANGES:
         return _range_refusal(bound, mode)
-    scale = bound.scalars.get("scale")
-    if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
-        reason = f"scale = {scale}; kernels hide a key by a large negative logit before scaling"
-        return Unsupported("scale", reason)
     return _REFUSALS[stem](bound) if stem in _REFUSALS else None
 
 
@@ -98,6 +94,9 @@ def _compress_refusal(bound: Bound) -> Unsupported | None:
 
 
 def _select_refusal(bound: Bound) -> Unsupported | None:
+    scale = bound.scalars.get("scale")
+    if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
+        return Unsupported("scale", f"scale = {scale}; scores are made relative to lse / scale")
     if bound.group > MOST_SCORED:
         reason = f"Hq / Hkv = {bound.group} > {MOST_SCORED}, what SBUF holds of 32 queries"
         return Unsupported("group", reason)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_neuron.backends.neuron.launch.ranges import positive_scale
+
 if TYPE_CHECKING:
     from nsa_neuron.backends.neuron.plans import Plan
     from nsa_neuron.backends.neuron.run import Kernels
@@ -47,6 +49,7 @@ def forward(
 
     As many queries at a time as 128 partitions hold with all heads of a group.
     """
+    q, scale = positive_scale(q, scale)
     queries, heads = q.shape[1:3]
     kv_heads = k_cmp.shape[2]
     step = PARTITIONS // (heads // kv_heads)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nsa_neuron.backends.neuron.launch.ranges import positive_scale
 from nsa_neuron.backends.neuron.launch.selected_attention import sizes
 from nsa_neuron.backends.neuron.launch.selected_attention.grid import Grid
 
@@ -39,6 +40,7 @@ def forward(
     Returns:
         o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq] float32.
     """
+    q, scale = positive_scale(q, scale)
     constants = plan["forward"]
     cut = _sizes(constants, q, k, v, block_indices, select_block, backward=False)
     grid = Grid.of(q, k, block_indices, select_block, cu_seqlens_q, cu_seqlens_k, cut)
@@ -74,6 +76,8 @@ def backward(
     Args:
         grad_o: [B, S, Hq, Dv]. grad_lse: [B, S, Hq] float32 or None for zero.
     """
+    sign = (scale > 0) - (scale < 0)
+    q, scale = positive_scale(q, scale)
     constants = plan["backward"]
     cut = _sizes(constants, q, k, v, block_indices, select_block, backward=True)
     grid = Grid.of(q, k, block_indices, select_block, cu_seqlens_q, cu_seqlens_k, cut)
@@ -94,7 +98,8 @@ def backward(
     )  # fmt: skip
     keys = grid.null_page * grid.page
     dk, dv = kernels.backward_sum(*sums, keys=keys, dk=k.shape[3], dtype_of=pages)
-    return grid.rows(dq.flatten(0, 1)), grid.tokens(dk, k.shape[1]), grid.tokens(dv, k.shape[1])
+    dq = grid.rows(dq.flatten(0, 1))
+    return dq if sign > 0 else dq * sign, grid.tokens(dk, k.shape[1]), grid.tokens(dv, k.shape[1])
 
 
 def _sizes(

@@ -82,7 +82,13 @@ def estimate(
 
 
 def central(run: Run, params: str = DEFAULT_SET) -> Timeline:
-    """Model a run with the central constants only, at a third of the work."""
+    """Model a run with the central constants only, at a third of the work.
+
+    Raises:
+        ValueError: not all iterations of its loops were run, so a timeline is a part of the time.
+    """
+    if any(core.trips for core in run.cores):
+        raise ValueError("a run of some iterations only has no timeline of its own: use estimate")
     with paused_gc():
         return schedule(program_of(run), load(params))
 

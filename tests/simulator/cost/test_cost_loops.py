@@ -263,3 +263,10 @@ def test_each_iteration_of_a_while_loop_waits_for_its_condition():
     assert len(work) == 3
     for after, before in zip(work[1:], conditions, strict=False):
         assert t.issue[after] >= t.end[before]
+
+
+def test_a_part_of_a_run_is_not_handed_out_as_its_time():
+    found = simulator.profile(loop_kernel, iterations=10)(X, 100)
+    with pytest.raises(ValueError, match="use estimate"):
+        cost.central(found.run)
+    assert cost.estimate(found.run).band.central == found.time.central

@@ -61,7 +61,7 @@ def agree(
         UnknownBackend, BackendUnavailable: of the targets.
         NsaError: the subject cannot be run in float64 on the reference, which is the truth.
     """
-    chosen = [REGISTRY.target(name) for name in targets]
+    chosen = list(dict.fromkeys(REGISTRY.target(name) for name in targets))
     for target in chosen:
         REGISTRY.usable(target)
     plan = _Plan(subject, backward, decode, seed, [])
@@ -72,6 +72,8 @@ def agree(
         for other in runs:
             if one is not other and one.target in finals and other.target in finals:
                 one.between[other.target] = _apart(finals[one.target], finals[other.target])
+    if not any(run.calls for run in runs):
+        plan.notes.append("no nsa op was called: only the rest of the model was compared")
     return Agreement(subject.name, subject.describe(), runs, plan.notes)
 
 

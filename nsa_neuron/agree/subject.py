@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,11 +117,13 @@ def load(text: str) -> Subject:
     """
     path, _, name = text.partition("::")
     name = name or "make"
+    text = f"{path}::{name}"
     with imported(Path(path)) as module:
         make = getattr(module, name, None)
         if not callable(make):
             raise NsaError(f"{path} has no function '{name}'")
-        made = make()
+        with _said_briefly(text):
+            made = make()
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
         raise NsaError(f"{text} returned {type(made).__name__}; it must return (model, inputs)")
     model, inputs = made
@@ -143,10 +146,22 @@ def imported(path: Path) -> Iterator[ModuleType]:
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        with _said_briefly(str(path)):
+            spec.loader.exec_module(module)
         yield module
     finally:
         sys.path.remove(folder)
+
+
+@contextmanager
+def _said_briefly(what: str) -> Iterator[None]:
+    """Turns what a user's file raises into one line with its place; NSA_DEBUG=1 shows all."""
+    try:
+        yield
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}:{frame.lineno}"
+        raise NsaError(f"{what} raised {type(error).__name__}: {error} ({place})") from error
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -191,7 +191,7 @@ def test_modules_that_part_without_a_wrong_call_are_found() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Strange(), nn.Linear(4, 4))
     with acme():
         run = agree(Subject("strange", model, (torch.randn(2, 4),)), ["acme"]).runs[0]
-    assert not run.bad_calls and run.parted[0].name == "1"
+    assert not run.calls and run.parted[0].name == "1"
     assert "every call of an nsa op is right on its own inputs" in run.first
 
 
@@ -231,13 +231,20 @@ def test_the_command_s_exit_codes_json_and_page(tmp_path: Path, capsys) -> None:
     ("words", "said"),
     [
         (["nowhere.py", "--targets", "cpu"], "there is no file nowhere.py"),
+        (["raises.py", "--targets", "cpu"], "raises.py::make raised ValueError: boom"),
+        (["broken.py", "--targets", "cpu"], "broken.py raised SyntaxError"),
         ([f"{EXAMPLE}::nothing", "--targets", "cpu"], "has no function 'nothing'"),
         ([f"{EXAMPLE}::Model", "--targets", "cpu"], "it must return (model, inputs)"),
         ([f"{EXAMPLE}::make", "--targets", "tpu"], "no backend or target 'tpu'"),
         ([f"{EXAMPLE}::make", "--targets", "trn2:hw"], "neuron:hw cannot run here"),
     ],
 )
-def test_what_cannot_be_carried_out_is_said(words: list[str], said: str, capsys) -> None:
+def test_what_cannot_be_carried_out_is_said(
+    words: list[str], said: str, capsys, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raises.py").write_text("def make():\n    raise ValueError('boom')\n")
+    (tmp_path / "broken.py").write_text("def make(:\n")
     assert main(["agree", *words]) == 2
     assert said in capsys.readouterr().err
 

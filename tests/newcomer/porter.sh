@@ -6,13 +6,13 @@ torch
 pip install --quiet "$WHEEL[torch]"
 cp "$ROOT"/examples/porting/*.py .
 
-expect 0 "agrees" nsa agree model.py::make --targets cpu,reference --decode 2 --html agree.html
+expect 0 "agrees" nsa agree model.py::make --targets cpu:torch,reference --decode 2 --html agree.html
 grep -q "every target agrees" agree.html || fail "the page says something else"
 expect 1 "layers.1: call 6, nsa_attention_forward (its part sliding_window_attention) is wrong" \
   nsa agree wrong_window.py::make --targets acme --decode 0
 no_traceback
 expect 2 "cannot run here" nsa agree model.py::make --targets trn2
-expect 2 "no file nothing.py" nsa agree nothing.py::make --targets cpu
+expect 2 "no file nothing.py" nsa agree nothing.py::make --targets cpu:torch
 no_traceback
 expect 0 "nsa_attention" nsa backends
 say "a porter is at home"

@@ -9,5 +9,9 @@ Causal, windowed and compressed attention are this, packed or not. The range of 
   (unpacked input) both are equalities, and tiles that every query sees need no mask.
 
 Modules: `geometry` (tiles of queries, chunks of keys), `operands` (loads, transposes, shifts,
-masks), `forward`, `backward_dq`, `backward_dkv`.
+masks), `forward` with its two ways `fast` and `exact`, `backward_dq`, `backward_dkv`.
+
+Programs are unrolled: per 512 rows the forward has about 130 instructions and 21 for each 128 keys,
+both ways counted, the gradients of keys 40 and 36. AWS's compiler takes 5,000,000 of one program:
+64 heads reach 16K tokens of causal attention in one call, or any length in chunks of queries.
 """

@@ -24,7 +24,7 @@ install: $(STAMP) ## virtual environment with everything (torch: a CPU build)
 
 .PHONY: demo
 demo: $(STAMP) ## the main job: NSA on a real text (ARGS='--target trn2 --mode sim')
-	$(BIN)/nsa demo $(ARGS)
+	$(BIN)/nsa demo --page out/demo.html $(ARGS)
 
 .PHONY: test
 test: $(STAMP) ## the whole test suite

@@ -1,19 +1,21 @@
 """The main job, end to end: a byte-level NSA language model reads a real document.
 
-`nsa demo` (or `make demo`) compiles a small model with `torch.compile(backend="nsa_neuron")`, reads
-8K bytes of Python's own documentation, decodes 64 more, and shows which blocks the last query
-selected, with the text they cover. Weights are random (fixed seed) until a trained checkpoint
-exists, so what it writes means nothing; how it is computed is what is shown.
+`nsa demo` (or `make demo`) takes the small model that ships with the package, trained by `nsa
+train`, compiles its blocks with `torch.compile(backend="nsa_neuron")`, reads 8K bytes of Python's
+documentation that training left out, writes 160 more, and shows which blocks the last query
+selected, with the text they cover.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +24,17 @@ from torch import Tensor
 import nsa_neuron
 from nsa_neuron import conformance
 from nsa_neuron.conformance import text
-from nsa_neuron.nn import ByteLanguageModel, NsaConfig, capture, stream
+from nsa_neuron.nn import ByteLanguageModel, Sampling, stream
+from nsa_neuron.nn.checkpoint import SHIPPED, load_checkpoint
 from nsa_neuron.records import recording
+from nsa_neuron.show import Look, html, look
 from nsa_neuron.simulator import cost
+from nsa_neuron.training.corpus import HELD_OUT, help_topics
 
-CONFIG = NsaConfig(dim=128, heads=4, kv_heads=1, dk=32, dv=32)
-LAYERS = 2
-SEED = 0
 PROMPT = 8192  # tokens of prefill
 SIMULATED_PROMPT = 1024  # where kernels are simulated or interpreted
-DECODE = 64  # tokens decoded
+DECODE = 160  # tokens decoded
+SAMPLING = Sampling(temperature=0.6, top_p=0.9)  # greedy, so small a model repeats itself
 BAND = ("low", "central", "high")
 WARM_UP = 300  # tokens that compile the graphs; sizes are dynamic, so 8K reuses them
 
@@ -76,11 +79,11 @@ class Modelled:
 
 @dataclass
 class Selected:
-    """One block that the last query selected.
+    """One block that the last query selected; see `nsa_neuron.show.Passage`.
 
     Attributes:
         block: id. first, last: tokens it covers.
-        why: `first`, `own` or `previous` when forced, else `chosen by importance`.
+        why: `first`, `before` or `own`, which are always selected, or `importance`.
         text: the bytes it covers, as text.
     """
 
@@ -96,10 +99,12 @@ class DemoResult:
     """What the demo found; `to_json` gives plain data."""
 
     document: str
+    model: str
     tokens: int
     timings: Timings
     written: str
     selected: list[Selected]
+    look: Look
     lowerings: dict[str, Any] = field(default_factory=dict)
     modelled: dict[str, Modelled] = field(default_factory=dict)
 
@@ -117,6 +122,7 @@ class DemoResult:
         """Plain data."""
         return {
             "document": self.document,
+            "model": self.model,
             "prefill": {"tokens": self.tokens, "seconds": self.timings.prefill},
             "decode": {"tokens": DECODE, "seconds": self.timings.decode},
             "compile_seconds": self.timings.compile,
@@ -128,10 +134,10 @@ class DemoResult:
 
 
 def document() -> bytes:
-    """About 700 KB of English: the help topics that ship with every CPython."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics)).encode()
+    """Half a megabyte of English, Python's help topics: first those that training left out."""
+    topics = help_topics()
+    held_out = sorted(topics[::HELD_OUT], key=len, reverse=True)
+    return b"\n\n".join([*held_out, *(t for i, t in enumerate(topics) if i % HELD_OUT)])
 
 
 def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResult:
@@ -141,28 +147,36 @@ def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResu
         prompt: tokens of prefill.
         options: of the compile backend (`target`, `mode`, `rest`).
     """
-    whole = document()
-    prompt_text = whole[:prompt]
-    torch.manual_seed(SEED)
-    model = ByteLanguageModel(CONFIG, LAYERS).eval()
-    compiled = torch.compile(
-        model, backend="nsa_neuron", options=options, dynamic=True, fullgraph=True
-    )
+    prompt_text = document()[:prompt]
+    model, notes = load_checkpoint(SHIPPED)
+    fast = copy.deepcopy(model)
+    compiled = fast.compile_blocks(backend="nsa_neuron", options=options)
     timings, warm_up = Timings(), Timings()
     with torch.no_grad():
-        write(model, compiled, prompt_text[:WARM_UP], 4, warm_up)
+        write(fast, prompt_text[:WARM_UP], 4, warm_up)
         timings.compile = warm_up.prefill + warm_up.decode
         with recording() as records:
-            written = write(model, compiled, prompt_text, DECODE, timings, records)
-        selected = selected_blocks(model, prompt_text + written)
+            written = write(fast, prompt_text, DECODE, timings, records)
+        looked = look(model, prompt_text + written, [-1])
     return DemoResult(
-        document=f"pydoc_data.topics, bytes 0..{prompt - 1} of {len(whole):,}",
-        tokens=prompt,
+        document=f"Python's help topics, {len(prompt_text):,} bytes that training left out",
+        model=describe(model, notes),
+        tokens=len(prompt_text),
         timings=timings,
-        written=printable(written),
-        selected=selected,
+        written=written.decode(errors="replace"),
+        selected=selected_blocks(looked),
+        look=looked,
         lowerings=nsa_neuron.explain(compiled).to_json(),
         modelled=modelled_stages(records, timings.launches),
+    )
+
+
+def describe(model: ByteLanguageModel, notes: dict[str, Any]) -> str:
+    """A line about the model."""
+    c, count = model.config, sum(p.numel() for p in model.parameters())
+    return (
+        f"{len(model.kinds)} NSA blocks, {c.heads} query heads on {c.kv_heads} kv head, width "
+        f"{c.dim}, {count / 1e6:.2f} M parameters, trained {notes['trained_bytes'] / 1e6:.1f} MB"
     )
 
 
@@ -174,24 +188,22 @@ def modelled_stages(records: Sequence[Any], prefill: int) -> dict[str, Modelled]
 
 def write(
     model: ByteLanguageModel,
-    compiled: Any,
     prompt_text: bytes,
     count: int,
     timings: Timings,
     records: Sequence[Any] = (),
 ) -> bytes:
-    """Greedy decoding through the cache.
+    """Decoding through the cache.
 
     Args:
-        model: gives the cache.
-        compiled: the same model, compiled.
+        model: its blocks may be compiled.
         prompt_text: what is continued.
         count: bytes to write.
         timings: receives the seconds of prefill and decode, and the launches of prefill.
         records: of simulated launches, growing.
     """
     started = time.perf_counter()
-    new = stream(model, [prompt_text], count, forward=compiled, chunk=len(prompt_text))
+    new = stream(model, [prompt_text], count, sampling=SAMPLING, chunk=len(prompt_text))
     written = [next(new)]
     read = time.perf_counter()
     timings.launches = len(records)
@@ -201,23 +213,12 @@ def write(
     return bytes(torch.cat(written).tolist())
 
 
-def selected_blocks(model: ByteLanguageModel, text: bytes) -> list[Selected]:
+def selected_blocks(found: Look) -> list[Selected]:
     """What the last byte's query selects in the last layer."""
-    last = len(text) - 1
-    with capture(model, [last]) as layers:
-        model(as_tokens(text), last=1)
-    ids = layers[-1].queries[last].block_indices[0, 0].tolist()
-    size = model.config.select_block
-    own = last // size
-    forced = {0: "first (forced)", own - 1: "previous (forced)", own: "own (forced)"}
-    rows = []
-    for i in ids:
-        if i < 0:
-            continue
-        first, end = i * size, min((i + 1) * size, last + 1)
-        why = forced.get(i, "by importance")
-        rows.append(Selected(i, first, end - 1, why, printable(text[first:end])))
-    return rows
+    return [
+        Selected(p.block, p.first, p.last, p.why, printable(found.text[p.first : p.last + 1]))
+        for p in found.views[-1].picked
+    ]
 
 
 def as_tokens(text: bytes) -> Tensor:
@@ -237,14 +238,14 @@ def report(result: DemoResult) -> str:
     targets = sorted({choice["target"] for choice in result.lowerings["choices"]})
     lines = [
         f"document   {result.document}",
-        f"model      {LAYERS} NSA blocks, {CONFIG.heads} query heads on {CONFIG.kv_heads} kv head, "
-        f"width {CONFIG.dim}; random weights, seed {SEED}",
+        f"model      {result.model}",
         f"lowering   nsa ops -> {', '.join(targets)}; the rest -> {result.lowerings['rest']}",
         f"compile    {t.compile:.1f} s (once; sizes are dynamic)",
         f"prefill    {result.tokens} tokens in {t.prefill:.2f} s = "
         f"{result.prefill_rate:,.0f} tokens/s",
         f"decode     {DECODE} tokens in {t.decode:.2f} s = {result.decode_rate:,.1f} tokens/s",
-        f"wrote      {result.written!r}  (untrained: it means nothing)",
+        f"read       … {printable(result.look.text[: result.tokens][-160:])}",
+        f"wrote      {result.written!r}",
     ]
     for stage, model in result.modelled.items():
         lines.append(f"modelled   nsa ops of {stage}, one simulated NeuronCore: {model}")
@@ -264,7 +265,7 @@ def main(argv: Sequence[str] = ()) -> int:
     """`nsa demo`: prints the run, the portability matrix of this machine, and the selection.
 
     Args:
-        argv: `--json`, `--prompt N`, `--target T`, `--mode M`.
+        argv: `--json`, `--prompt N`, `--target T`, `--mode M`, `--page FILE`.
 
     Returns:
         0, or 1 if a backend fails the smoke cases of the matrix.
@@ -276,11 +277,16 @@ def main(argv: Sequence[str] = ()) -> int:
     )
     parser.add_argument("--target", help="trn2, h200, cpu (default: by the tensors' device)")
     parser.add_argument("--mode", help="hw, sim, eager")
+    parser.add_argument("--page", type=Path, help="write what the last query looked at as a page")
     given = parser.parse_args(list(argv))
     options = {k: v for k, v in (("target", given.target), ("mode", given.mode)) if v is not None}
     _say("compiling the model, reading and decoding (about a minute) ...")
     usual = SIMULATED_PROMPT if given.mode == "sim" else PROMPT
     result = run(given.prompt or usual, options or None)
+    if given.page:
+        given.page.parent.mkdir(parents=True, exist_ok=True)
+        given.page.write_text(html(result.look, "What the last byte looked at", result.document))
+        _say(f"wrote {given.page}")
     _say("trying every backend on the smoke cases (about half a minute) ...")
     matrix = conformance.run(tags=("smoke",))
     if given.json:

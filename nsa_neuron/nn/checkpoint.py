@@ -14,6 +14,8 @@ from nsa_neuron.errors import BackendUnavailable, NsaError, StateMismatch
 from nsa_neuron.nn.config import NsaConfig
 from nsa_neuron.nn.model import ByteLanguageModel
 
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "bytes-small.safetensors"
+"""The byte model that ships with the package; its card lies beside it."""
 FORMAT = 1  # of the metadata; grows when an older reader would misread it
 MODEL = "ByteLanguageModel"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,14 @@ class Block(nn.Module):
         return x
 
 
+def run_block(
+    block: nn.Module, x: Tensor, cu_seqlens: Tensor | None, step: LayerStep | None
+) -> Tensor:
+    """Calls a block; see `ByteLanguageModel.compile_blocks`."""
+    y: Tensor = block(x, cu_seqlens, step)
+    return y
+
+
 class ByteLanguageModel(CheckedModule):
     """Embedding, blocks, head.
 
@@ -60,6 +68,7 @@ class ByteLanguageModel(CheckedModule):
     def __init__(self, config: NsaConfig, layers: int | Sequence[str]) -> None:
         super().__init__()
         self.config = config
+        self.run_block: Callable[..., Tensor] = run_block
         self.kinds = ("nsa",) * layers if isinstance(layers, int) else tuple(layers)
         if not self.kinds:
             raise InvalidArgument("ByteLanguageModel", "layers", repr(layers), "at least one")
@@ -122,8 +131,20 @@ class ByteLanguageModel(CheckedModule):
         self._check(tokens, step)
         x: Tensor = self.embedding(tokens)
         for i, block in enumerate(self.blocks[:layers]):
-            x = block(x, cu_seqlens, None if step is None else step.layers[i])
+            x = self.run_block(block, x, cu_seqlens, None if step is None else step.layers[i])
         return x
+
+    def compile_blocks(self, **options: Any) -> Callable[..., Tensor]:
+        """Compiles what a block does, once for all blocks of a kind, whatever their number.
+
+        Args:
+            options: of `torch.compile`; `fullgraph` and `dynamic` are on.
+
+        Returns:
+            The compiled function, for `nsa_neuron.explain`.
+        """
+        self.run_block = torch.compile(run_block, fullgraph=True, dynamic=True, **options)
+        return self.run_block
 
     def _check(self, tokens: Tensor, step: Step | None) -> None:
         if tokens.dtype != torch.int64:

@@ -67,8 +67,6 @@ def corpus_of(**groups: Sequence[bytes]) -> Corpus:
 @cache
 def python_corpus() -> Corpus:
     """Python's help topics (half a megabyte of English) and the standard library's source."""
-    from pydoc_data.topics import topics
-
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path
@@ -76,9 +74,16 @@ def python_corpus() -> Corpus:
         if not SKIPPED.intersection(path.relative_to(root).parts)
     ]
     return corpus_of(
-        topics=[topics[name].encode() for name in sorted(topics)],
+        topics=help_topics(),
         source=[path.read_bytes() for path in files],
     )
+
+
+def help_topics() -> list[bytes]:
+    """Python's help topics, by name."""
+    from pydoc_data.topics import topics
+
+    return [topics[name].encode() for name in sorted(topics)]
 
 
 def _join(texts: Sequence[bytes]) -> Tensor:

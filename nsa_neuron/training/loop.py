@@ -210,7 +210,10 @@ def _save(
         tensors |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
     write_tensors(folder / STATE, tensors, {"step": step, **what})
     notes: dict[str, Any] = {key: what[key] for key in ("how", "begun_with") if key in what}
-    save_checkpoint(model, folder / MODEL, notes | {"finished_steps": step})
+    done = sum(json.loads(line)["bytes"] for line in (folder / LOG).open())
+    before = what.get("begun_with", {}).get("trained_bytes", 0)
+    notes |= {"finished_steps": step, "trained_bytes": before + done}
+    save_checkpoint(model, folder / MODEL, notes)
 
 
 def _resume(

@@ -208,6 +208,23 @@ def test_errors_leave_the_cache_as_it_was(kind, do, error, text):
     close(got, whole("separate", TOKENS[:, :42])[:, 40:])
 
 
+def test_a_step_ends_with_its_block_and_nothing_else_happens_meanwhile():
+    net = NETS["separate"]
+    cache = net.new_cache(2, 90)
+    with torch.no_grad(), cache.step(5) as step:
+        net(TOKENS[:, :5], step)
+        for do in (
+            lambda: enter(cache, 1),
+            lambda: cache.truncate([0, 0]),
+            lambda: cache.reorder([0, 1]),
+        ):
+            with pytest.raises(InvalidArgument, match="inside a step"):
+                do()
+    with pytest.raises(InvalidArgument, match="over"):
+        net(TOKENS[:, :5], step)
+    close(fed(net, TOKENS[:, 5:9], [4], cache), whole("separate", TOKENS[:, :9])[:, 5:])
+
+
 def test_no_free_page():
     net = NETS["separate"]
     cache = net.new_cache(2, 90, paged=True, pages=2)

@@ -278,3 +278,25 @@ def test_export_of_every_length():
     for length in (2, 7, 8, 11, 12, 41):
         short = tokens[:, :length]
         torch.testing.assert_close(program(short), net(short))
+
+
+def test_fsdp2_trains_like_one_module():
+    """One process: what FSDP2 does to modules and parameters, without another rank."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain, tokens = model(("nsa", "full"), torch.float32), bytes_of(1, 40)
+    net = copy.deepcopy(plain)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        next_token_loss(net(tokens), tokens).backward()
+        next_token_loss(plain(tokens), tokens).backward()
+        for (name, a), b in zip(net.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad, msg=name)
+    finally:
+        dist.destroy_process_group()

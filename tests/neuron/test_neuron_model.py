@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_neuron import demo, explain
-from nsa_neuron.nn import ByteLanguageModel
+from nsa_neuron.nn import ByteLanguageModel, NsaConfig
 
 pytestmark = pytest.mark.sim
 
@@ -17,7 +17,7 @@ def loss_and_gradients(options: dict[str, str]):
     """Loss and parameter gradients of one layer on 70 tokens, and what was compiled."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = ByteLanguageModel(demo.CONFIG, 1)
+    model = ByteLanguageModel(NsaConfig(dim=128, heads=4, kv_heads=1, dk=32, dv=32), 1)
     compiled = torch.compile(model, backend="nsa_neuron", options=options, fullgraph=True)
     loss = compiled(demo.as_tokens(demo.document()[:70])).square().mean()
     loss.backward()

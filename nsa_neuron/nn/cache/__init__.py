@@ -9,7 +9,9 @@ as tensors. The books change when the `with` block ends without an error: a step
 whatever reason, leaves the cache as it was.
 """
 
-from nsa_neuron.nn.cache.cache import ContiguousCache, KvCache, PagedCache
+from nsa_neuron.nn.cache.cache import KvCache
+from nsa_neuron.nn.cache.contiguous import ContiguousCache
+from nsa_neuron.nn.cache.paged import PagedCache
 from nsa_neuron.nn.cache.step import LayerStep, Step
 
 __all__ = ["ContiguousCache", "KvCache", "LayerStep", "PagedCache", "Step"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nsa_neuron.nn.config import NsaConfig
 
 SPARE = 2  # pages behind each pool's own: one takes what has no token, one stays zero
-PAGE_TOKENS = 64  # of a page, rounded up to whole selection blocks
+PAGE_TOKENS = 64  # of a page, at least
 
 
 class KvCache:
@@ -58,8 +58,7 @@ class KvCache:
         self.config, self.kinds, self.slack = config, tuple(kinds), slack
         self.batch, self.capacity = batch, capacity
         self.dtype, self.device = dtype, torch.device(device)
-        m = config.select_block
-        self.page = -(-PAGE_TOKENS // m) * m
+        self.page = page_tokens(config)
         self.alias = _alias(config)
         self._names = {
             "nsa": {*self.alias.values(), "cmp"},
@@ -68,6 +67,7 @@ class KvCache:
         }
         names = sorted(set().union(*(self._names[kind] for kind in kinds)))
         self.books = self._empty_books(names, pages)
+        self._stepping = False
         self.layers: list[Pools] = [self._pools(kind) for kind in self.kinds]
 
     @property
@@ -94,7 +94,7 @@ class KvCache:
             CacheExhausted: they do not fit; nothing has changed.
         """
         given = self._counts(tokens, counts)
-        books = self.books.copy()
+        books = self._books_to_change("step")
         old, books.lengths = books.lengths, books.lengths + given
         over = np.nonzero(books.lengths > self.capacity)[0]
         if len(over):
@@ -109,7 +109,11 @@ class KvCache:
         self._copy_pages(books)
         step = plan_step(books, old, given, tokens, self)
         step.layers = [LayerStep(step, pools, self.alias) for pools in self.layers]
-        yield step
+        self._stepping = True
+        try:
+            yield step
+        finally:
+            self._stepping = step.open = False
         self._release(books)
         self.books = books
 
@@ -120,6 +124,7 @@ class KvCache:
             InvalidArgument: a length that is not within the sequence, or rows that the shortened
                 sequence needs were given back already (see `slack`); nothing has changed.
         """
+        books = self._books_to_change("truncate")
         wanted = self._per_sequence("truncate", "lengths", lengths)
         if (wanted < 0).any() or (wanted > self.books.lengths).any():
             expected = f"from 0 to the sequences' {self.lengths}"
@@ -131,7 +136,6 @@ class KvCache:
                 found = f"{wanted[b]} for sequence {b} of {self.lengths[b]} tokens"
                 expected = f"at least what slack = {self.slack} keeps"
                 raise InvalidArgument("truncate", "lengths", found, expected)
-        books = self.books.copy()
         books.lengths = wanted
         self._keep(books)
         self.books = books
@@ -161,15 +165,20 @@ class KvCache:
         Raises:
             InvalidArgument: not one sequence for each.
         """
+        books = self._books_to_change("reorder")
         wanted = self._per_sequence("reorder", "order", order)
         if (wanted < 0).any() or (wanted >= self.batch).any():
             expected = f"within 0 .. {self.batch - 1}"
             raise InvalidArgument("reorder", "order", list(order), expected)
-        books = self.books.copy()
         books.lengths = books.lengths[wanted]
         books.kept = {name: kept[wanted] for name, kept in books.kept.items()}
         self._reorder_pages(books, wanted)
         self.books = books
+
+    def _books_to_change(self, op: str) -> Books:
+        if self._stepping:
+            raise InvalidArgument(op, "cache", "inside a step", "left alone until the step ends")
+        return self.books.copy()
 
     def _counts(self, tokens: int, counts: Sequence[int] | None) -> Ints:
         if tokens < 1:
@@ -265,105 +274,9 @@ class KvCache:
         return pools
 
 
-class ContiguousCache(KvCache):
-    """Each sequence's rows lie one behind the other, in memory that is its own from the start.
-
-    Args:
-        config, kinds, batch, capacity, dtype, device: see `KvCache`.
-    """
-
-    def __init__(
-        self,
-        config: NsaConfig,
-        kinds: Sequence[str],
-        batch: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(config, kinds, batch, capacity, dtype, device, batch, None)
-
-    def resized(self, order: Sequence[int], capacity: int) -> ContiguousCache:
-        """A new cache whose sequence i is a copy of this one's order[i].
-
-        Args:
-            order: a sequence for each of the new cache's.
-            capacity: of the new cache.
-
-        Raises:
-            InvalidArgument: no such sequence, or longer ones than the new capacity.
-        """
-        if not order or min(order) < 0 or max(order) >= self.batch:
-            expected = f"one or more, within 0 .. {self.batch - 1}"
-            raise InvalidArgument("resized", "order", list(order), expected)
-        made = ContiguousCache(
-            self.config, self.kinds, len(order), capacity, dtype=self.dtype, device=self.device
-        )
-        lengths = self.books.lengths[list(order)]
-        if (lengths > capacity).any():
-            raise InvalidArgument("resized", "capacity", capacity, f"at least {lengths.max()}")
-        made.books.lengths = lengths
-        index = torch.as_tensor(list(order), device=self.device)
-        for old, new in zip(self.layers, made.layers, strict=True):
-            for name in old:
-                for x, y in zip(old[name], new[name], strict=True):
-                    rows = x[:-SPARE].unflatten(0, (self.batch, -1))
-                    target = y[:-SPARE].unflatten(0, (made.batch, -1))
-                    pages = min(rows.shape[1], target.shape[1])
-                    target[:, :pages] = rows[index, :pages]
-        return made
-
-    def _empty_books(self, names: Sequence[str], pages: int) -> Books:
-        books = super()._empty_books(names, pages)
-        for table in books.tables.values():
-            table.table[:] = np.arange(table.table.size).reshape(table.table.shape)
-            table.users = np.ones(table.table.size, dtype=np.int64)
-        return books
-
-    def _keep(self, books: Books) -> None:
-        """Nothing is given back."""
-
-    def _reorder_pages(self, books: Books, order: Ints) -> None:
-        """Every sequence's memory is copied."""
-        index = torch.as_tensor(order, device=self.device)
-        for pools in self.layers:
-            for pair in pools.values():
-                for x in pair:
-                    own = x[:-SPARE].unflatten(0, (self.batch, -1))
-                    own.copy_(own[index])
-
-
-class PagedCache(KvCache):
-    """Sequences share pools of pages; forks share pages until one of them writes.
-
-    Args:
-        config, kinds, batch, capacity, dtype, device: see `KvCache`.
-        pages: of each pool; default: enough for every sequence at full capacity. A page holds
-            `cache.page` tokens, or the blocks that start in them.
-        slack: None: keep every row. Else rows of the window branch and of phi's input are given
-            back once no query sees them, except for truncations of up to so many tokens.
-    """
-
-    def __init__(
-        self,
-        config: NsaConfig,
-        kinds: Sequence[str],
-        batch: int,
-        capacity: int,
-        *,
-        pages: int | None = None,
-        slack: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if slack is not None and (isinstance(slack, bool) or slack < 0):
-            raise InvalidArgument("PagedCache", "slack", slack, "None or at least 0")
-        m = config.select_block
-        page = -(-PAGE_TOKENS // m) * m
-        full = max(1, batch) * -(-max(1, capacity) // page)
-        pages = full if pages is None else pages
-        super().__init__(config, kinds, batch, capacity, dtype, device, pages, slack)
+def page_tokens(config: NsaConfig) -> int:
+    """Tokens of a page: whole selection blocks, as `decode` wants them."""
+    return -(-PAGE_TOKENS // config.select_block) * config.select_block
 
 
 def _alias(config: NsaConfig) -> dict[str, str]:

@@ -52,6 +52,7 @@ class Step:
             the rows of `win` that a query can see.
         queries: the given queries among the B * S; None: all. cu_queries: their offsets.
         few: whether NSA layers use `decode`.
+        open: False once its `with` block has ended.
         layers: one per layer of the model.
     """
 
@@ -67,6 +68,7 @@ class Step:
     queries: Tensor | None
     cu_queries: Tensor
     few: bool
+    open: bool = True
     layers: list[LayerStep] = field(default_factory=list)
 
 
@@ -105,6 +107,8 @@ class LayerStep:
         Raises:
             InvalidArgument: it has not.
         """
+        if not self.step.open:
+            raise InvalidArgument("cache step", "step", "over", "used inside its `with` block")
         if tuple(x.shape[:2]) != self.step.shape:
             found = f"of {x.shape[0]} sequences and {x.shape[1]} tokens"
             b, s = self.step.shape

@@ -214,7 +214,7 @@ STAGES = (
     Stage("compress", 8192, _compress, per_token=True),
     Stage("compressed_attention", 128, _compressed),
     Stage("select_blocks", 256, _select),
-    Stage("selected_attention", 256, _selected),
+    Stage("selected_attention", 512, _selected),
     Stage("sliding_window_attention", 128, _attention),
     Stage("gated_sum", 1024, _gated_sum, per_token=True),
 )

@@ -100,6 +100,15 @@ def test_lowest_id_on_ties_between_pieces():
     assert ids.flatten().tolist() == [*range(7), 598, 599]
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1e-30, 1e-42])
+def test_any_scale(scale):
+    values = problem([(40, 90)])
+    exact = {name: values[name].double() for name in ("q", "k_cmp")}
+    where = {name: values[name] for name in ("kv_len", "block", "stride")}
+    _, lse = compressed_attention(v_cmp=exact["k_cmp"], **exact, **where, scale=scale)
+    judged.judge("select_blocks", {**values, "lse": lse, "scale": scale}, torch.float32)
+
+
 def with_plan(values: dict[str, Any], dtype: torch.dtype, **constants: int) -> None:
     """Asserts that other constants of the plan give the same ids, on one core and on two."""
     given_ = judged.complete("select_blocks", values, dtype)

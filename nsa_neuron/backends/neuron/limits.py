@@ -94,9 +94,6 @@ def _compress_refusal(bound: Bound) -> Unsupported | None:
 
 
 def _select_refusal(bound: Bound) -> Unsupported | None:
-    scale = bound.scalars.get("scale")
-    if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
-        return Unsupported("scale", f"scale = {scale}; scores are made relative to lse / scale")
     if bound.group > MOST_SCORED:
         reason = f"Hq / Hkv = {bound.group} > {MOST_SCORED}, what SBUF holds of 32 queries"
         return Unsupported("group", reason)

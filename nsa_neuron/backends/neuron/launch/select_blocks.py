@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_neuron.backends.neuron.launch.packed import Aligned, block_counts, take
+from nsa_neuron.backends.neuron.launch.ranges import positive_scale
 
 if TYPE_CHECKING:
     from nsa_neuron.backends.neuron.plans import Plan
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 PARTITIONS = 128
 BANK = 512  # float32 columns of a PSUM bank
+SMALLEST_SCALE = 1e-30
+"""Below, logits of any 16-bit or sane float32 inputs are 0, while lse / scale would overflow."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def forward(
         wanted = min(wanted, max(constants["looped_piece"], every // 16))
     wanted = min(wanted, every)
     tiles = Tiles.of(block, stride, select_block, wanted, unit)
+    q, scale = positive_scale(q, scale if abs(scale) >= SMALLEST_SCALE else 0.0)
     shift = _shift(lse, scale, q.dtype)
     size = -(-places.blocks // tiles.blocks) * tiles.blocks * ratio
     (ids,) = kernels.forward(

@@ -1,0 +1,126 @@
+"""How the kernels are compiled and kept; a compiler that copies a made library stands for g++."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nsa_neuron as nsa
+from nsa_neuron.backends.cpu.native_mode import build, extension
+from nsa_neuron.errors import BackendUnavailable
+from nsa_neuron.registry import REGISTRY, use_backend
+
+pytestmark = pytest.mark.skipif(bool(build.hindrance()), reason=f"no kernels: {build.hindrance()}")
+
+CACHED = (build.compiler, build.library_name, build._own_folder, extension.load)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A process that has not compiled yet, with an empty cache; everything is put back later."""
+    made = build.library()
+
+    def forget():
+        for function in CACHED:
+            function.cache_clear()
+        build._failure.clear()
+        REGISTRY.forget()
+
+    forget()
+    monkeypatch.setenv("NSA_CACHE", str(tmp_path / "cache"))
+    yield made
+    monkeypatch.undo()
+    forget()
+
+
+def copying_compiler(folder, made):
+    """A compiler: `-o` gets the made library; every link is told in `links`."""
+    path = folder / "copying-c++"
+    path.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *-shared*) echo link >> ' + str(folder / "links") + "; sleep 0.3;; esac\n"
+        'while [ "$1" != -o ]; do shift; done\n'
+        f'cp {made} "$2"\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_without_a_compiler_everything_runs_on_torch_and_says_why(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.delenv("CXX", raising=False)
+    modes = REGISTRY.get("cpu").modes()
+    assert next(iter(modes)) == "torch" and "no C++ compiler" in modes["native"]
+    q = torch.randn(1, 5, 2, 8)
+    assert nsa.attention(q, q, q)[0].isfinite().all()
+    assert "cpu:torch" in caplog.text and "no C++ compiler" in caplog.text
+    with pytest.raises(BackendUnavailable, match="no C\\+\\+ compiler"), use_backend("cpu:native"):
+        pass
+
+
+def test_a_compiler_that_fails_is_asked_once_and_quoted(fresh, tmp_path, monkeypatch, caplog):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho 'error: no such luck' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    q = torch.randn(1, 5, 2, 8)
+    assert nsa.attention(q, q, q)[0].isfinite().all()
+    assert "no such luck" in caplog.text
+    assert "no such luck" in REGISTRY.get("cpu").modes()["native"]
+    assert not list((tmp_path / "cache").glob("*.so")) and not list(
+        (tmp_path / "cache").glob("build*")
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_replaced_by_one_of_the_process(
+    fresh, tmp_path, monkeypatch
+):
+    (tmp_path / "cache").write_text("a file, where a folder cannot be made")
+    monkeypatch.setenv("CXX", copying_compiler(tmp_path, fresh))
+    path = build.library()
+    assert path.is_file() and tmp_path not in path.parents
+    assert extension.load().nsa_call_size() > 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no digest", "empty digest"])
+def test_a_damaged_library_is_compiled_again(fresh, tmp_path, monkeypatch, damage):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    library = folder / build.library_name()
+    shutil.copy(fresh, library)
+    if damage == "truncated":
+        build._digest_file(library).write_text(build._digest(library))
+        library.write_bytes(library.read_bytes()[:1000])
+    elif damage == "empty digest":
+        build._digest_file(library).write_text("")
+    monkeypatch.setenv("CXX", copying_compiler(tmp_path, fresh))
+    assert build.cached() is None
+    assert build.library() == library and build.cached() == library
+    assert extension.load().nsa_call_size() > 0
+
+
+def test_processes_that_start_together_compile_once(fresh, tmp_path):
+    env = {
+        **os.environ,
+        "CXX": copying_compiler(tmp_path, fresh),
+        "NSA_CACHE": str(tmp_path / "cache"),
+    }
+    code = "from nsa_neuron.backends.cpu.native_mode import extension; extension.load()"
+    started = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert (tmp_path / "links").read_text().splitlines() == ["link"]
+
+
+def test_a_library_is_named_by_all_that_it_depends_on(fresh, monkeypatch):
+    name = build.library_name()
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    build.library_name.cache_clear()
+    assert build.library_name() != name
+    monkeypatch.setattr(build, "instruction_set", lambda: "AVX2")
+    build.library_name.cache_clear()
+    assert "avx2" in build.library_name()

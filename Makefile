@@ -57,6 +57,18 @@ readme: $(STAMP) ## the README's table of kernels, as it is now
 	$(BIN)/python -c "from pathlib import Path; from nsa_neuron.cli.coverage import rewrite; \
 	  page = Path('README.md'); page.write_text(rewrite(page.read_text()))"
 
+NATIVE := nsa_neuron/backends/cpu/native_mode/src
+DRIVEN := $(filter-out %/runtime.cpp %/api.cpp,$(wildcard $(NATIVE)/*.cpp)) $(wildcard tests/cpu/native/*.cpp)
+SANITIZED := -std=c++17 -O1 -g -march=x86-64-v3 -I$(NATIVE) -pthread
+
+.PHONY: sanitize
+sanitize: ## the CPU kernels under the address, undefined and thread sanitizers (needs g++)
+	mkdir -p build
+	$(CXX) $(SANITIZED) -fsanitize=address,undefined -fno-sanitize-recover=all $(DRIVEN) -o build/drive-address
+	build/drive-address 30
+	$(CXX) $(SANITIZED) -fsanitize=thread $(DRIVEN) -o build/drive-thread
+	TSAN_OPTIONS=halt_on_error=1 build/drive-thread 15
+
 .PHONY: conform
 conform: $(STAMP) ## every op on every backend that runs here
 	$(BIN)/nsa conform

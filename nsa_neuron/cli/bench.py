@@ -1,7 +1,8 @@
 """Measure on this machine, or model a Trainium2.
 
 `--target cpu` measures what one call of torch.ops.nsa costs beyond an empty op, and the reference
-NSA against scaled_dot_product_attention. `--simulator` measures the simulator's own time and memory
+NSA against scaled_dot_product_attention; with `--part native`, both modes of the `cpu` backend
+against it, and decode. `--simulator` measures the simulator's own time and memory
 against NumPy doing the same arithmetic on the same tiles, and what profiling adds. Both measure on
 this computer. `--target trn2` measures nothing: it models the time of the NKI kernels on
 one NeuronCore, per stage and against dense attention, from simulated runs of some queries (a minute
@@ -35,7 +36,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the simulator's speed and memory against NumPy's, measured here",
     )
     parser.add_argument(
-        "--part", choices=("overhead", "attention"), help="one part of --target cpu only"
+        "--part",
+        choices=("overhead", "attention", "native"),
+        help="one part of --target cpu only; `native` (the cpu backend against SDPA, minutes) is "
+        "run only when asked for",
+    )
+    parser.add_argument(
+        "--shape",
+        default="16/1/128/float32",
+        metavar="HQ/HKV/D/DTYPE",
+        help="of --part native",
     )
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="default 2048 8192 16384, on trn2 65536"
@@ -90,7 +100,22 @@ def _cpu(args: argparse.Namespace) -> list[Part]:
     if args.part in (None, "attention"):
         lengths = args.tokens or [2048, 8192, 16384]
         parts.append((attention.measure(lengths), attention.to_text))
+    if args.part == "native":
+        from nsa_neuron.bench import native
+
+        shape = _shape(args.shape)
+        parts.append((native.measure(args.tokens or [4096, 8192, 16384], *shape), native.to_text))
     return parts
+
+
+def _shape(text: str) -> tuple[tuple[int, int], int, str]:
+    """`16/1/128/float32` as heads, head dim and dtype."""
+    words = text.split("/")
+    sizes = [int(word) for word in words[:3] if word.isdigit() and int(word)]
+    known = ("float32", "bfloat16", "float16")
+    if len(words) != 4 or len(sizes) != 3 or words[3] not in known or sizes[0] % sizes[1]:
+        raise NsaError(f"--shape is {text!r}; it must be HQ/HKV/D/DTYPE, such as 16/1/128/float32")
+    return (sizes[0], sizes[1]), sizes[2], words[3]
 
 
 def _trn2(args: argparse.Namespace) -> list[Part]:

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from nsa_neuron.bench import attention, overhead
+from nsa_neuron.bench import attention, native, overhead
 from nsa_neuron.bench.record import Record
-from nsa_neuron.cli import main
+from nsa_neuron.cli import UNUSABLE, main
 from nsa_neuron.ops import get
 from nsa_neuron.registry import REGISTRY
 
@@ -89,3 +89,25 @@ def test_bench_overhead_names_every_op_and_mode() -> None:
     table = overhead.to_text(records)
     assert {r.facts["mode"] for r in records} == set(overhead.modes(get("gated_sum")))
     assert all(r.runs == 2 for r in records) and "gated_sum" in table
+
+
+def test_bench_of_the_cpu_backend_names_every_contestant(tmp_path, capsys) -> None:
+    out = tmp_path / "native.jsonl"
+    words = ["bench", "--target", "cpu", "--part", "native", "--tokens", "128"]
+    assert main([*words, "--shape", "2/1/16/bfloat16", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    timed = {(row["facts"].get("pass"), row["name"]) for row in rows}
+    ours = native.usable()
+    ways = (native.FORWARD, native.BACKWARD)
+    assert {(way, name) for way in ways for name in ("sdpa", *ours)} <= timed
+    assert {("decode", "decode"), ("decode", "sdpa decode")} <= timed
+    for row in rows:
+        assert row["kind"] == "measured" and row["median"] > 0
+        assert "pass" not in row["facts"] or {"cpu_ms", "load"} <= set(row["facts"])
+    assert "its bytes" in capsys.readouterr().out
+
+
+def test_bench_refuses_a_shape_that_is_none(capsys) -> None:
+    for shape in ("16/3/64/float32", "16/1/64", "16/1/0/float32", "16/1/64/float64"):
+        assert main(["bench", "--target", "cpu", "--part", "native", "--shape", shape]) == UNUSABLE
+        assert "HQ/HKV/D/DTYPE" in capsys.readouterr().err

@@ -57,6 +57,7 @@ readme: $(STAMP) ## the README's table of kernels, as it is now
 	$(BIN)/python -c "from pathlib import Path; from nsa_neuron.cli.coverage import rewrite; \
 	  page = Path('README.md'); page.write_text(rewrite(page.read_text()))"
 
+CPU_RESULTS ?= benchmarks/results/cpu-native.jsonl
 NATIVE := nsa_neuron/backends/cpu/native_mode/src
 DRIVEN := $(filter-out %/runtime.cpp %/api.cpp,$(wildcard $(NATIVE)/*.cpp)) $(wildcard tests/cpu/native/*.cpp)
 SANITIZED := -std=c++17 -O1 -g -march=x86-64-v3 -I$(NATIVE) -pthread
@@ -85,6 +86,12 @@ bench: $(STAMP) ## measure on this machine: call overhead, reference NSA, the si
 .PHONY: mutants
 mutants: $(STAMP) ## plant faults in a copy and count those that no test notices (about two hours)
 	$(BIN)/python -m tools.mutants
+
+.PHONY: bench-cpu
+bench-cpu: $(STAMP) ## the whole table of docs/performance.md for the CPU backend, 15 minutes, idle
+	$(BIN)/nsa bench --target cpu --part native --tokens 4096 8192 16384 65536 --out $(CPU_RESULTS)
+	$(BIN)/nsa bench --target cpu --part native --tokens 4096 16384 --shape 4/1/64/float32 --out $(CPU_RESULTS)
+	$(BIN)/nsa bench --target cpu --part native --tokens 4096 16384 --shape 16/1/128/bfloat16 --out $(CPU_RESULTS)
 
 .PHONY: clean
 clean: ## remove the environment and caches

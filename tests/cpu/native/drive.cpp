@@ -132,7 +132,7 @@ struct Problem {
 // The first result that differs, -1 if none does.
 int first_difference(const std::vector<Floats>& a, const std::vector<Floats>& b) {
   for (size_t i = 0; i < a.size(); i++)
-    if (std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(float))) return int(i);
+    if (!a[i].empty() && std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(float))) return int(i);
   return -1;
 }
 

@@ -10,6 +10,7 @@ it shows.
 from __future__ import annotations
 
 import importlib.machinery
+import itertools
 import types
 from typing import Any
 
@@ -40,8 +41,12 @@ class Wrapped:
             simulator.ShapeDtype(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
             for x in args
         ]
-        # The number of turns of a loop does not change the shapes of results.
-        traced = simulator.simulate(self.kernel[self.lnc], data=False, unknown=lambda _: 1)
+        # The number of turns of a loop does not change the shapes of results; a loop whose condition
+        # is loaded anew each turn ends at the next 0.
+        turns = itertools.cycle((1, 0))
+        traced = simulator.simulate(
+            self.kernel[self.lnc], data=False, unknown=lambda _: next(turns)
+        )
         found = traced(*shapes, **kwargs)
         results = found if isinstance(found, tuple) else (found,)
         made = [tensors[0].new_empty(x.shape, dtype=getattr(torch, x.dtype.name)) for x in results]

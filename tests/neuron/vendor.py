@@ -41,8 +41,8 @@ class Wrapped:
             simulator.ShapeDtype(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
             for x in args
         ]
-        # The number of turns of a loop does not change the shapes of results; a loop whose condition
-        # is loaded anew each turn ends at the next 0.
+        # The number of turns of a loop does not change the shapes of results; a loop whose
+        # condition is loaded anew each turn ends at the next 0.
         turns = itertools.cycle((1, 0))
         traced = simulator.simulate(
             self.kernel[self.lnc], data=False, unknown=lambda _: next(turns)

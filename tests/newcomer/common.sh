@@ -3,7 +3,7 @@
 #   NAME.sh PYTHON WHEEL ROOT
 #
 # PYTHON makes the environment, WHEEL is nsa-neuron's, ROOT this repository, whose documents and
-# examples are read. With NEWCOMER=full torch is installed too, as the README says; without it, torch
+# examples are read. With NEWCOMER=full torch is installed too, from where pip looks; without it, torch
 # and what it needs are seen where PYTHON has them, which saves a minute.
 set -euo pipefail
 PYTHON=$1 WHEEL=$2 ROOT=$3

@@ -15,7 +15,4 @@ test_cpu_torch = conformance_tests(
     "cpu:torch", dtypes=(torch.float32, torch.bfloat16), tags=("smoke", "edge")
 )
 test_cpu_native = conformance_tests("cpu:native", tags=("smoke", "edge"))
-test_cuda_simulated = pytest.mark.sim(
-    conformance_tests("cuda:sim", dtypes=(torch.float32, torch.bfloat16), tags=("smoke",))
-)
 test_cuda = pytest.mark.gpu(conformance_tests("cuda:hw"))

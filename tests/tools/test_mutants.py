@@ -23,7 +23,8 @@ WINGS = {
 
 def test_every_fault_stands_once_in_its_file_and_names_tests_that_exist() -> None:
     faults = load()
-    assert not stale(faults, ROOT)
+    problems = stale(faults, ROOT)
+    assert not problems, "\n".join(problems)
     assert {fault.wing for fault in faults} == WINGS
     assert len(faults) >= 200
     assert all(fault.tests and fault.why for fault in faults)

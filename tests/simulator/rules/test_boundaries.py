@@ -165,7 +165,7 @@ def test_addresses_end_with_the_partitions(first: int, rule: str) -> None:
 @pytest.mark.parametrize(("bytes_", "rule"), [(212_984, ""), (212_988, "sbuf-capacity")])
 def test_sbuf_holds_212984_bytes_of_a_partition(bytes_: int, rule: str) -> None:
     def kernel(x):
-        tiles = [sbuf(2, n // 4) for n in (100_000, bytes_ - 100_000)]
+        tiles = [sbuf(128, n // 4) for n in (100_000, bytes_ - 100_000)]
         for t in tiles:
             nisa.tensor_copy(t[:, 0:1], t[:, 1:2])
 

@@ -149,7 +149,7 @@ SPEC = OpSpec(
     compare=COMPARE_FORWARD,
     cases=grid(
         extra=(
-            variant("several_tiles", "l8_d4", {"block": 8, "stride": 4}),
+            variant("several_tiles", "l8_d4", {"block": 8, "stride": 4}, queries=40),
             variant("m_plus_1", "stride_is_block", {"block": 16, "stride": 16}),
             variant("packed_tails", "packed_l12_d4", {"block": 12, "stride": 4}),
             variant("prefill_tail", "custom_scale", {"scale": 0.3}),

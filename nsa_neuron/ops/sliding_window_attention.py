@@ -96,7 +96,7 @@ SPEC = OpSpec(
         {"window": 24},
         (
             variant("group4_s40", "window_1", {"window": 1}),
-            variant("several_tiles", "window_default", {}),
+            variant("several_tiles", "window_default", {}, queries=40),
             variant("m_plus_1", "window_of_all", {"window": 65}),
             variant("prefill_tail", "custom_scale", {"window": 33, "scale": 0.3}),
             bench_case(65536),

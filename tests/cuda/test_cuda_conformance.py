@@ -28,8 +28,8 @@ TELLING = {
         "dims_odd_80_24", "prefill_tail",
     },
     "decode": {
-        "edges", "group3", "odd_pages", "page_of_one", "no_initial_one_local", "n_of_one",
-        "custom_scale", "window_of_splits_and_one", "more_queries_than_tokens",
+        "group3", "odd_pages", "page_of_one", "no_initial_one_local", "n_of_one",
+        "custom_scale", "window_of_splits_and_one",
     },
 }  # fmt: skip
 TELLING["selected_attention_backward"] = TELLING["selected_attention"]

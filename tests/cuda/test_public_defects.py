@@ -193,9 +193,9 @@ def test_gradients_are_bit_equal_from_run_to_run(name):
 
 
 def test_offsets_beyond_32_bits():
-    """Keys 2**26 elements apart: from token 33 on an int32 offset wraps."""
+    """Keys almost 2**22 elements apart: from token 514 on an int32 offset wraps."""
     q, k, v = (normal(1, t, h, 16, dtype=torch.float16, seed=i)
-               for i, (t, h) in enumerate(((3, 2), (34, 1), (34, 1))))  # fmt: skip
+               for i, (t, h) in enumerate(((3, 2), (520, 1), (520, 1))))  # fmt: skip
     far = {"k": far_apart(k), "v": far_apart(v)}
     judge("sliding_window_attention", {"q": q, "k": k, "v": v, "window": 9}, **far)
 
@@ -212,7 +212,7 @@ def test_offsets_beyond_32_bits_in_a_page():
         for side in "kv":
             seed = 2 * i + (side == "v")
             pools[f"{side}_{name}"] = normal(1, rows, 1, 32, dtype=torch.float16, seed=seed)
-    far = {name: far_apart(x) for name, x in pools.items() if x.shape[1] == tokens}
+    far = {name: far_apart(x, 2**26) for name, x in pools.items() if x.shape[1] == tokens}
     judge("decode", {**values, **where, **tables, **pools}, **far)
 
 

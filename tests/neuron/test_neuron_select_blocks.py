@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interpreted import examples
 
+from nsa_neuron import simulator
 from nsa_neuron.backends.neuron import plans, run
 from nsa_neuron.backends.neuron.launch import select_blocks as launch
 from nsa_neuron.cases import cumulative, exact_normal
 from nsa_neuron.ops.compressed_attention import compressed_attention
+from nsa_neuron.simulator import ShapeDtype
+from nsa_neuron.simulator.cost import trips
 
 pytestmark = pytest.mark.sim
 
@@ -137,6 +140,29 @@ def test_hardware_loops_give_the_same_ids(heads, queries):
 def test_hardware_loops_over_packed_sequences():
     values = problem([(90, 100), (5, 5), (200, 400)], (2, 1), (4, 2, 8), packed=True)
     with_plan(values, torch.bfloat16, unrolled_key_tiles=0, looped_piece=2)
+
+
+def test_the_looped_program_does_not_grow_with_the_sequence():
+    """At 64K and 1M tokens, every loop body once: what the program holds, within SBUF and PSUM."""
+    sizes = []
+
+    def start(kernel, tensors, constants):
+        shapes = [ShapeDtype(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in tensors]
+        simulated = simulator.simulate(kernel, data=False, unknown=trips.constant(1))
+        simulated(*shapes, **constants)
+        sizes.append(len(simulated.run.instructions))
+        return torch.empty(0)
+
+    constants = {**plans.load("select_blocks")["forward"], "unrolled_key_tiles": 0}
+    kernels = run.Kernels(run._package().load("select_blocks"), start, 1)
+    for tokens in (2**16, 2**20):
+        launch.forward(
+            kernels, {"forward": constants}, torch.zeros(1, 300, 16, 192).bfloat16(),
+            torch.zeros(1, tokens // 16 - 1, 1, 192).bfloat16(), torch.zeros(1, 300, 16),
+            kv_len=tokens, block=32, stride=16, select_block=64, num_selected=16, num_initial=1,
+            num_local=2, scale=0.07,
+        )  # fmt: skip
+    assert len(sizes) == 2 and max(sizes) < 2500
 
 
 def test_what_does_not_fit_is_refused_by_rule():

@@ -40,7 +40,7 @@ class Choice(NamedTuple):
         generation: the registry's when the choice was made.
         bound: the sizes.
         lowered: the chosen callable.
-        index_names: tensors whose contents are checked at each call.
+        index_names: tensors whose contents are checked at each call, here.
         shared: whether they are offsets only, which the layers of a model share: contents that the
             last call checked are not read again.
     """
@@ -106,6 +106,7 @@ class Router:
             lowered = _with_clamped(lowered, bound, clamped)
         results = lowered(**values)
         check_results(bound, results, selection.target)
+        index_names = tuple(name for name in index_names if name not in selection.checks)
         shared = all(self.spec.tensor(name).optional for name in index_names)
         self._calls[key] = Choice(REGISTRY.generation, bound, lowered, index_names, shared)
         return results

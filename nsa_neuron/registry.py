@@ -51,9 +51,15 @@ Lowered = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Supported:
-    """A backend takes a call, by `plan` (its own data: tile sizes, variant)."""
+    """A backend takes a call.
+
+    Attributes:
+        plan: its own data: tile sizes, variant.
+        checks: index tensors whose contents the lowering checks itself, at every call.
+    """
 
     plan: Any = None
+    checks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,13 @@ class Selection:
         target: who runs the call.
         lowered: the callable.
         rejected: whom else was asked before, and why they refused.
+        checks: see `Supported`.
     """
 
     target: Target
     lowered: Lowered
     rejected: tuple[Refusal, ...] = ()
+    checks: tuple[str, ...] = ()
 
 
 class Registry:
@@ -262,7 +270,7 @@ class Registry:
                     verdict = Unsupported("available", str(error))
                 else:
                     self._tell(bound, target, rejected)
-                    return Selection(target, lowered, tuple(rejected))
+                    return Selection(target, lowered, tuple(rejected), verdict.checks)
             rejected.append(Refusal(target, verdict.rule, verdict.reason))
         reasons = [(r.target.backend, r.target.mode, r.rule, r.reason) for r in rejected]
         raise NoLowering(bound.spec.name, bound.describe(), reasons)

@@ -164,3 +164,14 @@ def test_avx2_is_chosen_at_run_time_and_right():
 
 def test_the_library_knows_the_record_of_a_call():
     assert extension.load().nsa_call_size() > 0
+
+
+def test_ids_are_checked_by_the_kernel_alone_after_the_first_call(monkeypatch):
+    values = inputs("selected_attention", S=37)
+    call("selected_attention", values)
+    spec = get("selected_attention")
+    monkeypatch.setitem(spec.__dict__, "check_values", None)  # the router must not call it
+    call("selected_attention", {**values, "block_indices": values["block_indices"].clone()})
+    values["block_indices"][0, 20, 1, 0] = 99
+    with pytest.raises(InvalidArgument, match="id 99 of query 20"):
+        call("selected_attention", values)

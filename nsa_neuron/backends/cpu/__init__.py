@@ -45,7 +45,9 @@ class CpuBackend:
             return Unsupported("dtype", reason)
         if bound.spec.name not in _implementations(mode):
             return Unsupported("kernel", f"there is no C++ kernel for {bound.spec.name} yet")
-        return Supported(mode)
+        # C++ kernels check ids where they use them, so the router need not read them as well.
+        checks = ("block_indices",) if mode == "native" and "block_indices" in bound.shapes else ()
+        return Supported(mode, checks)
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
         if plan == "native":

@@ -126,6 +126,7 @@ def describe(simulated: Simulated, results: Sequence[Any]) -> dict[str, Any]:
             {k: {"live": core[k], "limit": limits[k]} for k in core} for core in run.peaks
         ],
         "relaxed": _relaxed(run),
+        "warnings": list(dict.fromkeys(line for core in run.cores for line in core.warnings)),
     }
 
 
@@ -168,6 +169,7 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"  core {i} live at most, bytes per partition: {peaks}")
     for rule, count in facts["relaxed"].items():
         lines.append(f"  RELAXED {rule}: broken {count} times")
+    lines.extend(f"  warning: {line}" for line in facts["warnings"])
     return "\n".join(lines)
 
 

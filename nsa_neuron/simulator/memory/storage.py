@@ -29,6 +29,7 @@ class Memory:
         matmul: elements whose last write was a matmul of the current group; PSUM only.
         foreign: elements whose last write was not a matmul; PSUM only.
         siblings: memories of one arena, whose bytes may be the same as these.
+        verdict: made by a function of `nki.language` that compares: `assert` may be asked of it.
     """
 
     __slots__ = (
@@ -41,6 +42,7 @@ class Memory:
         "pitch",
         "precise",
         "siblings",
+        "verdict",
         "written",
     )
 
@@ -60,6 +62,7 @@ class Memory:
         self.pitch = pitch
         self.precise = precise
         self.siblings = siblings
+        self.verdict = False
         shape, itemsize = allocation.shape, allocation.dtype.itemsize
         if allocation.on_chip:
             rows, width = shape[0], allocation.pitch_bytes

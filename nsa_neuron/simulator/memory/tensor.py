@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ..machine.dtypes import resolve
 from ..rules.registers import VirtualRegister
 from . import views
-from .tensor_base import BaseTensor, Dynamic, NKIObject, same_width
+from .nki_object import NKIObject
+from .tensor_base import BaseTensor, Dynamic, same_width
 from .views import ViewError
 
 if TYPE_CHECKING:

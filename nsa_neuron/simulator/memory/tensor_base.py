@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import numbers
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..rules.session import violation
+import numpy as np
+
+from ..rules.registers import VirtualRegister
+from ..rules.session import current_session, violate, violation
 from . import views
 from .allocation import Access
 from .layout import layout_of
+from .nki_object import NKIObject
 from .views import ViewError
 
 if TYPE_CHECKING:
@@ -22,57 +26,8 @@ if TYPE_CHECKING:
     from .storage import Memory
 
 
-class NKIObject:
-    """Base of the classes a kernel may use; arguments of this kind are copied in by `__dict__`.
-
-    As in NKI, where `@dataclass` on a subclass changes nothing, every attribute with a default is a
-    field, annotated or not, and is set by keyword or, in order, by position.
-    """
-
-    __slots__ = ()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__slots__" in cls.__dict__:
-            return
-        annotated = inspect.get_annotations(cls)
-        for name, value in cls.__dict__.items():
-            plain = not callable(value) and not hasattr(type(value), "__get__")
-            if not name.startswith("__") and plain and type(value).__hash__ is not None:
-                annotated.setdefault(name, Any)
-        cls.__annotations__ = annotated
-        if "__init__" not in cls.__dict__ and all(
-            "__init__" not in c.__dict__ or c.__dict__["__init__"] is NKIObject.__init__
-            for c in cls.__mro__[1:-1]
-        ):
-            cls.__init__ = NKIObject.__init__  # type: ignore[method-assign]  # dataclass keeps it
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _set_fields(self, args, kwargs)
-
-
-def _set_fields(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Set fields by position and keyword; one without a value or default stays unset, as in NKI."""
-    owners = type(self).__mro__
-    names = [n for c in reversed(owners) for n in inspect.get_annotations(c)]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    unknown = [n for n in given if names and n not in names]
-    if unknown or len(args) > len(names):
-        what = f"field {unknown[0]!r}" if unknown else f"{len(args)} positional arguments"
-        raise TypeError(f"{type(self).__name__}() got an unexpected {what}; fields: {names}")
-    factories = getattr(type(self), "__dataclass_fields__", {})
-    for name in dict.fromkeys((*names, *given)):
-        if name in given:
-            value = given[name]
-        elif hasattr(type(self), name):
-            value = getattr(type(self), name)
-        elif callable(getattr(factories.get(name), "default_factory", None)):
-            value = factories[name].default_factory()
-        else:
-            continue
-        object.__setattr__(self, name, value)
-    if hasattr(self, "__post_init__"):
-        self.__post_init__()
+# Python's and NumPy's numbers and arrays: what a tensor's elements might be compared with.
+_VALUES = numbers.Number | np.generic | np.ndarray
 
 
 class Dynamic:
@@ -198,9 +153,50 @@ class BaseTensor(NKIObject):
         raise self._error(ViewError("view", "a tensor cannot be iterated over; index it"))
 
     def __bool__(self) -> bool:
-        raise self._error(
-            ViewError("view", "a tensor's value is not known at compile time; use a register")
+        """True: a kernel is built before any element is known, so `if tensor:` asks if it is None.
+
+        Raises:
+            SimulationError: rule "tensor-truth": a comparison found False, which NKI would not see.
+        """
+        session = current_session()
+        if session is None:
+            return True
+        if self.memory.verdict and session.data and self.dynamic is None:
+            elements = self.array()
+            false = elements.size - int(np.count_nonzero(elements != 0))
+            if false:
+                violate(
+                    "tensor-truth",
+                    f"{false} of {elements.size} elements of this comparison are false, yet NKI "
+                    "takes every tensor as true: the branch or assert does not look at them",
+                    operand=self.name or "tensor",
+                    table=(repr(self),),
+                    hint="return the tensor and compare outside; choose with nl.where; or "
+                    "register_load one element and loop on it",
+                )
+        session.warn(
+            f"the truth of tensor {self.name!r} is asked for: always true in NKI, whatever its "
+            "elements; ask for an optional tensor by `!= None`"
         )
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        """False for None and objects of other kinds; what could mean the elements is refused.
+
+        Raises:
+            SimulationError: rule "legacy-api": the other is a number, array, register or tensor.
+        """
+        if isinstance(other, BaseTensor | VirtualRegister | _VALUES):
+            raise violation(
+                "legacy-api",
+                "Python cannot compare a tensor's elements (== and != see only the objects)",
+                operand=self.name or "tensor",
+                hint="nl.equal(a, b) or nl.not_equal(a, b) for the elements; `a is b` for objects",
+                table=(repr(self),),
+            )
+        return NotImplemented
+
+    __hash__ = object.__hash__
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise self._error(

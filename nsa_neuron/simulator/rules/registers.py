@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NoReturn
 
 from .session import current_session, violation
@@ -61,6 +62,13 @@ class VirtualRegister:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __index__ = __int__ = __neg__ = _refuse
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, VirtualRegister | numbers.Number):
+            self._refuse()
+        return NotImplemented
+
+    __hash__ = object.__hash__
 
 
 def scalar(value: Any) -> int:

@@ -48,6 +48,9 @@ class Session(Protocol):
     def note(self, error: SimulationError) -> None:
         """Write down a broken rule that the user relaxed."""
 
+    def warn(self, text: str) -> None:
+        """Note something doubtful but legal in the record."""
+
     def unknown_register(self, register: Any) -> int:
         """The value of a register that a shape-only run cannot know."""
 

@@ -87,6 +87,7 @@ for _row in (
     ("bounds", APS, "an access leaves the tensor", errors.OutOfBoundsError),
     ("index", LANG, "the index does not fit the tensor", errors.OutOfBoundsError),
     ("view", LANG, "the view method cannot do this"),
+    ("tensor-truth", LANG, "a tensor is true whatever its elements: no branch may depend on them"),
     ("on-chip-rank", LANG, "on-chip tensors have at least 2 dims"),
     ("address", LANG, "address=(partition, byte) places the tensor inside its memory"),
     (

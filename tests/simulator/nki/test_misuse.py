@@ -169,7 +169,11 @@ TABLE = {
     "no shape": ("usage", "", lambda x: nl.ndarray(None, nl.float32)),
     "address integer": ("usage", "", lambda x: nl.ndarray((8, 8), nl.float32, address=5)),
     # Python where values are not known
-    "truth of a tensor": ("view", "not known at compile time", lambda x: bool(tile(x))),
+    "truth of a comparison": ("tensor-truth", "8192 of 8192", lambda x: bool(nl.less(tile(x), 1))),
+    "equality of a tensor": ("legacy-api", r"nl\.equal\(a, b\)", lambda x: tile(x) == 1),
+    "inequality of a tensor": ("legacy-api", "nl.not_equal", lambda x: 1.0 != tile(x)),
+    "equality of tensors": ("legacy-api", "`a is b`", lambda x: tile(x) == tile(x)),
+    "equality of a register": ("register", "comparison", lambda x: nisa.register_alloc(1) == 1),
     "float of a tensor": ("legacy-api", "float", lambda x: float(tile(x))),
     "NumPy of a tensor": ("view", "", lambda x: np.exp(tile(x))),
     "loop over a tensor": ("view", "iterated", lambda x: list(tile(x))),

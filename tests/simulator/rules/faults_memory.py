@@ -60,11 +60,11 @@ def reshape_across_partitions(x, wrong):
     return result(t.reshape((64, 128) if wrong else (128, 2, 32)))
 
 
-@fault("view")
-def truth_of_a_tensor(x, wrong):
+@fault("tensor-truth")
+def branch_on_a_comparison(x, wrong):
     t = tile(x)
-    if wrong and t:
-        nisa.memset(t, 0.0)
+    if nl.equal(t, nl.copy(t) if not wrong else 1e30):
+        return result(t)
     return result(t)
 
 

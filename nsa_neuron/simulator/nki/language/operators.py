@@ -30,6 +30,7 @@ def _binary(name):
         else:
             out = new_tile(require_tile(x, name).shape, dtype or x.dtype)
             isa.tensor_scalar(out, x, operator, y)
+        out.memory.verdict = name in _VERDICTS
         return out
 
     return _named(operator, name, f"x {name} y, element by element.")
@@ -61,6 +62,7 @@ def _via(name, lower, doc):
     def operator(x, dtype=None):
         out = new_tile(require_tile(x, name).shape, dtype or x.dtype)
         lower(isa, out, x, operator)
+        out.memory.verdict = name in _VERDICTS
         return out
 
     return _named(operator, name, doc)
@@ -97,6 +99,10 @@ _ACT = (
     "exp log sqrt tanh sigmoid relu gelu gelu_dx gelu_apprx_tanh gelu_apprx_sigmoid "
     "gelu_apprx_sigmoid_dx silu silu_dx softplus mish erf erf_dx arctan square sign"
 ).split()
+_VERDICTS = frozenset(
+    "equal not_equal greater greater_equal less less_equal logical_and logical_or "
+    "logical_xor logical_not".split()
+)
 _BINARY = (
     "add subtract multiply maximum minimum power abs_max abs_min equal not_equal greater "
     "greater_equal less less_equal logical_and logical_or logical_xor bitwise_and bitwise_or "

@@ -66,7 +66,9 @@ def prod(x, axis, dtype=None, keepdims=False):
 
 def all(x, axis, dtype=None):
     """1 where every element over trailing free axes is not 0."""
-    return _reduce("all", TABLE["logical_and"], x, axis, dtype, False)
+    out = _reduce("all", TABLE["logical_and"], x, axis, dtype, False)
+    out.memory.verdict = True
+    return out
 
 
 def mean(x, axis, dtype=None, keepdims=False):

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..machine.dtypes import UnknownDTypeError, find, resolve
 from ..nki.launching import jit
+from ..nki.misuse import translate
 from ..run.arguments import ShapeDtype
 from ..run.launch import Kernel
 
@@ -35,7 +36,8 @@ def imported(path: str | Path) -> Iterator[Any]:
     Modules that its import brought in are forgotten at the end. Activate the simulator around it.
 
     Raises:
-        LoadingError: there is no such file.
+        LoadingError: there is no such file, or it is not Python.
+        SimulationError: it uses what NKI has not.
     """
     file = Path(path).resolve()
     if not file.is_file():
@@ -50,13 +52,26 @@ def imported(path: str | Path) -> Iterator[Any]:
     sys.path.insert(0, str(root))
     importlib.invalidate_caches()
     try:
-        yield importlib.import_module(name)
+        yield _import(name)
     finally:
         sys.path[:] = saved_path
         for added in [n for n in sys.modules if n not in before and _below(n, root)]:
             del sys.modules[added]
         if name in before:
             sys.modules[name] = before[name]
+
+
+def _import(name: str) -> Any:
+    """The module, or a refusal at its own line instead of a traceback through the simulator."""
+    try:
+        return importlib.import_module(name)
+    except SyntaxError as error:
+        raise LoadingError(f"{error.filename}:{error.lineno}: {error.msg}") from None
+    except Exception as error:
+        refusal = translate(error)
+        if refusal is None:
+            raise
+        raise refusal from None
 
 
 def _below(name: str, root: Path) -> bool:

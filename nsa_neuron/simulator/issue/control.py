@@ -21,6 +21,16 @@ def static_range(start: int, stop: int | None = None, step: int = 1) -> range:
     return range(start) if stop is None else range(start, stop, step)
 
 
+def affine_range(start: int, stop: int | None = None, step: int = 1) -> range:
+    """A deprecated name of `static_range`."""
+    return static_range(start, stop, step)
+
+
+def sequential_range(start: int, stop: int | None = None, step: int = 1) -> range:
+    """A deprecated name of `static_range`."""
+    return static_range(start, stop, step)
+
+
 def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> Iterator[VirtualRegister]:
     """A hardware loop whose bounds may be registers; yields frozen registers.
 

@@ -272,13 +272,16 @@ class BaseTensor(NKIObject):
         return new
 
     def _error(self, error: ViewError, method: str = "") -> Exception:
+        name = self.name or "tensor"
+        indexed = method == "[]"
         return violation(
             error.rule,
             error.message,
-            instruction=method or None,
-            operand=self.name or "tensor",
+            instruction=None if indexed else method or None,
+            operand=f"{name}[...]" if indexed else name,
             value=error.value,
             limit=error.limit,
+            hint=error.hint,
             table=(repr(self),),
         )
 

@@ -17,14 +17,17 @@ Dims = tuple[int, ...]
 
 
 class ViewError(Exception):
-    """A view that cannot exist: rule id, message, offending value, limit."""
+    """A view that cannot exist: rule id, message, offending value, limit, what to write."""
 
-    def __init__(self, rule: str, message: str, value: Any = None, limit: Any = None) -> None:
+    def __init__(
+        self, rule: str, message: str, value: Any = None, limit: Any = None, hint: str = ""
+    ) -> None:
         super().__init__(message)
         self.rule = rule
         self.message = message
         self.value = value
         self.limit = limit
+        self.hint = hint
 
 
 @lru_cache
@@ -103,7 +106,11 @@ def index_in(item: Any, size: int) -> int:
         value = int(item.__index__())
     except (AttributeError, TypeError):
         what = "an index is an int, a slice, nl.ds or Ellipsis"
-        raise ViewError("index", what, type(item).__name__, "int") from None
+        hint = ""
+        if isinstance(item, range):  # of nl.affine_range, which NKI 0.1 indexed with
+            step = f":{item.step}" if item.step != 1 else ""
+            hint = f"{item.start}:{item.stop}{step} in the place of {item!r}"
+        raise ViewError("index", what, type(item).__name__, "int", hint) from None
     if not -size <= value < size:
         raise ViewError("index", "the index leaves the dim", value, f"0..{size - 1}")
     return value % size

@@ -3,6 +3,7 @@
 from ..run.launch import Kernel
 from . import collectives, dtype, isa, language, launching, meta, typing
 from .launching import jit
+from .remedies import refuse_missing as _refuse_missing
 from .typing import tensor
 
 __version__ = "0.6.0"
@@ -25,3 +26,5 @@ __all__ = [
     "tensor",
     "typing",
 ]
+
+__getattr__ = _refuse_missing(__name__)

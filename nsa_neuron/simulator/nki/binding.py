@@ -11,6 +11,7 @@ from ..memory.tensor import NkiTensor
 from ..rules.legacy import KEYWORDS
 from ..rules.registers import VirtualRegister
 from ..rules.session import STATE, violate, violation
+from .remedies import signature_of
 
 
 class Operator:
@@ -65,7 +66,7 @@ def _misuse(function, args, kwargs, reason):
                 operand=key,
                 hint=KEYWORDS[key],
             )
-    hint = f"nisa.{name}{signature}"
+    hint = f"nisa.{name}{signature_of(function)}"
     if "dst" in signature.parameters and "dst" not in kwargs and "'dst'" in reason:
         return violation(
             "legacy-api",

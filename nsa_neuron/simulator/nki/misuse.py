@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from ..issue.current import current_core
 from ..machine.dtypes import UnknownDTypeError
 from ..rules.errors import Location, SimulationError
-from ..rules.legacy import NAMES, TENSOR_ATTRIBUTES
+from ..rules.legacy import TENSOR_ATTRIBUTES
 from ..rules.session import PACKAGE, violation
+from .remedies import missing_name, signature_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType, TracebackType
 
 _FACADE = __package__
-_PLAIN = (TypeError, ValueError, IndexError, AttributeError, KeyError, ArithmeticError)
+_PLAIN = (TypeError, ValueError, IndexError, AttributeError, ImportError, KeyError, ArithmeticError)
 _OPERATORS = {
     "+": "nl.add(a, b)",
     "-": "nl.subtract(a, b)",
@@ -53,7 +54,11 @@ def translate(error: Exception) -> SimulationError | None:
     frame, line = frames[kernel[-1]]
     where = Location(frame.f_code.co_filename, line, frame.f_code.co_name)
     inside = frames[kernel[-1] + 1 :]
-    if inside and frames[kernel[-1] + 1][0].f_code.co_filename.startswith(PACKAGE):
+    if (
+        inside
+        and not isinstance(error, ImportError)
+        and frames[kernel[-1] + 1][0].f_code.co_filename.startswith(PACKAGE)
+    ):
         return _inside(error, inside[0][0], where)
     return _in_kernel(str(error), where)
 
@@ -87,7 +92,7 @@ def _inside(error: Exception, entry: FrameType, where: Location) -> SimulationEr
         )  # fmt: skip
     code = entry.f_code
     given = ", ".join(code.co_varnames[: code.co_argcount])
-    signature = str(inspect.signature(function)) if function is not None else f"({given})"
+    signature = signature_of(function) if function is not None else f"({given})"
     return violation(
         "usage",
         f"cannot use these arguments ({type(error).__name__}: {error})",
@@ -110,9 +115,12 @@ def _just_relaxed(where: Location) -> SimulationError | None:
 
 def _in_kernel(text: str, where: Location) -> SimulationError | None:
     """An exception that Python raised at the kernel's own line."""
-    found = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text)
-    if found and found[1].startswith(_FACADE):
-        return _missing_name(found[1], found[2], where)
+    found = re.search(r"module '(?P<home>[\w.]+)' has no attribute '(?P<name>\w+)'", text)
+    found = found or re.match(r"cannot import name '(?P<name>\w+)' from '(?P<home>[\w.]+)'", text)
+    if found and found["home"].startswith(_FACADE):
+        return missing_name(found["home"], found["name"], where)
+    if text.startswith("neuronxcc"):
+        return violation("legacy-api", text, location=where)
     found = re.search(r"'NkiTensor' object has no attribute '(\w+)'", text)
     if found:
         return _missing_attribute(found[1], where)
@@ -131,24 +139,6 @@ def _in_kernel(text: str, where: Location) -> SimulationError | None:
     if found:
         return _wrong_call(found[1].rpartition(".")[2], text, where)
     return None
-
-
-def _missing_name(module: str, name: str, where: Location) -> SimulationError:
-    import sys
-
-    public = module.replace(_FACADE, "nki", 1)
-    if name in NAMES:
-        return violation(
-            "legacy-api", f"{public}.{name} no longer exists", location=where, hint=NAMES[name]
-        )
-    known = [n for n in dir(sys.modules[module]) if not n.startswith("_")]
-    close = difflib.get_close_matches(name, known, 3)
-    return violation(
-        "usage",
-        f"{public} has no {name!r}",
-        location=where,
-        hint=", ".join(f"{public}.{n}" for n in close),
-    )
 
 
 def _missing_attribute(name: str, where: Location) -> SimulationError:
@@ -178,6 +168,6 @@ def _wrong_call(name: str, text: str, where: Location) -> SimulationError | None
         if inspect.isroutine(function):
             return violation(
                 "usage", text, instruction=f"{prefix}{name}", location=where,
-                hint=f"{prefix}{name}{inspect.signature(function)}",
+                hint=f"{prefix}{name}{signature_of(function)}",
             )  # fmt: skip
     return None

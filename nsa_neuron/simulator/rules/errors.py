@@ -74,8 +74,10 @@ class SimulationError(Exception):
     def _render(self) -> str:
         where = ".".join(p for p in (self.instruction, self.operand) if p)
         lines = [f"{where}: {self.message}" if where else self.message]
-        if self.value is not None or self.limit is not None:
-            lines.append(f"  got {self.value!r}, allowed {self.limit!r}")
+        sides = (("got", self.value), ("allowed", self.limit))
+        seen = ", ".join(f"{word} {side!r}" for word, side in sides if side is not None)
+        if seen:
+            lines.append(f"  {seen}")
         lines.extend(f"  {row}" for row in self.table)
         if self.hint:
             lines.append(f"  write instead: {self.hint}")

@@ -113,6 +113,23 @@ def test_a_broken_rule(folder, capsys):
     assert "(written by the kernel)" in out
 
 
+@pytest.mark.parametrize(
+    ("first_line", "code", "text"),
+    [
+        ("import neuronxcc.nki as nki", 1, "neuronxcc is the NKI 0.1 API"),
+        ("from nki.language import par_dim", 1, "nki.language.par_dim no longer exists"),
+        ("import nki; nki.benchmark", 1, "write instead: `nsa profile"),
+        ("def broken(:", 2, "old.py:1: "),
+    ],
+)
+def test_a_file_of_another_era_is_refused_at_its_line(tmp_path, capsys, first_line, code, text):
+    (tmp_path / "old.py").write_text(f"{first_line}\n")
+    assert cli.simulate_main([f"{tmp_path / 'old.py'}::kernel"]) == code
+    err = capsys.readouterr().err
+    assert text in err and "Traceback" not in err
+    assert "old.py:1" in err
+
+
 def test_an_exception_in_the_kernel_shows_the_kernels_frames_only(folder, capsys):
     code, _, err = simulate(capsys, "raises", "--arg", "a=ones:8x4")
     assert code == 1

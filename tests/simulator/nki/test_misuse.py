@@ -330,3 +330,79 @@ def test_no_legacy_name_exists():
         for module in (facade, nl, nisa, constants):
             assert not hasattr(module, name), f"{module.__name__}.{name} exists"
     assert "neuronxcc" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "rule", "pattern"),
+    [
+        (facade, "simulate_kernel", "legacy-api", r"write instead: nki\.simulate\(kernel\)"),
+        (facade, "baremetal", "legacy-api", "@nki.jit with NumPy arguments"),
+        (facade, "benchmark", "legacy-api", "nsa profile"),
+        (nl, "par_dim", "legacy-api", r"nki\.language\.par_dim no longer(.|\n)*list of tensors"),
+        (nisa, "tensor_coppy", "usage", r"write instead: nki\.isa\.tensor_copy"),
+    ],
+)
+def test_names_are_missed_outside_a_kernel_too(module, name, rule, pattern):
+    with pytest.raises(AttributeError, match=pattern) as caught:
+        getattr(module, name)
+    assert isinstance(caught.value, SimulationError) and caught.value.rule == rule
+    assert caught.value.location.filename == __file__
+
+
+@pytest.mark.parametrize("name", ["static_range", "affine_range", "sequential_range"])
+def test_each_range_is_refused_under_its_own_name(name):
+    def kernel(x):
+        getattr(nl, name)(2, precise_schedule=True)
+
+    error = call(kernel, X)
+    assert error.instruction == f"nl.{name}"
+    assert error.hint == f"nl.{name}(start, stop=None, step=1)"
+    assert list(getattr(nl, name)(1, 7, 2)) == [1, 3, 5]
+
+
+def test_indexing_by_a_range_says_the_slice():
+    error = call(lambda a: a[nl.affine_range(128), 0:64], X)
+    assert error.rule == "index" and error.operand == "a[...]" and error.instruction is None
+    assert error.hint == "0:128 in the place of range(0, 128)"
+    assert "1:9:2 in the place" in call(lambda a: a[nl.affine_range(1, 9, 2)], X).hint
+
+
+def test_a_hint_shows_defaults_as_a_kernel_writes_them():
+    error = call(lambda x: nisa.tensor_copy(dst=tile(x)), X)
+    assert error.hint == "nisa.tensor_copy(dst, src, engine=nisa.engine.unknown, name=None)"
+
+
+def test_a_limit_that_is_not_known_is_not_shown():
+    text = str(call(lambda x: tile(x).reshape_dim(0, (64, 2)), X))
+    assert "  got (64, 2)\n" in text and "allowed" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "source", "hint"),
+    [
+        ((1, 64), lambda x: x, "x.broadcast(0, 128)"),
+        ((128, 1), lambda x: x, "x.broadcast(1, 64)"),
+        ((1, 1), lambda x: x, "x.broadcast(0, 128).broadcast(1, 64)"),
+        ((128, 1), tile, "src.broadcast(1, 64)"),
+        ((1, 64), tile, ""),
+        ((2, 64), lambda x: x, ""),
+    ],
+)
+def test_a_copy_of_too_little_says_how_to_broadcast(rows, source, hint):
+    def kernel(x):
+        nisa.dma_copy(nl.ndarray((128, 64), nl.float32), source(x))
+
+    error = call(kernel, X[: rows[0], : rows[1]])
+    assert error.rule == "element-count" and error.hint == hint
+
+
+def test_the_broadcast_that_is_advised_works():
+    def kernel(x):
+        t = nl.ndarray((128, 64), nl.float32)
+        nisa.dma_copy(t, x.broadcast(0, 128))
+        out = nl.ndarray((128, 64), nl.float32, buffer=nl.shared_hbm)
+        nisa.dma_copy(out, t)
+        return out
+
+    row = np.arange(64, dtype=np.float32)[None]
+    np.testing.assert_array_equal(simulator.simulate(kernel)(row), np.repeat(row, 128, 0))

@@ -3,6 +3,7 @@
 `simulate(kernel, ranks=4)` runs a kernel on four ranks; without it a kernel has rank 0 alone.
 """
 
+from ..remedies import refuse_missing as _refuse_missing
 from .functions import (
     all_gather,
     all_reduce,
@@ -31,3 +32,5 @@ __all__ = [
     "rank_id",
     "reduce_scatter",
 ]
+
+__getattr__ = _refuse_missing(__name__)

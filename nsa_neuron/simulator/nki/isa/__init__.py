@@ -3,6 +3,7 @@
 from ...issue.record import Instruction as NkiInstruction
 from ...rules.errors import SimulationError as NkiValidationError
 from ...rules.registers import VirtualRegister
+from ..remedies import refuse_missing as _refuse_missing
 from . import constants
 from .act import activation, activation_reduce
 from .constants import *  # noqa: F403  (the enums are names of nki.isa too)
@@ -29,3 +30,5 @@ from .registers import (
     register_move,
     register_store,
 )
+
+__getattr__ = _refuse_missing(__name__)

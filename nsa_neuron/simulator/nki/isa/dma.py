@@ -47,7 +47,18 @@ def same_size(c, first, *roles):
             role,
             value=c[role].shape,
             limit=c[first].shape,
+            hint=_broadcast(c[role], c[first]),
         )
+
+
+def _broadcast(src, dst):
+    """How a smaller source is repeated, where only dims of size 1 differ."""
+    dims = [d for d, (s, n) in enumerate(zip(src.shape, dst.shape, strict=False)) if s != n]
+    fits = len(src.shape) == len(dst.shape) and all(src.shape[d] == 1 for d in dims)
+    if not fits or (src.tensor.on_chip and 0 in dims):
+        return ""
+    repeats = "".join(f".broadcast({d}, {dst.shape[d]})" for d in dims)
+    return f"{src.tensor.name or src.role}{repeats}"
 
 
 def _check_copy(c):

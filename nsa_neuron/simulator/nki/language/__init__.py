@@ -1,6 +1,14 @@
 """The vendor's `nki.language`: dtypes, buffers, tensors, loops, operators."""
 
-from ...issue.control import dynamic_range, fori_loop, no_reorder, static_range, while_loop
+from ...issue.control import (
+    affine_range,
+    dynamic_range,
+    fori_loop,
+    no_reorder,
+    sequential_range,
+    static_range,
+    while_loop,
+)
 from ...machine.dtypes import (
     DType,
     bfloat16,
@@ -24,6 +32,7 @@ from ...machine.dtypes import (
 )
 from ...machine.regions import MemoryRegion
 from ...memory.tensor import NKIObject, NkiTensor
+from ..remedies import refuse_missing as _refuse_missing
 from ..typing import tensor
 from .composites import (
     broadcast_to,
@@ -77,8 +86,9 @@ from .transfers import (
     transpose,
 )
 
-affine_range = sequential_range = static_range
 bool = bool_
 range = range
 dtype = str
 globals().update(_TABLE)
+
+__getattr__ = _refuse_missing(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from backends import Fake, registered
@@ -88,9 +89,10 @@ def test_the_demo_fails_where_its_matrix_does(monkeypatch, capsys, status, code,
     last = Outcome("attention", str(target), "float32", "b", status)
     made = Report((Place(target, "", "cpu"),), [done, last])
     monkeypatch.setattr(conformance, "run", lambda **_: made)
-    lowerings = {"choices": [], "rest": "eager"}
-    found = demo.DemoResult("none", 1, demo.Timings(1, 1, 1), "", [], lowerings)
-    monkeypatch.setattr(demo, "run", lambda prompt, options: found)
+    found = SimpleNamespace(to_json=dict)
+    monkeypatch.setattr(demo, "run", lambda *_: found)
+    for form in ("report", "selection_report"):
+        monkeypatch.setattr(demo, form, lambda result: "")
     assert demo.main(words) == code
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,12 @@ def test_every_fault_stands_once_in_its_file_and_names_tests_that_exist() -> Non
     assert len(faults) >= 200
     assert all(fault.tests and fault.why for fault in faults)
     assert all(len(fault.harmless) > 40 for fault in faults if fault.harmless), "a proof, please"
+
+
+def test_the_documents_table_counts_what_there_is() -> None:
+    rows = re.findall(r"^\| (\w+) \| (\d+) \|$", (ROOT / "docs/testing.md").read_text(), re.M)
+    counts = Counter(fault.wing for fault in load())
+    assert {wing: int(count) for wing, count in rows} == counts
 
 
 def test_no_fault_is_planted_in_tests_or_tools() -> None:

@@ -177,11 +177,12 @@ def test_two_tensors_that_meet_in_one_instruction_share_no_byte(shift: int, rule
     """One is written, partly overwritten by the other, and read together with it."""
 
     def kernel(x):
+        out = nl.ndarray((128, 64), nl.float32, address=(0, 4096))
         a = nl.ndarray((128, 64), nl.float32, address=(0, 0))
         b = nl.ndarray((128, 64), nl.float32, address=(0, shift))
         nisa.memset(a, 1.0)
         nisa.memset(b, 2.0)
-        nisa.tensor_tensor(sbuf(128, 64), a, b, nl.add)
+        nisa.tensor_tensor(out, a, b, nl.add)
 
     assert broken(kernel) == rule
 
@@ -220,7 +221,14 @@ def test_a_partition_strided_dma_writes_what_it_strides_over(written: int) -> No
         out = nl.ndarray((64, 64), nl.float32, buffer=nl.hbm)
         nisa.dma_copy(out, t[start:128:2])
 
+    def one(x, row):
+        t = nl.ndarray((128, 64), nl.float32)
+        nisa.dma_copy(t[written:128:2], x[0:64])
+        nisa.dma_copy(nl.ndarray((1, 64), nl.float32, buffer=nl.hbm), t[row : row + 1])
+
     assert [broken(kernel, start) for start in (written, 1 - written)] == ["", "uninitialized-read"]
+    rules = [broken(one, row) for row in (written + 2, written + 3)]
+    assert rules == ["", "uninitialized-read"]
 
 
 def accumulated(x, zero: slice | None, second, again=None) -> None:

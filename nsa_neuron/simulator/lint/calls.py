@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..rules.legacy import KEYWORDS, NAMES
 from .names import Function, resolve, signature_of
 from .subset import body_of
+from .tensors import check_made, check_operator, check_truth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,6 +68,8 @@ class CallChecker:
                     self._report("deprecated-loop", node, f"while {ast.unparse(node.test)}")
             elif isinstance(node, ast.BinOp | ast.Compare | ast.AugAssign | ast.UnaryOp):
                 self._arithmetic(node)
+            elif isinstance(node, ast.If | ast.IfExp | ast.Assert):
+                check_truth(node, self._is_tensor, self._names.nki_name, self._report)
             elif isinstance(node, ast.Return) and self._launched:
                 self._return(node)
 
@@ -205,19 +208,19 @@ class CallChecker:
         if not isinstance(value, ast.Call):
             return None
         name = self._names.nki_name(value.func)
+        if name == "language.load":
+            return Made("tensor")
         if name == "isa.register_alloc":
             return Made("register")
         if name.removeprefix(_MADE) not in _CREATORS or not name.startswith(_MADE):
             return None
-        full = name.endswith("full")
-        parts = dict(zip(("shape", "", "dtype", "buffer") if full else ("shape", "dtype", "buffer"),
-                         value.args, strict=False))  # fmt: skip
-        parts.update({k.arg: k.value for k in value.keywords if k.arg})
+        parts = _parts(value, name.endswith("full"))
         dtype = self._names.nki_name(parts["dtype"]) if "dtype" in parts else ""
         buffer = "sbuf"
         if "buffer" in parts:
             # Anything but a name of nl is not known here, and nothing is said about it.
             buffer = self._names.nki_name(parts["buffer"]).rpartition(".")[2]
+        check_made(value, parts, buffer, self._report)
         return Made("tensor", dtype.rpartition(".")[2], buffer)
 
     def _made(self, node: ast.AST | None) -> Made | None:
@@ -235,6 +238,13 @@ class CallChecker:
             if self._kind(child):
                 self._report("register", node, ast.unparse(node)[:80])
                 return
+        check_operator(node, self._is_tensor, self._report)
+
+    def _is_tensor(self, node: ast.AST) -> bool:
+        while isinstance(node, ast.Subscript):
+            node = node.value
+        made = self._locals.get(node.id) if isinstance(node, ast.Name) else None
+        return made is not None and made.kind == "tensor"
 
     def _return(self, node: ast.Return) -> None:
         if self._enclosing(node) is not self._function or node.value is None:
@@ -320,3 +330,10 @@ def decorators(function: Function, names: Names) -> Iterator[tuple[str, ast.keyw
                     yield "jit-argument", keyword
                 elif keyword.arg == "mode":
                     yield "jit-mode", keyword
+
+
+def _parts(call: ast.Call, full: bool) -> dict[str, ast.expr]:
+    """Arguments by name of a call that makes a tensor."""
+    order = ("shape", "", "dtype", "buffer") if full else ("shape", "dtype", "buffer")
+    named = {k.arg: k.value for k in call.keywords if k.arg}
+    return dict(zip(order, call.args, strict=False)) | named

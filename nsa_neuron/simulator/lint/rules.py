@@ -14,6 +14,7 @@ FROM_2 = "SDK nki/migration/index.rst, 0.2 to 0.3"
 FROM_3 = "SDK nki/migration/index.rst, 0.3 to 0.4"
 FROM_5 = "SDK nki/migration/index.rst, 0.5 to 0.6"
 STUBS = "SDK nki/api/nki"
+ARCH2 = "SDK nki/guides/architecture/trainium_inferentia2_arch.rst"
 SILENT = "no document mentions it; nki-library's 107 kernel modules never use it"
 
 ERROR, WARNING = "error", "warning"
@@ -117,6 +118,13 @@ _ROWS = (
     ("output-buffer", ERROR, FROM_2, "kernel results are in nl.shared_hbm", "buffer=nl.shared_hbm"),
     ("output-hbm", WARNING, FROM_2, "results are in nl.shared_hbm; some of AWS's tutorials return "
      "nl.hbm", "buffer=nl.shared_hbm"),
+    # tensors
+    ("tensor-arithmetic", ERROR, GUIDE, "Python cannot compute with a tensor's elements", ""),
+    ("tensor-truth", WARNING, "nsa-neuron docs/simulator.md", "a tensor is true whatever its "
+     "elements", "`t != None` for an optional tensor; nl.where or a register for elements"),
+    ("partitions", ERROR, ARCH2, "SBUF and PSUM have 128 partitions", "a list of tensors, or more "
+     "free dims"),
+    ("dtype", ERROR, STUBS, "NKI has no 64-bit and no complex numbers", "nl.float32, nl.int32"),
     # calls
     ("unknown-name", ERROR, STUBS, "nki has no such name", ""),
     ("signature", ERROR, STUBS, "the call does not fit the signature", ""),

@@ -54,11 +54,8 @@ def translate(error: Exception) -> SimulationError | None:
     frame, line = frames[kernel[-1]]
     where = Location(frame.f_code.co_filename, line, frame.f_code.co_name)
     inside = frames[kernel[-1] + 1 :]
-    if (
-        inside
-        and not isinstance(error, ImportError)
-        and frames[kernel[-1] + 1][0].f_code.co_filename.startswith(PACKAGE)
-    ):
+    called = bool(inside) and inside[0][0].f_code.co_filename.startswith(PACKAGE)
+    if called and not isinstance(error, ImportError):
         return _inside(error, inside[0][0], where)
     return _in_kernel(str(error), where)
 

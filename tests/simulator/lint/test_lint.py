@@ -69,6 +69,10 @@ BODIES = {
         "o = nl.ndarray((8, 8), nl.float32, buffer=nl.hbm)\nreturn o",
         "o = nl.ndarray((8, 8), nl.float32, buffer=nl.shared_hbm)\nreturn o",
     ),
+    "tensor-arithmetic": ("u = t * 2.0", "u = t.shape[0] * 2.0"),
+    "tensor-truth": ("assert nl.equal(t, 1.0)", "assert t != None"),
+    "partitions": ("u = nl.ndarray((256, 8), nl.int8)", "u = nl.ndarray((128, 8), nl.int8)"),
+    "dtype": ("u = nl.ndarray((8, 8), np.float64)", "u = nl.ndarray((8, 8), np.float32)"),
     "unknown-name": ("nisa.tensor_cpy(t, x)", "nisa.tensor_copy(t, x)"),
     "signature": ("nisa.tensor_copy(t, x, speed=3)", "nisa.tensor_copy(t, x, name='c')"),
     "generation": ("nisa.rand2(t, 0.0, 1.0)", "nisa.rng(t)"),
@@ -162,6 +166,30 @@ def test_every_rule_is_tested():
     assert BODIES.keys() | FILES.keys() == lint.RULES.keys()
     for rule in lint.RULES.values():
         assert rule.severity in ("error", "warning") and rule.source and rule.text
+
+
+TENSORS = [
+    ("if t[0, 0] > 0:\n    pass", {"tensor-arithmetic"}),
+    ("y = nl.load(x)\nz = -y", {"tensor-arithmetic"}),
+    ("t += 1.0", {"tensor-arithmetic"}),
+    ("b = 1 == t", {"tensor-arithmetic"}),
+    ("b = 0 < t.shape[1] <= 512 and t.dtype == nl.float32", set()),
+    ("b = t == None or t in (None, x)", set()),
+    ("t = 3\nu = t * 2", set()),
+    ("u = x * 2", set()),  # an argument may be a number
+    ("if not t:\n    pass", {"tensor-truth"}),
+    ("u = 1 if flag and nl.less(t, 0.0) else 2", {"tensor-truth"}),
+    ("if flag and x.shape[0] == 128:\n    pass", set()),
+    ("u = nl.zeros((256, 8), dtype='float32', buffer=nl.psum)", {"partitions"}),
+    ("u = nl.ndarray((256, 8), dtype=nl.float32, buffer=nl.shared_hbm)", set()),
+    ("u = nl.ndarray((256, 8), dtype=nl.float32, buffer=x.buffer)", set()),
+    ("u = nl.full((8, 8), 0.0, dtype='int64')", {"dtype"}),
+]
+
+
+@pytest.mark.parametrize(("body", "rules"), TENSORS)
+def test_what_python_is_asked_of_tensors(body, rules):
+    assert rules_of(kernel_of(body)) == rules
 
 
 CLEAN = kernel_of(

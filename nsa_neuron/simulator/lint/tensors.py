@@ -41,6 +41,7 @@ def check_operator(
         is_tensor: whether an expression is known to be a tensor.
         report: takes rule, node, message and what to write.
     """
+    pairs: list[tuple[ast.AST, ast.expr, ast.expr]]
     if isinstance(node, ast.Compare):
         operands = [node.left, *node.comparators]
         pairs = list(zip(node.ops, operands, operands[1:], strict=False))

@@ -14,7 +14,7 @@ import numpy as np
 from nsa_neuron import simulator
 
 from .checkouts import path_of
-from .manager import Outcome, compare
+from .manager import Outcome, compare, copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +81,7 @@ class SdkCase:
         module = load(self.file)
         arguments = self.inputs()
         run = simulator.simulate(getattr(module, self.kernel), relax=self.relax)
-        got = run(*arguments)
+        got = run(*copied(arguments))
         want = self.reference(module, *arguments)
         pairs = zip(
             got if isinstance(got, tuple) else (got,),

@@ -62,11 +62,12 @@ def simulate_main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--shape-only", action="store_true", help="check and count without data or arithmetic"
     )
+    parser.add_argument("--strict", action="store_true", help="refuse what is only warned of")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write results as .npy files")
     args = parser.parse_args(argv)
     try:
         with (
-            activate(args.target, relax=args.relax),
+            activate(args.target, relax=args.relax, strict=args.strict),
             loading.imported(loading.split(args.kernel)[0]) as module,
         ):
             return _simulate(args, module)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 
 # Checked plans by (target, relaxed rules); shared by all runs of the process.
+# Instructions whose run-time offsets AWS documents (SDK nki/migration/index.rst) or, for registers,
+# that the engine's sequencer carries out.
+_RUN_TIME = ("tensor_copy", "register_load", "register_store")
 _PLANS: dict[tuple[str, frozenset[str]], dict[Any, Plan]] = {}
 
 
@@ -303,7 +306,13 @@ class NeuronCore:
             faults.mark_foreign(memory, access)
 
     def warn(self, text: str) -> None:
-        """Note something doubtful but legal in the record, once per kernel line."""
+        """Note something doubtful but legal in the record, once per kernel line.
+
+        Raises:
+            SimulationError: rule "doubtful", in a strict run.
+        """
+        if self.options.strict:
+            violate("doubtful", text)
         line = f"{text}, at {locate(call_site())}"
         if line not in self.trace.warnings:
             self.trace.warnings.append(line)
@@ -327,6 +336,12 @@ class NeuronCore:
                 instruction=spec.opcode,
                 operand=tensor.name,
                 hint="dma_copy the rows to SBUF first",
+            )
+        if not spec.dma and spec.opcode not in _RUN_TIME:
+            self.warn(
+                f"{spec.opcode}: a run-time offset of an engine's operand runs in AWS's simulator, "
+                "but its compiler is reported to refuse it (NCC_IBIR829, NCC_IBIR040; a third "
+                "party, on trn1): tensor_copy or dma_copy the part first"
             )
         value = self.index_value(dynamic.index, spec, indices)
         view = resolved(tensor, value)

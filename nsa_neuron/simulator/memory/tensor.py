@@ -375,6 +375,7 @@ class NkiTensor(BaseTensor):
                     "the partition step must be the storage's free element count",
                     strides[0],
                     pitch,
+                    f"[[{pitch}, {shape[0]}], ...]: of a slice, too, steps count the storage",
                 )
             if len(pairs) > 5:
                 raise ViewError("free-dims", "at most 5 pairs on chip", len(pairs), 5)

@@ -43,6 +43,7 @@ def simulate(
     relax: Iterable[str] | None = None,
     target: str | None = None,
     precise: bool | None = None,
+    strict: bool | None = None,
     unknown: Callable[[VirtualRegister], int] | None = None,
     iterations: int | None = None,
     ranks: int = 1,
@@ -55,6 +56,7 @@ def simulate(
         relax: ids of rules to note instead of raise.
         target: machine, "trn2".
         precise: False holds narrow floats as fp32 (NKI_PRECISE_FP=0).
+        strict: True refuses what a run would only warn of.
         unknown: shape-only: value of a register that data would have set.
         iterations: shape-only: how many iterations of each hardware loop are run; all unless given.
         ranks: how many ranks run the kernel together, as `nki.collectives` needs; arguments that
@@ -79,6 +81,7 @@ def simulate(
         "data": data,
         "target": target,
         "precise": precise,
+        "strict": strict,
         "unknown": unknown,
         "iterations": iterations,
         "relax": None if relax is None else frozenset(relax),

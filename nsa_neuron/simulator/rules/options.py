@@ -25,6 +25,7 @@ class Options:
         precise: False is NKI_PRECISE_FP=0, narrow floats held as fp32.
         unknown: in a shape-only run, gives the value of a register that data would have set;
             called with the register.
+        strict: what a run would only warn of is refused, rule "doubtful".
         iterations: in a shape-only run, how many iterations of each hardware loop are run; 0: all.
     """
 
@@ -34,6 +35,7 @@ class Options:
     precise: bool = True
     unknown: Callable[[VirtualRegister], int] | None = None
     iterations: int = 0
+    strict: bool = False
 
     @property
     def machine(self) -> Machine:

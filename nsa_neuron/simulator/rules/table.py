@@ -88,6 +88,7 @@ for _row in (
     ("index", LANG, "the index does not fit the tensor", errors.OutOfBoundsError),
     ("view", LANG, "the view method cannot do this"),
     ("tensor-truth", LANG, "a tensor is true whatever its elements: no branch may depend on them"),
+    ("doubtful", SIM, "strict=True refuses what a run otherwise only warns of"),
     ("on-chip-rank", LANG, "on-chip tensors have at least 2 dims"),
     ("address", LANG, "address=(partition, byte) places the tensor inside its memory"),
     (

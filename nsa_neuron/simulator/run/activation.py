@@ -89,6 +89,7 @@ def activate(
     relax: Iterable[str] = (),
     data: bool = True,
     precise: bool | None = None,
+    strict: bool = False,
 ) -> Activation:
     """Make `import nki`, `nki.language`, `nki.isa`, ... resolve to the simulator from now on.
 
@@ -97,11 +98,17 @@ def activate(
         relax: ids of rules to note instead of raise.
         data: False makes every launch shape-only.
         precise: False is NKI_PRECISE_FP=0; None takes it from the environment.
+        strict: refuse what a run would only warn of.
 
     Returns:
         an `Activation`: a context manager, or call its `restore()`.
     """
-    changes: dict[str, Any] = {"target": target, "relax": frozenset(relax), "data": data}
+    changes: dict[str, Any] = {
+        "target": target,
+        "relax": frozenset(relax),
+        "data": data,
+        "strict": strict,
+    }
     if precise is not None:
         changes["precise"] = precise
     return Activation(**changes)

@@ -406,3 +406,18 @@ def test_the_broadcast_that_is_advised_works():
 
     row = np.arange(64, dtype=np.float32)[None]
     np.testing.assert_array_equal(simulator.simulate(kernel)(row), np.repeat(row, 128, 0))
+
+
+def test_a_pattern_on_a_slice_counts_the_storage():
+    def steps(step):
+        def kernel(x):
+            half = tile(x)[:, 0:32]
+            out = nl.ndarray((128, 32), nl.float32, buffer=nl.shared_hbm)
+            nisa.dma_copy(out, half.ap([[step, 128], [1, 32]], 0))
+            return out
+
+        return kernel
+
+    error = call(steps(32), X)
+    assert error.rule == "partition-step" and error.hint.startswith("[[64, 128], ...]")
+    np.testing.assert_array_equal(simulator.simulate(steps(64))(X), X[:, 0:32])

@@ -148,3 +148,9 @@ def only_one_rank_gathers(rank, wrong):
     if rank == 0 or not wrong:
         ncc.all_gather([result(x)], [both], ncc.ReplicaGroup([[0, 1]]), collective_dim=0)
     return result(x)
+
+
+@fault("doubtful", strict=True)
+def an_operator_that_no_engine_has(x, wrong):
+    t = tile(x)
+    return result(nl.divide(t, 2.0) if wrong else nl.multiply(t, 0.5))

@@ -37,8 +37,6 @@ def binary(name, x, y, dtype):
     else:
         shape, kind = tiles[0].shape, tiles[0].dtype
     out = new_tile(shape, dtype or kind)
-    text = f"nl.{name} runs in simulation only: no engine has the operation"
-    if text not in core.trace.warnings:
-        core.trace.warnings.append(text)
+    core.warn(f"nl.{name} runs in simulation only: no engine has the operation")
     core.issue(SIMULATED, (out,), (x, y), (name,))
     return out

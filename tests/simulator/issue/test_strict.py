@@ -1,0 +1,75 @@
+"""Doubtful things are warned of with their line, and refused in a strict run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nsa_neuron import simulator
+from nsa_neuron.simulator import SimulationError
+from nsa_neuron.simulator.command import simulate as cli
+from nsa_neuron.simulator.nki import isa as nisa
+from nsa_neuron.simulator.nki import language as nl
+
+X = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)
+
+
+def run_time_column(how):
+    """Column 3, its index known at run time only, of a tile that `how` reads."""
+
+    def kernel(x):
+        t = nl.load(x)
+        index = nl.full((1, 1), 3, dtype=nl.int32, buffer=nl.sbuf)
+        column = t.ap([[16, 8], [1, 1]], 0, scalar_offset=index, indirect_dim=1)
+        out = nl.ndarray((8, 1), nl.float32, buffer=nl.sbuf)
+        how(out, column)
+        result = nl.ndarray((8, 1), nl.float32, buffer=nl.shared_hbm)
+        nisa.dma_copy(result, out)
+        return result
+
+    return kernel
+
+
+def doubled(out, column):
+    nisa.tensor_scalar(out, column, nl.multiply, 2.0)
+
+
+def test_a_run_time_offset_of_a_compute_operand_is_warned_of_with_its_evidence():
+    run = simulator.simulate(run_time_column(doubled))
+    np.testing.assert_array_equal(run(X), 2 * X[:, 3:4])
+    (line,) = run.run.cores[0].warnings
+    assert line.startswith("tensor_scalar: a run-time offset")
+    assert "NCC_IBIR829" in line and line.endswith("in doubled")
+
+
+def test_a_strict_run_refuses_it_at_its_line():
+    with pytest.raises(SimulationError, match="NCC_IBIR829") as caught:
+        simulator.simulate(run_time_column(doubled), strict=True)(X)
+    assert caught.value.rule == "doubtful"
+    assert caught.value.location.function == "doubled"
+
+
+@pytest.mark.parametrize("how", [nisa.tensor_copy, nisa.dma_copy])
+def test_copies_may_start_at_a_run_time_offset(how):
+    run = simulator.simulate(run_time_column(how), strict=True)
+    np.testing.assert_array_equal(run(X), X[:, 3:4])
+    assert run.run.cores[0].warnings == []
+
+
+def test_activation_and_command_line_can_be_strict(tmp_path, capsys):
+    def kernel(x):
+        assert nl.equal(nl.load(x), nl.load(x))
+        return x
+
+    with simulator.activate(strict=True), pytest.raises(SimulationError, match="always true"):
+        simulator.simulate(kernel)(X)
+    simulator.simulate(kernel)(X)
+    (tmp_path / "k.py").write_text(
+        "import nki\nimport nki.language as nl\n\n@nki.jit\ndef k(a):\n"
+        "    x = nl.load(a)\n    if x:\n        nl.store(a, x)\n"
+    )
+    words = [f"{tmp_path / 'k.py'}::k", "--arg", "a=ones:8x8"]
+    assert cli.simulate_main(words) == 0
+    assert "  warning: the truth of tensor" in capsys.readouterr().out
+    assert cli.simulate_main([*words, "--strict"]) == 1
+    assert "rule doubtful" in capsys.readouterr().err

@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..rules.errors import SimulationError
+    from ..rules.errors import Location, SimulationError
     from ..rules.options import Options
     from .lnc import Launch, Message
     from .spec import Plan, Spec
 
 
-# Checked plans by (target, relaxed rules); shared by all runs of the process.
 # Instructions whose run-time offsets AWS documents (SDK nki/migration/index.rst) or, for registers,
 # that the engine's sequencer carries out.
 _RUN_TIME = ("tensor_copy", "register_load", "register_store")
+
+# Checked plans by (target, relaxed rules); shared by all runs of the process.
 _PLANS: dict[tuple[str, frozenset[str]], dict[Any, Plan]] = {}
 
 
@@ -305,15 +306,19 @@ class NeuronCore:
         if access.allocation.buffer == "psum":
             faults.mark_foreign(memory, access)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, where: Location | None = None) -> None:
         """Note something doubtful but legal in the record, once per kernel line.
+
+        Args:
+            text: what is doubtful, and on what evidence.
+            where: the kernel's line; None finds it.
 
         Raises:
             SimulationError: rule "doubtful", in a strict run.
         """
         if self.options.strict:
-            violate("doubtful", text)
-        line = f"{text}, at {locate(call_site())}"
+            violate("doubtful", text, location=where)
+        line = f"{text}, at {where or locate(call_site())}"
         if line not in self.trace.warnings:
             self.trace.warnings.append(line)
 

@@ -48,7 +48,7 @@ class Session(Protocol):
     def note(self, error: SimulationError) -> None:
         """Write down a broken rule that the user relaxed."""
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, where: Location | None = None) -> None:
         """Note something doubtful but legal in the record."""
 
     def unknown_register(self, register: Any) -> int:

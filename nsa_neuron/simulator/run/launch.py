@@ -20,6 +20,7 @@ from ..rules.options import Options
 from ..rules.session import locate, violate, violation
 from . import liveness
 from .arguments import Arguments, to_results
+from .cores import check_loops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -202,6 +203,7 @@ class _Rank:
             for core in cores:
                 run.peaks.append(liveness.check(core.trace, core.machine))
             liveness.check_hbm(run, cores[0].machine)
+            check_loops(cores)
             _check_results(run, self.kernel, result, self.arguments, self.options)
         self.arguments.write_back()
         return to_results(result, self.arguments, self.options)

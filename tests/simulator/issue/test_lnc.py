@@ -186,3 +186,59 @@ def test_a_relaxed_race_lets_the_cores_keep_pace():
     with pytest.raises(RaceError):
         simulator.simulate(racing)(X + 1)
     np.testing.assert_array_equal(simulator.simulate(racing, relax={"lnc-race"})(X + 1), X[:1] + 1)
+
+
+def looping(trips):
+    """Core i runs its hardware loops `trips[i]` times and adds up 1s."""
+
+    def kernel(x):
+        me = nl.program_id(0)
+        total = nl.full((4, 1), 0.0, nl.float32)
+
+        def add(_):
+            nisa.tensor_scalar(total, total, nl.add, 1.0)
+
+        for n in trips[me]:
+            nl.fori_loop(0, n, add)
+        out = nl.ndarray((2, 4, 1), nl.float32, buffer=nl.shared_hbm)
+        nl.store(out[me], total)
+        return out
+
+    return nki.jit(kernel)[2]
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize(
+    ("trips", "text"),
+    [
+        ([(3,), (4,)], "hardware loop 1 runs 3 times on core 0 and 4 times on core 1"),
+        ([(2, 5), (2, 1)], "hardware loop 2 runs 5 times on core 0 and 1 times on core 1"),
+        ([(2,), (2, 1)], "hardware loop 2 runs 0 times on core 0 and 1 times on core 1"),
+        ([(0,), (1,)], "hardware loop 1 runs 0 times on core 0 and 1 times on core 1"),
+    ],
+)
+def test_unequal_trip_counts_of_two_cores_are_warned_of(trips, text, data):
+    run = simulator.simulate(looping(trips), data=data)
+    result = run(X)
+    if data:
+        np.testing.assert_array_equal(result[:, 0, 0], [sum(t) for t in trips])
+    (line,) = run.run.cores[0].warnings
+    assert line.startswith(text) and "NCC_IXGM002" in line and line.endswith("in add")
+    with pytest.raises(SimulationError, match=text) as caught:
+        simulator.simulate(looping(trips), data=data, strict=True)(X)
+    assert caught.value.rule == "doubtful" and caught.value.location.function == "add"
+
+
+def test_equal_trip_counts_and_one_core_are_not_warned_of():
+    run = simulator.simulate(looping([(3, 2), (3, 2)]), strict=True)
+    np.testing.assert_array_equal(run(X)[:, 0, 0], [5, 5])
+    assert run.run.cores[0].warnings == []
+
+
+def test_iterations_that_a_run_leaves_out_count_as_trips():
+    run = simulator.simulate(looping([(9,), (9,)]), data=False, iterations=3)
+    run(X)
+    assert run.run.cores[0].warnings == []
+    run = simulator.simulate(looping([(9,), (8,)]), data=False, iterations=3)
+    run(X)
+    assert "runs 9 times on core 0 and 8 times" in run.run.cores[0].warnings[0]

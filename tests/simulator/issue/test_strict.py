@@ -73,3 +73,48 @@ def test_activation_and_command_line_can_be_strict(tmp_path, capsys):
     assert "  warning: the truth of tensor" in capsys.readouterr().out
     assert cli.simulate_main([*words, "--strict"]) == 1
     assert "rule doubtful" in capsys.readouterr().err
+
+
+def two_groups(order, bytes_apart=256):
+    """Matmuls into two slices of one PSUM tensor; `order` names the slice of each."""
+
+    def kernel(x):
+        t = nl.load(x)
+        width = bytes_apart // 4
+        both = nl.ndarray((16, width + 16), nl.float32, buffer=nl.psum)
+        seen = set()
+        for which in order:
+            part = both[:, which * width : which * width + 16]
+            nisa.nc_matmul(part, t, t, accumulate=which in seen)
+            seen.add(which)
+        sums = nl.ndarray((16, 32), nl.float32, buffer=nl.sbuf)
+        for which in (0, 1):
+            part = both[:, which * width : which * width + 16]
+            nisa.tensor_copy(sums[:, which * 16 : which * 16 + 16], part)
+        out = nl.ndarray((16, 32), nl.float32, buffer=nl.shared_hbm)
+        nisa.dma_copy(out, sums)
+        return out
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("order", "bytes_apart", "warned"),
+    [
+        ([0, 0, 1, 1], 256, False),  # one after the other
+        ([0, 1, 0, 1], 256, True),
+        ([0, 1, 1, 0], 256, True),
+        ([0, 1, 0, 1], 2048, False),  # in two banks
+    ],
+)
+def test_groups_that_interleave_in_one_psum_bank_are_warned_of(order, bytes_apart, warned):
+    run = simulator.simulate(two_groups(order, bytes_apart))
+    product = (X.astype(np.float64).T @ X).astype(np.float32)
+    np.testing.assert_allclose(run(X), np.tile(2 * product, 2), rtol=1e-6)
+    lines = run.run.cores[0].warnings
+    assert len(lines) == warned
+    assert all("another group began" in line and line.endswith("in kernel") for line in lines)
+    if warned:
+        with pytest.raises(SimulationError, match="another group") as caught:
+            simulator.simulate(two_groups(order, bytes_apart), strict=True)(X)
+        assert caught.value.rule == "doubtful"

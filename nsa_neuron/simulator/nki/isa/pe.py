@@ -221,6 +221,7 @@ def _run_matmul(core, payload, writes, reads, params):
         _unopened(core, dst)
     if accumulate is not False and memory.foreign is not None:
         _foreign(core, dst)
+    _one_group(core, access, accumulate)
     if accumulate is False and out.flags.c_contiguous:
         k = st.shape[0] * (2 if double else 1)
         semantics.matmul(st.reshape(k, -1), mv.reshape(k, -1), out.reshape(out.shape[0], -1))
@@ -253,6 +254,22 @@ def _overlapping(core, dst, product, accumulate):
         semantics.psum_update_overlapping(array[row], index, product[row], accumulate, known[row])
     group.add(access)
     memory.written.add(access)
+
+
+def _one_group(core, access, accumulate):
+    """Warn where a matmul goes on with a group after another one began in its PSUM bank."""
+    latest = core.state.setdefault("groups", {})
+    allocation = access.allocation
+    bank = access.lo // core.machine.psum_bank_bytes
+    key = allocation.id, bank, access.p0
+    before = latest.get(key)
+    if accumulate and before is not None and not before.overlaps(access):
+        core.warn(
+            "nc_matmul goes on with a group after another group began in the same PSUM bank: exact "
+            "in AWS's simulator, wrong on the device as a third party reports of trn1; finish one "
+            "first, or give it a bank of its own"
+        )
+    latest[key] = access
 
 
 def _unopened(core, dst):

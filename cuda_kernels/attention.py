@@ -134,7 +134,9 @@ def forward(
         first = T - S + first_row // G
         last = T - S + tl.minimum((first_row + BLOCK_M - 1) // G, S - 1)
         begin = 0
-        edge = (first + 1) // BLOCK_N * BLOCK_N
+        # `first` is never negative. ptxas cannot know, and serialises every wgmma of the loops
+        # around a bound that may be (its C7515).
+        edge = tl.maximum(first + 1, 0) // BLOCK_N * BLOCK_N
         if WINDOW > 0:
             begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
             edge = begin
@@ -242,7 +244,7 @@ def backward_dq(
 
         first = T - S + first_row // G
         last = T - S + tl.minimum((first_row + BLOCK_M - 1) // G, S - 1)
-        edge = (first + 1) // BLOCK_N * BLOCK_N
+        edge = tl.maximum(first + 1, 0) // BLOCK_N * BLOCK_N
         if WINDOW > 0:
             edge = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         scale_log2 = scale * LOG2E
@@ -357,6 +359,7 @@ def backward_dkv(
         begin = tl.maximum(first_key - past, 0) * G // BLOCK_M * BLOCK_M
         full = tl.maximum(first_key + BLOCK_N - 1 - past, 0) * G
         full = tl.minimum((full + BLOCK_M - 1) // BLOCK_M * BLOCK_M, rows)
+        full = tl.maximum(full, 0)  # as for `edge` in `forward`
         if WINDOW > 0:
             full = tl.minimum(tl.maximum(first_key + BLOCK_N - 1 + WINDOW - past, 0) * G, rows)
         scale_log2 = scale * LOG2E

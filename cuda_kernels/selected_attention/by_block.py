@@ -59,6 +59,17 @@ def work_item(
 
 
 @triton.jit
+def listed(numbers, first_row, rows, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What a list holds for each of a tile's rows; 0 past its end.
+
+    Loops over a list load it one tile ahead: the addresses of a tile's q hang on it, and a gather
+    behind a load of its own iteration waits for memory twice.
+    """
+    row = first_row + tl.arange(0, BLOCK_M)
+    return tl.load(numbers + row // G, mask=row < rows, other=0)
+
+
+@triton.jit
 def forward_by_block(
     q, k, v, partial_o, partial_lse, chosen, queries, order, item_block, item_start, list_start,
     list_end, first_pair, num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
@@ -105,11 +116,15 @@ def forward_by_block(
         q_head = q + batch * stride_qb + kv_head * G * stride_qh
         scale_log2 = scale * LOG2E
         rows = (end - begin).to(tl.int32) * G
+        next_query = listed(queries + begin, 0, rows, G, BLOCK_M)
+        next_entry = listed(order + begin, 0, rows, G, BLOCK_M)
         for first_row in range(0, rows, BLOCK_M):
             row = first_row + tl.arange(0, BLOCK_M)
             valid = row < rows
-            query = tl.load(queries + begin + row // G, mask=valid, other=0)
-            entry = tl.load(order + begin + row // G, mask=valid, other=0)
+            query = next_query
+            entry = next_entry
+            next_query = listed(queries + begin, first_row + BLOCK_M, rows, G, BLOCK_M)
+            next_entry = listed(order + begin, first_row + BLOCK_M, rows, G, BLOCK_M)
             q_rows = q_head + query.to(tl.int64) * stride_qt + (row % G) * stride_qh
             q0, q1 = load_split(q_rows, valid, DK, D0, D1, True)
             position = (T - S + query - q_start).to(tl.int32)

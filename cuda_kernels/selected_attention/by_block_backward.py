@@ -23,7 +23,7 @@ from ..common import (
     store_split,
     token_rows,
 )
-from .by_block import work_item
+from .by_block import listed, work_item
 from .union import BY_BLOCK
 
 
@@ -80,10 +80,12 @@ def backward_dkv(
         dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
         dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else V0], tl.float32)
         # What the rows need would be hoisted over this loop and spilled there.
+        next_query = listed(queries + begin, 0, rows, G, BLOCK_M)
         for first_row in tl.range(0, rows, BLOCK_M, disable_licm=True):
             row = first_row + tl.arange(0, BLOCK_M)
             valid = row < rows
-            query = tl.load(queries + begin + row // G, mask=valid, other=0)
+            query = next_query
+            next_query = listed(queries + begin, first_row + BLOCK_M, rows, G, BLOCK_M)
             token = query.to(tl.int64)
             q_rows = q_head + token * stride_qt + (row % G) * stride_qh
             g_rows = g_head + token * stride_gt + (row % G) * stride_gh
@@ -213,11 +215,15 @@ def backward_dq_by_block(
         past = (T - S - q_start).to(tl.int32)
         rows = (end - begin).to(tl.int32) * G
         # As in `backward_dkv`.
+        next_query = listed(queries + begin, 0, rows, G, BLOCK_M)
+        next_entry = listed(order + begin, 0, rows, G, BLOCK_M)
         for first_row in tl.range(0, rows, BLOCK_M, disable_licm=True):
             row = first_row + tl.arange(0, BLOCK_M)
             valid = row < rows
-            query = tl.load(queries + begin + row // G, mask=valid, other=0)
-            entry = tl.load(order + begin + row // G, mask=valid, other=0)
+            query = next_query
+            entry = next_entry
+            next_query = listed(queries + begin, first_row + BLOCK_M, rows, G, BLOCK_M)
+            next_entry = listed(order + begin, first_row + BLOCK_M, rows, G, BLOCK_M)
             token = query.to(tl.int64)
             q_rows = q_head + token * stride_qt + (row % G) * stride_qh
             g_rows = g_head + token * stride_gt + (row % G) * stride_gh

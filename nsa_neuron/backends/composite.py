@@ -32,14 +32,21 @@ def supports(bound: Bound, supports_part: Callable[[Bound], Verdict]) -> Verdict
     return Supported(plans)
 
 
+def lower_parts(
+    bound: Bound, plans: dict[str, Any], lower_part: Callable[[Bound, Any], Lowered]
+) -> dict[str, Lowered]:
+    """The lowering of each part by name."""
+    return {
+        name: lower_part(replace(bound, spec=PART_SPECS[name]), plan)
+        for name, plan in plans.items()
+    }
+
+
 def lower(
     bound: Bound, plans: dict[str, Any], lower_part: Callable[[Bound, Any], Lowered]
 ) -> Lowered:
     """The whole, made of the parts' lowerings."""
-    parts = {
-        name: lower_part(replace(bound, spec=PART_SPECS[name]), plan)
-        for name, plan in plans.items()
-    }
+    parts = lower_parts(bound, plans, lower_part)
     if bound.spec.name == "nsa_attention_backward":
         return lambda **values: compose_backward(parts.__getitem__, values)
     if bound.spec.name == "nsa_attention_forward":

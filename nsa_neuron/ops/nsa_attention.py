@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -152,7 +153,10 @@ def nsa_attention_backward(
 
 
 Part = Callable[[str], Callable[..., Any]]
+Three = tuple[Tensor, Tensor, Tensor]
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+BRANCHES = ("cmp", "slc", "win")
+"""The branches as argument names call them, in the order of the gates."""
 
 
 def compose_forward(part: Part, values: Mapping[str, Any]) -> Eight:
@@ -174,26 +178,46 @@ def compose_forward(part: Part, values: Mapping[str, Any]) -> Eight:
 
 def compose_backward(part: Part, values: Mapping[str, Any]) -> Eight:
     """`nsa_attention_backward` out of the single ops; arguments as for `compose_forward`."""
-    v = _Values(values)
-    do_cmp, do_slc, do_win, dgates = part("gated_sum_backward")(
+    *grads, dgates = part("gated_sum_backward")(
         **{name: values[name] for name in ("grad_o", "o_cmp", "o_slc", "o_win", "gates")}
     )
-    dq_cmp, dk_cmp, dv_cmp = part("compressed_attention_backward")(
-        **v.compressed, v_cmp=values["v_cmp"], **v.saved("cmp", do_cmp)
+    branches = branch_gradients(part, values, grads)
+    (dq_cmp, *d_cmp), (dq_slc, *d_slc), (dq_win, *d_win) = branches
+    q = values["q"]
+    work = torch.promote_types(q.dtype, torch.float32)
+    dq = (dq_cmp.to(work) + dq_slc.to(work) + dq_win.to(work)).to(q.dtype)
+    return dq, *d_cmp, *d_slc, *d_win, dgates
+
+
+def branch_gradients(
+    part: Part,
+    values: Mapping[str, Any],
+    grads: Sequence[Tensor],
+    extra: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> tuple[Three, Three, Three]:
+    """dq, dk and dv of each branch, in the order of `BRANCHES`.
+
+    Args:
+        part, values: as for `compose_backward`.
+        grads: gradients of o_cmp, o_slc, o_win.
+        extra: by branch, arguments that a backend's own parts take besides the op's.
+    """
+    v = _Values(values)
+    do_cmp, do_slc, do_win = grads
+    compressed = part("compressed_attention_backward")(
+        **v.compressed, v_cmp=values["v_cmp"], **v.saved("cmp", do_cmp), **extra.get("cmp", {})
     )
-    dq_slc, dk_slc, dv_slc = part("selected_attention_backward")(
+    chosen = part("selected_attention_backward")(
         **v.branch("slc"),
         block_indices=values["block_indices"],
         **v.saved("slc", do_slc),
         **v.block,
+        **extra.get("slc", {}),
     )
-    dq_win, dk_win, dv_win = part("sliding_window_attention_backward")(
-        **v.branch("win"), **v.saved("win", do_win), **v.window
+    near = part("sliding_window_attention_backward")(
+        **v.branch("win"), **v.saved("win", do_win), **v.window, **extra.get("win", {})
     )
-    q = values["q"]
-    work = torch.promote_types(q.dtype, torch.float32)
-    dq = (dq_cmp.to(work) + dq_slc.to(work) + dq_win.to(work)).to(q.dtype)
-    return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
+    return compressed, chosen, near
 
 
 class _Values:

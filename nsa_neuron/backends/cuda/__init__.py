@@ -86,6 +86,8 @@ class CudaBackend:
         return Supported((mode, plan))
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
+        if bound.spec.name == "nsa_attention_backward":
+            return self._lower_whole_backward(bound, plan)
         if bound.spec.name in composite.WHOLE:
             return composite.lower(bound, plan, self.lower)
         mode, constants = plan
@@ -100,6 +102,14 @@ class CudaBackend:
             return _with_empty_gradients(launch)
         takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
         return _with_scale(launch) if takes_scale else launch
+
+    def _lower_whole_backward(self, bound: Bound, plans_of: dict[str, Any]) -> Lowered:
+        mode, constants = plans_of["gated_sum_backward"]
+        launcher = importlib.import_module(f"{LAUNCHERS}.nsa_attention")
+        parts = composite.lower_parts(bound, plans_of, self.lower)
+        kernels = kernel_package(mode).load("gated_sum")
+        launch: Lowered = functools.partial(launcher.backward, kernels, constants, parts)
+        return _on_device(launch, bound.device) if mode == "hw" else launch
 
 
 def _too_large(bound: Bound, stem: str) -> Unsupported | None:

@@ -241,6 +241,10 @@ _COMPRESS_TYPES = {
     **dict.fromkeys(("hidden", "partial", "y_sum"), "*fp32"),
     "bias": "*fp32",  # with the encoding's share in it
 }
+_GATED_TYPES = {
+    "elements": "i32",
+    **{f"{name}_{branch}": "*fp32" for name in ("lse", "delta") for branch in ("cmp", "slc", "win")},
+}
 _DECODE_TYPES = {
     **dict.fromkeys(("HKV", "MAX_TILES", "cmp_pages", "win_pages", "slc_pages"), "i32"),
     **dict.fromkeys(("cmp_table", "win_table", "slc_table", "seqlens", "ids", "counters"), "*i32"),
@@ -269,7 +273,26 @@ def _compress(shape: Shape, **change: Any) -> Mapping[str, Any]:
 
 
 def _gated(shape: Shape) -> Mapping[str, Any]:
-    return {"DV": shape.dv, "WIDTH": 1 << (shape.dv - 1).bit_length()}
+    return {"DV": shape.dv, "WIDTH": 1 << (shape.dv - 1).bit_length(), "DELTA": False}
+
+
+def _gated_deltas(shape: Shape) -> Mapping[str, Any]:
+    return {**_gated(shape), "DELTA": True}
+
+
+def _gated_entries() -> tuple[KernelEntry, ...]:
+    def entry(kernel: str, derive: Derive, variant: str = "") -> KernelEntry:
+        return KernelEntry(
+            "gated_sum", kernel, "gated_sum", derive, _GATED_TYPES, wants_wgmma=False,
+            variant=variant,
+        )  # fmt: skip
+
+    return (
+        entry("forward", _gated),
+        entry("backward", _gated),
+        entry("backward", _gated_deltas, "with deltas"),
+        entry("add", _planned_only),
+    )
 
 
 def _decode(shape: Shape, **change: int) -> Mapping[str, Any]:
@@ -369,10 +392,7 @@ KERNELS: tuple[KernelEntry, ...] = (
     *_compressed_entries(),
     KernelEntry("select_blocks", "forward", "select_blocks", _select, _SELECT_TYPES),
     *_compress_entries(),
-    *(
-        KernelEntry("gated_sum", kernel, "gated_sum", _gated, wants_wgmma=False)
-        for kernel in ("forward", "backward")
-    ),
+    *_gated_entries(),
     *_decode_entries(),
 )
 

@@ -7,6 +7,7 @@ whose bounds hold gives the constants:
                   "constants": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}}]}
 
 Bounds may be left out: `max_dk`, `max_dv` (inclusive), `dtypes`, `min_g`, `max_g` (inclusive).
+`accepts` maps what `nsa compile-check` would call a problem of the row to the reason why it is not.
 `tools/tune.py` measures on a GPU and writes these files; nothing is tuned at import or launch.
 """
 
@@ -56,7 +57,18 @@ def find(device: str, op: str, *, dk: int, dv: int, dtype: str, group: int) -> d
         PlanError: a kernel has no row for these arguments.
     """
     wanted = {"dk": dk, "dv": dv, "dtype": dtype, "group": group}
-    return {kernel: _first_fit(device, op, kernel, wanted) for kernel in load(device, op)}
+    return {
+        kernel: dict(_first_fit(device, op, kernel, wanted)["constants"])
+        for kernel in load(device, op)
+    }
+
+
+def accepted(
+    device: str, op: str, kernel: str, *, dk: int, dv: int, dtype: str, group: int
+) -> dict[str, str]:
+    """What a kernel's row accepts, by the name of the finding: the reason. As `find`."""
+    wanted = {"dk": dk, "dv": dv, "dtype": dtype, "group": group}
+    return dict(_first_fit(device, op, kernel, wanted).get("accepts", {}))
 
 
 def fits(row: dict[str, Any], *, dk: int, dv: int, dtype: str, group: int) -> bool:
@@ -69,10 +81,10 @@ def fits(row: dict[str, Any], *, dk: int, dv: int, dtype: str, group: int) -> bo
     )
 
 
-def _first_fit(device: str, op: str, kernel: str, wanted: dict[str, Any]) -> Constants:
+def _first_fit(device: str, op: str, kernel: str, wanted: dict[str, Any]) -> dict[str, Any]:
     for row in load(device, op)[kernel]:
         if fits(row, **wanted):
-            return dict(row["constants"])
+            return row
     raise PlanError(
         f"no tile plan for kernel '{kernel}' of op '{op}' on device '{device}' with {wanted}: "
         f"add a row to {PLANS_FOLDER / device / (op + '.json')}"

@@ -69,6 +69,7 @@ def backward(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    delta: Tensor | None = None,
     window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` with respect to q, k and v, contiguous, in their dtypes.
@@ -76,12 +77,14 @@ def backward(
     Args:
         plan: constants of the kernels `backward_delta`, `backward_dq` and `backward_dkv`.
         grad_o: [B, S, Hq, Dv]; grad_lse: float32 [B, S, Hq] or None for zero.
+        delta: what `backward_delta` would give, float32 [B, S, Hq], where it is known already.
     """
     q, k, v, grad_o = addressable(q), addressable(k), addressable(v), addressable(grad_o)
     lse = lse.contiguous()
     batch, tokens, heads, dk = q.shape
     _, keys, kv_heads, dv = v.shape
-    delta = launch_delta(kernels, plan, grad_o, o, lse, grad_lse)
+    if delta is None:
+        delta = launch_delta(kernels, plan, grad_o, o, lse, grad_lse)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)

@@ -79,6 +79,7 @@ def backward(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` with respect to q, k_cmp and v_cmp, contiguous, in their dtypes.
 
@@ -86,12 +87,14 @@ def backward(
         plan: constants of `backward_delta`, `backward_dq`, `backward_dkv` (with SPLITS, see the
             kernel) and `reduce_splits`.
         grad_o: [B, S, Hq, Dv]; grad_lse: float32 [B, S, Hq] or None for zero.
+        delta: what `backward_delta` would give, float32 [B, S, Hq], where it is known already.
     """
     q, k_cmp, v_cmp, grad_o = (addressable(x) for x in (q, k_cmp, v_cmp, grad_o))
     lse = lse.contiguous()
     batch, tokens, heads, dk = q.shape
     blocks, kv_heads, dv = v_cmp.shape[1:]
-    delta = launch_delta(kernels, plan, grad_o, o, lse, grad_lse)
+    if delta is None:
+        delta = launch_delta(kernels, plan, grad_o, o, lse, grad_lse)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(cu_seqlens_q, cu_seqlens_k, block, stride, lse)
     group = heads // kv_heads

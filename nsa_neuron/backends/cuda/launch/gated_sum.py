@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nsa_neuron.backends.cuda.launch.common import Plan
 
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 def forward(
     kernels: Any, plan: Plan, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor
@@ -30,14 +32,55 @@ def backward(
     o_slc: Tensor,
     o_win: Tensor,
     gates: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Four:
     """Gradients of o_cmp, o_slc, o_win and gates, contiguous, in their dtypes."""
-    inputs = [x.contiguous() for x in (o_cmp, o_slc, o_win, gates)]
+    return _backward(kernels, plan, grad_o, (o_cmp, o_slc, o_win, gates), ())[0]
+
+
+def backward_with_deltas(
+    kernels: Any,
+    plan: Plan,
+    grad_o: Tensor,
+    branches: tuple[Tensor, Tensor, Tensor],
+    gates: Tensor,
+    lses: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Four, list[Tensor]]:
+    """What `backward` returns, and each branch's delta, float32 [B, S, Hq].
+
+    Args:
+        branches: o_cmp, o_slc, o_win [B, S, Hq, Dv]; lses: of the same, float32 [B, S, Hq].
+    """
+    return _backward(kernels, plan, grad_o, (*branches, gates), lses)
+
+
+def add(kernels: Any, plan: Plan, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """`a + b + c` in float32, rounded once to their dtype; contiguous tensors of one shape."""
+    total = torch.empty_like(a)
+    constants = dict(plan["add"])
+    grid = (-(-total.numel() // constants["BLOCK_E"]),)
+    kernels.add[grid](a, b, c, total, total.numel(), **constants)
+    return total
+
+
+def _backward(
+    kernels: Any,
+    plan: Plan,
+    grad_o: Tensor,
+    given: tuple[Tensor, ...],
+    lses: tuple[Tensor, ...],
+) -> tuple[Four, list[Tensor]]:
+    inputs = [x.contiguous() for x in given]
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    stats = [x.contiguous() for x in lses]
+    deltas = [torch.empty_like(x) for x in stats]
     grid, arguments = _geometry(plan["backward"], inputs[0])
-    kernels.backward[grid](grad_o.contiguous(), *inputs, *grads, **arguments)
+    unread = [inputs[0]] * 6  # of a kernel without DELTA
+    kernels.backward[grid](
+        grad_o.contiguous(), *inputs, *grads, *([*stats, *deltas] or unread),
+        DELTA=bool(stats), **arguments,
+    )  # fmt: skip
     d_cmp, d_slc, d_win, d_gates = grads
-    return d_cmp, d_slc, d_win, d_gates
+    return (d_cmp, d_slc, d_win, d_gates), deltas
 
 
 def _geometry(constants: Any, o: Tensor) -> tuple[tuple[int], dict[str, Any]]:

@@ -49,9 +49,10 @@ def backward(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` with respect to q, k and v. As `attention.backward`."""
     return attention.backward(
         kernels, plan, grad_o, q, k, v, o, lse, grad_lse, scale=scale, window=window,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, delta=delta,
     )  # fmt: skip

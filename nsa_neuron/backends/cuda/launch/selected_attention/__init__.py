@@ -69,6 +69,7 @@ def backward(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` with respect to q, k and v, contiguous, in their dtypes.
 
@@ -76,12 +77,15 @@ def backward(
 
     Args:
         grad_o: [B, S, Hq, Dv]; grad_lse: float32 [B, S, Hq] or None for zero.
+        delta: what `backward_delta` would give, float32 [B, S, Hq], where it is known already.
     """
     q, k, v, grad_o = addressable(q), addressable(k), addressable(v), addressable(grad_o)
     lse = lse.contiguous()
     cu = (cu_seqlens_q, cu_seqlens_k)
     call = Call(kernels, plan, q, k, v, block_indices.contiguous(), select_block, scale, cu)
-    grads = (grad_o, lse, launch_delta(kernels, plan, grad_o, o, lse, grad_lse))
+    if delta is None:
+        delta = launch_delta(kernels, plan, grad_o, o, lse, grad_lse)
+    grads = (grad_o, lse, delta)
     pairs = by_block.sort_all(call)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strategy, min_sharing = dispatch.decide(call, "backward_dq")

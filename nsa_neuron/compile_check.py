@@ -1,7 +1,8 @@
 """Compiles the Triton kernels at every shipped tile plan for an H200, on a machine without a GPU.
 
 What a GPU would refuse or slow down is visible in the machine code: more shared memory than a block
-may have, registers spilled to local memory inside a loop, matrix products that are not `wgmma`.
+may have, registers spilled to local memory inside a loop, matrix products that are not `wgmma`,
+too narrow, done twice or one after the other, gathers that wait for their ids.
 `run()` compiles each kernel of `nsa_neuron.backends.cuda.kernel_table` for sm_90 with the plans of
 device `h200` and gives one `Row` per kernel and plan. Nothing is executed: this says that a
 kernel fits the machine, not how fast or how right it is.
@@ -9,18 +10,20 @@ kernel fits the machine, not how fast or how right it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nsa_neuron.backends.cuda import plans
+from nsa_neuron.backends.cuda import gpu_ir, plans
 from nsa_neuron.backends.cuda.kernel_table import (
     EVERY_KERNEL,
     IEEE_PRODUCT,
@@ -36,7 +39,17 @@ SHARED_MEMORY_LIMIT = 232_448
 capabilities: 227 KiB)."""
 
 _TRITON_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_MEASURED = ("shared_bytes", "registers", "local_bytes", "spills_in_loops", "products")
+NARROW = 64
+"""Columns below which a wgmma is held up by its left operand in shared memory: 2 KB per 64 x N x 16
+product at 128 bytes a cycle (Hopper tuning guide) take as long as 32 columns of arithmetic."""
+
+SERIALISED = "C7515"
+"""ptxas's number for "wgmma.mma_async instructions are serialized"."""
+
+_MEASURED = (
+    *("shared_bytes", "registers", "local_bytes", "spills_in_loops", "products"),
+    *("excess_work", "narrowest", "narrow_lines", "serialised", "waiting_gathers"),
+)
 _REASON_LIMIT = 300
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
@@ -54,6 +67,12 @@ class Row:
         local_bytes: stack of a thread; not zero when registers were spilled.
         spills_in_loops: loads and stores of local memory inside a loop body.
         products: the instructions that multiply matrices: `wgmma`, `mma` or neither (`fma`).
+        excess_work: multiplications done over those that the tiles need; 1.0 is ideal.
+        narrowest: columns of the narrowest wgmma, 0 without any; narrow_lines: where those narrower
+            than `NARROW` come from.
+        serialised: whether ptxas serialises the wgmma (C7515).
+        waiting_gathers: lines of loads in loops that wait for a load of the same iteration.
+        accepted: findings that the plan's row accepts, by name, with the reason.
         exempt: why they need not be `wgmma`; empty: they must.
         problems: why the verdict is not ok.
     """
@@ -70,7 +89,13 @@ class Row:
     local_bytes: int | None
     spills_in_loops: int | None
     products: str | None
+    excess_work: float | None
+    narrowest: int | None
+    narrow_lines: tuple[str, ...] | None
+    serialised: bool | None
+    waiting_gathers: tuple[str, ...] | None
     exempt: str
+    accepted: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
@@ -86,6 +111,7 @@ class Job:
     point: Point
     planned: dict[str, Any]
     arguments: dict[str, Any]
+    accepts: dict[str, str]
 
 
 def job_at(entry: KernelEntry, point: Point, device: str = "h200") -> Job:
@@ -96,7 +122,8 @@ def job_at(entry: KernelEntry, point: Point, device: str = "h200") -> Job:
     """
     planned = plans.find(device, entry.op, **asdict(point))[entry.planned]
     shape = Shape(point.dk, point.dv, point.group, planned)
-    return Job(entry, point, planned, entry.constants(shape))
+    accepts = plans.accepted(device, entry.op, entry.planned, **asdict(point))
+    return Job(entry, point, planned, entry.constants(shape), accepts)
 
 
 def jobs(
@@ -139,13 +166,13 @@ def compile_job(job: Job) -> Row:
     """The row of one job."""
     entry, point = job.entry, job.point
     function = getattr(_kernels().load(entry.module), entry.kernel)
-    measured, problems = _measure(function, entry, job.arguments, point.dtype)
+    measured, problems, accepted = _measure(function, job)
     exempt = entry.products(point.dtype, job.arguments)[1]
     if measured["products"] == "wgmma":
         exempt = ""
     return Row(
         entry.op, entry.label, point.dk, point.dv, point.group, point.dtype, job.planned,
-        **measured, exempt=exempt, problems=problems,
+        **measured, exempt=exempt, accepted=accepted, problems=problems,
     )  # fmt: skip
 
 
@@ -158,10 +185,10 @@ def _settled(shape: Shape) -> Mapping[str, Any]:
     raise AssertionError(f"constants were derived before, for {shape}")
 
 
-def _measure(
-    function: Any, entry: KernelEntry, arguments: dict[str, Any], dtype: str
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What `compile_kernel` reads and the problems with it; a refusal of Triton is a problem too.
+def _measure(function: Any, job: Job) -> tuple[dict[str, Any], tuple[str, ...], dict[str, str]]:
+    """What `compile_kernel` reads, the problems with it and what the plan's row accepts of them.
+
+    A refusal of Triton is a problem too.
 
     The other kernels are still worth compiling then, and Triton's versions differ in what they
     refuse.
@@ -170,14 +197,16 @@ def _measure(
     from triton.errors import TritonError
 
     try:
-        measured = compile_kernel(function, entry, arguments, dtype)
+        measured = compile_kernel(function, job.entry, job.arguments, job.point.dtype)
     # Failed compiler passes are plain RuntimeErrors.
     except (TritonError, RuntimeError) as error:
         # A CompilationError's text begins with the kernel's source up to the bad line.
         reason = " ".join(str(getattr(error, "error_message", None) or error).split())
         problem = f"Triton {triton.__version__} does not compile it: {reason[:_REASON_LIMIT]}"
-        return dict.fromkeys(_MEASURED), (problem,)
-    return measured, find_problems(entry, arguments, dtype, measured)
+        return dict.fromkeys(_MEASURED), (problem,), {}
+    problems = find_problems(job.entry, job.arguments, job.point.dtype, measured)
+    more, accepted = sift(find_slow(measured), job.accepts)
+    return measured, problems + more, accepted
 
 
 def compile_kernel(
@@ -206,7 +235,15 @@ def compile_kernel(
             aligned[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): value for name, value in known.items()}
     source = ASTSource(function, signature, constexprs, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        # A kernel from Triton's cache has no log: what ptxas said of it would be lost.
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True
+            target = GPUTarget("cuda", 90, 32)
+            compiled = triton.compile(source, target=target, options=options)
+    found = gpu_ir.products(compiled.asm["ttgir"])
     usage, listing = _disassemble(compiled.asm["cubin"])
     return {
         "shared_bytes": int(compiled.metadata.shared),
@@ -214,6 +251,11 @@ def compile_kernel(
         "local_bytes": int(_field("STACK", usage)) + int(_field("LOCAL", usage)),
         "spills_in_loops": spills_in_loops(listing),
         "products": "wgmma" if "HGMMA" in listing else "mma" if "HMMA" in listing else "fma",
+        "excess_work": gpu_ir.excess_work(found),
+        "narrowest": min((p.width for p in found), default=0),
+        "narrow_lines": tuple(sorted({p.line for p in found if p.width < NARROW})),
+        "serialised": SERIALISED in log.getvalue(),
+        "waiting_gathers": tuple(gpu_ir.waiting_gathers(compiled.asm["ttgir"])),
     }
 
 
@@ -251,6 +293,46 @@ def find_problems(
     if reason == IEEE_PRODUCT and measured["products"] != "fma":
         problems.append(f"IEEE float32 products are {measured['products']}: not exact")
     return tuple(problems)
+
+
+def find_slow(measured: dict[str, Any]) -> dict[str, str]:
+    """What a GPU would run, but slowly: the finding's name, and a sentence with the lines."""
+    found = {}
+    if measured["serialised"]:
+        found["serialised"] = f"wgmma are serialised (ptxas {SERIALISED})"
+    if measured["excess_work"] > 1:
+        found["excess"] = f"{measured['excess_work']:.2f} times the products that the tiles need"
+    if lines := measured["narrow_lines"]:
+        width = measured["narrowest"]
+        found["narrow"] = f"wgmma of {width} < {NARROW} columns at {', '.join(lines)}"
+    if lines := measured["waiting_gathers"]:
+        found["gather"] = f"a gather waits for a load of its own iteration at {', '.join(lines)}"
+    return found
+
+
+def sift(found: dict[str, str], accepts: dict[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Findings that are problems, and by name those that a plan's row accepts, with its reasons."""
+    problems = tuple(text for name, text in found.items() if name not in accepts)
+    return problems, {k: f"{text}: {accepts[k]}" for k, text in found.items() if k in accepts}
+
+
+def outlived(todo: Iterable[Job], rows: Iterable[Row]) -> list[str]:
+    """What plan rows accept although none of their compiled calls has it: a reason without cause.
+
+    Args:
+        todo: the jobs of `rows`, in their order.
+    """
+    needed: dict[tuple[str, str, str], dict[str, bool]] = {}
+    for job, row in zip(todo, rows, strict=True):
+        names = needed.setdefault((row.op, job.entry.planned, str(sorted(job.planned.items()))), {})
+        for name in job.accepts:
+            names[name] = names.get(name, False) or name in row.accepted
+    return [
+        f"{op} {kernel}: the plan accepts '{name}', which no call of it shows: {constants}"
+        for (op, kernel, constants), names in needed.items()
+        for name, seen in names.items()
+        if not seen
+    ]
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

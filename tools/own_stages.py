@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import nsa_neuron
-from nsa_neuron.backends.cuda import PLANS_OF_MODE, kernel_package, plans
+from nsa_neuron.backends.cuda import devices, kernel_package, plans
 from nsa_neuron.backends.cuda.launch import decode as launch
 from nsa_neuron.registry import use_backend
 
@@ -125,10 +125,10 @@ def decode_setup(problem: Any, device: str = "") -> DecodeState:
     )  # fmt: skip
     group = q.shape[2] // k.shape[2]
     dtype = str(q.dtype).removeprefix("torch.")
+    here = devices.gpu().plans if mode == "hw" and device is None else "interpret"
     plan = plans.find(
-        device or PLANS_OF_MODE[mode], "decode", dk=q.shape[3], dv=v.shape[3], dtype=dtype,
-        group=group,
-    )  # fmt: skip
+        device or here, "decode", dk=q.shape[3], dv=v.shape[3], dtype=dtype, group=group
+    )
     workspace = launch.Workspace.allocate(plan, q, caches, geometry)
     return DecodeState(kernel_package(mode).load("decode"), plan, caches, geometry, workspace)
 

@@ -7,6 +7,7 @@ Exit code 1 when a kernel has a problem.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
         shared.print_json([asdict(row) for row in rows])
     else:
         print(_text(rows))
-    return FAILED if any(row.problems for row in rows) else 0
+    left_over = compile_check.outlived(jobs, rows)
+    print(*left_over, sep="\n", end="\n" * bool(left_over), file=sys.stderr)
+    return FAILED if left_over or any(row.problems for row in rows) else 0
 
 
 def _text(rows: list[compile_check.Row]) -> str:
@@ -53,7 +56,7 @@ def _text(rows: list[compile_check.Row]) -> str:
                 "-" if value is None else str(value)
                 for value in (row.shared_bytes, row.registers, row.local_bytes, row.products)
             ),
-            row.verdict, row.exempt,
+            row.verdict, row.exempt or "; ".join(row.accepted.values()),
         ]
         for row in rows
     ]  # fmt: skip
@@ -62,7 +65,12 @@ def _text(rows: list[compile_check.Row]) -> str:
     bad = sum(bool(row.problems) for row in rows)
     return "\n".join(
         [
-            table("compiled for sm_90, not run", [*headers, "why not wgmma"], lines, styles),
+            table(
+                "compiled for sm_90, not run",
+                [*headers, "why not wgmma, and what the plan accepts"],
+                lines,
+                styles,
+            ),
             f"{len(rows)} kernels and plans, {bad} with a problem",
         ]
     )

@@ -181,12 +181,11 @@ def compose_backward(part: Part, values: Mapping[str, Any]) -> Eight:
     *grads, dgates = part("gated_sum_backward")(
         **{name: values[name] for name in ("grad_o", "o_cmp", "o_slc", "o_win", "gates")}
     )
-    branches = branch_gradients(part, values, grads)
-    (dq_cmp, *d_cmp), (dq_slc, *d_slc), (dq_win, *d_win) = branches
+    compressed, chosen, near = branch_gradients(part, values, grads)
     q = values["q"]
     work = torch.promote_types(q.dtype, torch.float32)
-    dq = (dq_cmp.to(work) + dq_slc.to(work) + dq_win.to(work)).to(q.dtype)
-    return dq, *d_cmp, *d_slc, *d_win, dgates
+    dq = (compressed[0].to(work) + chosen[0].to(work) + near[0].to(work)).to(q.dtype)
+    return dq, *compressed[1:], *chosen[1:], *near[1:], dgates
 
 
 def branch_gradients(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_neuron.backends import composite
-from nsa_neuron.backends.cuda import plans
+from nsa_neuron.backends.cuda import devices, plans
 from nsa_neuron.backends.cuda.launch.decode import MAX_RATIO
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 from nsa_neuron.toolchain import (
@@ -37,7 +37,6 @@ MAX_GRID_YZ = 65_535
 """Programs of a CUDA grid along y and z, where the kernels have kv heads and batches (CUDA C++
 Programming Guide, technical specifications of compute capabilities)."""
 
-PLANS_OF_MODE = {"hw": "h200", "sim": "interpret"}
 DEVICE_OF_MODE = {"hw": "cuda", "sim": "cpu"}
 # The ops that have kernels, by stem; `nsa_attention` is made of them.
 STEMS = (
@@ -61,7 +60,7 @@ class CudaBackend:
         if importlib.util.find_spec("triton") is None:
             missing = "the package 'triton' is not installed"
             return {"hw": missing, "sim": missing}
-        return {"hw": _hardware_hindrance(), "sim": interpreter_hindrance()}
+        return {"hw": devices.hindrance(), "sim": interpreter_hindrance()}
 
     def supports(self, bound: Bound, mode: str) -> Verdict:
         if bound.spec.name in composite.WHOLE:
@@ -79,8 +78,10 @@ class CudaBackend:
                 return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
         if refusal := _too_large(bound, stem):
             return refusal
+        if mode == "hw" and (reason := _gpu(bound).hindrance):
+            return Unsupported("gpu", reason)
         try:
-            plan = _plan(bound, stem, PLANS_OF_MODE[mode])
+            plan = _plan(bound, stem, _gpu(bound).plans if mode == "hw" else "interpret")
         except plans.PlanError as error:
             return Unsupported("plan", str(error))
         return Supported((mode, plan))
@@ -179,14 +180,12 @@ def _plan(bound: Bound, stem: str, device: str) -> Any:
     return plans.find(device, stem, dk=dk, dv=dv, dtype=dtype, group=group)
 
 
-def _hardware_hindrance() -> str:
-    """Why kernels cannot run on a GPU here; empty: they can."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < (9, 0):
-        return f"the GPU is sm_{major}{minor}; the tile plans are for sm_90 (H100, H200) and newer"
-    return ""
+def _gpu(bound: Bound) -> devices.Gpu:
+    """The GPU that a call's tensors lie on, asked once."""
+    return _gpu_of(bound.device.index)
+
+
+_gpu_of = functools.cache(devices.gpu)
 
 
 BACKEND = CudaBackend()

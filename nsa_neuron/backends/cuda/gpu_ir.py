@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 WARP_ROWS = 16
-"""Rows of a product that one warp computes; a warpgroup's four give wgmma its 64 (PTX ISA, wgmma)."""
+"""Rows of a product that one warp computes: a quarter of wgmma's 64 (PTX ISA, wgmma)."""
 
 _LAYOUT = re.compile(
     r"^(#\w+) = #ttg\.nvidia_mma<\{versionMajor = 3,.*?warpsPerCTA = \[(\d+), (\d+)\], "

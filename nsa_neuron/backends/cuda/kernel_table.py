@@ -243,7 +243,9 @@ _COMPRESS_TYPES = {
 }
 _GATED_TYPES = {
     "elements": "i32",
-    **{f"{name}_{branch}": "*fp32" for name in ("lse", "delta") for branch in ("cmp", "slc", "win")},
+    **{
+        f"{name}_{branch}": "*fp32" for name in ("lse", "delta") for branch in ("cmp", "slc", "win")
+    },
 }
 _DECODE_TYPES = {
     **dict.fromkeys(("HKV", "MAX_TILES", "cmp_pages", "win_pages", "slc_pages"), "i32"),

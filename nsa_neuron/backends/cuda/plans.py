@@ -21,7 +21,10 @@ from typing import Any
 from nsa_neuron.errors import NsaError
 
 PLANS_FOLDER = Path(__file__).with_name("plans")
-DEVICES = ("h200", "interpret")
+DEVICES = ("h200", "h100", "interpret")
+SAME_AS = {"h100": "h200"}
+"""Devices whose files hold only what differs from another's: the kernels they leave out, and whole
+ops, are that device's."""
 
 Constants = dict[str, Any]
 Rows = dict[str, list[dict[str, Any]]]
@@ -39,17 +42,18 @@ def load(device: str, op: str) -> Rows:
         PlanError: no such file.
     """
     path = PLANS_FOLDER / device / f"{op}.json"
-    if not path.is_file():
+    base = load(SAME_AS[device], op) if device in SAME_AS else {}
+    if not base and not path.is_file():
         raise PlanError(f"no tile plans for op '{op}' on device '{device}': {path} does not exist")
-    rows: Rows = json.loads(path.read_text())
-    return rows
+    rows: Rows = json.loads(path.read_text()) if path.is_file() else {}
+    return base | rows
 
 
 def find(device: str, op: str, *, dk: int, dv: int, dtype: str, group: int) -> dict[str, Constants]:
     """The constants of every kernel of `op`, by kernel name.
 
     Args:
-        device: `"h200"` or `"interpret"`.
+        device: one of `DEVICES`.
         dk, dv: head dims of keys and values. dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         group: query heads per kv head.
 

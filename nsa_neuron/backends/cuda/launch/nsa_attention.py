@@ -32,7 +32,6 @@ def backward(
         kernels, plan, values["grad_o"], outputs, values["gates"], lses
     )
     extra = {name: {"delta": delta} for name, delta in zip(BRANCHES, deltas, strict=True)}
-    branches = branch_gradients(parts.__getitem__, values, grads[:3], extra)
-    (dq_cmp, *d_cmp), (dq_slc, *d_slc), (dq_win, *d_win) = branches
-    dq = gated_sum.add(kernels, plan, dq_cmp, dq_slc, dq_win)
-    return dq, *d_cmp, *d_slc, *d_win, grads[3]
+    compressed, chosen, near = branch_gradients(parts.__getitem__, values, grads[:3], extra)
+    dq = gated_sum.add(kernels, plan, compressed[0], chosen[0], near[0])
+    return dq, *compressed[1:], *chosen[1:], *near[1:], grads[3]

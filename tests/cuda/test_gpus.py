@@ -63,6 +63,7 @@ def bound():
 @pytest.mark.parametrize(("gpu", "rule"), [(H200, ""), (H100, ""), (RTX, "gpu")])
 def test_a_call_is_refused_on_a_gpu_without_plans(monkeypatch, bound, gpu, rule):
     monkeypatch.setattr(cuda, "_gpu_of", {1: gpu}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     verdict = cuda.BACKEND.supports(bound, "hw")
     assert isinstance(verdict, Unsupported) == bool(rule)
     if rule:

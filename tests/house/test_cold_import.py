@@ -61,7 +61,7 @@ def test_ops_are_registered_in_every_import_order(order: str) -> None:
 
 NEEDED = {
     "autograd", "cases", "errors", "functional", "library", "numerics", "ops", "registry", "spec",
-    "vmap",
+    "torch_private", "vmap",
 }  # fmt: skip
 
 

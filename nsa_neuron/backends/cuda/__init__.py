@@ -78,10 +78,11 @@ class CudaBackend:
                 return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
         if refusal := _too_large(bound, stem):
             return refusal
-        if mode == "hw" and (reason := _gpu(bound).hindrance):
-            return Unsupported("gpu", reason)
+        gpu = _gpu_of(bound.device.index) if mode == "hw" and torch.cuda.is_available() else None
+        if gpu is not None and gpu.hindrance:
+            return Unsupported("gpu", gpu.hindrance)
         try:
-            plan = _plan(bound, stem, _gpu(bound).plans if mode == "hw" else "interpret")
+            plan = _plan(bound, stem, _plan_device(mode, gpu))
         except plans.PlanError as error:
             return Unsupported("plan", str(error))
         return Supported((mode, plan))
@@ -180,12 +181,14 @@ def _plan(bound: Bound, stem: str, device: str) -> Any:
     return plans.find(device, stem, dk=dk, dv=dv, dtype=dtype, group=group)
 
 
-def _gpu(bound: Bound) -> devices.Gpu:
-    """The GPU that a call's tensors lie on, asked once."""
-    return _gpu_of(bound.device.index)
-
-
 _gpu_of = functools.cache(devices.gpu)
+
+
+def _plan_device(mode: str, gpu: devices.Gpu | None) -> str:
+    """Whose plans serve a call; where there is no GPU, a call is explained for an H200."""
+    if mode == "sim":
+        return "interpret"
+    return "h200" if gpu is None else gpu.plans
 
 
 BACKEND = CudaBackend()

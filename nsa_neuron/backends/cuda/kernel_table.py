@@ -241,11 +241,8 @@ _COMPRESS_TYPES = {
     **dict.fromkeys(("hidden", "partial", "y_sum"), "*fp32"),
     "bias": "*fp32",  # with the encoding's share in it
 }
-_GATED_TYPES = {
-    "elements": "i32",
-    **{
-        f"{name}_{branch}": "*fp32" for name in ("lse", "delta") for branch in ("cmp", "slc", "win")
-    },
+_DELTA_TYPES = {
+    f"{name}_{branch}": "*fp32" for name in ("lse", "delta") for branch in ("cmp", "slc", "win")
 }
 _DECODE_TYPES = {
     **dict.fromkeys(("HKV", "MAX_TILES", "cmp_pages", "win_pages", "slc_pages"), "i32"),
@@ -283,17 +280,21 @@ def _gated_deltas(shape: Shape) -> Mapping[str, Any]:
 
 
 def _gated_entries() -> tuple[KernelEntry, ...]:
-    def entry(kernel: str, derive: Derive, variant: str = "") -> KernelEntry:
+    def entry(
+        kernel: str,
+        derive: Derive,
+        types: Mapping[str, str] = {},
+        variant: str = "",
+    ) -> KernelEntry:
         return KernelEntry(
-            "gated_sum", kernel, "gated_sum", derive, _GATED_TYPES, wants_wgmma=False,
-            variant=variant,
+            "gated_sum", kernel, "gated_sum", derive, types, wants_wgmma=False, variant=variant
         )  # fmt: skip
 
     return (
         entry("forward", _gated),
         entry("backward", _gated),
-        entry("backward", _gated_deltas, "with deltas"),
-        entry("add", _planned_only),
+        entry("backward", _gated_deltas, _DELTA_TYPES, "with deltas"),
+        entry("add", _planned_only, {"elements": "i32"}),
     )
 
 

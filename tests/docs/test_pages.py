@@ -113,7 +113,7 @@ COMMANDS = {
     "python tools/tune.py --install": HARDWARE,
     "nsa compile-check": "tests/cuda/test_compile_check.py",
     "make bench-cpu": "fourteen minutes of an idle machine: nothing to run beside other tests",
-    "python examples/train_bytes.py": "hours; tests/model/test_training.py runs the same code, small",
+    "python examples/train_bytes.py": "hours; tests/model/test_training.py runs its code, small",
     "nsa conform --backend neuron:hw": "needs a Trainium2",
     "python tools/plot_results.py": HARDWARE,
     "export AWS_NEURON_SDK_PATH": FOREIGN,

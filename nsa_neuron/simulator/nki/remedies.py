@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..rules.errors import UsageError
-from ..rules.legacy import NAMES
+from ..rules.legacy import NAMES, NEWER
 from ..rules.session import violation
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ def missing_name(module: str, name: str, where: Location | None) -> SimulationEr
     if name in NAMES:
         return violation(
             "legacy-api", f"{public}.{name} no longer exists", location=where, hint=NAMES[name]
+        )
+    if name in NEWER:
+        return violation(
+            "usage",
+            f"{public}.{name} is of NKI 0.7; NKI 0.6 is simulated",
+            location=where,
+            hint=NEWER[name],
         )
     known = [n for n in dir(sys.modules[module]) if not n.startswith("_")]
     close = difflib.get_close_matches(name, known, 3)

@@ -11,6 +11,7 @@ import pytest
 from nsa_neuron import simulator
 from nsa_neuron.simulator import SimulationError
 from nsa_neuron.simulator import nki as facade
+from nsa_neuron.simulator.nki import collectives as ncc
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
 from nsa_neuron.simulator.nki.isa import constants
@@ -339,6 +340,9 @@ def test_no_legacy_name_exists():
         (facade, "baremetal", "legacy-api", "@nki.jit with NumPy arguments"),
         (facade, "benchmark", "legacy-api", "nsa profile"),
         (nl, "par_dim", "legacy-api", r"nki\.language\.par_dim no longer(.|\n)*list of tensors"),
+        (nisa, "scalar_load", "usage", r"of NKI 0\.7; NKI 0\.6 is(.|\n)*nisa\.register_load\("),
+        (nl, "alloc_tiles", "usage", r"nki\.language\.alloc_tiles is of NKI 0\.7"),
+        (ncc, "all_to_all_v_prepare", "usage", r"write instead: ncc\.all_to_all_v\b"),
         (nisa, "tensor_coppy", "usage", r"write instead: nki\.isa\.tensor_copy"),
     ],
 )
@@ -421,3 +425,11 @@ def test_a_pattern_on_a_slice_counts_the_storage():
     error = call(steps(32), X)
     assert error.rule == "partition-step" and error.hint.startswith("[[64, 128], ...]")
     np.testing.assert_array_equal(simulator.simulate(steps(64))(X), X[:, 0:32])
+
+
+def test_names_of_0_7_are_absent_and_what_stands_for_them_exists():
+    for name, instead in legacy.NEWER.items():
+        assert not any(hasattr(module, name) for module in (facade, nl, nisa, ncc)), name
+        found = re.match(r"(nisa|nl|ncc)\.(\w+)", instead)
+        if found:
+            assert hasattr({"nisa": nisa, "nl": nl, "ncc": ncc}[found[1]], found[2]), instead

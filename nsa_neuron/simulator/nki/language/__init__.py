@@ -50,9 +50,7 @@ from .composites import (
     trunc,
     where,
 )
-from .operators import TABLE as _TABLE
-from .reductions import all, max, mean, min, prod, sum, var
-from .tiles import (
+from .making import (
     device_print,
     ds,
     empty_like,
@@ -75,6 +73,8 @@ from .tiles import (
     zeros,
     zeros_like,
 )
+from .operators import TABLE as _TABLE
+from .reductions import all, max, mean, min, prod, sum, var
 from .transfers import (
     gather_flattened,
     load,

@@ -10,9 +10,9 @@ from ...machine.dtypes import float32, int32, resolve, uint8, uint32
 from ...memory.tensor import NkiTensor
 from ...rules.session import violation
 from .. import isa
+from .making import is_on_chip, ndarray, new_tile, repeat, require_tile, sbuf
 from .operators import TABLE
 from .reductions import axes_of
-from .tiles import is_on_chip, ndarray, new_tile, repeat, require_tile, sbuf
 
 add, multiply, subtract = TABLE["add"], TABLE["multiply"], TABLE["subtract"]
 maximum, minimum, less, greater = (TABLE[n] for n in ("maximum", "minimum", "less", "greater"))

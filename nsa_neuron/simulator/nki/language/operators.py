@@ -8,8 +8,8 @@ the choice made here is in the docstring of its factory.
 from ...memory.tensor import NkiTensor
 from ...rules.session import violation
 from .. import isa
+from .making import broadcast_pair, new_tile, promote, require_tile
 from .simulated import binary
-from .tiles import broadcast_pair, new_tile, promote, require_tile
 
 
 def _binary(name):

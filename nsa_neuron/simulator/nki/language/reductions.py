@@ -5,8 +5,8 @@ from math import prod as product
 from ...machine.dtypes import float32
 from ...rules.session import violation
 from .. import isa
+from .making import new_tile, require_tile
 from .operators import TABLE
-from .tiles import new_tile, require_tile
 
 
 def axes_of(x, axis, name):

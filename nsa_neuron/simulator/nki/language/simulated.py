@@ -6,7 +6,7 @@ from ...issue.timing import Vector, timing
 from ...memory.tensor import NkiTensor
 from ...semantics import alu
 from ..binding import load, load_scalar, save
-from .tiles import broadcast_pair, new_tile, promote, require_tile
+from .making import broadcast_pair, new_tile, promote, require_tile
 
 
 def _check(c):

@@ -9,8 +9,8 @@ from ...machine.dtypes import bits, convert, float32, resolve, uint8, uint32
 from ...memory.tensor import NkiTensor
 from ...rules.session import violation
 from .. import isa
+from .making import ndarray, new_tile, psum, require_tile, sbuf
 from .operators import TABLE
-from .tiles import ndarray, new_tile, psum, require_tile, sbuf
 
 
 def _require_hbm(src, name):

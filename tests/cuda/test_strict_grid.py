@@ -147,6 +147,7 @@ def test_kernels_do_not_depend_on_the_order_of_programs(op, case, order):
 def test_a_fault_in_the_suite_is_a_failed_case_not_a_dead_process(monkeypatch):
     """A kernel that reads past its tensors, inside `nsa conform`."""
     from nsa_neuron.backends.cuda.launch import gated_sum
+    from nsa_neuron.registry import REGISTRY
 
     forward = gated_sum.forward
 
@@ -155,6 +156,9 @@ def test_a_fault_in_the_suite_is_a_failed_case_not_a_dead_process(monkeypatch):
         return forward(kernels, plan, **values)
 
     monkeypatch.setattr(gated_sum, "forward", short)
+    monkeypatch.setattr(
+        REGISTRY, "generation", -1
+    )  # no choice of an earlier test, nor this one later
     (place,) = find_targets(["cuda:sim"])
     outcome = try_problem(Problem("gated_sum", "m_plus_1", torch.float32), place)
     assert outcome.status is Status.FAIL and "KernelFault: kernel 'forward'" in outcome.detail

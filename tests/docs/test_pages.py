@@ -185,7 +185,11 @@ def test_commands_run(command: str, folder: Path):
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_make_targets_name_commands_that_exist(target: str):
     done = subprocess.run(
-        ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     last = done.stdout.splitlines()[-1]
     assert {"demo": "bin/nsa demo", "test": "bin/pytest"}[target] in last

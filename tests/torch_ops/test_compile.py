@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import nsa_neuron as nsa
 from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.numerics import Budget
 
 GEOMETRY = {"block": 4, "stride": 2}
 WHOLE = {**GEOMETRY, "select_block": 8, "num_selected": 3, "window": 5}
@@ -86,7 +87,12 @@ def test_one_graph_serves_every_length(backend: str, marked: bool) -> None:
         if marked:
             for x in values:
                 torch._dynamo.mark_dynamic(x, 1)
-        torch.testing.assert_close(grads(compiled, values), grads(layer, values))
+        exact = grads(layer, tuple(x.detach().double().requires_grad_() for x in values))
+        eager = grads(layer, values)
+        # Compiled pointwise code rounds elsewhere: as near to float64 as eager, not equal to it.
+        for got, truth, plain in zip(grads(compiled, values), exact, eager, strict=True):
+            diff = Budget()(got, truth, plain, {})
+            assert diff.ok, (s, diff)
     assert counter.frame_count == 1
 
 

@@ -72,6 +72,10 @@ class Router:
         self._checked: tuple[Choice | None, list[tuple[Any, int]]] = (None, [])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The op decides about dtypes, not autocast: it would cast products inside a lowering.
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self(*args, **kwargs)
         values = [*args, *self._defaults[len(args) :]]
         for name, value in kwargs.items():
             values[self._position[name]] = value

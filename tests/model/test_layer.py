@@ -162,6 +162,26 @@ def test_autocast_trains(phi):
     torch.testing.assert_close(loss, next_token_loss(net(tokens), tokens), rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("phi", ["mean", "linear", "mlp"])
+def test_a_backward_pass_inside_autocast(phi):
+    """Plain torch inside a lowering must not be cast behind its back."""
+    net = model(MIXED, torch.float32, phi=phi).train()
+    tokens = bytes_of(1, 40)
+    grads = []
+    for inside in (True, False):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = next_token_loss(net(tokens), tokens)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.02 * float(b.abs().max()) + 1e-6)
+
+
 def test_autocast_generates():
     net, tokens = model(MIXED, torch.float32), bytes_of(1, 20)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

@@ -7,61 +7,34 @@ package and torch are imported, in whichever order.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from nsa_neuron.compile import explain
-    from nsa_neuron.errors import NsaError
-    from nsa_neuron.functional import (
-        attention,
-        compress,
-        compressed_attention,
-        decode,
-        gated_sum,
-        nsa_attention,
-        select_blocks,
-        selected_attention,
-        sliding_window_attention,
-    )
-    from nsa_neuron.registry import use_backend
 
-_HOMES = {
-    "nsa_neuron.functional": (
-        "attention",
-        "compress",
-        "compressed_attention",
-        "decode",
-        "gated_sum",
-        "nsa_attention",
-        "select_blocks",
-        "selected_attention",
-        "sliding_window_attention",
-    ),
-    "nsa_neuron.registry": ("use_backend",),
-    "nsa_neuron.compile": ("explain",),
-    "nsa_neuron.errors": ("NsaError",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+def _public_names() -> dict[str, str]:
+    """The modules of the public names, as the stub beside this file imports them.
 
-__all__ = [
-    "NsaError",
-    "__version__",
-    "attention",
-    "compress",
-    "compressed_attention",
-    "decode",
-    "explain",
-    "gated_sum",
-    "nsa_attention",
-    "select_blocks",
-    "selected_attention",
-    "sliding_window_attention",
-    "use_backend",
-]
+    A stub read at run time is what keeps type checkers and lazy imports from needing a list each
+    (Scientific Python's SPEC 1).
+    """
+    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
+    imports = [each for each in stub.body if isinstance(each, ast.ImportFrom)]
+    return {
+        alias.asname: str(each.module)
+        for each in imports
+        for alias in each.names
+        if alias.asname is not None
+    }
+
+
+_HOME_OF = _public_names()
+
+__all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:

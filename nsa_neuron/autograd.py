@@ -172,7 +172,7 @@ def _refusing_function(spec: OpSpec) -> type[SingleLevelFunction]:
     why = (
         "NSA defines first derivatives only. Do not use create_graph=True or a second "
         "torch.func.grad through it."
-        if spec.name.endswith("_backward")
+        if spec.direction == "backward"
         else "it is for inference. Train with nsa_attention."
     )
 

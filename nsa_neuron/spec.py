@@ -165,7 +165,7 @@ class Cost:
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one object per op, which can be a key
 class OpSpec:
     """One operation. See the module docstring.
 
@@ -199,6 +199,21 @@ class OpSpec:
     backward: str = ""
     saves: tuple[str, ...] = ()
     typical: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def direction(self) -> str:
+        """`"backward"` of an op that gives another's gradients, else `"forward"`."""
+        return "backward" if self.name.endswith("_backward") else "forward"
+
+    @cached_property
+    def stem(self) -> str:
+        """The name that a forward op and its backward op share: of kernels, launchers, plans."""
+        return self.name.removesuffix("_backward")
+
+    @cached_property
+    def takes_scale(self) -> bool:
+        """Whether logits are scaled, by an argument that may be left out."""
+        return "scale" in self.defaults
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nsa_neuron.ops import get
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -69,7 +67,7 @@ def _pair(
     names: tuple[str, str],
     results: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
 ) -> Apart:
-    spec, worst = get(problem.op), None
+    spec, worst = problem.spec, None
     for item, one, other, oracle, eager in zip(
         spec.returns, *results, solution.oracle, solution.eager, strict=True
     ):

@@ -19,6 +19,7 @@ from nsa_neuron.ops import OPS, get
 
 if TYPE_CHECKING:
     from nsa_neuron.cases import Case
+    from nsa_neuron.spec import OpSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that every backend is tried in; the reference is tried in float64 as well."""
@@ -30,16 +31,21 @@ class Problem:
     """A case of an op in a dtype.
 
     Attributes:
-        op: the op's name.
+        spec: the op.
         case: the case's name.
         dtype: of floating tensors.
         strided: inputs are not contiguous.
     """
 
-    op: str
+    spec: OpSpec
     case: str
     dtype: torch.dtype
     strided: bool = False
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return self.spec.name
 
     @property
     def label(self) -> str:
@@ -99,7 +105,7 @@ def problems(
         packed = [c for c in chosen if c.lengths is not None]
         telling = [_telling(group) for group in (dense, packed) if group]
         for strided, c in [*((False, c) for c in chosen), *((True, c) for c in telling)]:
-            found += [Problem(spec.name, c.name, dtype, strided) for dtype in dtypes]
+            found += [Problem(spec, c.name, dtype, strided) for dtype in dtypes]
     return found
 
 
@@ -113,12 +119,11 @@ def _telling(chosen: Sequence[Case]) -> Case:
 
 def solve(problem: Problem) -> Solution:
     """The solution of a problem; shared by the targets that are tried on it one after the other."""
-    return _solve(problem.op, problem.case, problem.dtype)
+    return _solve(problem.spec, problem.case, problem.dtype)
 
 
 @lru_cache(maxsize=16)
-def _solve(op: str, case_name: str, dtype: torch.dtype) -> Solution:
-    spec = get(op)
+def _solve(spec: OpSpec, case_name: str, dtype: torch.dtype) -> Solution:
     case = next(c for c in spec.cases if c.name == case_name)
     inputs = spec.arguments(case, dtype)
     with torch.no_grad():

@@ -18,7 +18,6 @@ from nsa_neuron.conformance.report import Report
 from nsa_neuron.conformance.targets import Place, find_targets
 from nsa_neuron.errors import NoLowering
 from nsa_neuron.library import check_results  # its import registers torch.ops.nsa
-from nsa_neuron.ops import get
 from nsa_neuron.registry import use_backend
 from nsa_neuron.terminal import progress
 
@@ -145,7 +144,7 @@ def _compare(
         with torch.no_grad(), use_backend(str(place.target)):
             out = op(**inputs)
         # The router checks the first call of each size only; strides may differ between calls.
-        check_results(get(problem.op).bind(inputs), out, place.target)
+        check_results(problem.spec.bind(inputs), out, place.target)
         return out if isinstance(out, tuple) else (out,)
 
     with poisoned_allocations():
@@ -177,7 +176,7 @@ def _judge(problem: Problem, solution: Solution, got: tuple[Tensor, ...]) -> dic
     """The first result over its budget, else the one closest to it."""
     worst: dict[str, Any] = {"detail": ""}
     share = -1.0
-    spec = get(problem.op)
+    spec = problem.spec
     for item, mine, oracle, eager in zip(
         spec.returns, got, solution.oracle, solution.eager, strict=True
     ):

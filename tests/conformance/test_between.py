@@ -13,12 +13,13 @@ from nsa_neuron.cli import main
 from nsa_neuron.conformance import history, html, text
 from nsa_neuron.conformance.between import compare, worst_of_pairs
 from nsa_neuron.conformance.problems import Problem, solve
+from nsa_neuron.ops import get
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PROBLEM = Problem("sliding_window_attention", "one_token", torch.float32)
-SELECTION = Problem("select_blocks", "several_tiles", torch.float32)
+PROBLEM = Problem(get("sliding_window_attention"), "one_token", torch.float32)
+SELECTION = Problem(get("select_blocks"), "several_tiles", torch.float32)
 
 
 def test_equal_results_are_not_apart_and_others_by_their_largest_difference() -> None:

@@ -16,8 +16,8 @@ from nsa_neuron.conformance.runner import poisoned_allocations
 from nsa_neuron.numerics import Diff
 from nsa_neuron.ops import get
 
-PROBLEM = Problem("attention", "group4_s40", torch.float32)
-STRIDED = Problem("attention", "group4_s40", torch.float32, strided=True)
+PROBLEM = Problem(get("attention"), "group4_s40", torch.float32)
+STRIDED = Problem(get("attention"), "group4_s40", torch.float32, strided=True)
 GAP = Gap("attention", "*", "float32", "group4*", "rounds the wrong way", "gaps.json")
 _counter = itertools.count()
 
@@ -189,7 +189,7 @@ def test_what_cannot_run_here_is_not_run_and_never_a_pass() -> None:
 def test_a_known_gap_excuses_a_failure_and_keeps_its_reason() -> None:
     with registered(Fake(slightly_wrong)) as place:
         outcome = try_problem(PROBLEM, place, [GAP])
-        other = try_problem(Problem("attention", "one_token", torch.float32), place, [GAP])
+        other = try_problem(Problem(get("attention"), "one_token", torch.float32), place, [GAP])
     assert outcome.status is Status.GAP
     assert outcome.detail.startswith("rounds the wrong way")
     assert other.status is Status.FAIL

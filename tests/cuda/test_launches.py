@@ -128,7 +128,7 @@ def run_compress(case):
         named = {"method": method, **GEOMETRY, **cu}
         constants = plan("compress", case)
         y = compress.forward(kernels, constants, x, *weights, pe, **named)
-        grads = compress.backward(kernels, constants, y, x, *weights, pe, **named)
+        grads = compress.gradients(kernels, constants, y, x, *weights, pe, **named)
         for grad, value in zip(grads, (x, *weights, pe), strict=True):
             assert (grad is None) == (value is None)
             assert grad is None or (grad.shape == value.shape and grad.is_meta)

@@ -17,6 +17,7 @@ from triton.runtime.errors import InterpreterError
 from nsa_neuron.conformance import Problem, Status, find_targets, try_problem
 from nsa_neuron.errors import KernelFault
 from nsa_neuron.interpreted_grid import places, program_order
+from nsa_neuron.ops import get
 
 SIZE = 8
 
@@ -140,7 +141,7 @@ ANY_ORDER = [
 def test_kernels_do_not_depend_on_the_order_of_programs(op, case, order):
     (place,) = find_targets(["cuda:sim"])
     with program_order(order):
-        outcome = try_problem(Problem(op, case, torch.float32), place)
+        outcome = try_problem(Problem(get(op), case, torch.float32), place)
     assert outcome.status is Status.PASS, outcome.detail
 
 
@@ -160,7 +161,7 @@ def test_a_fault_in_the_suite_is_a_failed_case_not_a_dead_process(monkeypatch):
         REGISTRY, "generation", -1
     )  # no choice of an earlier test, nor this one later
     (place,) = find_targets(["cuda:sim"])
-    outcome = try_problem(Problem("gated_sum", "m_plus_1", torch.float32), place)
+    outcome = try_problem(Problem(get("gated_sum"), "m_plus_1", torch.float32), place)
     assert outcome.status is Status.FAIL and "KernelFault: kernel 'forward'" in outcome.detail
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_neuron.backends import composite
-from nsa_neuron.backends.cuda import devices, plans
-from nsa_neuron.backends.cuda.launch.decode import MAX_RATIO
+from nsa_neuron.backends.cuda import devices, limits, plans
+from nsa_neuron.backends.launching import with_scale
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 from nsa_neuron.toolchain import (
     DISTRIBUTION,
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
 
 PACKAGE = "cuda_kernels"
 LAUNCHERS = "nsa_neuron.backends.cuda.launch"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
-MAX_GRID_YZ = 65_535
-"""Programs of a CUDA grid along y and z, where the kernels have kv heads and batches (CUDA C++
-Programming Guide, technical specifications of compute capabilities)."""
-
 DEVICE_OF_MODE = {"hw": "cuda", "sim": "cpu"}
 # The ops that have kernels, by stem; `nsa_attention` is made of them.
 STEMS = (
@@ -65,18 +59,12 @@ class CudaBackend:
     def supports(self, bound: Bound, mode: str) -> Verdict:
         if bound.spec.name in composite.WHOLE:
             return composite.supports(bound, lambda part: self.supports(part, mode))
-        stem = bound.spec.name.removesuffix("_backward")
+        stem = bound.spec.stem
         if stem not in STEMS:
             return Unsupported("kernel", f"there is no Triton kernel for {bound.spec.name} yet")
         if refusal := same_device(bound.device, DEVICE_OF_MODE[mode]):
             return refusal
-        if bound.dtype not in DTYPES:
-            known = "float32, float16, bfloat16"
-            return Unsupported("dtype", f"{bound.dtype} is not one of {known}")
-        for symbol in ("Dk", "Dv", "D"):
-            if symbol in bound.sizes and bound[symbol] > MAX_HEAD_DIM:
-                return Unsupported("head_dim", f"{symbol} = {bound[symbol]} > {MAX_HEAD_DIM}")
-        if refusal := _too_large(bound, stem):
+        if refusal := limits.refusal(bound):
             return refusal
         gpu = _gpu_of(bound.device.index) if mode == "hw" and torch.cuda.is_available() else None
         if gpu is not None and gpu.hindrance:
@@ -93,17 +81,15 @@ class CudaBackend:
         if bound.spec.name in composite.WHOLE:
             return composite.lower(bound, plan, self.lower)
         mode, constants = plan
-        stem = bound.spec.name.removesuffix("_backward")
+        stem = bound.spec.stem
         launcher = importlib.import_module(f"{LAUNCHERS}.{stem}")
         kernels = kernel_package(mode).load(stem)
-        direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
-        launch: Lowered = functools.partial(getattr(launcher, direction), kernels, constants)
+        launch: Lowered = functools.partial(
+            getattr(launcher, bound.spec.direction), kernels, constants
+        )
         if mode == "hw":
             launch = _on_device(launch, bound.device)
-        if bound.spec.name == "compress_backward":
-            return _with_empty_gradients(launch)
-        takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
-        return _with_scale(launch) if takes_scale else launch
+        return with_scale(bound.spec, launch)
 
     def _lower_whole_backward(self, bound: Bound, plans_of: dict[str, Any]) -> Lowered:
         mode, constants = plans_of["gated_sum_backward"]
@@ -112,21 +98,6 @@ class CudaBackend:
         kernels = kernel_package(mode).load("gated_sum")
         launch: Lowered = functools.partial(launcher.backward, kernels, constants, parts)
         return _on_device(launch, bound.device) if mode == "hw" else launch
-
-
-def _too_large(bound: Bound, stem: str) -> Unsupported | None:
-    """The refusal of what does not fit a launch; decode's grid is along x, which has room."""
-    if stem == "decode":
-        ratio = bound["m"] // bound["d"]
-        if ratio > MAX_RATIO:
-            reason = f"select_block / stride = {ratio} > {MAX_RATIO}, what a tile of keys may hold"
-            return Unsupported("ratio", reason)
-        return None
-    lanes = bound.sizes.get("B", 1) * bound.sizes.get("Hkv", 1)
-    if lanes > MAX_GRID_YZ:
-        reason = f"B * Hkv = {lanes} > {MAX_GRID_YZ}, CUDA's limit of a grid"
-        return Unsupported("batch", reason)
-    return None
 
 
 @functools.cache
@@ -148,27 +119,6 @@ def _on_device(launch: Lowered, device: torch.device) -> Lowered:
             return launch(**values)
         with torch.cuda.device(device):
             return launch(**values)
-
-    return call
-
-
-def _with_scale(launch: Lowered) -> Lowered:
-    """Fills in the default scale; launchers take a number."""
-
-    def call(**values: Any) -> Any:
-        if values["scale"] is None:
-            values["scale"] = values["q"].shape[-1] ** -0.5
-        return launch(**values)
-
-    return call
-
-
-def _with_empty_gradients(launch: Lowered) -> Lowered:
-    """Gradients of absent inputs, which the launcher leaves out, as the spec's empty tensors."""
-
-    def call(**values: Any) -> Any:
-        empty = values["x"].new_empty
-        return tuple(empty(0) if grad is None else grad for grad in launch(**values))
 
     return call
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_neuron.backends import composite
+from nsa_neuron.backends.launching import with_scale
 from nsa_neuron.backends.neuron import hardware, limits, plans, run
 from nsa_neuron.errors import NsaError
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
@@ -84,13 +85,11 @@ class NeuronBackend:
 
 def _launcher(bound: Bound, mode: str) -> Lowered:
     """The launcher of an op with its kernels and plan; takes the spec's arguments."""
-    stem = bound.spec.name.removesuffix("_backward")
+    stem = bound.spec.stem
     module = importlib.import_module(f"{LAUNCHERS}.{stem}")
-    direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
     kernels = {"hw": run.on_hardware, "sim": run.simulated}[mode](stem, logical_cores(mode))
-    launch = functools.partial(getattr(module, direction), kernels, plans.load(stem))
-    takes_scale = any(arg.name == "scale" for arg in bound.spec.scalars)
-    return _with_scale(launch) if takes_scale else launch
+    launch = functools.partial(getattr(module, bound.spec.direction), kernels, plans.load(stem))
+    return with_scale(bound.spec, launch)
 
 
 def logical_cores(mode: str) -> int:
@@ -103,17 +102,6 @@ def logical_cores(mode: str) -> int:
     if text not in ("1", "2"):
         raise NsaError(f"{LNC} is {text!r}; it must be 1 or 2, the cores of a launch")
     return int(text)
-
-
-def _with_scale(launch: Lowered) -> Lowered:
-    """Fills in the default scale; launchers take a number."""
-
-    def call(**values: Any) -> Any:
-        if values["scale"] is None:
-            values["scale"] = values["q"].shape[-1] ** -0.5
-        return launch(**values)
-
-    return call
 
 
 BACKEND = NeuronBackend()

@@ -49,7 +49,7 @@ dk and dv."""
 
 def refusal(bound: Bound, mode: str) -> Unsupported | None:
     """The refusal of a call that the kernels cannot take."""
-    stem = bound.spec.name.removesuffix("_backward")
+    stem = bound.spec.stem
     if stem in RANGES:
         return _range_refusal(bound, mode)
     return _REFUSALS[stem](bound) if stem in _REFUSALS else None

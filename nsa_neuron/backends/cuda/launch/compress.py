@@ -95,7 +95,13 @@ def forward(
     return _linear(kernels, plan, hidden, w2, b2, blocks.rows())
 
 
-def backward(
+def backward(kernels: Any, plan: Plan, grad_y: Tensor, x: Tensor, *args: Any, **named: Any) -> Any:
+    """Gradients (dx, dw1, db1, dw2, db2, dpe) of `forward`, empty where the input is None."""
+    grads = gradients(kernels, plan, grad_y, x, *args, **named)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def gradients(
     kernels: Any,
     plan: Plan,
     grad_y: Tensor,

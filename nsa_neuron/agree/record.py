@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from nsa_neuron.agree.judge import judge
 from nsa_neuron.agree.report import BACKWARD, FORWARD, Call
+from nsa_neuron.agree.saved import save
 from nsa_neuron.agree.subject import tensors
 from nsa_neuron.registry import REGISTRY, Lowered, Target, Unsupported, Verdict, use_backend
 
 if TYPE_CHECKING:
-    from nsa_neuron.spec import Bound
+    from pathlib import Path
+
+    from nsa_neuron.spec import Bound, OpSpec
 
 Visit = Callable[[str, int, list[Tensor]], None]
 """Told of a module's name, the number of its call from 0, and the tensors that it returned."""
@@ -23,14 +26,20 @@ Visit = Callable[[str, int, list[Tensor]], None]
 class Recorder:
     """Where a run is: its phase, the modules entered, the calls so far.
 
+    Args:
+        save: folder that gets the first wrong call; None: it is not kept.
+
     Attributes:
         calls: of nsa ops, judged, in order.
+        saved: the file of the first wrong call.
         phase: of `report.PHASES`.
         modules: names of those entered, outermost first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save: Path | None = None) -> None:
         self.calls: list[Call] = []
+        self.saved: Path | None = None
+        self._folder = save
         self.phase = FORWARD
         self.modules: list[str] = []
         # A backward op gets tensors that a forward op got, which live as long as both.
@@ -65,6 +74,14 @@ class Recorder:
         number = len(self.calls) + 1
         call = Call(number, self.phase, module, bound.spec.name, status, **facts)
         self.calls.append(call)
+
+    def keep(self, target: Target, spec: OpSpec, values: Mapping[str, Any]) -> None:
+        """Saves the latest call if it is wrong and the first such."""
+        call = self.calls[-1]
+        if self._folder is None or self.saved or call.status != "wrong":
+            return
+        name = f"{target.backend}-{target.mode}-call{call.number}-{spec.name}"
+        self.saved = save(self._folder, name, spec, values)
 
 
 def _forward_input(name: str, value: Any) -> bool:
@@ -110,6 +127,7 @@ class RecordingBackend:
             found = judge(bound.spec, self._target, values, results)
             facts = {**vars(found), "inputs": bound.describe()}
             self._recorder.add(bound, module, "right" if facts.pop("ok") else "wrong", **facts)
+            self._recorder.keep(self._target, bound.spec, values)
             return results
 
         return call

@@ -97,6 +97,7 @@ class Run:
         decoded: how many tokens per sequence were decoded.
         failure: phase and message of an error that ended a phase.
         between: largest difference of the final output from each other target's.
+        saved: file with the first wrong call's inputs; empty: none was asked for, or none is wrong.
     """
 
     target: str
@@ -106,6 +107,7 @@ class Run:
     decoded: int = 0
     failure: str = ""
     between: dict[str, float] = field(default_factory=dict)
+    saved: str = ""
 
     @property
     def bad_calls(self) -> list[Call]:

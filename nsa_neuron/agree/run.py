@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from nsa_neuron.conformance.targets import find_targets
 from nsa_neuron.errors import NoLowering, NsaError
 from nsa_neuron.numerics import Budget
 from nsa_neuron.registry import REGISTRY, Target, use_backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GRADIENT_FLOOR = 1e-6
 """Gradients are judged down to this magnitude; the policy's usual floor is for values near 1."""
@@ -47,6 +51,7 @@ def agree(
     backward: bool = True,
     decode: int = 4,
     seed: int = 0,
+    save: Path | None = None,
 ) -> Agreement:
     """Runs a subject on each target and says where results part.
 
@@ -56,6 +61,7 @@ def agree(
         backward: gradients as well, of a random direction of the outputs.
         decode: tokens to decode; 0: none.
         seed: of that direction, and of whatever the model draws.
+        save: folder that gets each target's first wrong call; `load` makes a subject of its file.
 
     Raises:
         UnknownBackend, BackendUnavailable: of the targets.
@@ -64,7 +70,7 @@ def agree(
     chosen = list(dict.fromkeys(REGISTRY.target(name) for name in targets))
     for target in chosen:
         REGISTRY.usable(target)
-    plan = _Plan(subject, backward, decode, seed, [])
+    plan = _Plan(subject, backward, decode, seed, [], save)
     exact, plain = plan.truth(torch.float64), plan.truth(None)
     runs = [plan.run(target, exact, plain) for target in chosen]
     finals = plan.finals
@@ -84,6 +90,7 @@ class _Plan:
     decode: int
     seed: int
     notes: list[str]
+    save: Path | None = None
     finals: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -120,7 +127,7 @@ class _Plan:
 
     def run(self, target: Target, exact: Truth, plain: Truth) -> Run:
         """One target's run; an error ends its phase and is part of the result."""
-        run, recorder = Run(str(target)), Recorder()
+        run, recorder = Run(str(target)), Recorder(self.save)
         subject = self.subject.placed(find_targets([str(target)])[0].device)
 
         def visit(name: str, count: int, outputs: list[Tensor]) -> None:
@@ -151,6 +158,7 @@ class _Plan:
                     wanted, eager = exact.continuation, plain.continuation
                     run.tokens = decoding.differences(written, wanted, eager)
         run.calls = recorder.calls
+        run.saved = str(recorder.saved or "")
         return run
 
     def _forward(self, subject: Subject) -> list[Tensor]:
@@ -166,6 +174,8 @@ class _Plan:
         asked = [x for x in outputs if x.requires_grad]
         directions = [torch.randn(x.shape, generator=gen).to(x) for x in asked]
         leaves = subject.leaves
+        if not asked:
+            return {}
         grads = torch.autograd.grad(asked, [*leaves.values()], directions, allow_unused=True)
         found = zip(leaves, grads, strict=True)
         return {name: grad.detach().cpu() for name, grad in found if grad is not None}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nsa_neuron.agree import saved
 from nsa_neuron.errors import NsaError
 
 if TYPE_CHECKING:
@@ -110,12 +111,15 @@ def load(text: str) -> Subject:
 
     `make()` returns `(model, inputs)`: an `nn.Module` or a function, and a tensor, a tuple of
     positional inputs or a dictionary of keyword inputs. If the file also defines `decode(model,
-    tokens, steps)`, see `Decode`, decoding uses it.
+    tokens, steps)`, see `Decode`, decoding uses it. A file of `nsa agree --save` is the call in it.
 
     Raises:
         NsaError: no such file or function, or what it returns is nothing of the kind.
     """
     path, _, name = text.partition("::")
+    if path.endswith(saved.SUFFIX):
+        call = saved.load(Path(path))
+        return Subject(path, call.function, (), call.values)
     name = name or "make"
     text = f"{path}::{name}"
     with imported(Path(path)) as module:

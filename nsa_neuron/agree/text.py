@@ -57,6 +57,8 @@ def _details(run: Run) -> str:
             f"  {call.phase:8} call {call.number:3}  {module_name(call.module)}  {call.op}{part}\n"
             f"      {call.status}: {call.detail}\n      on {call.inputs}"
         )
+    if run.saved:
+        lines.append(f"  try it again: nsa agree {run.saved} --targets {run.target}")
     for point in run.parted[:SHOWN]:
         lines.append(f"  {point.phase:8} {module_name(point.name)}  {point.detail}")
     for token in run.tokens[:SHOWN]:

@@ -4,6 +4,8 @@ FILE.py::make is a function without arguments that returns (model, inputs): an n
 function, and a tensor, a tuple of positional or a dictionary of keyword inputs. If the file also
 defines decode(model, tokens, steps) -> (tokens [B, steps], logits [B, steps, V]), decoding uses it.
 
+The file of a call that --save has kept is a subject, too: nsa agree DIR/CALL.pt --targets NAME.
+
 Every call of an nsa op is judged against the float64 reference on the inputs that it got; every
 module's output and every gradient is compared with a float64 run of the whole.
 
@@ -26,7 +28,7 @@ DECODED = 4
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("subject", metavar="FILE.py::make")
+    parser.add_argument("subject", metavar="FILE.py::make | CALL.pt")
     parser.add_argument(
         "--targets", required=True, metavar="NAME[:MODE],...", help="e.g. trn2:sim,h200:sim,cpu"
     )
@@ -35,6 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--decode", type=int, default=DECODED, metavar="N", help=f"tokens (default {DECODED})"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", help="keep each target's first wrong call as a file"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
     shared.add_json(parser)
 
@@ -46,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         backward=not args.no_backward,
         decode=args.decode,
         seed=args.seed,
+        save=args.save,
     )
     if args.html:
         args.html.write_text(html.page(found))

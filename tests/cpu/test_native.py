@@ -16,7 +16,7 @@ from nsa_neuron.backends.cpu.native_mode import IMPLEMENTATIONS, build, extensio
 from nsa_neuron.cases import Case, cast
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.ops import get
-from nsa_neuron.registry import use_backend
+from nsa_neuron.registry import REGISTRY, use_backend
 
 pytestmark = pytest.mark.skipif(bool(build.hindrance()), reason=f"no kernels: {build.hindrance()}")
 
@@ -144,6 +144,15 @@ def test_failures_become_exceptions():
     huge = {"select_block": 2**58, "scale": None}
     with pytest.raises((MemoryError, nsa.errors.NsaError), match="selected_attention"):
         IMPLEMENTATIONS["selected_attention"](q, k, k, ids, **huge)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", sorted(IMPLEMENTATIONS))
+def test_it_is_what_cpu_tensors_get_unasked(op, dtype):
+    """So tests/torch_ops (fuzz, opcheck, vmap, export, inductor) try it, which ask for nothing."""
+    spec = get(op)
+    bound = spec.bind(spec.arguments(spec.cases[0], dtype))
+    assert str(REGISTRY.select(bound, None).target) == "cpu:native"
 
 
 @pytest.mark.slow

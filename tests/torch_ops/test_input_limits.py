@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import nsa_neuron as nsa
+from nsa_neuron.backends.cpu.native_mode import build
 from nsa_neuron.errors import InvalidArgument, InvalidType
 from nsa_neuron.registry import requested
 from nsa_neuron.spec import MAX_INT
 
-BACKENDS = ["reference", "cpu:torch", pytest.param("cuda:sim", marks=pytest.mark.sim)]
+ON_CPU = ["reference", "cpu:torch", "cpu:native"]
+BACKENDS = [*ON_CPU, pytest.param("cuda:sim", marks=pytest.mark.sim)]
 SMALL = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 6}
 
 
@@ -37,6 +39,8 @@ def whole(q, k, v, gates, offsets=None, **scalars):
 def available(backend):
     if backend.startswith("cuda"):
         pytest.importorskip("triton")
+    if backend == "cpu:native" and build.hindrance():
+        pytest.skip(f"no kernels: {build.hindrance()}")
     return nsa.use_backend(backend)
 
 
@@ -58,7 +62,7 @@ def test_more_than_all_is_all(backend, large, same):
         torch.testing.assert_close(whole(*given, **large), good)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu:torch"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_more_than_all_trains(backend):
     grads = []
     for scalars in ({"window": 20, "num_selected": 4}, {"window": MAX_INT, "num_selected": 50}):
@@ -163,7 +167,7 @@ def test_values_that_are_not_finite_stay_in_their_batch_row(backend):
         torch.testing.assert_close(whole(*spoiled)[0], good)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu:torch"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gradients_that_are_not_finite_stay_in_their_packed_sequence(backend):
     given = [x.requires_grad_() for x in tensors(40)]
     offsets = torch.tensor([0, 13, 27, 40], dtype=torch.int32)

@@ -38,8 +38,10 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.config = config
         self.sets = sets
-        self.q = Linear(config.dim, config.heads * config.dk)
-        self.kv = Linear(config.dim, sets * config.kv_heads * (config.dk + config.dv))
+        bias = config.qkv_bias
+        self.q = Linear(config.dim, config.heads * config.dk, bias=bias)
+        self.kv = Linear(config.dim, sets * config.kv_heads * (config.dk + config.dv), bias=bias)
+        self.q_norm, self.k_norm = _norm(config), _norm(config)
         self.out = Linear(config.heads * config.dv, config.dim, std=out_std)
 
     def reset_parameters(self) -> None:
@@ -47,12 +49,13 @@ class AttentionLayer(nn.Module):
         reset(self)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Rotated queries `[B, S, Hq, Dk]`; keys, not rotated, and values of each set."""
+        """Rotated queries `[B, S, Hq, Dk]`; keys, normed, not rotated, and values of each set."""
         c = self.config
-        q = rotate(self.q(x).unflatten(-1, (c.heads, c.dk)), positions, c.rope_base)
+        q = _normed(self.q(x).unflatten(-1, (c.heads, c.dk)), self.q_norm)
         both = self.kv(x).unflatten(-1, (self.sets, c.kv_heads, c.dk + c.dv))
         k, v = both.split((c.dk, c.dv), -1)
-        return q, list(k.unbind(2)), list(v.unbind(2))
+        k = _normed(k, self.k_norm)
+        return rotate(q, positions, c.rope_base), list(k.unbind(2)), list(v.unbind(2))
 
     def positions_of(self, x: Tensor, cu_seqlens: Tensor | None, step: LayerStep | None) -> Tensor:
         """Positions of the tokens of x, after a look at how x is fed.
@@ -78,13 +81,22 @@ class AttentionLayer(nn.Module):
         return InvalidArgument(type(self).__name__, argument, found, expected)
 
 
+def _norm(config: NsaConfig) -> nn.Module | None:
+    return nn.RMSNorm(config.dk, config.qk_norm) if config.qk_norm else None
+
+
+def _normed(x: Tensor, norm: nn.Module | None) -> Tensor:
+    return x if norm is None else norm(x).to(x.dtype)  # under autocast a norm gives float32
+
+
 class NativeSparseAttention(AttentionLayer):
     """Attention with a compressed, a selected and a window branch, and a gate for each.
 
     Parameters: `q.weight [Hq*Dk, dim]`; `kv.weight [sets*Hkv*(Dk+Dv), dim]`, sets in the order
     compressed, selected, window (or one set), each head's keys before its values; `gate.weight
-    [Hq*3, dim]`, `gate.bias`; `out.weight [dim, Hq*Dv]`; `phi_k.*`, `phi_v.*` as for `compress`.
-    Every gate starts near one half.
+    [Hq*3, dim]`, `gate.bias`; `out.weight [dim, Hq*Dv]`; `phi_k.*`, `phi_v.*` as for `compress`;
+    with `config.qkv_bias` also `q.bias`, `kv.bias`, with `config.qk_norm` `q_norm.weight [Dk]`,
+    `k_norm.weight [Dk]`. Every gate starts near one half.
 
     Args:
         config: sizes and options.

@@ -33,7 +33,11 @@ class NsaConfig:
         block, stride: l and d. select_block: m. num_selected: n. window: w.
         num_initial, num_local: blocks that are always selected; they count within n.
         phi: how blocks are compressed: `mean`, `linear` or `mlp`.
+        phi_per_head: weights of phi for every kv head, or one set for all of them.
         shared_kv: one set of keys and values for the three branches, or one for each.
+        qkv_bias: queries, keys and values have biases, as Qwen 2's.
+        qk_norm: epsilon of the RMS norm that each head's queries and keys go through, as Qwen 3's;
+            0: none.
         rope_base: base of the rotary position encoding; 0 turns it off.
         rope: `after`: phi compresses keys without positions, and a compressed key stands at its
             block's last token; `before`: phi compresses rotated keys.
@@ -56,7 +60,10 @@ class NsaConfig:
     num_local: int = 2
     window: int = 512
     phi: str = "mlp"
+    phi_per_head: bool = False
     shared_kv: bool = False
+    qkv_bias: bool = False
+    qk_norm: float = 0.0
     rope_base: float = 10_000.0
     rope: str = "after"
     max_positions: int = 2**20
@@ -66,9 +73,11 @@ class NsaConfig:
             self._check_type(f.name, str(f.type))
         forced = self.num_initial + self.num_local
         finite = math.isfinite(self.rope_base) and self.rope_base >= 0
+        norm = math.isfinite(self.qk_norm) and self.qk_norm >= 0
         rules = (
             ("kv_heads", self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}"),
             ("rope_base", finite, "finite and at least 0"),
+            ("qk_norm", norm, "finite and at least 0"),
             ("dk", not self.rope_base or self.dk % 2 == 0, "even, for the rotary encoding"),
             ("stride", self.block % self.stride == 0, f"a divisor of block = {self.block}"),
             (

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Phi(nn.Module):
-    """Compresses blocks of keys or values; weights are shared by the kv heads.
+    """Compresses blocks of keys or values.
+
+    Parameters as for `compress`; shared by the kv heads, or, with `config.phi_per_head`, with a
+    leading axis of them (all but `pe`).
 
     Args:
         config: of the layer.
@@ -25,17 +28,18 @@ class Phi(nn.Module):
     def __init__(self, config: NsaConfig, dim: int) -> None:
         super().__init__()
         self.method, self.block, self.stride = config.phi, config.block, config.stride
+        heads = (config.kv_heads,) if config.phi_per_head else ()
         self.pe = nn.Parameter(torch.empty(config.block, dim))
         self.w1: Tensor | None = None
         self.b1: Tensor | None = None
         self.w2: Tensor | None = None
         self.b2: Tensor | None = None
         if config.phi != "mean":
-            self.w1 = nn.Parameter(torch.empty(config.block * dim, dim))
+            self.w1 = nn.Parameter(torch.empty(*heads, config.block * dim, dim))
         if config.phi == "mlp":
-            self.b1 = nn.Parameter(torch.empty(dim))
-            self.w2 = nn.Parameter(torch.empty(dim, dim))
-            self.b2 = nn.Parameter(torch.empty(dim))
+            self.b1 = nn.Parameter(torch.empty(*heads, dim))
+            self.w2 = nn.Parameter(torch.empty(*heads, dim, dim))
+            self.b2 = nn.Parameter(torch.empty(*heads, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -44,11 +48,11 @@ class Phi(nn.Module):
         if self.method == "linear" and self.w1 is not None:
             nn.init.normal_(self.w1, std=INIT_STD / self.block)
             with torch.no_grad():
-                mean = torch.eye(self.w1.shape[1], device=self.w1.device) / self.block
-                self.w1.unflatten(0, (self.block, -1)).add_(mean)
+                mean = torch.eye(self.w1.shape[-1], device=self.w1.device) / self.block
+                self.w1.unflatten(-2, (self.block, -1)).add_(mean)
         for weight in (self.w1, self.w2) if self.method == "mlp" else ():
             if weight is not None:
-                nn.init.normal_(weight, std=weight.shape[0] ** -0.5)
+                nn.init.normal_(weight, std=weight.shape[-2] ** -0.5)
         for bias in (self.b1, self.b2):
             if bias is not None:
                 nn.init.zeros_(bias)

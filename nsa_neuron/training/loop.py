@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,12 @@ from torch import Tensor
 from nsa_neuron.errors import InvalidArgument, NsaError, StateMismatch
 from nsa_neuron.nn.checkpoint import load_checkpoint, read_tensors, save_checkpoint, write_tensors
 from nsa_neuron.nn.model import ByteLanguageModel
+from nsa_neuron.training.optimizers import optimizers_of
 from nsa_neuron.training.tasks import Batch, Task
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from nsa_neuron.nn.config import NsaConfig
 
 STATE, LOG, MODEL = "training.safetensors", "log.jsonl", "model.safetensors"
@@ -37,10 +40,10 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps.
         batch, length: sequences of a step and their bytes.
-        long_length: bytes of a sequence in the last `long_share` of the steps, which take as many
-            bytes a step in fewer sequences.
-        long_share: 0: never.
+        growth: from which share of the steps on sequences have how many bytes; a step takes as
+            many bytes as before, in fewer sequences.
         rate: largest learning rate; it rises over `warm_up` steps and falls to a tenth (cosine).
+        muon: the same for the blocks' matrices, which Muon trains; 0: AdamW trains them, too.
         decay: weight decay of matrices.
         clip: largest norm of the gradient.
         seed: of weights and batches.
@@ -50,9 +53,9 @@ class TrainConfig:
     steps: int = 600
     batch: int = 8
     length: int = 512
-    long_length: int = 4096
-    long_share: float = 0.2
+    growth: tuple[tuple[float, int], ...] = ((0.8, 4096),)
     rate: float = 3e-3
+    muon: float = 0.02
     warm_up: int = 30
     decay: float = 0.1
     clip: float = 1.0
@@ -60,26 +63,31 @@ class TrainConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length", "long_length", "warm_up", "save_every"):
+        for name in ("steps", "batch", "length", "warm_up", "save_every"):
             if getattr(self, name) < 1:
                 raise InvalidArgument("TrainConfig", name, getattr(self, name), "at least 1")
         for name in ("rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidArgument("TrainConfig", name, getattr(self, name), "finite, above 0")
-        if not 0 <= self.long_share <= 1:
-            raise InvalidArgument("TrainConfig", "long_share", self.long_share, "from 0 to 1")
+        if not 0 <= self.muon < math.inf:
+            raise InvalidArgument("TrainConfig", "muon", self.muon, "finite, at least 0")
+        shares, lengths = [share for share, _ in self.growth], [length for _, length in self.growth]
+        if shares != sorted(shares) or min([*shares, 0]) < 0 or min([*lengths, 1]) < 1:
+            expected = "shares from 0 on, rising, each with a length of at least 1"
+            raise InvalidArgument("TrainConfig", "growth", self.growth, expected)
 
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+    def share_at(self, step: int) -> float:
+        """What part of the largest learning rates a step has, counted from 0."""
         rise = min(1.0, (step + 1) / self.warm_up)
         fall = 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
-        return self.rate * rise * fall
+        return rise * fall
 
     def shape_at(self, step: int) -> tuple[int, int]:
         """Sequences and bytes of each at a step."""
-        if step < self.steps * (1 - self.long_share):
-            return self.batch, self.length
-        return max(1, self.batch * self.length // self.long_length), self.long_length
+        length = self.length
+        for share, longer in self.growth:
+            length = max(length, longer) if step >= self.steps * share else length
+        return max(1, self.batch * self.length // length), length
 
 
 Report = Callable[[int, float], None]
@@ -113,20 +121,20 @@ def train(
     folder = Path(folder)
     torch.manual_seed(how.seed)
     model = ByteLanguageModel(config, kinds).train()
-    optimizer = _optimizer(model, how)
+    optimizers = optimizers_of(model, how)
     what = _plain({"config": config.to_dict(), "kinds": kinds, "how": dataclasses.asdict(how)})
     if begin_with is not None:
         first, notes = load_checkpoint(begin_with)
         model.load_state_dict(first.state_dict())
         what["begun_with"] = notes
-    start = _resume(folder / STATE, model, optimizer, what)
+    start = _resume(folder / STATE, model, optimizers, what)
     stop = how.steps if until is None else min(until, how.steps)
     folder.mkdir(parents=True, exist_ok=True)
     _cut_log(folder / LOG, start)
     with (folder / LOG).open("a", buffering=1) as log:
         for step in range(start, stop):
             began = time.process_time()
-            loss = _step(model, optimizer, task, how, step)
+            loss = _step(model, optimizers, task, how, step)
             shape = how.shape_at(step)
             row = {
                 "step": step, "loss": round(loss, 5), "bytes": shape[0] * shape[1],
@@ -136,7 +144,7 @@ def train(
             if report is not None:
                 report(step, loss)
             if (step + 1) % how.save_every == 0 or step + 1 == stop:
-                _save(folder, model, optimizer, step + 1, what)
+                _save(folder, model, optimizers, step + 1, what)
     return model.eval()
 
 
@@ -166,48 +174,45 @@ def evaluate(
     return {"loss": losses, "accuracy": right / total}
 
 
-def _optimizer(model: ByteLanguageModel, how: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": how.decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=how.rate, betas=(0.9, 0.95))
-
-
 def _step(
     model: ByteLanguageModel,
-    optimizer: torch.optim.AdamW,
+    optimizers: Sequence[Optimizer],
     task: Task,
     how: TrainConfig,
     step: int,
 ) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = how.rate_at(step)
+    for optimizer, rate in zip(optimizers, (how.rate, how.muon), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * how.share_at(step)
     generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
     batch = task.batch(*how.shape_at(step), generator)
-    loss = loss_of(model(batch.tokens), batch)
+    logits = model(batch.tokens)
+    loss = loss_of(logits, batch)
+    if batch.as_well:
+        loss = (loss + loss_of(logits, Batch(batch.tokens))) / 2
     if not loss.isfinite():
         raise NsaError(f"the loss of step {step} is {loss.item()}: lower the learning rate")
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.item()
 
 
 def _save(
     folder: Path,
     model: ByteLanguageModel,
-    optimizer: torch.optim.AdamW,
+    optimizers: Sequence[Optimizer],
     step: int,
     what: dict[str, Any],
 ) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {f"model.{name}": p for name, p in model.state_dict().items()}
-    for p, state in optimizer.state.items():
-        tensors |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            tensors |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
     write_tensors(folder / STATE, tensors, {"step": step, **what})
     notes: dict[str, Any] = {key: what[key] for key in ("how", "begun_with") if key in what}
     done = sum(json.loads(line)["bytes"] for line in (folder / LOG).open())
@@ -217,7 +222,10 @@ def _save(
 
 
 def _resume(
-    path: Path, model: ByteLanguageModel, optimizer: torch.optim.AdamW, what: dict[str, Any]
+    path: Path,
+    model: ByteLanguageModel,
+    optimizers: Sequence[Optimizer],
+    what: dict[str, Any],
 ) -> int:
     """Loads a run's state; the number of its finished steps, 0 if there is none."""
     if not path.exists():
@@ -230,8 +238,10 @@ def _resume(
             f"{path} belongs to another run: its {' and '.join(wrong)} differ; use another folder"
         )
     model.load_state_dict(_behind("model.", tensors))
-    for name, p in model.named_parameters():
-        optimizer.state[p] = _behind(f"optimizer.{name}.", tensors)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for p in [p for group in optimizer.param_groups for p in group["params"]]:
+            optimizer.state[p] = _behind(f"optimizer.{names[id(p)]}.", tensors)
     return step
 
 

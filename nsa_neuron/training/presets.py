@@ -16,14 +16,35 @@ _GEOMETRY: dict[str, Any] = {
 }  # fmt: skip
 CONFIGS = {
     "tiny": NsaConfig(dim=32, heads=2, kv_heads=1, dk=16, dv=16, phi="linear", **_GEOMETRY),
-    "small": NsaConfig(dim=128, heads=4, kv_heads=1, dk=32, dv=32, phi="linear", **_GEOMETRY),
+    "recall": NsaConfig(
+        dim=64,
+        heads=4,
+        kv_heads=2,
+        dk=16,
+        dv=16,
+        phi="linear",
+        rope_base=1e5,
+        block=8,
+        stride=4,
+        select_block=16,
+        num_selected=8,
+        window=32,
+    ),
+    "small": NsaConfig(dim=128, heads=4, kv_heads=2, dk=32, dv=32, phi="linear", **_GEOMETRY),
 }
-"""Windows of 128 bytes: a task that needs more is one that window-only attention must fail."""
-LAYERS = {"tiny": 2, "small": 4}
+"""Windows are short: a task that needs more is one that window-only attention must fail."""
+LAYERS = {"tiny": 2, "recall": 2, "small": 4}
 SCHEDULES = {
-    "text": TrainConfig(),
-    "mqar": TrainConfig(steps=2000, batch=16, length=256, long_share=0.0, rate=2e-3),
-    "needle": TrainConfig(steps=2000, batch=4, length=1024, long_length=4096, rate=2e-3),
+    "text": TrainConfig(steps=400, batch=4, length=512, growth=((0.8, 4096),)),
+    "mqar": TrainConfig(
+        steps=400,
+        batch=64,
+        length=64,
+        rate=5e-3,
+        muon=0.03,
+        growth=((0.4, 256), (0.6, 1024), (0.8, 4096)),
+    ),
+    "needle": TrainConfig(steps=150, batch=8, length=512, growth=((0.5, 2048), (0.8, 8192))),
 }
 TASKS = tuple(SCHEDULES)
 

@@ -267,9 +267,31 @@ def test_a_converted_model_begins_near_the_old_one(shared):
     torch.testing.assert_close(full(ids).logits, want, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_qwen_s_biases_and_norms_are_converted(family):
+    torch.manual_seed(3)
+    made = getattr(transformers, f"{family}Config")(**BODY)
+    old, ids = getattr(transformers, f"{family}ForCausalLM")(made).eval(), ids_of(2, 60)
+    for name, p in old.named_parameters():
+        if name.endswith(("proj.bias", "q_norm.weight", "k_norm.weight")):
+            p.add_(torch.randn_like(p) / 2)
+    want = old(ids).logits
+    full = convert(old, **GEOMETRY, attention_kinds=["full"] * 3)
+    torch.testing.assert_close(full(ids).logits, want, rtol=1e-4, atol=1e-5)
+    sparse = convert(old, **GEOMETRY, attention_window=12)
+    assert (sparse(ids).logits - want).norm() < 0.1 * want.norm()
+    again = NsaLmConfig.from_dict(sparse.config.to_dict())
+    assert (again.qkv_bias, again.qk_norm > 0) == (family == "Qwen2", family == "Qwen3")
+
+
 def test_conversion_refuses_what_it_would_lose():
-    made = transformers.Qwen2Config(**{k: v for k, v in BODY.items() if k != "head_dim"})
-    with pytest.raises(InvalidArgument, match="bias"):
+    with pytest.raises(InvalidArgument, match=r"o_proj\.bias"):
+        convert(llama(attention_bias=True))
+    made = transformers.Qwen2Config(
+        **BODY, use_sliding_window=True, sliding_window=16, max_window_layers=1
+    )
+    with pytest.raises(InvalidArgument, match="'sliding_attention'"):
         convert(transformers.Qwen2ForCausalLM(made))
     scaled = llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(InvalidArgument, match="rope_type 'linear'"):

@@ -20,6 +20,8 @@ VARIANTS = [
     {"phi": "mlp", "shared_kv": True},
     {"phi": "mlp", "shared_kv": True, "rope": "before"},
     {"rope_base": 0.0},
+    {"phi": "linear", "phi_per_head": True},
+    {"phi_per_head": True, "qkv_bias": True, "qk_norm": 1e-6},
 ]
 
 

@@ -81,9 +81,14 @@ def test_positions_of_packed_tokens_and_blocks() -> None:
     assert block_positions(15, 4, 2, edges, device).tolist()[:4] == [3, 5, 3, 5]
 
 
-def heads(x: Tensor, weight: Tensor, count: int) -> Tensor:
-    """`[S, dim]` by a weight `[count * D, dim]` -> `[S, count, D]`."""
-    return torch.stack([weight @ row for row in x]).view(len(x), count, -1)
+def heads(x: Tensor, weight: Tensor, count: int, bias: Tensor | float = 0.0) -> Tensor:
+    """`[S, dim]` by a weight `[count * D, dim]`, plus a bias -> `[S, count, D]`."""
+    return torch.stack([weight @ row + bias for row in x]).view(len(x), count, -1)
+
+
+def normed(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """Each head's vector divided by its root mean square, times a weight."""
+    return x if weight is None else x / (x.square().mean(-1, True) + epsilon).sqrt() * weight
 
 
 def phi(weights: dict[str, Tensor], method: str, config: NsaConfig):
@@ -91,10 +96,13 @@ def phi(weights: dict[str, Tensor], method: str, config: NsaConfig):
         block = block + weights["pe"]
         if method == "mean":
             return block.mean(0)
-        hidden = block.flatten() @ weights["w1"]
+        own = weights
+        if config.phi_per_head:
+            own = {name: p if name == "pe" else p[head] for name, p in weights.items()}
+        hidden = block.flatten() @ own["w1"]
         if method == "linear":
             return hidden
-        return naive.gelu(hidden + weights["b1"]) @ weights["w2"] + weights["b2"]
+        return naive.gelu(hidden + own["b1"]) @ own["w2"] + own["b2"]
 
     return lambda x: naive.compress(x, of, config.block, config.stride)
 
@@ -103,11 +111,14 @@ def by_hand(layer: NativeSparseAttention, x: Tensor) -> Tensor:
     """The layer's output for one sequence `[S, dim]`, from its parameters by name."""
     c, at = layer.config, {name: p.detach() for name, p in layer.named_parameters()}
     position = torch.arange(len(x))
-    q = turned(heads(x, at["q.weight"], c.heads), position, c.rope_base)
+    q = heads(x, at["q.weight"], c.heads, at.get("q.bias", 0.0))
+    q = turned(normed(q, at.get("q_norm.weight"), c.qk_norm), position, c.rope_base)
     sets = 1 if c.shared_kv else 3
-    kv = heads(x, at["kv.weight"], sets * c.kv_heads).view(len(x), sets, c.kv_heads, c.dk + c.dv)
+    kv = heads(x, at["kv.weight"], sets * c.kv_heads, at.get("kv.bias", 0.0))
+    kv = kv.view(len(x), sets, c.kv_heads, c.dk + c.dv)
+    keys = normed(kv[..., : c.dk], at.get("k_norm.weight"), c.qk_norm)
     (k1, v1), (k2, v2), (k3, v3) = (
-        (kv[:, i % sets, :, : c.dk], kv[:, i % sets, :, c.dk :]) for i in range(3)
+        (keys[:, i % sets], kv[:, i % sets, :, c.dk :]) for i in range(3)
     )
     of = {
         side: phi(
@@ -152,6 +163,8 @@ def awake(layer: torch.nn.Module) -> torch.nn.Module:
     [
         {}, {"phi": "linear", "rope": "before"}, {"phi": "mean", "shared_kv": True},
         {"phi": "mlp", "shared_kv": True, "rope": "before", "num_local": 2},
+        {"phi": "linear", "phi_per_head": True}, {"phi": "mlp", "phi_per_head": True},
+        {"qkv_bias": True, "qk_norm": 0.1},
     ],
     ids=str,
 )  # fmt: skip

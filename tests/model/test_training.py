@@ -13,16 +13,22 @@ from nsa_neuron.cli import main
 from nsa_neuron.errors import InvalidArgument, NsaError, StateMismatch
 from nsa_neuron.nn import generate
 from nsa_neuron.nn.checkpoint import load_checkpoint, read_tensors, save_checkpoint, write_tensors
-from nsa_neuron.training import MultiQueryRecall, Needle, Text, TrainConfig, evaluate, train
+from nsa_neuron.training import (
+    MultiQueryRecall,
+    Needle,
+    Text,
+    TrainConfig,
+    evaluate,
+    train,
+)
 from nsa_neuron.training.corpus import corpus_of, python_corpus
+from nsa_neuron.training.optimizers import optimizers_of
 from nsa_neuron.training.presets import SCHEDULES, TASKS, kinds_of, task_of
 from nsa_neuron.training.tasks import needle
 
 TEXTS = [f"text number {i} says that {i} is {i * i}. ".encode() * 30 for i in range(40)]
 CORPUS = corpus_of(plain=TEXTS[:30], other=TEXTS[30:])
-HOW = TrainConfig(
-    steps=8, batch=2, length=48, long_length=96, long_share=0.25, warm_up=2, save_every=3
-)
+HOW = TrainConfig(steps=8, batch=2, length=48, growth=((0.75, 96),), warm_up=2, save_every=3)
 
 
 def run(folder, how=HOW, until=None, kinds=("nsa", "window"), task=None):
@@ -69,7 +75,7 @@ def test_a_run_that_begins_with_a_checkpoint(tmp_path):
     run(tmp_path / "first", until=2)
     path = tmp_path / "first" / "model.safetensors"
     first, _ = load_checkpoint(path)
-    how = dataclasses.replace(HOW, rate=1e-12, decay=0.0)
+    how = dataclasses.replace(HOW, rate=1e-12, muon=1e-12, decay=0.0)
     parts = (config(), ("nsa", "window"), Text(CORPUS), how, tmp_path / "second")
     second = train(*parts, begin_with=path)
     torch.testing.assert_close(weights(second), weights(first))
@@ -80,14 +86,25 @@ def test_a_run_that_begins_with_a_checkpoint(tmp_path):
 
 
 def test_the_schedule():
-    rates = [HOW.rate_at(step) for step in range(HOW.steps)]
-    assert max(rates) <= HOW.rate and rates[0] == pytest.approx(HOW.rate / 2)
-    assert [HOW.shape_at(step) for step in (0, 5, 6, 7)] == [(2, 48), (2, 48), (1, 96), (1, 96)]
+    shares = [HOW.share_at(step) for step in range(HOW.steps)]
+    assert max(shares) <= 1 and shares[0] == 0.5 and shares[-1] < 0.2
+    grown = dataclasses.replace(HOW, growth=((0.5, 96), (0.75, 200)))
+    assert [grown.shape_at(step) for step in (0, 3, 4, 5, 6)] == [(2, 48)] * 2 + [(1, 96)] * 2 + [
+        (1, 200)
+    ]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"rate": 0.0}, {"long_share": 2.0}, {"batch": -1}, {"clip": float("nan")}],
+    [
+        {"steps": 0},
+        {"rate": 0.0},
+        {"batch": -1},
+        {"clip": float("nan")},
+        {"muon": -1.0},
+        {"growth": ((0.5, 96), (0.2, 200))},
+        {"growth": ((0.5, 0),)},
+    ],
 )
 def test_bad_schedules(change):
     with pytest.raises(InvalidArgument) as caught:
@@ -105,26 +122,43 @@ def generator(seed=0):
 
 
 def test_recall_batches_can_be_solved_by_lookup_only_across_the_filler():
-    batch = MultiQueryRecall(pairs=6).batch(4, 80, generator())
+    batch = MultiQueryRecall(pairs=6, rounds=2, near=20).batch(4, 120, generator())
     for row, flags in zip(batch.tokens, batch.counted, strict=True):
-        known = dict(row[:12].view(6, 2).tolist())
-        assert len(known) == 6 and (row[12:-12] == ord(".")).all()
-        asked = row[-12:].view(6, 2)
-        assert all(known[k] == v for k, v in asked.tolist())
-        assert flags.nonzero().flatten().tolist() == list(range(69, 80, 2))
+        given, asked = row[:76].view(-1, 2).tolist(), row[-24:].view(12, 2).tolist()
+        known = {key: value for key, value in given if key != ord(".")}
+        assert len(known) == 6 and given.count([ord("."), ord(".")]) == 32
+        assert (row[76:96] == ord(".")).all()
+        assert asked[:6] != asked[6:] and sorted(asked[:6]) == sorted(asked[6:])
+        assert all(known[key] == value for key, value in asked)
+        assert flags.nonzero().flatten().tolist() == list(range(97, 120, 2))
 
 
 def test_needles_lie_outside_the_window_and_are_asked_at_the_end():
-    task = Needle(CORPUS, near=100)
-    batch = task.batch(3, 300, generator())
-    for row, flags in zip(batch.tokens, batch.counted, strict=True):
-        text = bytes(row.tolist())
-        number = text[-4:]
-        name = text[-4 - len(b" is ") - 4 : -4 - len(b" is ")]
-        assert text.endswith(needle(name, number, asked=True))
-        at = text.index(needle(name, number))
-        assert at + len(needle(name, number)) <= 200
-        assert flags.nonzero().flatten().tolist() == [296, 297, 298, 299]
+    task, distinct = Needle(CORPUS, facts=3, near=100), set()
+    given = [task.batch(8, 400, generator()), task.held_out(3, 400, generator())]
+    for batch in given:
+        for row, flags in zip(batch.tokens, batch.counted, strict=True):
+            text = bytes(row.tolist())
+            questions = text[text.index(b"\n\nQ: ") :].split(b"\n\nQ: ")[1:]
+            counted = bytes(row[flags].tolist())
+            for i, question in enumerate(questions):
+                name, number = question[12:16], question[-4:]
+                fact = needle(name, number)
+                assert needle(name, number, asked=True).endswith(question)
+                assert text.index(fact) + len(fact) <= 400 - 3 * (len(question) + 5) - 100
+                assert counted[4 * i : 4 * i + 4] == number
+            assert len(questions) == 3
+            distinct.add(len(set(questions)))
+    assert distinct == {1, 2, 3} and len(set(questions)) == 3
+
+
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_every_parameter_is_trained_by_one_optimizer(muon):
+    net = model(("nsa", "full"), torch.float32)
+    found = optimizers_of(net, dataclasses.replace(HOW, muon=muon))
+    held = [id(p) for o in found for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, net.parameters()))
+    assert [type(o).__name__ for o in found] == ["AdamW", "Muon"][: 1 + bool(muon)]
 
 
 @pytest.mark.parametrize("task", [MultiQueryRecall(pairs=30), Needle(CORPUS)], ids=str)
@@ -202,7 +236,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
 
 def test_commands(tmp_path, capsysbinary):
     words = [str(tmp_path / "run"), "--preset", "tiny", "--task", "mqar", "--steps", "2"]
-    words += ["--batch", "2", "--length", "64"]
+    words += ["--batch", "2", "--length", "128"]
     assert main(["train", *words, "--json"]) == 0
     found = json.loads(capsysbinary.readouterr().out)
     assert found["kinds"] == ["nsa", "nsa"] and 0 <= found["accuracy"] <= 1

@@ -21,7 +21,7 @@ class NsaLmConfig(PreTrainedConfig):
         value_head_dim: None: as `head_dim`.
         rope_theta: base of the rotary encoding; rope_placement: see `NsaConfig.rope`.
         compress_block, compress_stride, select_block, num_selected, num_initial, num_local,
-            attention_window, phi, shared_kv: see `NsaConfig`.
+            attention_window, phi, phi_per_head, shared_kv, qkv_bias, qk_norm: see `NsaConfig`.
         The rest: as in `LlamaConfig`.
     """
 
@@ -56,7 +56,10 @@ class NsaLmConfig(PreTrainedConfig):
     num_local: int = 2
     attention_window: int = 512
     phi: str = "mlp"
+    phi_per_head: bool = False
     shared_kv: bool = False
+    qkv_bias: bool = False
+    qk_norm: float = 0.0
     attention_kinds: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -95,7 +98,10 @@ class NsaLmConfig(PreTrainedConfig):
             num_local=self.num_local,
             window=self.attention_window,
             phi=self.phi,
+            phi_per_head=self.phi_per_head,
             shared_kv=self.shared_kv,
+            qkv_bias=self.qkv_bias,
+            qk_norm=float(self.qk_norm),
             rope_base=float(self.rope_theta),
             rope=self.rope_placement,
             max_positions=self.max_position_embeddings,

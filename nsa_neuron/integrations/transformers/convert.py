@@ -31,15 +31,16 @@ def convert(model: nn.Module, **options: Any) -> NsaForCausalLM:
     blocks, and has to be trained on for longer ones.
 
     Args:
-        model: a `LlamaForCausalLM`, or one with the same parameters.
+        model: a `LlamaForCausalLM`, or one with the same parameters; biases of queries, keys and
+            values (Qwen 2) and norms of queries and keys (Qwen 3) are taken over.
         options: of `NsaLmConfig` (`attention_kinds`, `num_selected`, ...).
 
     Raises:
-        InvalidArgument: a model with parameters that NSA's layers do not have, or another rotary
-            encoding than the plain one.
+        InvalidArgument: a model with parameters that NSA's layers do not have, another rotary
+            encoding than the plain one, or layers with sliding windows.
     """
     old: Any = model
-    config = _config(old.config, options)
+    config = _config(old.config, {**_extras(old), **options})
     made = NsaForCausalLM(config).to(next(model.parameters()).dtype)
     state = {name: value for name, value in model.state_dict().items() if ".self_attn." not in name}
     known = set(made.state_dict())
@@ -55,21 +56,40 @@ def _config(old: Any, options: dict[str, Any]) -> NsaLmConfig:
     if rope.get("rope_type", "default") != "default":
         found = rope["rope_type"]
         raise InvalidArgument("convert", "model", f"with rope_type {found!r}", "with 'default'")
+    other = sorted(set(getattr(old, "layer_types", None) or ()) - {"full_attention"})
+    if other:
+        found = f"with layers of type {other[0]!r}"
+        raise InvalidArgument("convert", "model", found, "with 'full_attention' only")
     values = {name: getattr(old, name) for name in _SAME}
     values |= {"head_dim": getattr(old, "head_dim", None), "phi": "linear"}
     values["rope_theta"] = float(rope.get("rope_theta", 10_000.0))
     return NsaLmConfig(**{**values, **options})
 
 
+def _extras(old: Any) -> dict[str, Any]:
+    """Which of Qwen's additions the attention layers have."""
+    first = old.model.layers[0].self_attn
+    normed = getattr(first, "q_norm", None) is not None
+    return {
+        "qkv_bias": first.q_proj.bias is not None,
+        "qk_norm": old.config.rms_norm_eps if normed else 0.0,
+    }
+
+
 def _copy_attention(old: Any, new: AttentionLayer) -> None:
-    wanted = {"q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"}
-    _refuse_unknown(f"self_attn.{name}" for name in old.state_dict() if name not in wanted)
     c = new.config
-    new.q.weight.copy_(old.q_proj.weight)
+    wanted = {f"{name}_proj.weight" for name in "qkvo"}
+    wanted |= {f"{name}_proj.bias" for name in "qkv"} if c.qkv_bias else set()
+    wanted |= {"q_norm.weight", "k_norm.weight"} if c.qk_norm else set()
+    _refuse_unknown(f"self_attn.{name}" for name in old.state_dict() if name not in wanted)
     new.out.weight.copy_(old.o_proj.weight)
-    k, v = old.k_proj.weight, old.v_proj.weight
-    heads = torch.cat([_by_head(k, c.kv_heads), _by_head(v, c.kv_heads)], 1)
-    new.kv.weight.copy_(heads.flatten(0, 1).repeat(new.sets, 1))
+    for part in ("weight", "bias") if c.qkv_bias else ("weight",):
+        q, k, v = (getattr(getattr(old, f"{name}_proj"), part) for name in "qkv")
+        heads = torch.cat([_by_head(k, c.kv_heads), _by_head(v, c.kv_heads)], 1).flatten(0, 1)
+        getattr(new.q, part).copy_(q)
+        getattr(new.kv, part).copy_(torch.cat([heads] * new.sets))
+    for name in ("q_norm", "k_norm") if c.qk_norm else ():
+        getattr(new, name).weight.copy_(getattr(old, name).weight)
     if isinstance(new, NativeSparseAttention):
         new.gate.weight.zero_()
         bias = torch.tensor([-GATE_BIAS, GATE_BIAS, -GATE_BIAS])
@@ -83,5 +103,5 @@ def _by_head(weight: Tensor, heads: int) -> Tensor:
 def _refuse_unknown(names: Any) -> None:
     unknown = sorted(names)
     if unknown:
-        expected = "of Llama's parameters: no biases, no norms of queries and keys, no experts"
+        expected = "of Llama's, Qwen 2's or Qwen 3's parameters: no other biases, no experts"
         raise InvalidArgument("convert", "model", f"with {unknown[0]}", expected)

@@ -1,0 +1,39 @@
+"""The optimizer: Muon for the blocks' matrices, AdamW for everything else.
+
+Muon (K. Jordan 2024, `torch.optim.Muon`) makes each matrix's update orthogonal. On the recall tasks
+here it needs a fraction of AdamW's steps, whatever the attention (docs/training.md).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from nsa_neuron.training.loop import TrainConfig
+
+BETAS, MOMENTUM = (0.9, 0.95), 0.95
+
+
+def optimizers_of(model: nn.Module, how: TrainConfig) -> list[Optimizer]:
+    """AdamW, and Muon unless `how.muon` is 0."""
+    named = list(model.named_parameters())
+    muon = [p for name, p in named if how.muon and _is_a_block_s_matrix(name, p)]
+    taken = set(map(id, muon))
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": how.decay},
+        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    found: list[Optimizer] = [torch.optim.AdamW(groups, lr=how.rate, betas=BETAS)]
+    if muon:
+        found.append(torch.optim.Muon(muon, lr=how.muon, weight_decay=how.decay, momentum=MOMENTUM))
+    return found
+
+
+def _is_a_block_s_matrix(name: str, p: Tensor) -> bool:
+    return p.dim() == 2 and name.startswith("blocks.") and ".phi_" not in name

@@ -96,10 +96,11 @@ def held_out(model: ByteLanguageModel, name: str) -> dict[str, dict[str, float]]
     """Loss and accuracy by length; what is recalled lies farther back than windows reach together.
 
     Information can pass from window to window, layer by layer; so `near` is all layers' windows.
+    Each key is asked for once, so that no answer can be copied from an earlier one.
     """
     task: Task = task_of(name)
     if isinstance(task, MultiQueryRecall | Needle):
-        task = dataclasses.replace(task, near=len(model.kinds) * model.config.window)
+        task = dataclasses.replace(task, rounds=1, near=len(model.kinds) * model.config.window)
     return {str(length): evaluate(model, task, PIECES, length) for length in LENGTHS[name]}
 
 

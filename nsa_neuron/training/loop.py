@@ -121,7 +121,7 @@ def train(
     folder = Path(folder)
     torch.manual_seed(how.seed)
     model = ByteLanguageModel(config, kinds).train()
-    optimizers = optimizers_of(model, how)
+    optimizers = optimizers_of(model, how.rate, how.muon, how.decay)
     what = _plain({"config": config.to_dict(), "kinds": kinds, "how": dataclasses.asdict(how)})
     if begin_with is not None:
         first, notes = load_checkpoint(begin_with)

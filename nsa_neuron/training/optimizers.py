@@ -14,24 +14,29 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from nsa_neuron.training.loop import TrainConfig
-
 BETAS, MOMENTUM = (0.9, 0.95), 0.95
 
 
-def optimizers_of(model: nn.Module, how: TrainConfig) -> list[Optimizer]:
-    """AdamW, and Muon unless `how.muon` is 0."""
+def optimizers_of(model: nn.Module, rate: float, muon: float, decay: float) -> list[Optimizer]:
+    """AdamW, and Muon.
+
+    Args:
+        model: whose blocks are called `blocks`.
+        rate: of AdamW.
+        muon: rate of Muon; 0: AdamW trains everything.
+        decay: weight decay of matrices.
+    """
     named = list(model.named_parameters())
-    muon = [p for name, p in named if how.muon and _is_a_block_s_matrix(name, p)]
-    taken = set(map(id, muon))
+    matrices = [p for name, p in named if muon and _is_a_block_s_matrix(name, p)]
+    taken = set(map(id, matrices))
     rest = [p for _, p in named if id(p) not in taken]
     groups = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": how.decay},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    found: list[Optimizer] = [torch.optim.AdamW(groups, lr=how.rate, betas=BETAS)]
-    if muon:
-        found.append(torch.optim.Muon(muon, lr=how.muon, weight_decay=how.decay, momentum=MOMENTUM))
+    found: list[Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=BETAS)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=muon, weight_decay=decay, momentum=MOMENTUM))
     return found
 
 

@@ -44,7 +44,9 @@ SCHEDULES = {
         muon=0.03,
         growth=((0.4, 256), (0.6, 1024), (0.8, 4096)),
     ),
-    "needle": TrainConfig(steps=150, batch=8, length=512, growth=((0.5, 2048), (0.8, 8192))),
+    "needle": TrainConfig(
+        steps=300, batch=16, length=256, growth=((0.4, 1024), (0.7, 4096)), rate=5e-3, muon=0.03
+    ),
 }
 TASKS = tuple(SCHEDULES)
 

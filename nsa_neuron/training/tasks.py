@@ -105,66 +105,61 @@ def _choices(batch: int, count: int, chosen: int, generator: torch.Generator) ->
 
 @dataclass(frozen=True)
 class Needle:
-    """Numbers for names, hidden in real text and asked for at its end.
+    """Assignments (`K=4071`, a line each) hidden in real text, whose values are asked at its end.
 
-    To train on, some facts may be asked for more than once, so that there are easier questions,
-    whose answers lie near; and the text around counts as well.
+    To train on, the text around counts as well.
 
     Attributes:
         corpus: of the text around them.
-        facts: how many at most, and how many questions.
-        digits: of a number.
+        facts: how many; their names are different capital letters.
+        rounds: how often all names are asked for at the end, in another order each time.
+        digits: of a value.
         near: bytes before the first question in which no fact lies.
     """
 
     corpus: Corpus
-    facts: int = 4
+    facts: int = 8
+    rounds: int = 2
     digits: int = 4
-    near: int = 128
+    near: int = 0
 
     def batch(self, batch: int, length: int, generator: torch.Generator) -> Batch:
-        hidden = [
-            int(torch.randint(1, self.facts + 1, (), generator=generator)) for _ in range(batch)
-        ]
         text = self.corpus.sample(batch, length, generator)
-        return self._hide(text, hidden, generator)
+        return self._hide(text, generator)
 
     def held_out(self, batch: int, length: int, generator: torch.Generator) -> Batch:
-        text = self.corpus.held_out_pieces(batch, length)
-        return self._hide(text, [self.facts] * batch, generator)
+        return self._hide(self.corpus.held_out_pieces(batch, length), generator)
 
-    def _hide(self, text: Tensor, hidden: list[int], generator: torch.Generator) -> Batch:
+    def _hide(self, text: Tensor, generator: torch.Generator) -> Batch:
+        batch, length = text.shape
+        size, question = self.digits + 4, self.digits + 3
+        asked = self.facts * self.rounds * question
+        room = length - asked - self.near
+        if not 1 <= self.facts <= min(len(_RECALL_KEYS), room // size):
+            least = asked + self.near + self.facts * size
+            found = f"{self.facts} with length {length}"
+            expected = f"from 1 to {len(_RECALL_KEYS)}, with a length of at least {least}"
+            raise InvalidArgument("Needle", "facts", found, expected)
+        names = _choices(batch, len(_RECALL_KEYS), self.facts, generator)
+        values = torch.randint(10**self.digits, names.shape, generator=generator)
+        places = size * _choices(batch, room // size, self.facts, generator)
         counted = torch.zeros(text.shape, dtype=torch.bool)
-        size, question = len(self._sentence(False)), len(self._sentence(True))
-        asked = self.facts * question
-        room = text.shape[1] - asked - self.near
-        if room // size < self.facts:
-            expected = f"at least {asked + self.near + self.facts * size}"
-            raise InvalidArgument("Needle", "length", text.shape[1], expected)
-        for row, flags, count in zip(text, counted, hidden, strict=True):
-            facts = [self._fact(generator) for _ in range(count)]
+        for i, (row, flags) in enumerate(zip(text, counted, strict=True)):
+            facts = [
+                assignment(_RECALL_KEYS[name], value, self.digits)
+                for name, value in zip(names[i].tolist(), values[i].tolist(), strict=True)
+            ]
             shift = int(torch.randint(room % size + 1, (), generator=generator))
-            places = torch.randperm(room // size, generator=generator)[:count] * size + shift
-            for at, fact in zip(places.tolist(), facts, strict=True):
-                row[at : at + size] = torch.tensor(list(needle(*fact)))
-            order = torch.randperm(self.facts, generator=generator) % count
-            end = b"".join(needle(*facts[i], asked=True) for i in order.tolist())
+            for at, fact in zip(places[i].tolist(), facts, strict=True):
+                row[at + shift : at + shift + size] = torch.tensor(list(fact + b"\n"))
+            order = [torch.randperm(self.facts, generator=generator) for _ in range(self.rounds)]
+            end = b"".join(facts[j] for j in torch.cat(order).tolist())
             row[-asked:] = torch.tensor(list(end))
-            for stop in range(text.shape[1], text.shape[1] - asked, -question):
+            for stop in range(length, length - asked, -question):
                 flags[stop - self.digits : stop] = True
         return Batch(text, counted, as_well=True)
 
-    def _sentence(self, asked: bool) -> bytes:
-        return needle(b"name", b"0" * self.digits, asked=asked)
 
-    def _fact(self, generator: torch.Generator) -> tuple[bytes, bytes]:
-        name = torch.randint(26, (4,), generator=generator) + 97
-        number = torch.randint(10, (self.digits,), generator=generator) + 48
-        return bytes(name.tolist()), bytes(number.tolist())
-
-
-def needle(name: bytes, number: bytes, *, asked: bool = False) -> bytes:
-    """The sentence that hides a number, or the question with its answer, which ends with it."""
-    if asked:
-        return b"\n\nQ: the code of " + name + b" is " + number
-    return b"\nThe code of " + name + b" is " + number + b".\n"
+def assignment(name: int, value: int, digits: int) -> bytes:
+    """A line that says or asks what a letter stands for; only a fact has a line end behind it."""
+    return b"\n%c=%0*d" % (name, digits, value)

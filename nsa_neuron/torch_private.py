@@ -161,3 +161,10 @@ def compile_record(compiled: Any) -> Any:
     while callback is not None and not hasattr(callback, "compiler_name"):
         callback = getattr(callback, "_torchdynamo_orig_backend", None)
     return callback
+
+
+def process_group(name: str) -> Any:
+    """A process group by its name, which custom ops take; None: the name is empty."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name) if name else None

@@ -51,11 +51,12 @@ class AttentionLayer(nn.Module):
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Rotated queries `[B, S, Hq, Dk]`; keys, normed, not rotated, and values of each set."""
         c = self.config
-        q = _normed(self.q(x).unflatten(-1, (c.heads, c.dk)), self.q_norm)
-        both = self.kv(x).unflatten(-1, (self.sets, c.kv_heads, c.dk + c.dv))
+        # Heads are counted from what comes: with tensor parallelism a layer holds some of them.
+        q = _normed(self.q(x).unflatten(-1, (-1, c.dk)), self.q_norm)
+        both = self.kv(x).unflatten(-1, (-1, self.sets, c.dk + c.dv))
         k, v = both.split((c.dk, c.dv), -1)
         k = _normed(k, self.k_norm)
-        return rotate(q, positions, c.rope_base), list(k.unbind(2)), list(v.unbind(2))
+        return rotate(q, positions, c.rope_base), list(k.unbind(3)), list(v.unbind(3))
 
     def positions_of(self, x: Tensor, cu_seqlens: Tensor | None, step: LayerStep | None) -> Tensor:
         """Positions of the tokens of x, after a look at how x is fed.
@@ -92,11 +93,11 @@ def _normed(x: Tensor, norm: nn.Module | None) -> Tensor:
 class NativeSparseAttention(AttentionLayer):
     """Attention with a compressed, a selected and a window branch, and a gate for each.
 
-    Parameters: `q.weight [Hq*Dk, dim]`; `kv.weight [sets*Hkv*(Dk+Dv), dim]`, sets in the order
-    compressed, selected, window (or one set), each head's keys before its values; `gate.weight
+    Parameters: `q.weight [Hq*Dk, dim]`; `kv.weight [Hkv*sets*(Dk+Dv), dim]`, each head's sets in
+    the order compressed, selected, window (or one set), keys before values; `gate.weight
     [Hq*3, dim]`, `gate.bias`; `out.weight [dim, Hq*Dv]`; `phi_k.*`, `phi_v.*` as for `compress`;
     with `config.qkv_bias` also `q.bias`, `kv.bias`, with `config.qk_norm` `q_norm.weight [Dk]`,
-    `k_norm.weight [Dk]`. Every gate starts near one half.
+    `k_norm.weight [Dk]`. So every projection can be cut by heads. Every gate starts near one half.
 
     Args:
         config: sizes and options.
@@ -125,7 +126,7 @@ class NativeSparseAttention(AttentionLayer):
         """
         positions = self.positions_of(x, cu_seqlens, step)
         q, k, v = self.project(x, positions)
-        gates = self.gate(x).sigmoid().unflatten(-1, (self.config.heads, 3))
+        gates = self.gate(x).sigmoid().unflatten(-1, (-1, 3))
         raw, k_slc, k_win = self._branch_keys(k, positions)
         v_cmp, v_slc, v_win = v if len(v) == 3 else v * 3
         if step is not None:

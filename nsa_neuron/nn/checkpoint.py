@@ -16,7 +16,7 @@ from nsa_neuron.nn.model import ByteLanguageModel
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "bytes-small.safetensors"
 """The byte model that ships with the package; its card lies beside it."""
-FORMAT = 1  # of the metadata; grows when an older reader would misread it
+FORMAT = 2  # grows when an older reader would misread a file; 2: rows of kv.weight by head
 MODEL = "ByteLanguageModel"
 
 
@@ -48,10 +48,13 @@ def load_checkpoint(path: str | Path) -> tuple[ByteLanguageModel, dict[str, Any]
     """
     tensors, about = read_tensors(path)
     found = about.get("format"), about.get("model")
-    if found != (FORMAT, MODEL):
+    if found not in ((1, MODEL), (FORMAT, MODEL)):
         raise StateMismatch(f"{path} has format and model {found}; expected {(FORMAT, MODEL)}")
     try:
-        model = ByteLanguageModel(NsaConfig.from_dict(about["config"]), about["kinds"])
+        config = NsaConfig.from_dict(about["config"])
+        if found[0] == 1 and config.kv_heads > 1 and not config.shared_kv:
+            raise StateMismatch("its format 1 has kv.weight in another order of heads; train again")
+        model = ByteLanguageModel(config, about["kinds"])
         model.load_state_dict(tensors)
     except (KeyError, TypeError, NsaError) as error:
         raise StateMismatch(f"{path} does not describe a model: {error}") from error

@@ -114,8 +114,8 @@ def by_hand(layer: NativeSparseAttention, x: Tensor) -> Tensor:
     q = heads(x, at["q.weight"], c.heads, at.get("q.bias", 0.0))
     q = turned(normed(q, at.get("q_norm.weight"), c.qk_norm), position, c.rope_base)
     sets = 1 if c.shared_kv else 3
-    kv = heads(x, at["kv.weight"], sets * c.kv_heads, at.get("kv.bias", 0.0))
-    kv = kv.view(len(x), sets, c.kv_heads, c.dk + c.dv)
+    kv = heads(x, at["kv.weight"], c.kv_heads * sets, at.get("kv.bias", 0.0))
+    kv = kv.view(len(x), c.kv_heads, sets, c.dk + c.dv).transpose(1, 2)
     keys = normed(kv[..., : c.dk], at.get("k_norm.weight"), c.qk_norm)
     (k1, v1), (k2, v2), (k3, v3) = (
         (keys[:, i % sets], kv[:, i % sets, :, c.dk :]) for i in range(3)

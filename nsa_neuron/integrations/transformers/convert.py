@@ -85,9 +85,9 @@ def _copy_attention(old: Any, new: AttentionLayer) -> None:
     new.out.weight.copy_(old.o_proj.weight)
     for part in ("weight", "bias") if c.qkv_bias else ("weight",):
         q, k, v = (getattr(getattr(old, f"{name}_proj"), part) for name in "qkv")
-        heads = torch.cat([_by_head(k, c.kv_heads), _by_head(v, c.kv_heads)], 1).flatten(0, 1)
+        heads = torch.cat([_by_head(k, c.kv_heads), _by_head(v, c.kv_heads)], 1)
         getattr(new.q, part).copy_(q)
-        getattr(new.kv, part).copy_(torch.cat([heads] * new.sets))
+        getattr(new.kv, part).copy_(torch.cat([heads] * new.sets, 1).flatten(0, 1))
     for name in ("q_norm", "k_norm") if c.qk_norm else ():
         getattr(new, name).weight.copy_(getattr(old, name).weight)
     if isinstance(new, NativeSparseAttention):

@@ -1,0 +1,239 @@
+"""Context parallelism on 2 and 4 ranks: outputs and gradients are those of one rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from whole import GEOMETRY, LEAVES, gradients, on_one_rank, on_ranks, problem, weight_of
+
+from nsa_neuron import functional as nsa
+from nsa_neuron.distributed.exchange import RankFailure, RanksDiffer, counting
+from nsa_neuron.distributed.wire import Sizes, received
+from nsa_neuron.errors import InvalidArgument
+
+CASES = {
+    # tokens, edges, what is changed
+    "even": (64, None, {}),
+    "two_sequences_per_batch": (64, None, {"batch": 2}),
+    "window_over_many_ranks": (48, None, {"window": 40}),
+    "shards_shorter_than_a_block": (24, None, {}),
+    "border_within_a_block": (72, None, {}),
+    "odd_shards": (76, None, {}),
+    "nothing_complete": (4, None, {}),
+    "many_blocks": (160, None, {"num_selected": 3, "num_initial": 0, "num_local": 1}),
+    "linear": (64, None, {"method": "linear", "pe": False}),
+    "mean_stride_is_block": (64, None, {"method": "mean", "stride": 8}),
+    "no_rope": (64, None, {"rope_base": 0.0}),
+    "group_of_four": (64, None, {"heads": (4, 1, 8, 8)}),
+    "packed": (96, (0, 5, 13, 52, 53, 96), {}),
+    "packed_on_borders": (96, (0, 24, 48, 96), {}),
+    "packed_aligned": (128, (0, 16, 112, 128), {}),
+    "packed_short": (48, (0, 1, 2, 3, 7, 48), {}),
+}
+
+
+def split(changes):
+    """Arguments of `problem`, scalars of the call, the rotary base."""
+    made = {k: changes[k] for k in ("batch", "heads", "method", "pe") if k in changes}
+    scalars = {k: changes.get(k, value) for k, value in GEOMETRY.items()}
+    return made, scalars, changes.get("rope_base", 10_000.0)
+
+
+def assert_near(got, want, name):
+    torch.testing.assert_close(
+        got, want, rtol=1e-9, atol=1e-9, msg=lambda found: f"{name}: {found}"
+    )
+
+
+def check_equal(name, fetch):
+    tokens, edges, changes = CASES[name]
+    made, scalars, base = split(changes)
+    whole = problem(tokens, **made)
+    leaves = [n for n in LEAVES if whole[n] is not None]
+    for n in leaves:
+        whole[n].requires_grad_()
+    want = on_one_rank(whole, scalars, base, edges)
+    weight = weight_of(want.detach())
+    wanted = gradients(want, weight, [whole[n] for n in leaves])
+    rank, count = dist.get_rank(), tokens // dist.get_world_size()
+    rows = slice(rank * count, (rank + 1) * count)
+    got = on_ranks(whole, scalars, base, edges, fetch)
+    assert_near(got, want[:, rows], "o")
+    found = gradients(got, weight[:, rows], [whole[n] for n in leaves])
+    for n, mine, exact in zip(leaves, found, wanted, strict=True):
+        total = mine.clone()
+        dist.all_reduce(total)
+        torch.testing.assert_close(
+            total, exact, rtol=1e-9, atol=1e-9, msg=lambda m, n=n: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("fetch", ["auto", "gather"])
+def test_two_ranks_are_one(two, name, fetch):
+    two(check_equal, name, fetch)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("fetch", ["blocks", "gather"])
+def test_four_ranks_are_one(four, name, fetch):
+    four(check_equal, name, fetch)
+
+
+def sent(tokens, fetch, changes):
+    """Bytes that this rank sends, forward and backward, by purpose; and the selected ids."""
+    made, scalars, base = split(changes)
+    whole = problem(tokens, **made)
+    leaves = [whole[n].requires_grad_() for n in LEAVES if whole[n] is not None]
+    with counting() as counter:
+        o = on_ranks(whole, scalars, base, None, fetch)
+        gradients(o, weight_of(o.detach()), leaves)
+    return dict(counter), _ids(whole, scalars)
+
+
+@torch.no_grad()
+def _ids(whole, scalars):
+    """What one rank selects, by the public functions; the encoding is off."""
+    place = {name: scalars[name] for name in ("block", "stride")}
+    k_cmp, v_cmp = (
+        nsa.compress(
+            whole[f"{s}_raw"], *(whole[f"{s}_{n}"] for n in ("w1", "b1", "w2", "b2", "pe")),
+            method=scalars["method"], **place,
+        )
+        for s in "kv"
+    )  # fmt: skip
+    place["kv_len"] = whole["q"].shape[1]
+    _, lse = nsa.compressed_attention(whole["q"], k_cmp, v_cmp, **place)
+    names = ("select_block", "num_selected", "num_initial", "num_local")
+    return nsa.select_blocks(
+        whole["q"], k_cmp, lse, **place, **{name: scalars[name] for name in names}
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch": 2}, {"window": 40}], ids=str)
+def test_bytes_are_those_of_the_formula(four, changes):
+    tokens, size = 128, 8
+    counted = [counter for counter, _ in four(sent, tokens, "gather", changes)]
+    _, hkv, dk, dv = (4, 2, 8, 6)
+    row = changes.get("batch", 1) * hkv * (dk + dv) * size
+    sizes = Sizes(4, tokens // 4, 8, 4, changes.get("window", 12), row)
+    for purpose in ("halo", "compressed", "selected"):
+        wanted = sum(received(sizes, rank)[purpose] for rank in range(4))
+        assert sum(c[purpose] for c in counted) == 2 * wanted > 0
+        assert sum(c[f"{purpose} gradients"] for c in counted) == wanted
+        returned = [c[f"{purpose} gradients"] for c in counted]
+        assert returned == [received(sizes, rank)[purpose] for rank in range(4)]
+
+
+def test_only_blocks_that_somebody_selected_are_sent(four):
+    changes = {"num_selected": 3, "heads": (2, 1, 8, 6), "rope_base": 0.0}
+    tokens, m = 256, 16
+    found = four(sent, tokens, "blocks", changes)
+    ids, remote = found[0][1], []
+    for rank in range(4):
+        rows = ids[0, rank * tokens // 4 : (rank + 1) * tokens // 4]
+        asked = {int(i) for i in rows.flatten() if i >= 0}
+        remote.append(len([i for i in asked if i < rank * tokens // 4 // m]))
+    row = (8 + 6) * 8
+    assert sum(counter["selected"] for counter, _ in found) == 2 * sum(remote) * m * row
+    back = [counter["selected gradients"] for counter, _ in found]
+    assert back == [count * m * row for count in remote]
+    assert 0 < sum(remote) < 6 * tokens // 4 // m  # fewer than gathering all would be
+
+
+def bytes_by_choice(tokens, changes):
+    """Selected rows' bytes of the last rank, for each way to fetch."""
+    return {
+        fetch: sent(tokens, fetch, changes)[0].get("selected gradients", 0)
+        for fetch in ("auto", "blocks", "gather")
+    }
+
+
+def test_auto_takes_what_moves_less(two):
+    few = {"num_selected": 3, "num_initial": 1, "num_local": 2, "heads": (2, 1, 8, 6)}
+    chosen = two(bytes_by_choice, 256, few)[1]
+    assert chosen["auto"] == chosen["blocks"] < chosen["gather"]
+    many = {"num_selected": 8, "heads": (2, 1, 8, 6)}
+    chosen = two(bytes_by_choice, 128, many)[1]
+    assert chosen["auto"] == chosen["gather"] == chosen["blocks"]
+
+
+def check_refusal(kind):
+    rank = dist.get_rank()
+    made = problem(64)
+    scalars, edges, fetch = dict(GEOMETRY), None, "auto"
+    if kind == "window" and rank == 1:
+        scalars["window"] = 13
+    if kind == "edges":
+        edges = (0, 32, 64) if rank == 1 else (0, 33, 64)
+    if kind == "bad on one rank" and rank == 1:
+        scalars["stride"] = 3
+    if kind == "bad on all":
+        fetch = "guess"
+    if kind == "too short":
+        edges = (0, 32, 63)
+    if kind == "another dtype" and rank == 1:
+        made = {name: x if x is None else x.float() for name, x in made.items()}
+    with pytest.raises((RanksDiffer, InvalidArgument)) as error:
+        on_ranks(made, scalars, 0.0, edges, fetch)
+    return type(error.value).__name__, str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["window", "edges", "another dtype"])
+def test_ranks_that_differ_raise_everywhere(two, kind):
+    first, second = two(check_refusal, kind)
+    assert first == second and first[0] == "RanksDiffer"
+    assert "rank 0" in first[1] and "rank 1" in first[1]
+
+
+def test_a_rank_that_refuses_its_arguments_does_not_leave_others_waiting(two):
+    (kind, text), (own_kind, own) = two(check_refusal, "bad on one rank")
+    assert (kind, own_kind) == ("RanksDiffer", "InvalidArgument")
+    assert own in text and "stride" in own
+
+
+@pytest.mark.parametrize("kind", ["bad on all", "too short"])
+def test_bad_arguments_raise_everywhere(two, kind):
+    assert {kind for kind, _ in two(check_refusal, kind)} == {"InvalidArgument"}
+
+
+def survive():
+    """The others' exchange with a rank that has ended."""
+    if dist.get_rank() == 1:
+        os._exit(0)
+    started = time.monotonic()
+    with pytest.raises(RankFailure, match="another rank has ended") as error:
+        on_ranks(problem(64), dict(GEOMETRY), 0.0, None)
+    return time.monotonic() - started, str(error.value)
+
+
+def come_late():
+    """A rank that comes after the timeout."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    if dist.get_rank() == 1:
+        time.sleep(5)
+        return
+    with pytest.raises(RankFailure, match="did not come within"):
+        on_ranks(problem(64), dict(GEOMETRY), 0.0, None, context=group)
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    ranks = Ranks(2, tmp_path)
+    try:
+        assert ranks.first(survive)[0] < 30
+    finally:
+        ranks.close()
+
+
+def test_a_rank_that_comes_late_ends_the_others(tmp_path):
+    ranks = Ranks(2, tmp_path)
+    try:
+        ranks(come_late)
+    finally:
+        ranks.close()

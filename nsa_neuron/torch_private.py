@@ -165,6 +165,7 @@ def compile_record(compiled: Any) -> Any:
 
 def process_group(name: str) -> Any:
     """A process group by its name, which custom ops take; None: the name is empty."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
-    return _resolve_process_group(name) if name else None
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(name) if name else None

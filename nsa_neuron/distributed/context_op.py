@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from nsa_neuron.distributed.context import FETCHES, Call, backward, forward
 from nsa_neuron.distributed.exchange import agreed
+from nsa_neuron.distributed.opaque import define
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.ops import get
 from nsa_neuron.torch_private import process_group
 
-NAMESPACE = "nsa_distributed"
 TENSORS = ("q", "k_raw", "v_raw", "k_slc", "v_slc", "k_win", "v_win", "gates")
 PHI = ("w1", "b1", "w2", "b2", "pe")
 WEIGHTS = tuple(f"{side}_{name}" for side in "kv" for name in PHI)
@@ -30,10 +29,7 @@ SCALARS = {
 SPREAD = {"rope_base": "float", "context": "str", "heads": "str", "fetch": "str"}
 SAVED = ("ids", "o_cmp", "lse_cmp", "o_slc", "lse_slc", "o_win", "lse_win")
 NAMES = (*TENSORS, *WEIGHTS, "cu_seqlens", *SCALARS, *SPREAD)
-DIFFERENTIABLE = len(TENSORS) + len(WEIGHTS)
 OP = "context_attention"
-
-_library = Library(NAMESPACE, "DEF")
 
 
 def context_attention(*args: Any) -> Tensor:
@@ -139,7 +135,7 @@ def _check_edges(given: dict[str, Any]) -> None:
         raise InvalidArgument(OP, "cu_seqlens", row, expected)
 
 
-def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+def _fake(*args: Any) -> tuple[Tensor, ...]:
     given = dict(zip(NAMES, args, strict=True))
     q, v = given["q"], given["v_slc"]
     b, s, hq, _ = q.shape
@@ -150,53 +146,13 @@ def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     return o[0], ids, o[1], lse[0], o[2], lse[1], o[3], lse[2]
 
 
-def _fake_backward(grad_o: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given = args[:DIFFERENTIABLE]
-    return tuple(grad_o.new_empty(0 if x is None else x.shape) for x in given)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.tensors = DIFFERENTIABLE + 1
-    ctx.save_for_backward(*inputs[: ctx.tensors], *output[1:])
-    ctx.rest = inputs[ctx.tensors :]
-    ctx.shape = output[0].shape
-
-
-def _differentiate(ctx: Any, grad_o: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    given, kept = saved[: ctx.tensors], saved[ctx.tensors :]
-    if grad_o is None:
-        grad_o = given[0].new_zeros(ctx.shape)
-    grads = torch.ops.nsa_distributed.context_attention_backward.default(
-        grad_o, *given, *ctx.rest, *kept
-    )
-    named = (
-        None if x is None else grad for x, grad in zip(given[:DIFFERENTIABLE], grads, strict=True)
-    )
-    return (*named, None, *(None,) * len(ctx.rest))
-
-
-def _register() -> None:
-    tensors = ", ".join(f"Tensor {name}" for name in TENSORS)
-    weights = ", ".join(f"Tensor? {name}" for name in (*WEIGHTS, "cu_seqlens"))
-    scalars = ", ".join(f"{kind} {name}" for name, kind in {**SCALARS, **SPREAD}.items())
-    given = f"{tensors}, {weights}, {scalars}"
-    saved = ", ".join(f"Tensor {name}" for name in SAVED)
-    results = ", ".join(["Tensor"] * (1 + len(SAVED)))
-    grads = ", ".join(["Tensor"] * DIFFERENTIABLE)
-    tags = (torch.Tag.pt2_compliant_tag,)
-    _library.define(f"{OP}({given}) -> ({results})", tags=tags)
-    _library.define(f"{OP}_backward(Tensor grad_o, {given}, {saved}) -> ({grads})", tags=tags)
-    for name, run, fake in (
-        (OP, _forward, _fake_forward),
-        (f"{OP}_backward", _backward, _fake_backward),
-    ):
-        _library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{OP}", _differentiate, setup_context=_setup, lib=_library
-    )
-
-
-_register()
+define(
+    OP,
+    tensors=TENSORS,
+    optional=(*WEIGHTS, "cu_seqlens"),
+    scalars={**SCALARS, **SPREAD},
+    saved=SAVED,
+    differentiable=len(TENSORS) + len(WEIGHTS),
+    run=(_forward, _fake),
+    run_backward=_backward,
+)

@@ -7,9 +7,10 @@ position and holds what came before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from nsa_neuron import functional as nsa
@@ -25,6 +26,27 @@ if TYPE_CHECKING:
 KINDS = ("nsa", "full", "window")
 
 
+class Parallel(Protocol):
+    """How a layer attends whose tokens or heads are spread over ranks: `nsa_neuron.distributed`."""
+
+    def positions(self, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+        """Of the own tokens, `[tokens]` int64."""
+
+    def nsa(
+        self, layer: NativeSparseAttention, given: Mapping[str, Any], step: Any
+    ) -> Tensor:
+        """o of q, gates, uncompressed k_raw, v_raw, the other branches' k, v, and cu_seqlens; the
+        compressed blocks go to the step of a cache, if there is one."""
+
+    def decode(self, layer: NativeSparseAttention, step: Any, q: Tensor, gates: Tensor) -> Tensor:
+        """o of a later step of a cache."""
+
+    def softmax(
+        self, layer: SoftmaxAttention, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """o of full or windowed attention."""
+
+
 class AttentionLayer(nn.Module):
     """Projections that every attention layer has: queries, keys, values, output.
 
@@ -33,6 +55,8 @@ class AttentionLayer(nn.Module):
         sets: how many sets of keys and values it makes.
         out_std: how the output projection starts, see `residual_std`.
     """
+
+    parallel: Parallel | None = None  # set by `nsa_neuron.distributed` only
 
     def __init__(self, config: NsaConfig, sets: int, out_std: float) -> None:
         super().__init__()
@@ -72,6 +96,8 @@ class AttentionLayer(nn.Module):
                 raise self._refuse("cu_seqlens", "given with a cache", "None: a cache has batches")
             step.check(x)
             return step.positions
+        if self.parallel is not None:
+            return self.parallel.positions(x.shape[1], cu_seqlens, x.device)
         longest = self.config.max_positions
         if cu_seqlens is None and x.shape[1] > longest:
             expected = f"at most max_positions = {longest} long"
@@ -134,7 +160,15 @@ class NativeSparseAttention(AttentionLayer):
         if step is not None and not step.whole:
             self._refuse_capture()
             step.store_blocks(*self.compress(*step.unfinished(), step.block_ends))
+            if self.parallel is not None:
+                return self._finish(self.parallel.decode(self, step, q, gates))
             return self._finish(step.attend(q, gates, self.config.geometry))
+        if self.parallel is not None:
+            self._refuse_capture()
+            given = {"k_raw": raw, "v_raw": v_cmp, "k_slc": k_slc, "v_slc": v_slc}
+            given |= {"q": q, "k_win": k_win, "v_win": v_win, "gates": gates}
+            o = self.parallel.nsa(self, {**given, "cu_seqlens": cu_seqlens}, step)
+            return self._finish(o)
         cmp = self.compress(raw, v_cmp, None, cu_seqlens)
         if step is not None:
             step.store_blocks(*cmp)
@@ -157,6 +191,8 @@ class NativeSparseAttention(AttentionLayer):
 
     def _refuse_capture(self) -> None:
         if self.observer is not None:
+            if self.parallel is not None:
+                raise self._refuse("observer", "set", "None: parallel layers cannot be captured")
             raise self._refuse("step", "a later one of a cache", "the first one while captured")
 
     def compress(
@@ -212,6 +248,8 @@ class SoftmaxAttention(AttentionLayer):
             step.store(**{pool: (key, v[0])})
         if step is not None and not step.whole:
             o = step.attend_raw(q, pool, self._attend)
+        elif self.parallel is not None:
+            o = self.parallel.softmax(self, q, key, v[0], cu_seqlens)
         else:
             o = self._attend(q, key, v[0], cu_seqlens, cu_seqlens)
         y: Tensor = self.out(o.flatten(-2))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_neuron.errors import InvalidArgument, InvalidType
-from nsa_neuron.nn.attention import attention_layer
+from nsa_neuron.nn.attention import AttentionLayer, attention_layer
 from nsa_neuron.nn.cache import ContiguousCache, KvCache, LayerStep, PagedCache, Step
 from nsa_neuron.nn.layers import INIT_STD, Embedding, Linear, reset, residual_std
 from nsa_neuron.nn.packing import pack, unpack
@@ -172,7 +172,9 @@ class ByteLanguageModel(CheckedModule):
         autocast = torch.is_autocast_enabled(device)
         options.setdefault("dtype", torch.get_autocast_dtype(device) if autocast else weight.dtype)
         kind = PagedCache if paged else ContiguousCache
-        return kind(self.config, self.kinds, batch, capacity, device=weight.device, **options)
+        # With tensor parallelism a layer holds some of the heads.
+        own = next(m.config for m in self.modules() if isinstance(m, AttentionLayer))
+        return kind(own, self.kinds, batch, capacity, device=weight.device, **options)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -59,10 +59,12 @@ class Phi(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """`[B, T, Hkv, D]` -> `[B, Nc, Hkv, D]`; under autocast in x's dtype."""
-        w1, b1, w2, b2, pe = (
-            p if p is None else p.to(x.dtype) for p in (self.w1, self.b1, self.w2, self.b2, self.pe)
-        )
+        w1, b1, w2, b2, pe = (p if p is None else p.to(x.dtype) for p in self.weights())
         return nsa.compress(
             x, w1, b1, w2, b2, pe, cu_seqlens,
             method=self.method, block=self.block, stride=self.stride,
         )  # fmt: skip
+
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """w1, b1, w2, b2, pe of `compress`."""
+        return self.w1, self.b1, self.w2, self.b2, self.pe

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd import forward_ad
 
 from nsa_neuron import torch_private as private
@@ -175,3 +176,13 @@ def test_what_is_behind_a_compiled_callable():
     assert private.compile_record(double) is None
     module = torch.compile(torch.nn.Linear(2, 2), backend="eager")
     assert private.original_of(module) is torch.nn.Linear.forward
+
+
+def test_process_groups_have_names(tmp_path):
+    assert private.process_group("") is None
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        world = dist.group.WORLD
+        assert private.process_group(world.group_name) is world
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,170 @@
+"""Tensor parallelism: attention by heads, perceptrons by columns and rows.
+
+Each rank holds whole kv heads with their query heads, or, where there are more ranks than kv heads,
+some query heads of one kv head. In that case the ranks of a group project and compress the same
+keys and values, and show each other their queries to choose blocks together, for NSA's importance
+sums over a group's heads. Parameters become DTensors of the whole shapes, so that a checkpoint does
+not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from nsa_neuron.distributed.context_parallel import RankAttention, attention_layers, group_of, local
+from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.nn.attention import AttentionLayer, NativeSparseAttention
+from nsa_neuron.nn.model import Block, ByteLanguageModel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from nsa_neuron.nn.config import NsaConfig
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Spreads a model over the ranks of a mesh.
+
+    Args:
+        model: a `ByteLanguageModel`, or blocks or attention layers of one.
+        mesh: of one dimension; its size divides the query heads, and divides the kv heads or is a
+            multiple of them.
+
+    Returns:
+        The model, whose activations outside of attention and perceptrons are the same on each rank.
+
+    Raises:
+        InvalidArgument: the heads cannot be spread so, or another mesh.
+    """
+    group = group_of(mesh, "tensor_parallel")
+    if group is None:
+        return model
+    for layer in attention_layers(model, "tensor_parallel"):
+        spread_attention(layer, mesh)
+    for module in model.modules():
+        if isinstance(module, Block):
+            plan: dict[str, ParallelStyle] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            parallelize_module(module, mesh, plan)
+    if isinstance(model, ByteLanguageModel):
+        ends: dict[str, ParallelStyle] = {
+            "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+            "head": ColwiseParallel(output_layouts=Replicate()),
+        }
+        parallelize_module(model, mesh, ends)
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            _on_dtensors(module, mesh, _replicas)
+    return model
+
+
+def check_heads(config: NsaConfig, ranks: int) -> None:
+    """Query heads divide by the ranks, and kv heads divide by them or they by kv heads.
+
+    Raises:
+        InvalidArgument: they do not.
+    """
+    if config.heads % ranks:
+        expected = f"a divisor of heads = {config.heads}"
+        raise InvalidArgument("tensor_parallel", "mesh", f"of {ranks} ranks", expected)
+    if config.kv_heads % ranks and ranks % config.kv_heads:
+        expected = f"a divisor or a multiple of kv_heads = {config.kv_heads}"
+        raise InvalidArgument("tensor_parallel", "mesh", f"of {ranks} ranks", expected)
+
+
+def spread_attention(layer: AttentionLayer, mesh: DeviceMesh) -> None:
+    """Spreads one attention layer by its heads."""
+    c, ranks = layer.config, mesh.size()
+    check_heads(c, ranks)
+    shared = ranks > c.kv_heads
+    plan: dict[str, ParallelStyle] = {"q": ColwiseParallel(), "out": RowwiseParallel()}
+    if shared:
+        _own_kv_head(layer, mesh)
+    else:
+        plan["kv"] = ColwiseParallel()
+    if isinstance(layer, NativeSparseAttention):
+        plan["gate"] = ColwiseParallel()
+        for phi in (layer.phi_k, layer.phi_v):
+            _on_dtensors(phi, mesh, _heads)
+            _sum_gradients(phi)
+        if shared:
+            known = layer.parallel if isinstance(layer.parallel, RankAttention) else RankAttention()
+            layer.parallel = replace(known, heads=_same_kv_head(mesh, c.kv_heads))
+    parallelize_module(layer, mesh, plan)
+    layer.config = replace(c, heads=c.heads // ranks, kv_heads=max(1, c.kv_heads // ranks))
+
+
+def _own_kv_head(layer: AttentionLayer, mesh: DeviceMesh) -> None:
+    """Every rank holds the weights of all kv heads and uses those of one."""
+    c = layer.config
+    rows = layer.kv.out_features // c.kv_heads
+    head = mesh.get_local_rank() // (mesh.size() // c.kv_heads)
+    distribute_module(layer.kv, mesh)
+    _sum_gradients(layer.kv)
+
+    def project(x: Tensor) -> Tensor:
+        seen = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+        weight = local(layer.kv.weight)
+        return F.linear(local(seen), weight[head * rows : (head + 1) * rows])
+
+    layer.kv.forward = project  # type: ignore[method-assign, assignment]
+
+
+def _same_kv_head(mesh: DeviceMesh, kv_heads: int) -> dist.ProcessGroup | None:
+    """The ranks that have query heads of this rank's kv head."""
+    ranks = dist.get_process_group_ranks(mesh.get_group())
+    size = len(ranks) // kv_heads
+    first = mesh.get_local_rank() // size * size
+    # A device mesh of two dimensions would do the same, but then DTensors had two meshes.
+    made: dist.ProcessGroup | None = dist.new_group(
+        ranks[first : first + size], use_local_synchronization=True
+    )
+    return made
+
+
+def _on_dtensors(
+    module: nn.Module, mesh: DeviceMesh, inputs: Callable[..., tuple[Any, ...]]
+) -> None:
+    """Replicates parameters; the module computes on DTensors, its surroundings on local tensors."""
+    hooks: Any = (inputs, _to_local)  # torch's annotation says that they return nothing
+    distribute_module(module, mesh, None, *hooks)
+
+
+def _sum_gradients(module: nn.Module) -> None:
+    """Gradients of replicated parameters arrive as each rank's part; they are summed at once."""
+
+    def reduce(p: Tensor) -> None:
+        if isinstance(p.grad, DTensor):
+            p.grad = p.grad.redistribute(placements=[Replicate()] * p.grad.device_mesh.ndim)
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(reduce)
+
+
+def _heads(phi: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+    """Heads of local keys or values are those of one tensor; offsets are everywhere the same."""
+    x, *rest = inputs
+    placed = DTensor.from_local(x, mesh, [Shard(2)], run_check=False)
+    edges = [r if r is None else DTensor.from_local(r, mesh, [Replicate()]) for r in rest]
+    return placed, *edges
+
+
+def _replicas(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+    return (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:])
+
+
+def _to_local(module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Tensor:
+    result: Tensor = outputs.to_local()
+    return result

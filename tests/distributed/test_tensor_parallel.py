@@ -1,0 +1,132 @@
+"""Models that are spread by heads, by tokens, or both, against the same model on one rank."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from nsa_neuron.distributed import context_parallel, shard_tokens, sharded_loss, tensor_parallel
+from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.nn import ByteLanguageModel, NsaConfig
+
+GEOMETRY = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 12}
+SIZES = {"dim": 16, "heads": 8, "kv_heads": 4, "dk": 8, "dv": 6, **GEOMETRY}
+
+
+def model(kinds=("nsa", "window", "full"), **changes):
+    torch.manual_seed(0)
+    return ByteLanguageModel(NsaConfig(**{**SIZES, **changes}), kinds).double()
+
+
+def bytes_of(*shape):
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1))
+
+
+def full(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def check_training(shape, changes, edges=None, kinds=("nsa", "window", "full"), batch=2):
+    """Loss and gradients of a mesh (cp, tp) are those of one rank."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("cp", "tp"))
+    cu = None if edges is None else torch.tensor(edges, dtype=torch.int32)
+    tokens = bytes_of(1 if edges else batch, 64 if edges is None else edges[-1])
+    whole = model(kinds, **changes)
+    spread = copy.deepcopy(whole)
+    targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    if cu is not None:
+        targets[:, cu[1:].long() - 1] = -100
+    counted = int((targets >= 0).sum())
+    want = sharded_loss(whole(tokens, cu_seqlens=cu), targets, 1, counted)
+    want.backward()
+    tensor_parallel(spread, mesh["tp"])
+    context_parallel(spread, mesh["cp"])
+    own, next_ones = shard_tokens(tokens, mesh["cp"], cu)
+    loss = sharded_loss(spread(own, cu_seqlens=cu), next_ones, shape[0], counted)
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=mesh["cp"].get_group())
+    torch.testing.assert_close(total / shape[0], want.detach(), rtol=1e-9, atol=1e-9)
+    named = dict(whole.named_parameters())
+    for name, p in spread.named_parameters():
+        grad = full(p.grad).clone()
+        dist.all_reduce(grad, group=mesh["cp"].get_group())
+        torch.testing.assert_close(
+            grad / shape[0], named[name].grad, rtol=1e-8, atol=1e-9,
+            msg=lambda found, name=name: f"{name}: {found}",
+        )  # fmt: skip
+    assert all(isinstance(p, DTensor) for p in spread.parameters()) == (shape[1] > 1)
+
+
+def check_generation(changes):
+    """A spread model writes what the whole one writes, token by token through its cache."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = model(("nsa", "nsa"), **changes).eval()
+    spread = tensor_parallel(copy.deepcopy(whole), mesh)
+    prompt = bytes_of(1, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(spread(prompt), whole(prompt), rtol=1e-9, atol=1e-9)
+    want, got = (_greedy(net, prompt, 12) for net in (whole, spread))
+    assert torch.equal(want, got)
+
+
+@torch.no_grad()
+def _greedy(net, prompt, count):
+    cache = net.new_cache(1, 64)
+    tokens, found = prompt, []
+    for _ in range(count):
+        with cache.step(tokens.shape[1]) as step:
+            logits = net(tokens, step, last=1)
+        tokens = logits[:, -1].argmax(-1, keepdim=True)
+        found.append(tokens)
+    return torch.cat(found, 1)
+
+
+def check_refused(changes):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with pytest.raises(InvalidArgument, match="a divisor"):
+        tensor_parallel(model(**changes), mesh)
+
+
+CHANGES = {
+    "heads": {},
+    "shared_kv": {"shared_kv": True},
+    "more_ranks_than_kv_heads": {"kv_heads": 1},
+    "before_linear": {"rope": "before", "phi": "linear"},
+    "mean": {"phi": "mean", "kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1)], ids=["tp", "cp"])
+def test_two_ranks_train_as_one(two, name, shape):
+    two(check_training, shape, CHANGES[name])
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"kv_heads": 2}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2), (4, 1)], ids=str)
+def test_four_ranks_train_as_one(four, changes, shape):
+    four(check_training, shape, changes)
+
+
+def test_packed_sequences_on_a_mesh(four):
+    four(check_training, (2, 2), {}, (0, 11, 50, 96))
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}], ids=str)
+def test_generation_with_tensor_parallelism(two, changes):
+    two(check_generation, changes)
+
+
+def test_generation_with_more_ranks_than_kv_heads(four):
+    four(check_generation, {"kv_heads": 2})
+
+
+@pytest.mark.parametrize("changes", [{"heads": 9, "kv_heads": 3}, {"heads": 9, "kv_heads": 1}])
+def test_heads_that_do_not_divide_are_refused(two, changes):
+    two(check_refused, changes)

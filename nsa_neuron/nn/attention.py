@@ -32,9 +32,7 @@ class Parallel(Protocol):
     def positions(self, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
         """Of the own tokens, `[tokens]` int64."""
 
-    def nsa(
-        self, layer: NativeSparseAttention, given: Mapping[str, Any], step: Any
-    ) -> Tensor:
+    def nsa(self, layer: NativeSparseAttention, given: Mapping[str, Any], step: Any) -> Tensor:
         """o of q, gates, uncompressed k_raw, v_raw, the other branches' k, v, and cu_seqlens; the
         compressed blocks go to the step of a cache, if there is one."""
 

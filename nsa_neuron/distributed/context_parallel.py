@@ -192,10 +192,12 @@ def group_of(mesh: DeviceMesh, op: str) -> dist.ProcessGroup | None:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The own part of a replicated parameter, whose gradients are summed over the mesh."""
+    """The own part of a parameter; gradients of a replicated one are summed over the mesh."""
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.to_local(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    return parameter.to_local(
+        grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements]
+    )
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:

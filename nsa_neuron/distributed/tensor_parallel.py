@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -65,7 +71,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         }
         parallelize_module(model, mesh, ends)
     for module in model.modules():
-        if isinstance(module, nn.RMSNorm):
+        if isinstance(module, nn.RMSNorm) and not isinstance(module.weight, DTensor):
             _on_dtensors(module, mesh, _replicas)
     return model
 
@@ -88,16 +94,23 @@ def spread_attention(layer: AttentionLayer, mesh: DeviceMesh) -> None:
     """Spreads one attention layer by its heads."""
     c, ranks = layer.config, mesh.size()
     check_heads(c, ranks)
+    if c.phi_per_head and ranks > c.kv_heads:
+        expected = f"at most kv_heads = {c.kv_heads} with phi_per_head"
+        raise InvalidArgument("tensor_parallel", "mesh", f"of {ranks} ranks", expected)
     shared = ranks > c.kv_heads
     plan: dict[str, ParallelStyle] = {"q": ColwiseParallel(), "out": RowwiseParallel()}
     if shared:
         _own_kv_head(layer, mesh)
     else:
         plan["kv"] = ColwiseParallel()
+    for norm in (layer.q_norm, layer.k_norm):
+        if norm is not None:
+            _on_dtensors(norm, mesh, _heads)
+            _sum_gradients(norm)
     if isinstance(layer, NativeSparseAttention):
         plan["gate"] = ColwiseParallel()
         for phi in (layer.phi_k, layer.phi_v):
-            _on_dtensors(phi, mesh, _heads)
+            _on_dtensors(phi, mesh, _heads, _by_head if c.phi_per_head else None)
             _sum_gradients(phi)
         if shared:
             known = layer.parallel if isinstance(layer.parallel, RankAttention) else RankAttention()
@@ -116,8 +129,9 @@ def _own_kv_head(layer: AttentionLayer, mesh: DeviceMesh) -> None:
 
     def project(x: Tensor) -> Tensor:
         seen = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-        weight = local(layer.kv.weight)
-        return F.linear(local(seen), weight[head * rows : (head + 1) * rows])
+        own = slice(head * rows, (head + 1) * rows)
+        bias = None if layer.kv.bias is None else local(layer.kv.bias)[own]
+        return F.linear(local(seen), local(layer.kv.weight)[own], bias)
 
     layer.kv.forward = project  # type: ignore[method-assign, assignment]
 
@@ -135,19 +149,33 @@ def _same_kv_head(mesh: DeviceMesh, kv_heads: int) -> dist.ProcessGroup | None:
 
 
 def _on_dtensors(
-    module: nn.Module, mesh: DeviceMesh, inputs: Callable[..., tuple[Any, ...]]
+    module: nn.Module,
+    mesh: DeviceMesh,
+    inputs: Callable[..., tuple[Any, ...]],
+    partition: Callable[[str, nn.Module, DeviceMesh], None] | None = None,
 ) -> None:
-    """Replicates parameters; the module computes on DTensors, its surroundings on local tensors."""
+    """The module computes on DTensors, its surroundings on local tensors.
+
+    Parameters that `partition` leaves alone are replicated.
+    """
     hooks: Any = (inputs, _to_local)  # torch's annotation says that they return nothing
-    distribute_module(module, mesh, None, *hooks)
+    distribute_module(module, mesh, partition, *hooks)
+
+
+def _by_head(name: str, phi: nn.Module, mesh: DeviceMesh) -> None:
+    """Spreads weights that have a leading axis of kv heads; `pe` has none."""
+    for key, p in list(phi.named_parameters(recurse=False)):
+        if key != "pe":
+            spread = nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)]))
+            phi.register_parameter(key, spread)
 
 
 def _sum_gradients(module: nn.Module) -> None:
     """Gradients of replicated parameters arrive as each rank's part; they are summed at once."""
 
     def reduce(p: Tensor) -> None:
-        if isinstance(p.grad, DTensor):
-            p.grad = p.grad.redistribute(placements=[Replicate()] * p.grad.device_mesh.ndim)
+        if isinstance(p.grad, DTensor) and isinstance(p, DTensor):
+            p.grad = p.grad.redistribute(placements=p.placements)
 
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(reduce)

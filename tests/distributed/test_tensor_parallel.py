@@ -99,6 +99,9 @@ CHANGES = {
     "more_ranks_than_kv_heads": {"kv_heads": 1},
     "before_linear": {"rope": "before", "phi": "linear"},
     "mean": {"phi": "mean", "kv_heads": 2},
+    "phi_per_head": {"phi_per_head": True},
+    "norms_and_biases": {"qk_norm": 1e-6, "qkv_bias": True},
+    "norms_and_biases_of_one_kv_head": {"qk_norm": 1e-6, "qkv_bias": True, "kv_heads": 1},
 }
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         OutOfBoundsError,
         RaceError,
         SimulationError,
+        SimulationWarning,
         UninitializedReadError,
         UsageError,
     )
@@ -49,6 +50,7 @@ _HOMES = {
         "OutOfBoundsError",
         "RaceError",
         "SimulationError",
+        "SimulationWarning",
         "UninitializedReadError",
         "UsageError",
     ),
@@ -80,6 +82,7 @@ __all__ = [
     "ShapeDtype",
     "Simulated",
     "SimulationError",
+    "SimulationWarning",
     "UninitializedReadError",
     "UsageError",
     "activate",

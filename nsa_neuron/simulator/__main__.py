@@ -1,6 +1,6 @@
 """Run a script whose `import nki` means the simulator.
 
-python -m nsa_neuron.simulator [--relax RULE] [--target trn2] SCRIPT.py [ARGUMENT ...]
+python -m nsa_neuron.simulator [--relax RULE] [--target trn2] [--nki 0.7] SCRIPT.py [ARGUMENT ...]
 python -m nsa_neuron.simulator [options] -m MODULE [ARGUMENT ...]
 python -m nsa_neuron.simulator --path
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa_neuron.simulator import activate
+from nsa_neuron.simulator.rules.versions import NEWEST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target", default=os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
     )
+    parser.add_argument("--nki", default=NEWEST, help=f"version of NKI (default {NEWEST})")
     parser.add_argument("-m", dest="module", metavar="MODULE", nargs=argparse.REMAINDER)
     parser.add_argument("script", nargs=argparse.REMAINDER, help="script and its arguments")
     args = parser.parse_args(argv)
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m nsa_neuron.simulator: no file {words[0]}", file=sys.stderr)
         return UNUSABLE
     try:
-        active = activate(args.target, relax=args.relax)
+        active = activate(args.target, relax=args.relax, nki=args.nki)
     except ValueError as error:
         print(f"python -m nsa_neuron.simulator: {error}", file=sys.stderr)
         return UNUSABLE

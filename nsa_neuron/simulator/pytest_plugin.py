@@ -4,13 +4,14 @@ Loaded through the `pytest11` entry point in every session of an environment tha
 so it imports nothing but pytest until a test or an option asks for the simulator.
 
 Fixtures:
-    nki_simulate: `nki_simulate(kernel, lnc=None, relax=(), data=True, precise=None)` gives a
-        callable that runs the kernel on the simulator.
+    nki_simulate: `nki_simulate(kernel, lnc=None, relax=(), data=True, precise=None, nki=None)`
+        gives a callable that runs the kernel on the simulator.
     nki_launch: the same call; on a Neuron device in tests marked `nki_hardware` where the machine
         has one, on the simulator otherwise.
 
-Options (and settings of the same names, `nki_target` and `nki_relax`, in the configuration file):
+Options (and settings of the same names, `nki_target` and so on, in the configuration file):
     --nki-target trn2: `import nki` means the simulator from before the first conftest.py on.
+    --nki-version 0.7: version of NKI that kernels are run as, "0.6" or "0.7"; the newest by itself.
     --nki-relax RULE: note a broken rule in the summary instead of failing.
 """
 
@@ -43,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="machine to simulate (trn2); makes `import nki` the simulator for the whole session",
     )
+    group.addoption("--nki-version", metavar="VERSION", help="version of NKI: 0.6 or 0.7")
     group.addoption(
         "--nki-relax",
         action="append",
@@ -51,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="note breaches of this rule in the summary instead of failing; may be repeated",
     )
     parser.addini("nki_target", "as --nki-target", default="")
+    parser.addini("nki_version", "as --nki-version", default="")
     parser.addini("nki_relax", "as --nki-relax, one rule per line", type="linelist")
 
 
@@ -71,9 +74,11 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     if devices():
         return
     try:
-        early_config.stash[_ACTIVE] = activate(target, relax=_relaxed(early_config))
+        early_config.stash[_ACTIVE] = activate(
+            target, relax=_relaxed(early_config), nki=_version(early_config)
+        )
     except ValueError as error:
-        raise pytest.UsageError(f"--nki-target, --nki-relax: {error}") from None
+        raise pytest.UsageError(f"--nki-target, --nki-relax, --nki-version: {error}") from None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -103,7 +108,8 @@ def nki_simulate(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]
             from . import activate
 
             target = _setting(request.config, "nki_target") or "trn2"
-            stack.enter_context(activate(target, relax=_relaxed(request.config)))
+            version = _version(request.config)
+            stack.enter_context(activate(target, relax=_relaxed(request.config), nki=version))
         yield launcher
 
 
@@ -174,6 +180,13 @@ def _setting(config: pytest.Config, name: str) -> str:
     """An option, or the setting of the same name."""
     given = getattr(config.known_args_namespace, name, None)
     return str(given or config.getini(name) or "")
+
+
+def _version(config: pytest.Config) -> str:
+    """The version of NKI that the session asks for, or the newest."""
+    from .rules.versions import NEWEST
+
+    return _setting(config, "nki_version") or NEWEST
 
 
 def _relaxed(config: pytest.Config) -> frozenset[str]:

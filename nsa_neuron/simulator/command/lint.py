@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .. import lint
+from ..rules.versions import NEWEST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,18 +21,20 @@ def lint_main(argv: Sequence[str]) -> int:
     """Carries out `nsa lint`."""
     parser = argparse.ArgumentParser(
         prog="nsa lint",
-        description="Check NKI kernels against the compiler's Python subset, without running them.",
+        description="Check NKI kernels against a version's Python and API, without running them.",
         epilog="`# nsa: ignore[rule]` at the end of a line keeps that rule quiet there.",
     )
     parser.add_argument("paths", nargs="*", metavar="KERNEL.py", help="files or folders")
     parser.add_argument("--ignore", action="append", default=[], metavar="RULE")
+    parser.add_argument("--nki", default=NEWEST, help=f"version of NKI (default {NEWEST})")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors")
     parser.add_argument("--rules", action="store_true", help="list the rules and their sources")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
     if args.rules:
         for rule in lint.RULES.values():
-            print(f"{rule.id:18} {rule.severity:8} {rule.text}  [{rule.source}]")
+            only = "" if args.nki in rule.versions else f" (NKI {', '.join(rule.versions)} only)"
+            print(f"{rule.id:18} {rule.severity:8} {rule.text}{only}  [{rule.source}]")
         return 0
     unknown = sorted(set(args.ignore) - lint.RULES.keys())
     if unknown or not args.paths:
@@ -39,8 +42,8 @@ def lint_main(argv: Sequence[str]) -> int:
         print(f"nsa lint: {what}", file=sys.stderr)
         return UNUSABLE
     try:
-        found = [f for f in lint.lint_paths(args.paths) if f.rule not in args.ignore]
-    except (FileNotFoundError, UnicodeDecodeError) as error:
+        found = [f for f in lint.lint_paths(args.paths, args.nki) if f.rule not in args.ignore]
+    except (FileNotFoundError, ValueError) as error:
         print(f"nsa lint: {error}", file=sys.stderr)
         return UNUSABLE
     errors = [f for f in found if f.severity == "error" or args.strict]

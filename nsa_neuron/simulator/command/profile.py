@@ -38,7 +38,7 @@ def profile_main(argv: Sequence[str]) -> int:
         if args.diff:
             return _diff(args)
         with (
-            activate(args.target, relax=args.relax),
+            activate(args.target, relax=args.relax, nki=args.nki),
             loading.imported(loading.split(args.kernel)[0]) as module,
         ):
             found = _profile(args, module)

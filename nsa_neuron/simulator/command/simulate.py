@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,10 @@ import numpy as np
 from ..machine.dtypes import resolve
 from ..machine.trn2 import machine_for
 from ..nki.launching import simulate
-from ..rules.errors import SimulationError
+from ..rules.errors import SimulationError, SimulationWarning
 from ..rules.session import PACKAGE
 from ..rules.table import RULES
+from ..rules.versions import NEWEST
 from ..run.activation import activate
 from ..run.arguments import ShapeDtype
 from . import loading
@@ -47,6 +49,7 @@ def add_kernel_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lnc", type=int, choices=(1, 2), help="number of cores")
     parser.add_argument("--relax", action="append", default=[], metavar="RULE")
     parser.add_argument("--target", default="trn2", help="machine (default trn2)")
+    parser.add_argument("--nki", default=NEWEST, help=f"version of NKI (default {NEWEST})")
     parser.add_argument("--seed", type=int, default=0, help="of random arguments (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
@@ -67,9 +70,11 @@ def simulate_main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     try:
         with (
-            activate(args.target, relax=args.relax, strict=args.strict),
+            warnings.catch_warnings(),  # printed with the rest of what the run says
+            activate(args.target, relax=args.relax, strict=args.strict, nki=args.nki),
             loading.imported(loading.split(args.kernel)[0]) as module,
         ):
+            warnings.simplefilter("ignore", SimulationWarning)
             return _simulate(args, module)
     except (loading.LoadingError, ValueError) as error:
         if isinstance(error, SimulationError):
@@ -112,6 +117,7 @@ def describe(simulated: Simulated, results: Sequence[Any]) -> dict[str, Any]:
     return {
         "kernel": run.kernel,
         "target": run.target,
+        "nki": simulated.options.nki,
         "cores": run.lnc,
         "data": run.data,
         "arguments": [
@@ -151,7 +157,7 @@ def _summary(array: Any) -> dict[str, Any]:
 def _text(facts: dict[str, Any]) -> str:
     how = "simulated" if facts["data"] else "shapes only, no data"
     cores = f"{facts['cores']} core{'s' * (facts['cores'] > 1)}"
-    lines = [f"{facts['kernel']} on {facts['target']}, {cores}: {how}"]
+    lines = [f"{facts['kernel']} on {facts['target']}, NKI {facts['nki']}, {cores}: {how}"]
     for a in facts["arguments"]:
         note = "  (written by the kernel)" if a["written"] else ""
         lines.append(f"  argument {a['name']:<12} {a['dtype']} {list(a['shape'])}{note}")

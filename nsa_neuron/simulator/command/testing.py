@@ -15,7 +15,7 @@ from ..nki.launching import jit, simulate
 from ..rules.session import violation
 from ..rules.table import RULES
 from ..run.activation import activate
-from ..run.launch import Kernel, Simulated
+from ..run.launch import Kernel, Simulated, default_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -60,6 +60,7 @@ class Simulator:
         relax: Iterable[str] = (),
         data: bool = True,
         precise: bool | None = None,
+        nki: str | None = None,
     ) -> Simulated:
         """A simulated version of a kernel.
 
@@ -69,11 +70,12 @@ class Simulator:
             relax: rules to note instead of raise, besides the session's.
             data: False runs shape-only.
             precise: False holds narrow floats as fp32 (NKI_PRECISE_FP=0).
+            nki: version of NKI; None takes the session's.
         """
         kernel = simulated_copy(kernel)
         if lnc is not None:
             kernel = jit(kernel)[lnc]
-        made = simulate(kernel, data=data, relax=self._relax.union(relax), precise=precise)
+        made = simulate(kernel, data=data, relax=self._relax.union(relax), precise=precise, nki=nki)
         return _Noting(made, self._note)
 
 
@@ -145,7 +147,7 @@ def simulated_copy(kernel: Any) -> Any:
             instruction=fn.__qualname__,
             hint="define it at module level, or run pytest with --nki-target trn2",
         )
-    with _without_vendor(), activate():
+    with _without_vendor(), activate(nki=default_options().nki):
         module = _import_again(fn.__module__, fn.__code__.co_filename)
     found: Any = module
     for part in fn.__qualname__.split("."):

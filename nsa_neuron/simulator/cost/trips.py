@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..rules.registers import VirtualRegister
+    from ..rules.registers import RunTimeScalar
 
 
 class TraceExhaustedError(LookupError):
@@ -28,7 +28,7 @@ class TripCounts:
     next_value: Callable[[int], int]
     answers: list[int] = field(default_factory=list)
 
-    def __call__(self, register: VirtualRegister) -> int:
+    def __call__(self, register: RunTimeScalar) -> int:
         """The value of the next register that the run asks for."""
         value = self.next_value(len(self.answers))
         self.answers.append(value)

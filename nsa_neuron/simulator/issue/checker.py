@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..machine.dtypes import int64
 from ..memory.tensor import NkiTensor
 from ..rules.errors import SimulationError
-from ..rules.registers import VirtualRegister
+from ..rules.registers import RunTimeScalar
 from ..rules.session import locate, violation
 from .spec import Plan
 from .timing import GpSimd, Vector
@@ -252,6 +253,8 @@ def make_plan(
         for operand in checker.operands.values():
             if operand and operand.access.allocation.on_chip:
                 _check_placement(checker, operand)
+    if not spec.wide:
+        _check_width(checker)
     try:
         result = spec.check(checker)
         engine, payload = result if isinstance(result, tuple) else (result, None)
@@ -261,9 +264,23 @@ def make_plan(
             raise
         # What a relaxed rule forbids may be beyond what the rest of the check can look at.
         raise checker.violations[-1] from error
-    registers = sum(isinstance(value, VirtualRegister) for value in reads)
+    registers = sum(isinstance(value, RunTimeScalar) for value in reads)
     accumulator = spec.timing.accumulator and sum(value is not None for value in writes) > 1
     return Plan(engine, spec.timing, formula, accumulator, payload, checker.violations, registers)
+
+
+def _check_width(c: Checker) -> None:
+    """Engines compute with elements of at most 32 bits."""
+    for o in c.operands.values():
+        c.require(
+            not o or o.dtype is not int64,
+            "dtype",
+            "no engine computes with int64: it can be copied, loaded as a scalar and stored",
+            o.role,
+            value="int64",
+            limit="32 bits",
+            hint="nl.int32, or nisa.scalar_load and + - * on the NkiScalar",
+        )
 
 
 def _check_placement(c: Checker, o: Operand) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..rules.registers import VirtualRegister, scalar
-from ..rules.session import violation
+from ..rules.registers import NkiScalar, RunTimeScalar, VirtualRegister, scalar
+from ..rules.session import current_session, violation
+from ..rules.versions import deprecation, require
 from .current import require_core
 from .record import LoopMark
 
@@ -17,33 +18,51 @@ if TYPE_CHECKING:
 
 
 def static_range(start: int, stop: int | None = None, step: int = 1) -> range:
-    """An unrolled loop; `affine_range` and `sequential_range` are deprecated names of it."""
+    """An unrolled loop."""
+    _deprecated("static_range")
     return range(start) if stop is None else range(start, stop, step)
 
 
 def affine_range(start: int, stop: int | None = None, step: int = 1) -> range:
-    """A deprecated name of `static_range`."""
-    return static_range(start, stop, step)
+    """An unrolled loop."""
+    _deprecated("affine_range")
+    return range(start) if stop is None else range(start, stop, step)
 
 
 def sequential_range(start: int, stop: int | None = None, step: int = 1) -> range:
-    """A deprecated name of `static_range`."""
-    return static_range(start, stop, step)
+    """An unrolled loop."""
+    _deprecated("sequential_range")
+    return range(start) if stop is None else range(start, stop, step)
+
+
+def _deprecated(name: str) -> None:
+    """Note a name of this module that the version being run deprecates."""
+    session = current_session()
+    instead = deprecation(name, session.nki) if session is not None else ""
+    if session is not None and instead:
+        session.deprecated(f"nl.{name}", instead)
 
 
 def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> Iterator[VirtualRegister]:
-    """A hardware loop whose bounds may be registers; yields frozen registers.
+    """A hardware loop whose bounds may be registers; yields frozen registers. NKI 0.6.
 
     Raises:
-        SimulationError: rule "loop" for a step that is not a positive integer.
+        SimulationError: rule "loop" for a step that is not a positive integer; rule "version" from
+            NKI 0.7 on.
     """
+    require("nl.dynamic_range", "dynamic_range")
+    _deprecated("dynamic_range")
     lower, upper = (0, start) if stop is None else (start, stop)
     _check_step(step)
-    return _iterate(lower, upper, step)
+    return (
+        VirtualRegister(value, frozen=True)
+        for value in _iterate(lower, upper, step, "dynamic_range")
+    )
 
 
-def _iterate(lower: Any, upper: Any, step: int) -> Iterator[VirtualRegister]:
-    core = require_core("dynamic_range")
+def _iterate(lower: Any, upper: Any, step: int, what: str) -> Iterator[int]:
+    """The values of a hardware loop's index, each iteration noted in the record."""
+    core = require_core(what)
     trace = core.trace
     loop = core.state["loops"] = core.state.get("loops", 0) + 1
     _refuse_in_no_reorder(core)
@@ -57,16 +76,15 @@ def _iterate(lower: Any, upper: Any, step: int) -> Iterator[VirtualRegister]:
     try:
         for iteration, value in enumerate(values):
             begin = len(trace.instructions), len(trace.allocations)
-            yield VirtualRegister(value, frozen=True)
+            yield value
             _mark(trace, loop, iteration, *begin, () if iteration else waits)
     finally:
         _close(core, made)
 
 
 def _loads(*values: Any) -> tuple[Instruction, ...]:
-    """What loaded the registers among some values."""
-    found = [v.loaded for v in values if isinstance(v, VirtualRegister)]
-    return tuple([load for load in found if load is not None])
+    """What loaded the run-time scalars among some values."""
+    return tuple([load for v in values if isinstance(v, RunTimeScalar) for load in v.loads])
 
 
 def _mark(
@@ -88,18 +106,22 @@ def _close(core: Any, made: int) -> None:
         allocation.closed = True
 
 
-def fori_loop(
-    lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], Any], step: int = 1
-) -> None:
-    """Call `body_fun(i)` for i in range(lower, upper, step); i is a register by value.
+def fori_loop(lower: Any, upper: Any, body_fun: Callable[[Any], Any], step: int = 1) -> None:
+    """Call `body_fun(i)` for i in range(lower, upper, step); i comes by value.
+
+    Args:
+        lower, upper: ints, registers or (NKI 0.7) 32-bit scalars.
+        body_fun: takes an `NkiScalar`; a register in NKI 0.6, and where a bound is a register.
+        step: a positive int.
 
     Raises:
-        SimulationError: rule "loop": a step that is not a positive integer, or a body that
-            returns something.
+        SimulationError: rule "loop": a step that is not a positive integer, a 64-bit bound, or a
+            body that returns something.
     """
     _check_step(step)
-    for register in _iterate(lower, upper, step):
-        result = body_fun(VirtualRegister(register.value))
+    kind = _index_kind(lower, upper)
+    for value in _iterate(lower, upper, step, "fori_loop"):
+        result = body_fun(kind(value))
         if result is not None:
             raise violation(
                 "loop",
@@ -107,6 +129,24 @@ def fori_loop(
                 instruction="fori_loop",
                 value=type(result).__name__,
             )
+
+
+def _index_kind(lower: Any, upper: Any) -> type[RunTimeScalar]:
+    """What a body gets: a register where a bound is one, else a scalar; in NKI 0.6 a register."""
+    for role, bound in (("lower", lower), ("upper", upper)):
+        if isinstance(bound, NkiScalar) and bound.dtype == "int64":
+            raise violation(
+                "loop",
+                "a bound has 32 bits: the device compares and branches on no more",
+                instruction="fori_loop",
+                operand=role,
+                value="int64",
+                limit="int32",
+                hint="nisa.scalar_load of an int32 tensor; compute 64-bit offsets in the body",
+            )
+    old = require_core("fori_loop").nki == "0.6"
+    registers = any(isinstance(bound, VirtualRegister) for bound in (lower, upper))
+    return VirtualRegister if old or registers else NkiScalar
 
 
 def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]) -> None:
@@ -124,14 +164,16 @@ def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Any]
     made = len(trace.allocations)
     while True:
         if not isinstance(register, VirtualRegister):
+            left_open = isinstance(register, NkiScalar)
             raise violation(
                 "loop",
-                "the condition of while_loop must be a register",
+                "the condition of while_loop must be a register"
+                + (": whether it may be an NkiScalar, the public pages leave open" * left_open),
                 instruction="while_loop",
                 value=type(register).__name__,
                 hint="return the register that holds the next condition",
             )
-        if not register:
+        if register.read() == 0:
             _close(core, made)
             return
         begin, waits = (len(trace.instructions), len(trace.allocations)), _loads(register)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..machine.dtypes import DType, resolve
+from ..machine.dtypes import DType, int64, resolve
 from ..memory.allocation import Access, Allocation
 from ..memory.layout import ON_CHIP, Form
 from ..memory.storage import AbsentMemory, Arena, Memory, Pool, PooledMemory
 from ..memory.tensor import NkiTensor, resolved
-from ..rules.registers import VirtualRegister
+from ..rules.errors import SimulationWarning
+from ..rules.registers import RunTimeScalar
 from ..rules.session import STATE, call_site, locate, violate, violation
+from ..rules.versions import is_in
 from . import faults
 from .accumulators import Accumulators
 from .checker import make_plan
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 # Instructions whose run-time offsets AWS documents (SDK nki/migration/index.rst) or, for registers,
 # that the engine's sequencer carries out.
-_RUN_TIME = ("tensor_copy", "register_load", "register_store")
+_RUN_TIME = ("tensor_copy", "register_load", "register_store", "scalar_load", "scalar_store")
 
 # Checked plans by (target, relaxed rules); shared by all runs of the process.
 _PLANS: dict[tuple[str, frozenset[str]], dict[Any, Plan]] = {}
@@ -47,6 +50,7 @@ class NeuronCore:
         trace: the record being written.
         accumulators: reduce registers per engine ("scalar", "vector").
         pending: receiving ends of `sendrecv` still under way: (access, message, description).
+        unfinished: what is wrong if the kernel ends now, or None.
         state: scratch of instructions with state (random generators), by name.
     """
 
@@ -60,6 +64,8 @@ class NeuronCore:
         self.accumulators = {e: Accumulators(self.machine.partitions) for e in ("scalar", "vector")}
         self.pending: list[tuple[Access, Message, str]] = []
         self.state: dict[Any, Any] = {}
+        self.unfinished: SimulationError | None = None
+        self._deprecated: set[tuple[str, Any]] = set()
         self._loads: list[Instruction] = []  # of registers that the instruction at hand uses
         self._precise = options.precise
         self._forms: dict[tuple[Any, ...], Form] = {}
@@ -151,6 +157,16 @@ class NeuronCore:
                 value=kind.name,
                 limit="trn3",
             )
+        if kind is int64 and not is_in("int64", self.options.nki):
+            violate(
+                "dtype",
+                f"NKI {self.options.nki} has no 64-bit types",
+                instruction="nl.ndarray",
+                operand="dtype",
+                value=kind.name,
+                limit="32 bits",
+                hint="nl.int32; int64 is of NKI 0.7",
+            )
         key = (buffer, dims, kind) if address is None else (buffer, dims, kind, address)
         form = self._forms.get(key) or Form(buffer, dims, kind, address)
         if len(self.trace.relaxed) == noted:
@@ -209,8 +225,8 @@ class NeuronCore:
         for tensor in writes + reads:
             if type(tensor) is not NkiTensor:
                 key.append(type(tensor))
-                if type(tensor) is VirtualRegister and tensor.loaded is not None:
-                    self._loads.append(tensor.loaded)
+                if isinstance(tensor, RunTimeScalar):
+                    self._loads += tensor.loads
                 continue
             if tensor.dynamic is not None:
                 found: list[Access] = []
@@ -318,9 +334,27 @@ class NeuronCore:
         """
         if self.options.strict:
             violate("doubtful", text, location=where)
-        line = f"{text}, at {where or locate(call_site())}"
-        if line not in self.trace.warnings:
-            self.trace.warnings.append(line)
+        self._write_down(text, where)
+
+    def deprecated(self, what: str, instead: str) -> None:
+        """Note what the version being run deprecates, once per kernel line."""
+        site = call_site()
+        if (what, site) not in self._deprecated:
+            self._deprecated.add((what, site))
+            text = f"{what} is deprecated in NKI {self.nki}: write {instead}"
+            self._write_down(text, locate(site))
+
+    def _write_down(self, text: str, where: Location | None) -> None:
+        """A warning in the record, and to Python's `warnings`."""
+        where = where or locate(call_site(3))
+        line = f"{text}, at {where}"
+        if line in self.trace.warnings:
+            return
+        self.trace.warnings.append(line)
+        if where is None:
+            warnings.warn(text, SimulationWarning, stacklevel=3)
+        else:
+            warnings.warn_explicit(text, SimulationWarning, where.filename, where.lineno)
 
     def static(self, tensor: Any, spec: Spec, indices: list[Access], skip: bool = False) -> Any:
         """The static view of a scalar-dynamic one; None where `skip` and the index is outside.
@@ -371,10 +405,9 @@ class NeuronCore:
         return view
 
     def index_value(self, index: Any, spec: Spec, indices: list[Access]) -> int:
-        """The value of a run-time index: register or (1, 1) tensor."""
-        if isinstance(index, VirtualRegister):
-            if index.loaded is not None:
-                self._loads.append(index.loaded)
+        """The value of a run-time index: run-time scalar or (1, 1) tensor."""
+        if isinstance(index, RunTimeScalar):
+            self._loads += index.loads
             return index.read() if self.data or index.value is not None else 0
         indices.append(index.access())
         if not self.data:
@@ -389,7 +422,7 @@ class NeuronCore:
         if self.data and not tensor.memory.readable(tensor.access()):
             faults.uninitialized(spec, (), (tensor,), tensor)
 
-    def unknown_register(self, register: VirtualRegister) -> int:
+    def unknown_register(self, register: RunTimeScalar) -> int:
         """The value of a register that a shape-only run cannot know.
 
         Raises:
@@ -402,6 +435,11 @@ class NeuronCore:
                 hint="simulate(kernel, data=False, unknown=lambda register: trip_count)",
             )
         return self.options.unknown(register)
+
+    @property
+    def nki(self) -> str:
+        """The version of NKI that is run."""
+        return self.options.nki
 
     @property
     def relax(self) -> frozenset[str]:

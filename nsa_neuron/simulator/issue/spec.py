@@ -27,6 +27,7 @@ class Spec:
             operands, whose record covers more than they touch) or has none (barriers).
         keeps: True where part of `dst`, which is then the last of `reads` too, may stay as it is,
             written or not; `run` marks what it wrote.
+        wide: True where operands may have 64 bits: what moves elements and computes nothing.
         checked: how many of `reads` are looked through for unwritten elements (a slice's end).
     """
 
@@ -41,6 +42,7 @@ class Spec:
         "reads",
         "run",
         "timing",
+        "wide",
         "writes",
     )
 
@@ -57,6 +59,7 @@ class Spec:
         checks_itself: bool = False,
         optional: tuple[str, ...] = (),
         keeps: bool = False,
+        wide: bool = False,
     ) -> None:
         self.opcode = opcode
         self.writes = writes
@@ -69,6 +72,7 @@ class Spec:
         self.checked = 0 if checks_itself else -1 if keeps else None
         self.checks_itself = checks_itself
         self.optional = optional
+        self.wide = wide
 
 
 class Plan:

@@ -2,8 +2,9 @@
 
 The compiler parses a kernel's source; the simulator runs it as Python and would let pass what the
 compiler refuses. Checked are the functions decorated with `nki.jit` and what they reach in the same
-file; in a file without kernels, every function that calls NKI. `# nsa: ignore[rule]` at the end
-of a line keeps a finding of that rule on that line quiet.
+file; in a file without kernels, every function that calls NKI. NKI 0.7 traces a kernel with Python:
+the rules of the subset are NKI 0.6's. `# nsa: ignore[rule]` at the end of a line keeps a finding of
+that rule on that line quiet.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..rules.versions import NEWEST, check_version
 from .calls import CallChecker, decorators
 from .names import Names, methods
 from .rules import RULES, Finding, LintRule
@@ -26,28 +28,34 @@ __all__ = ["RULES", "Finding", "LintRule", "lint_file", "lint_paths", "lint_sour
 _IGNORE = re.compile(r"#\s*nsa:\s*ignore\[([\w, -]+)\]")
 
 
-def lint_paths(paths: Iterable[str | Path]) -> list[Finding]:
+def lint_paths(paths: Iterable[str | Path], nki: str = NEWEST) -> list[Finding]:
     """Findings of files, and of every Python file under folders.
+
+    Args:
+        paths: files and folders.
+        nki: version of NKI, "0.6" or "0.7".
 
     Raises:
         FileNotFoundError: a path does not exist.
+        ValueError: the version is not known.
     """
+    check_version(nki)
     found: list[Finding] = []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         for file in files:
-            found += lint_file(file)
+            found += lint_file(file, nki)
     return found
 
 
-def lint_file(path: str | Path) -> list[Finding]:
+def lint_file(path: str | Path, nki: str = NEWEST) -> list[Finding]:
     """Findings of one file."""
-    return lint_source(Path(path).read_text(encoding="utf-8"), str(path))
+    return lint_source(Path(path).read_text(encoding="utf-8"), str(path), nki)
 
 
-def lint_source(source: str, path: str = "<kernel>") -> list[Finding]:
+def lint_source(source: str, path: str = "<kernel>", nki: str = NEWEST) -> list[Finding]:
     """Findings of a file's text, in the order of its lines."""
     found: set[Finding] = set()
     lines = source.splitlines()
@@ -56,6 +64,8 @@ def lint_source(source: str, path: str = "<kernel>") -> list[Finding]:
         line, column = getattr(node, "lineno", 1), getattr(node, "col_offset", 0) + 1
         text = lines[line - 1] if line <= len(lines) else ""
         ignored = _IGNORE.search(text)
+        if nki not in RULES[rule].versions:
+            return
         if ignored and rule in re.split(r"[ ,]+", ignored[1]):
             return
         found.add(Finding(path, line, column, rule, message, instead or RULES[rule].instead))
@@ -64,12 +74,12 @@ def lint_source(source: str, path: str = "<kernel>") -> list[Finding]:
         tree = ast.parse(source)
     except SyntaxError as error:
         return [Finding(path, error.lineno or 1, error.offset or 1, "syntax", str(error.msg), "")]
-    names = Names(tree)
+    names = Names(tree, nki)
     _imports(tree, report)
     code = names.kernel_code()
     for function, launched in code.items():
-        for rule, keyword in decorators(function, names):
-            report(rule, keyword.value, f"{keyword.arg}= of nki.jit")
+        for rule, keyword, instead in decorators(function, names):
+            report(rule, keyword.value, f"{keyword.arg}= of nki.jit", instead)
         check_function(function, launched, names, report)
         CallChecker(function, launched, names, report).check()
     for node in names.used_classes(code):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..rules.legacy import KEYWORDS, NAMES
+from ..rules.versions import deprecation, is_in, why_not
 from .names import Function, resolve, signature_of
 from .subset import body_of
 from .tensors import check_made, check_operator, check_truth
@@ -65,7 +66,13 @@ class CallChecker:
                 self._loop(node)
             elif isinstance(node, ast.While):
                 if self._kind(node.test):
-                    self._report("deprecated-loop", node, f"while {ast.unparse(node.test)}")
+                    rule = "deprecated-loop" if self._names.nki == "0.6" else "register"
+                    self._report(
+                        rule,
+                        node,
+                        f"while {ast.unparse(node.test)}",
+                        "nl.while_loop(register, body)",
+                    )
             elif isinstance(node, ast.BinOp | ast.Compare | ast.AugAssign | ast.UnaryOp):
                 self._arithmetic(node)
             elif isinstance(node, ast.If | ast.IfExp | ast.Assert):
@@ -79,9 +86,18 @@ class CallChecker:
         name = self._names.nki_name(node)
         if not name or isinstance(self._parents.get(node), ast.Attribute):
             return
-        if resolve(name) is not None or name.startswith(("compiler", "experimental")):
-            return
         last = name.rpartition(".")[2]
+        nki = self._names.nki
+        if resolve(name, nki) is not None:
+            if deprecation(last, nki):
+                self._report("deprecated-range", node, f"nki.{name}", deprecation(last, nki))
+            return
+        if not is_in(last, nki):
+            message, instead = why_not(last, nki)
+            self._report("version", node, f"nki.{name} {message}", instead)
+            return
+        if name.startswith(("compiler", "experimental")) and nki == "0.6":
+            return
         if last in NAMES or any(part in NAMES for part in name.split(".")):
             old = next(part for part in name.split(".") if part in NAMES)
             self._report("legacy-name", node, f"nki.{name}", NAMES[old])
@@ -124,7 +140,7 @@ class CallChecker:
                 self._report("loop-step", node, f"step {ast.unparse(step)}")
 
     def _signature(self, node: ast.Call, name: str) -> None:
-        signature = signature_of(resolve(name))
+        signature = signature_of(resolve(name, self._names.nki))
         starred = any(isinstance(a, ast.Starred) for a in node.args)
         if signature is None or starred or any(k.arg is None for k in node.keywords):
             return
@@ -220,7 +236,7 @@ class CallChecker:
         if "buffer" in parts:
             # Anything but a name of nl is not known here, and nothing is said about it.
             buffer = self._names.nki_name(parts["buffer"]).rpartition(".")[2]
-        check_made(value, parts, buffer, self._report)
+        check_made(value, parts, buffer, self._names.nki, self._report)
         return Made("tensor", dtype.rpartition(".")[2], buffer)
 
     def _made(self, node: ast.AST | None) -> Made | None:
@@ -321,15 +337,17 @@ def _number(node: ast.expr) -> Any:
     return value if isinstance(value, int | float) else None
 
 
-def decorators(function: Function, names: Names) -> Iterator[tuple[str, ast.keyword]]:
-    """Keywords of `@nki.jit(...)` that were removed or are ignored, with the rule they break."""
+def decorators(function: Function, names: Names) -> Iterator[tuple[str, ast.keyword, str]]:
+    """Keywords of `@nki.jit(...)` that the version has not or ignores: rule, and what to write."""
     for decorator in function.decorator_list:
         if isinstance(decorator, ast.Call) and names.nki_name(decorator.func) == "jit":
             for keyword in decorator.keywords:
                 if keyword.arg == "platform_target":
-                    yield "jit-argument", keyword
+                    yield "jit-argument", keyword, ""
                 elif keyword.arg == "mode":
-                    yield "jit-mode", keyword
+                    yield "jit-mode", keyword, ""
+                elif str(keyword.arg).endswith("_config") and names.nki == "0.6":
+                    yield "version", keyword, "@nki.jit; configurations are of NKI 0.7"
 
 
 def _parts(call: ast.Call, full: bool) -> dict[str, ast.expr]:

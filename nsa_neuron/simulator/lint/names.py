@@ -19,12 +19,14 @@ class Names:
     """The module-level names of a file.
 
     Attributes:
+        nki: version of NKI.
         modules: alias -> dotted name, such as {"nl": "nki.language", "np": "numpy"}.
         imported: name -> dotted name of an object imported from a module.
         functions, classes: definitions at module level.
     """
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module, nki: str) -> None:
+        self.nki = nki
         self.modules: dict[str, str] = {}
         self.imported: dict[str, str] = {}
         self.functions: dict[str, Function] = {}
@@ -121,11 +123,18 @@ def _callee(node: ast.expr) -> ast.expr:
     return node.func if isinstance(node, ast.Call) else node
 
 
-def resolve(name: str) -> Any:
-    """The simulator's object of a name below `nki`, or None where there is none."""
+def resolve(name: str, nki: str) -> Any:
+    """The simulator's object of a name below `nki` in a version, or None where there is none."""
     found: Any = facade
     for part in name.split("."):
-        found = getattr(found, part, _MISSING)
+        inside = vars(found) if inspect.ismodule(found) else {}
+        if "_versioned" in inside and part not in inside:
+            try:
+                found = inside["_versioned"].find(part, nki)
+            except AttributeError:
+                return None
+        else:
+            found = getattr(found, part, _MISSING)
         if found is _MISSING:
             return None
     return found

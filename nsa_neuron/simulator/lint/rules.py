@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..rules.versions import VERSIONS
+
 GUIDE = "SDK nki/get-started/nki-language-guide.rst"
 FROM_1 = "SDK nki/migration/index.rst, 0.1 to 0.2"
 FROM_2 = "SDK nki/migration/index.rst, 0.2 to 0.3"
 FROM_3 = "SDK nki/migration/index.rst, 0.3 to 0.4"
 FROM_5 = "SDK nki/migration/index.rst, 0.5 to 0.6"
+FROM_6 = "AWS docs v2.33.1 nki/migration, NKI 0.6.0 to 0.7.0"
 STUBS = "SDK nki/api/nki"
 ARCH2 = "SDK nki/guides/architecture/trainium_inferentia2_arch.rst"
 SILENT = "no document mentions it; nki-library's 107 kernel modules never use it"
@@ -30,6 +33,7 @@ class LintRule:
         source: document that states it.
         text: one sentence.
         instead: what to write; a finding may know better.
+        versions: of NKI that have it.
     """
 
     id: str
@@ -37,6 +41,7 @@ class LintRule:
     source: str
     text: str
     instead: str
+    versions: tuple[str, ...] = VERSIONS
 
 
 @dataclass(frozen=True, order=True)
@@ -137,10 +142,22 @@ _ROWS = (
     ("loop-return", ERROR, FROM_5, "the body of fori_loop returns nothing", "keep results in SBUF"),
     ("loop-scope", ERROR, FROM_5, "a tensor made in a dynamic loop is used after it",
      "make it before the loop"),
-    ("loop-reorder", ERROR, FROM_5, "a dynamic loop inside no_reorder", "nl.static_range"),
+    ("loop-reorder", ERROR, FROM_5, "a dynamic loop inside no_reorder", "range"),
     ("deprecated-loop", WARNING, FROM_5, "dynamic_range and `while register` are deprecated",
      "nl.fori_loop(0, n, body), nl.while_loop(register, body)"),
+    ("deprecated-range", WARNING, FROM_6, "affine_range, sequential_range and static_range are "
+     "deprecated", "range"),
+    ("version", ERROR, FROM_6, "a name that the version of NKI has not", ""),
     ("syntax", ERROR, "Python", "the file is not Python", ""),
 )  # fmt: skip
 
-RULES = {row[0]: LintRule(*row) for row in _ROWS}
+# NKI 0.6 parses a kernel; NKI 0.7 traces it, with all of Python (release notes of NKI 0.7.0).
+_PARSED = (
+    *("keyword-only", "star-arguments", "identity", "identity-none", "dict-key", "dict-key-enum"),
+    *("value-kind", "int-range", "class-base", "coroutine", "handler", "context-manager"),
+    *("comprehension", "lambda", "scope-statement", "statement", "local-import", "builtin"),
+    *("library", "nested-jit", "deprecated-loop"),
+)
+_OF = {**dict.fromkeys(_PARSED, ("0.6",)), "deprecated-range": ("0.7",)}
+
+RULES = {row[0]: LintRule(*row, versions=_OF.get(row[0], VERSIONS)) for row in _ROWS}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING, Any
 
+from ..rules.versions import is_in
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -88,7 +90,11 @@ def check_truth(
 
 
 def check_made(
-    node: ast.Call, parts: dict[str, ast.expr], buffer: str, report: Callable[..., None]
+    node: ast.Call,
+    parts: dict[str, ast.expr],
+    buffer: str,
+    nki: str,
+    report: Callable[..., None],
 ) -> None:
     """Report a new tensor of too many partitions, or of a dtype that NKI has not.
 
@@ -96,6 +102,7 @@ def check_made(
         node: the call that makes it.
         parts: its arguments by name.
         buffer: where it is: "sbuf", "psum", or anything else.
+        nki: version of NKI.
         report: takes rule, node and message.
     """
     shape = parts.get("shape")
@@ -107,5 +114,6 @@ def check_made(
     dtype = parts.get("dtype")
     if dtype is not None:
         text = dtype.value if isinstance(dtype, ast.Constant) else ast.unparse(dtype)
-        if str(text).rpartition(".")[2] in _WIDE:
+        last = str(text).rpartition(".")[2]
+        if last in _WIDE and not (last == "int64" and is_in(last, nki)):
             report("dtype", node, ast.unparse(dtype))

@@ -110,6 +110,7 @@ bool_ = DType("bool", np.uint8, "bool")
 int8 = DType("int8", np.int8, "int")
 int16 = DType("int16", np.int16, "int")
 int32 = DType("int32", np.int32, "int")
+int64 = DType("int64", np.int64, "int")  # NKI 0.7; moved and addressed with, never computed on
 uint8 = DType("uint8", np.uint8, "uint")
 uint16 = DType("uint16", np.uint16, "uint")
 uint32 = DType("uint32", np.uint32, "uint")
@@ -125,6 +126,7 @@ float8_e5m2_x4 = DType("float8_e5m2_x4", np.uint32, "packed", gen4_only=True)
 float8_e4m3fn_x4 = DType("float8_e4m3fn_x4", np.uint32, "packed", gen4_only=True)
 float4_e2m1fn_x4 = DType("float4_e2m1fn_x4", np.uint16, "packed", gen4_only=True)
 
+# What instructions compute with.
 ALL: tuple[DType, ...] = (
     *(bool_, int8, int16, int32, uint8, uint16, uint32),
     *(float32, tfloat32, bfloat16, float16),
@@ -144,11 +146,11 @@ _ALIASES: dict[str, DType] = {
     "bf16": bfloat16,
     "tf32": tfloat32,
 }
-_BY_NAME: dict[str, DType] = {**{str(d): d for d in ALL}, **_ALIASES}
+_BY_NAME: dict[str, DType] = {**{str(d): d for d in (*ALL, int64)}, **_ALIASES}
 _BY_NUMPY: dict[np.dtype[Any], DType] = {
     d.numpy: d for d in reversed(ALL) if d.kind not in ("bool", "packed") and d is not tfloat32
 }
-_BY_NUMPY[np.dtype(np.bool_)] = bool_
+_BY_NUMPY |= {np.dtype(np.bool_): bool_, np.dtype(np.int64): int64}
 _PYTHON: dict[object, DType] = {bool: bool_, int: int32, float: float32}
 
 
@@ -189,9 +191,9 @@ def resolve(spec: object) -> DType:
         return found
     hint = ""
     name = str(spec).rpartition(".")[2].strip("'<>")
-    if name in ("int64", "uint64", "float64", "double", "long"):
-        narrow = {"double": "float32", "long": "int32"}.get(name, name.replace("64", "32"))
-        hint = f" NeuronCore-v3 has no 64-bit types: convert to nl.{narrow}."
+    if name in ("uint64", "float64", "double"):
+        narrow = "float32" if name == "double" else name.replace("64", "32")
+        hint = f" NeuronCore-v3 has no such 64-bit type: convert to nl.{narrow}."
     raise UnknownDTypeError(
         f"{spec!r} is not an NKI dtype.{hint} Expected one of nl.{', nl.'.join(ALL)}, "
         "or the NumPy, ml_dtypes or torch dtype of the same name."

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..machine.dtypes import resolve
-from ..rules.registers import VirtualRegister
+from ..rules.registers import NkiScalar, RunTimeScalar
+from ..rules.versions import require
 from . import views
 from .nki_object import NKIObject
 from .tensor_base import BaseTensor, Dynamic, same_width
@@ -74,9 +75,12 @@ class NkiTensor(BaseTensor):
         return self._view(tuple(out_shape), tuple(out_strides), offset)
 
     def _general(self, key: Any) -> NkiTensor:
+        keys = key if type(key) is tuple else (key,)
         try:
-            return self._getitem(key if type(key) is tuple else (key,))
+            return self._getitem(keys)
         except ViewError as error:
+            if any(isinstance(k, range) for k in keys):
+                error.hint = f"{self.name or 't'}[{views.without_ranges(keys)}]"
             raise self._error(error, "[]") from None
 
     def _getitem(self, keys: tuple[Any, ...]) -> NkiTensor:
@@ -113,7 +117,7 @@ class NkiTensor(BaseTensor):
                     first, step, count = views.slice_range(size, begin, begin + item.size, 1)
             elif item is Ellipsis:
                 return self._getitem(views.expand(keys, ndim))
-            elif kind is not int and isinstance(item, VirtualRegister | NkiTensor):
+            elif kind is not int and isinstance(item, RunTimeScalar | NkiTensor):
                 what = "a run-time index needs .select() or .ap(scalar_offset=...)"
                 raise ViewError("index", what, kind.__name__, "int")
             else:
@@ -142,6 +146,12 @@ class NkiTensor(BaseTensor):
         if self.dynamic is not None and self.dynamic.kind == "vector" and dim == 0:
             raise ViewError("view", "the dim of a vector_select cannot be sliced or selected", dim)
 
+    @property
+    def data(self) -> NkiTensor:
+        """The tensor: what `data` is to a grid; NKI 0.7."""
+        require("NkiTensor.data", "tiles")
+        return self
+
     def slice(self, dim: int, start: int, end: int, step: int = 1) -> NkiTensor:
         """Elements start .. end - 1 of one dim, every `step`-th."""
         try:
@@ -164,12 +174,12 @@ class NkiTensor(BaseTensor):
             self._guard(d)
             shape = self.shape[:d] + self.shape[d + 1 :]
             strides = self.strides[:d] + self.strides[d + 1 :]
-            if isinstance(index, VirtualRegister | NkiTensor):
+            if isinstance(index, RunTimeScalar | NkiTensor):
                 if self.dynamic is not None:
                     raise ViewError("view", "one dynamic select per view", "second", 1)
                 if d == 0 and self.on_chip:
                     raise ViewError("view", "a dynamic select cannot act on partitions", dim)
-                _scalar_index(index)
+                _scalar_index(index, self.on_chip)
                 dynamic = Dynamic("scalar", index, self.strides[d], d, self.shape[d])
                 return self._view(shape or (1,), strides or (1,), dynamic=dynamic)
             first = views.index_in(index, self.shape[d])
@@ -342,8 +352,8 @@ class NkiTensor(BaseTensor):
             pattern: outermost first, in elements of `dtype`; on chip the first pair is the
                 partition pair.
             offset: elements from the start of the storage; None keeps this view's.
-            scalar_offset: (1, 1) SBUF tensor or register; moves the start by its value times the
-                stride of `indirect_dim` of this tensor.
+            scalar_offset: (1, 1) SBUF tensor, register or NkiScalar; moves the start by its value
+                times the stride of `indirect_dim` of this tensor.
             vector_offset: (P, 1) SBUF tensor of row numbers; HBM tensors and DMA only.
             indirect_dim: dim of this tensor that the index counts.
             dtype: reinterpret the storage.
@@ -387,7 +397,7 @@ class NkiTensor(BaseTensor):
             d = views.normal_dim(indirect_dim, self.ndim)
             step = self.strides[d] * old_size // new_size
             if scalar is not None:
-                _scalar_index(scalar)
+                _scalar_index(scalar, self.on_chip)
                 dynamic = Dynamic("scalar", scalar, step, d, None)
             else:
                 if self.on_chip or d != 0:
@@ -406,8 +416,13 @@ class NkiTensor(BaseTensor):
         return view
 
 
-def _scalar_index(index: Any) -> None:
-    if isinstance(index, VirtualRegister):
+def _scalar_index(index: Any, on_chip: bool) -> None:
+    if isinstance(index, RunTimeScalar):
+        if on_chip and isinstance(index, NkiScalar) and index.dtype == "int64":
+            raise ViewError(
+                "scalar", "an offset into SBUF or PSUM has 32 bits", "int64", "int32",
+                "load it from an int32 tensor",
+            )  # fmt: skip
         return
     if not isinstance(index, NkiTensor):
         raise ViewError("view", "an index is a register or a (1, 1) tensor", type(index).__name__)

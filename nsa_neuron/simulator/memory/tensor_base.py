@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..rules.registers import VirtualRegister
+from ..rules.registers import RunTimeScalar
 from ..rules.session import current_session, violate, violation
 from . import views
 from .allocation import Access
@@ -186,7 +186,7 @@ class BaseTensor(NKIObject):
         Raises:
             SimulationError: rule "legacy-api": the other is a number, array, register or tensor.
         """
-        if isinstance(other, BaseTensor | VirtualRegister | _VALUES):
+        if isinstance(other, BaseTensor | RunTimeScalar | _VALUES):
             raise violation(
                 "legacy-api",
                 "Python cannot compare a tensor's elements (== and != see only the objects)",

@@ -106,14 +106,21 @@ def index_in(item: Any, size: int) -> int:
         value = int(item.__index__())
     except (AttributeError, TypeError):
         what = "an index is an int, a slice, nl.ds or Ellipsis"
-        hint = ""
-        if isinstance(item, range):  # of nl.affine_range, which NKI 0.1 indexed with
-            step = f":{item.step}" if item.step != 1 else ""
-            hint = f"{item.start}:{item.stop}{step} in the place of {item!r}"
-        raise ViewError("index", what, type(item).__name__, "int", hint) from None
+        raise ViewError("index", what, type(item).__name__, "int") from None
     if not -size <= value < size:
         raise ViewError("index", "the index leaves the dim", value, f"0..{size - 1}")
     return value % size
+
+
+def without_ranges(keys: tuple[Any, ...]) -> str:
+    """An index as a kernel writes it, with slices for the ranges that NKI 0.1 indexed with."""
+    return ", ".join(_as_slice(k) if isinstance(k, slice | range) else repr(k) for k in keys)
+
+
+def _as_slice(key: slice | range) -> str:
+    first, stop = ("" if n is None else n for n in (key.start, key.stop))
+    step = "" if key.step in (None, 1) else f":{key.step}"
+    return f"{first}:{stop}{step}"
 
 
 def permute(shape: Dims, strides: Dims, dims: Sequence[int], fixed: bool) -> tuple[Dims, Dims]:

@@ -1,12 +1,11 @@
 """The vendor's `nki` package as the simulator serves it."""
 
 from ..run.launch import Kernel
-from . import collectives, dtype, isa, language, launching, meta, typing
+from . import collectives, compiler, dtype, isa, language, launching, meta, typing
 from .launching import jit
-from .remedies import refuse_missing as _refuse_missing
+from .remedies import Names as _Names
+from .remedies import running as _running
 from .typing import tensor
-
-__version__ = "0.6.0"
 
 
 def simulate(kernel):
@@ -17,6 +16,7 @@ def simulate(kernel):
 __all__ = [
     "Kernel",
     "collectives",
+    "compiler",
     "dtype",
     "isa",
     "jit",
@@ -27,4 +27,9 @@ __all__ = [
     "typing",
 ]
 
-__getattr__ = _refuse_missing(__name__)
+_versioned = _Names(__name__)
+
+
+def __getattr__(name):
+    """`nki.__version__`, and the refusal of names that NKI has not."""
+    return f"{_running()}.0" if name == "__version__" else _versioned(name)

@@ -9,15 +9,37 @@ from typing import TYPE_CHECKING, Any
 from ..rules.session import violation
 from ..run.launch import Kernel, Simulated, default_options
 from . import misuse
+from .configuration import CompileConfig, SpecializationConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ..rules.registers import VirtualRegister
+    from ..rules.registers import RunTimeScalar
 
 
-def jit(fn: Any = None, **kwargs: Any) -> Any:
-    """Decorate a kernel; `mode=` is ignored as documented, `platform_target=` is refused."""
+def jit(
+    fn: Any = None,
+    *,
+    compile_config: Any = None,
+    specialization_config: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Decorate a kernel.
+
+    Args:
+        fn: the function; without one, the decorator is returned.
+        compile_config, specialization_config: of `nki.compiler`; NKI 0.7.
+        kwargs: `mode=` is ignored as documented, `platform_target=` is refused.
+    """
+    configs = (compile_config, specialization_config)
+    for config, kind in zip(configs, (CompileConfig, SpecializationConfig), strict=True):
+        if config is not None and not isinstance(config, kind):
+            raise violation(
+                "configuration",
+                f"takes a nki.compiler.{kind.__name__}",
+                instruction="nki.jit",
+                value=type(config).__name__,
+            )
     if "platform_target" in kwargs:
         raise violation(
             "usage",
@@ -26,14 +48,19 @@ def jit(fn: Any = None, **kwargs: Any) -> Any:
             hint="set NEURON_PLATFORM_TARGET_OVERRIDE=trn2",
         )
     if fn is None:
-        return functools.partial(jit, **kwargs)
+        return functools.partial(
+            jit,
+            compile_config=compile_config,
+            specialization_config=specialization_config,
+            **kwargs,
+        )
     if isinstance(fn, Kernel):
         return fn
     if not callable(fn):
         raise violation(
             "usage", "nki.jit decorates a function", instruction="nki.jit", value=type(fn).__name__
         )
-    return Kernel(fn, translate=misuse.translate)
+    return Kernel(fn, translate=misuse.translate, configs=configs)
 
 
 def simulate(
@@ -44,9 +71,10 @@ def simulate(
     target: str | None = None,
     precise: bool | None = None,
     strict: bool | None = None,
-    unknown: Callable[[VirtualRegister], int] | None = None,
+    unknown: Callable[[RunTimeScalar], int] | None = None,
     iterations: int | None = None,
     ranks: int = 1,
+    nki: str | None = None,
 ) -> Simulated:
     """Make a simulated version of a kernel.
 
@@ -59,6 +87,7 @@ def simulate(
         strict: True refuses what a run would only warn of.
         unknown: shape-only: value of a register that data would have set.
         iterations: shape-only: how many iterations of each hardware loop are run; all unless given.
+        nki: version of NKI, "0.6" or "0.7"; that of `activate` unless given, else the newest.
         ranks: how many ranks run the kernel together, as `nki.collectives` needs; arguments that
             differ between them are given as `PerRank([...])`.
 
@@ -84,6 +113,7 @@ def simulate(
         "strict": strict,
         "unknown": unknown,
         "iterations": iterations,
+        "nki": nki,
         "relax": None if relax is None else frozenset(relax),
     }
     options = replace(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..cost import Band, Estimate, Timeline
     from ..issue.record import Run
-    from ..rules.registers import VirtualRegister
+    from ..rules.registers import RunTimeScalar
 
 
 class Profile:
@@ -132,7 +132,8 @@ def profile(
     params: str = cost.DEFAULT_SET,
     relax: Iterable[str] | None = None,
     target: str | None = None,
-    unknown: Callable[[VirtualRegister], int] | None = None,
+    nki: str | None = None,
+    unknown: Callable[[RunTimeScalar], int] | None = None,
     iterations: int | None = None,
     constants: Mapping[str, float] | None = None,
     assumptions: Iterable[str] = (),
@@ -145,6 +146,7 @@ def profile(
         params: set of constants, "measured-3p" or "documented".
         relax: ids of rules to note instead of raise.
         target: machine, "trn2".
+        nki: version of NKI, "0.6" or "0.7".
         unknown: without data: value of a register that data would have set; `cost.trips` makes
             them from a number, a trace or a distribution, and the report says which.
         iterations: without data: how many iterations of each hardware loop are run, at least 8; the
@@ -164,6 +166,7 @@ def profile(
         "data": data,
         "relax": relax,
         "target": target,
+        "nki": nki,
         "unknown": unknown,
         "iterations": iterations,
     }

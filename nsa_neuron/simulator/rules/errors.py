@@ -89,6 +89,10 @@ class SimulationError(Exception):
         return "\n".join(lines)
 
 
+class SimulationWarning(UserWarning):
+    """Something that a run lets pass and a device may not, or a later version of NKI will not."""
+
+
 class UsageError(SimulationError, TypeError):
     """The call itself is wrong: argument kinds, unknown keyword, an API of another era."""
 

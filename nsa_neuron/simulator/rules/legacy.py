@@ -33,24 +33,6 @@ NAMES = {
     "activation_with_reduce": "nisa.activation_reduce(dst, op, data, reduce_op, reduce_res)",
 }
 
-# Names that came with NKI 0.7, which is not simulated, and what NKI 0.6 has in their place.
-# Source: AWS documentation v2.33.0, nki.isa, nki.language and nki.collectives.
-NEWER = {
-    "scalar_load": "nisa.register_load(register, src)",
-    "scalar_store": "nisa.register_store(dst, register)",
-    "NkiScalar": "nisa.VirtualRegister",
-    "tiles": "slices of the tensor",
-    "blocks": "slices of the tensor",
-    "alloc_tiles": "nl.ndarray(shape, dtype, buffer=...), or a list of tensors",
-    "alloc_blocks": "nl.ndarray(shape, dtype, buffer=...), or a list of tensors",
-    "NkiTileGrid": "nl.NkiTensor",
-    "NkiBlockGrid": "nl.NkiTensor",
-    "all_to_all_v_prepare": "ncc.all_to_all_v",
-    "all_to_all_v_trigger": "ncc.all_to_all_v",
-    "all_gather_v_prepare": "ncc.all_gather_v",
-    "all_gather_v_trigger": "ncc.all_gather_v",
-}
-
 # Keywords of instructions, each with the words that replace it.
 KEYWORDS = {
     "mask": "slice the operands to the valid range; masks went with NKI 0.1",

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from ..machine.trn2 import Machine, machine_for
 from .table import RULES
+from .versions import NEWEST, check_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .registers import VirtualRegister
+    from .registers import RunTimeScalar
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,17 @@ class Options:
             called with the register.
         strict: what a run would only warn of is refused, rule "doubtful".
         iterations: in a shape-only run, how many iterations of each hardware loop are run; 0: all.
+        nki: version of NKI, "0.6" or "0.7".
     """
 
     target: str = "trn2"
     data: bool = True
     relax: frozenset[str] = frozenset()
     precise: bool = True
-    unknown: Callable[[VirtualRegister], int] | None = None
+    unknown: Callable[[RunTimeScalar], int] | None = None
     iterations: int = 0
     strict: bool = False
+    nki: str = NEWEST
 
     @property
     def machine(self) -> Machine:
@@ -43,12 +46,13 @@ class Options:
         return machine_for(self.target)
 
     def validate(self) -> None:
-        """Refuse unknown targets and rule names, and loops cut short in a run with data.
+        """Refuse unknown targets, versions and rules, and loops cut short in a run with data.
 
         Raises:
             ValueError: naming what is known.
         """
         machine_for(self.target)
+        check_version(self.nki)
         if self.iterations and self.data:
             raise ValueError("iterations= leaves out iterations, so it needs data=False")
         if not isinstance(self.iterations, int) or self.iterations < 0:

@@ -45,11 +45,18 @@ class Session(Protocol):
     def data(self) -> bool:
         """False in a shape-only run."""
 
+    @property
+    def nki(self) -> str:
+        """The version of NKI that is run, "0.6" or "0.7"."""
+
     def note(self, error: SimulationError) -> None:
         """Write down a broken rule that the user relaxed."""
 
     def warn(self, text: str, where: Location | None = None) -> None:
         """Note something doubtful but legal in the record."""
+
+    def deprecated(self, what: str, instead: str) -> None:
+        """Note what works and will not in a later version."""
 
     def unknown_register(self, register: Any) -> int:
         """The value of a register that a shape-only run cannot know."""

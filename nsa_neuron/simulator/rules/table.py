@@ -19,6 +19,10 @@ MIGRATION = "SDK nki/migration/index.rst"
 LNC = "SDK nki/get-started/about/lnc.rst"
 DGE = "SDK nki/deep-dives/nki-dge.rst"
 SIM = "SDK nki/guides/nki_simulator.rst"
+SCALAR = "AWS docs v2.33.1 nki/deep-dives/nki-scalar, nki.isa.NkiScalar"
+FROM_6 = "AWS docs v2.33.1 nki/migration, NKI 0.6.0 to 0.7.0"
+CONFIG = "AWS docs v2.33.1 nki.jit, nki.compiler"
+GRIDS = "AWS docs v2.33.1 nki.language.tiles, blocks, NkiGrid"
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,16 @@ for _row in (
     ("lnc-deadlock", LNC, "cores wait for each other for ever", errors.DeadlockError),
     ("lnc-sync", ISA, "the synchronisation call does not fit the launch"),
     ("register", ISA, "the register operation is not allowed"),
+    (
+        "register-value",
+        FROM_6,
+        "a run-time scalar has no value while the kernel is built",
+        errors.UsageError,
+    ),
+    ("scalar", SCALAR, "a run-time scalar has 32 or 64 bits and few operations"),
+    ("version", FROM_6, "the name belongs to another version of NKI", errors.UsageError),
+    ("configuration", CONFIG, "the configuration of a kernel is not allowed", errors.UsageError),
+    ("grid", GRIDS, "the grid of tiles or blocks cannot do this"),
     ("loop", LANG, "the loop's bounds or body are not allowed"),
     ("loop-scope", MIGRATION, "a tensor made in a dynamic loop body is invisible outside"),
     (

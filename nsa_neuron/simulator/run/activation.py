@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..rules.versions import NEWEST
 from .launch import DEFAULTS, default_options
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _NAMES = (
     "nki.isa",
     "nki.isa.constants",
     "nki.collectives",
+    "nki.compiler",
     "nki.dtype",
     "nki.typing",
     "nki.meta",
@@ -90,6 +92,7 @@ def activate(
     data: bool = True,
     precise: bool | None = None,
     strict: bool = False,
+    nki: str = NEWEST,
 ) -> Activation:
     """Make `import nki`, `nki.language`, `nki.isa`, ... resolve to the simulator from now on.
 
@@ -99,6 +102,7 @@ def activate(
         data: False makes every launch shape-only.
         precise: False is NKI_PRECISE_FP=0; None takes it from the environment.
         strict: refuse what a run would only warn of.
+        nki: version of NKI, "0.6" or "0.7": the names that there are, and what they mean.
 
     Returns:
         an `Activation`: a context manager, or call its `restore()`.
@@ -108,6 +112,7 @@ def activate(
         "relax": frozenset(relax),
         "data": data,
         "strict": strict,
+        "nki": nki,
     }
     if precise is not None:
         changes["precise"] = precise

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..machine.dtypes import DType, find, resolve
+from ..machine.dtypes import DType, find, int64, resolve
 from ..memory.allocation import Allocation
 from ..memory.storage import Memory
 from ..memory.tensor import NKIObject, NkiTensor
 from ..rules.session import locate, violation
+from ..rules.versions import is_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,6 +160,9 @@ class Arguments:
             dtype = resolve(value.dtype)
         except TypeError as error:
             raise self._refuse(name, str(error), str(value.dtype), "an NKI dtype") from None
+        if dtype is int64 and not is_in("int64", self._options.nki):
+            message = f"NKI {self._options.nki} has no 64-bit types: convert to nl.int32"
+            raise self._refuse(name, message, str(value.dtype), "an NKI dtype")
         if 0 in shape:
             raise self._refuse(name, "a tensor has no elements", shape, "dims >= 1")
         allocation = Allocation(

@@ -20,6 +20,7 @@ from ..rules.options import Options
 from ..rules.session import locate, violate, violation
 from . import liveness
 from .arguments import Arguments, to_results
+from .configuration import check_configured, check_nested, degree
 from .cores import check_loops
 
 if TYPE_CHECKING:
@@ -49,23 +50,39 @@ class Kernel:
 
     Attributes:
         fn: the function.
-        lnc: number of cores, 1 or 2.
+        bracket: number of cores that the launch bracket says, or None.
         schedule: ordering edges between named instructions.
         translate: says what a Python exception in the kernel means, or None.
+        configs: compile and specialisation configuration of NKI 0.7, or None each.
     """
 
     def __init__(
         self,
         fn: Callable[..., Any],
-        lnc: int = 1,
+        lnc: int | None = None,
         schedule: tuple[Any, ...] = (),
         translate: Translate | None = None,
+        configs: tuple[Any, Any] = (None, None),
     ) -> None:
         self.fn = fn
-        self.lnc = lnc
+        self.bracket = lnc
         self.schedule = schedule
         self.translate = translate
+        self.configs = configs
         functools.update_wrapper(self, fn)
+
+    @property
+    def lnc(self) -> int:
+        """Number of cores of a launch in the version that `activate` says."""
+        return self.degree(default_options())
+
+    def degree(self, options: Options) -> int:
+        """Number of cores of a launch, 1 or 2.
+
+        Raises:
+            UsageError: rule "lnc": the environment says another number than the bracket.
+        """
+        return degree(self.bracket, options.nki, self.fn.__name__)
 
     def __getitem__(self, lnc: Any) -> Kernel:
         if isinstance(lnc, tuple) and len(lnc) == 1:
@@ -79,20 +96,23 @@ class Kernel:
                 limit=(1, 2),
                 hint="kernel[2](...); SPMD grids of NKI 0.1 are gone: loop inside the kernel",
             )
-        return Kernel(self.fn, int(lnc), self.schedule, self.translate)
+        return Kernel(self.fn, int(lnc), self.schedule, self.translate, self.configs)
 
     def with_schedule(self, edges: Iterable[Any]) -> Kernel:
         """Add ordering edges [("later", "earlier"), ...] between named instructions."""
-        return Kernel(self.fn, self.lnc, (*self.schedule, *edges), self.translate)
+        return Kernel(self.fn, self.bracket, (*self.schedule, *edges), self.translate, self.configs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run inline inside another kernel, else simulate."""
-        if current_core() is not None:
+        core = current_core()
+        if core is not None:
+            check_nested(core, self.configs, self.fn.__name__)
             return self.fn(*args, **kwargs)
         return Simulated(self, default_options(), translate=self.translate)(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"<nki kernel {self.fn.__qualname__}[{self.lnc}]>"
+        cores = "" if self.bracket is None else f"[{self.bracket}]"
+        return f"<nki kernel {self.fn.__qualname__}{cores}>"
 
 
 class Simulated:
@@ -135,7 +155,9 @@ class Simulated:
         Raises:
             SimulationError: the kernel breaks a rule.
         """
-        world = World(self.ranks, self.kernel.lnc)
+        lnc = self.kernel.degree(self.options)
+        check_configured(self.kernel.configs, self.options.nki, self.kernel.fn.__name__)
+        world = World(self.ranks, lnc)
         self.runs = []
         if self.ranks == 1:
             parts = [_Rank(self.kernel, self.options, world, 0, args, kwargs)]
@@ -154,7 +176,7 @@ class Simulated:
         self.runs = [p.run for p in parts]
         bodies = [functools.partial(p.body, c, self.translate) for p in parts for c in p.cores]
         results = [bodies[0]()] if len(bodies) == 1 else world.scheduler.run(bodies)
-        out = [p.finish(results[r * self.kernel.lnc]) for r, p in enumerate(parts)]
+        out = [p.finish(results[r * lnc]) for r, p in enumerate(parts)]
         return out[0] if self.ranks == 1 else out
 
 
@@ -166,13 +188,15 @@ class _Rank:
     ) -> None:
         self.kernel = kernel
         self.options = options
-        launch = Launch(options, kernel.lnc, world, rank)
-        self.cores = [NeuronCore(i, launch, options) for i in range(kernel.lnc)]
+        launch = Launch(options, world.lnc, world, rank)
+        self.cores = [NeuronCore(i, launch, options) for i in range(world.lnc)]
+        for core in self.cores:
+            core.state["configuration"] = kernel.configs
         self.arguments = Arguments(launch, options)
         self.bound = self.arguments.convert_call(kernel.fn, args, kwargs)
         self.run = Run(
             kernel.fn.__name__,
-            kernel.lnc,
+            world.lnc,
             [c.trace for c in self.cores],
             [t.memory.allocation for t in self.arguments.tensors],
             options.data,
@@ -188,6 +212,8 @@ class _Rank:
                 result = self.kernel.fn(*self.bound[0], **self.bound[1])
                 if core.pending:
                     core.settle()
+                if core.unfinished is not None:
+                    raise core.unfinished
             except Exception as error:
                 refusal = translate(error) if translate else None
                 if refusal is None:

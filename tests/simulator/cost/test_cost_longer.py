@@ -19,8 +19,11 @@ def looped(count):
     held = nl.ndarray((1, 1), nl.int32)
     nisa.dma_copy(held, count)
     nisa.register_load(register, held)
-    for _ in nl.dynamic_range(register):
+
+    def body(_):
         nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))
+
+    nl.fori_loop(0, register, body)
     out = nl.ndarray((1, 1), nl.int32, buffer=nl.shared_hbm)
     nisa.dma_copy(out, held)
     return out

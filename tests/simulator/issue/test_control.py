@@ -64,7 +64,7 @@ def copy_with_while(x, count):
 @pytest.mark.parametrize("kernel", [copy_with_fori, copy_with_range, copy_with_while])
 @pytest.mark.parametrize("count", [0, 1, 5, 16])
 def test_loops_take_their_trip_count_from_data(kernel, count):
-    result = simulate(kernel, TABLE, np.array([[count]], np.int32))
+    result = simulate(kernel, TABLE, np.array([[count]], np.int32), nki="0.6")
     np.testing.assert_array_equal(result[:count], TABLE[:count])
     assert (result[count:] == 0).all()
 
@@ -72,11 +72,11 @@ def test_loops_take_their_trip_count_from_data(kernel, count):
 @pytest.mark.parametrize("kernel", [copy_with_fori, copy_with_range])
 def test_shape_only_asks_for_unknown_trip_counts(kernel):
     count = np.array([[5]], np.int32)
-    full = simulator.simulate(kernel)
+    full = simulator.simulate(kernel, nki="0.6")
     full(TABLE, count)
     with pytest.raises(simulator.DataUnavailableError, match="unknown="):
-        simulate(kernel, TABLE, count, data=False)
-    shapes = simulator.simulate(kernel, data=False, unknown=lambda register: 5)
+        simulate(kernel, TABLE, count, data=False, nki="0.6")
+    shapes = simulator.simulate(kernel, data=False, unknown=lambda register: 5, nki="0.6")
     shapes(TABLE, count)
     assert [i.opcode for i in full.run.instructions] == [i.opcode for i in shapes.run.instructions]
     assert len(shapes.run.cores[0].loops) == 5
@@ -136,7 +136,7 @@ def _in_order(r):
     ("body", "rule"),
     [
         (_arithmetic, "register"),
-        (_index, "register"),
+        (_index, "register-value"),
         (_frozen, "register"),
         (_returning, "loop"),
         (_no_register, "loop"),
@@ -150,7 +150,7 @@ def test_refused_uses_of_registers_and_loops(body, rule):
         body(nisa.register_alloc(2))
 
     with pytest.raises(SimulationError) as caught:
-        simulate(kernel, TABLE)
+        simulate(kernel, TABLE, nki="0.6")
     assert caught.value.rule == rule
 
 
@@ -227,5 +227,5 @@ def test_tensors_of_a_loop_body_are_invisible_outside(loop):
         nisa.tensor_copy(made[0], made[0])
 
     with pytest.raises(SimulationError, match="body of a hardware loop") as caught:
-        simulate(kernel, TABLE)
+        simulate(kernel, TABLE, nki="0.6")
     assert caught.value.rule == "loop-scope"

@@ -10,6 +10,7 @@ import pytest
 
 from nsa_neuron.simulator import lint
 from nsa_neuron.simulator.command import lint as cli
+from nsa_neuron.simulator.rules import versions
 
 HEAD = """\
 import math
@@ -94,6 +95,7 @@ BODIES = {
         "with nl.no_reorder():\n    for i in nl.dynamic_range(4):\n        pass",
         "with nl.no_reorder():\n    for i in nl.static_range(4):\n        pass",
     ),
+    "deprecated-range": ("for i in nl.affine_range(4):\n    pass", "for i in range(4):\n    pass"),
     "deprecated-loop": ("for i in nl.dynamic_range(4):\n    pass", "nl.fori_loop(0, 4, helper)"),
 }  # fmt: skip
 
@@ -121,12 +123,13 @@ FILES = {
         "class C(nl.NKIObject):\n    a = 1\n\nclass E(Enum):\n    a = 1\n\n"
         "@nki.jit\ndef kernel(x):\n    c = C()\n    e = E.a",
     ),
+    "version": ("", ""),
     "syntax": ("def kernel(x:\n    pass", "def kernel(x):\n    pass"),
 }
 
 
-def rules_of(source):
-    return {f.rule for f in lint.lint_source(source)}
+def rules_of(source, nki="0.6"):
+    return {f.rule for f in lint.lint_source(source, nki=nki)}
 
 
 def kernel_of(body):
@@ -137,16 +140,44 @@ def kernel_of(body):
 @pytest.mark.parametrize("rule", BODIES)
 def test_bodies(rule):
     wrong, right = BODIES[rule]
-    assert rule in rules_of(kernel_of(wrong)), wrong
-    assert rule not in rules_of(kernel_of(right)), right
+    for nki in versions.VERSIONS:
+        has = nki in lint.RULES[rule].versions
+        assert (rule in rules_of(kernel_of(wrong), nki)) == has, (nki, wrong)
+        assert rule not in rules_of(kernel_of(right), nki), (nki, right)
 
 
-@pytest.mark.parametrize("rule", sorted(FILES.keys() - {"jit-argument", "jit-mode"}))
+@pytest.mark.parametrize("rule", sorted(FILES.keys() - {"jit-argument", "jit-mode", "version"}))
 def test_files(rule):
     wrong, right = FILES[rule]
     prefix = HEAD + ("@nki.jit\n" if wrong.startswith("def") else "")
-    assert rule in rules_of(prefix + wrong)
-    assert rule not in rules_of(prefix + right)
+    for nki in versions.VERSIONS:
+        assert (rule in rules_of(prefix + wrong, nki)) == (nki in lint.RULES[rule].versions)
+        assert rule not in rules_of(prefix + right, nki)
+
+
+@pytest.mark.parametrize(
+    ("body", "rules"),
+    [
+        ("for i in nl.dynamic_range(4):\n    pass", ({"deprecated-loop"}, {"version"})),
+        ("r = nisa.register_alloc(1)\nwhile r:\n    pass", ({"deprecated-loop"}, {"register"})),
+        ("n = nisa.scalar_load(x) * 4 + 1", ({"version"}, set())),
+        ("u = nl.alloc_tiles(tile_shape=(128, 8), element_shape=(128, 16), buffer=nl.sbuf, "
+         "dtype=x.dtype)", ({"version"}, set())),
+        ("u = nl.ndarray((1, 1), nl.int64)", ({"dtype", "version"}, set())),
+        ("u = [i for i in range(3) if i is not None]", ({"comprehension", "identity-none"}, set())),
+    ],
+)  # fmt: skip
+def test_versions(body, rules):
+    assert tuple(rules_of(kernel_of(body), nki) for nki in versions.VERSIONS) == rules
+
+
+@pytest.mark.parametrize("nki", versions.VERSIONS)
+def test_a_configuration_is_of_nki_0_7(nki):
+    source = (
+        HEAD + "from nki.compiler import CompileConfig\n\n"
+        "@nki.jit(compile_config=CompileConfig())\ndef kernel(x):\n    pass\n"
+    )
+    assert rules_of(source, nki) == ({"version"} if nki == "0.6" else set())
 
 
 @pytest.mark.parametrize(
@@ -211,14 +242,15 @@ CLEAN = kernel_of(
 
 
 def test_the_described_subset_is_clean():
-    assert lint.lint_source(CLEAN) == []
+    for nki in versions.VERSIONS:
+        assert lint.lint_source(CLEAN, nki=nki) == []
 
 
 def test_only_compiled_code_is_checked():
     host = "def test():\n    return [i for i in {1, 2} if i is True]\n"
-    assert lint.lint_source(CLEAN + host) == []
+    assert lint.lint_source(CLEAN + host, nki="0.6") == []
     reached = CLEAN.replace("def helper(a):\n    pass", "def helper(a):\n    return {1}")
-    assert lint.lint_source(reached) == []
+    assert lint.lint_source(reached, nki="0.6") == []
     assert rules_of(reached.replace("parts = []", "parts = []\n    helper(1)")) == {"value-kind"}
 
 
@@ -240,7 +272,8 @@ def test_names_are_known_however_they_are_imported():
 
 
 def test_findings_say_where_what_and_what_instead():
-    finding = next(f for f in lint.lint_source(kernel_of("if flag is True:\n    pass"), "k.py"))
+    source = kernel_of("if flag is True:\n    pass")
+    finding = next(f for f in lint.lint_source(source, "k.py", "0.6"))
     assert (finding.path, finding.line, finding.rule) == ("k.py", 13, "identity")
     assert str(finding).splitlines() == [
         "k.py:13:8: error identity: flag is True",
@@ -259,7 +292,7 @@ def test_ignoring_a_rule_on_a_line():
 def test_command(tmp_path, capsys):
     good, bad = tmp_path / "good.py", tmp_path / "bad.py"
     good.write_text(CLEAN)
-    bad.write_text(kernel_of("i = nl.arange(128)\nf = lambda a: a"))
+    bad.write_text(kernel_of("i = nl.arange(128)\nfor i in nl.static_range(3):\n    pass"))
     assert cli.lint_main([str(good)]) == 0
     assert capsys.readouterr().out == "0 errors, 0 warnings\n"
     assert cli.lint_main([str(tmp_path)]) == cli.FAILED
@@ -270,8 +303,12 @@ def test_command(tmp_path, capsys):
     assert cli.lint_main([str(bad), "--ignore", "legacy-name", "--strict"]) == cli.FAILED
     capsys.readouterr()
     assert cli.lint_main([str(bad), "--json"]) == cli.FAILED
-    assert [f["rule"] for f in json.loads(capsys.readouterr().out)] == ["legacy-name", "lambda"]
-    for words, text in (([], "name a file"), (["no.py"], "no file"), (["--ignore=x", "a"], "'x'")):
+    assert [f["rule"] for f in json.loads(capsys.readouterr().out)] == [
+        "legacy-name",
+        "deprecated-range",
+    ]
+    for words, text in (([], "name a file"), (["no.py"], "no file"), (["--ignore=x", "a"], "'x'"),
+                        (["--nki=0.5", str(bad)], "NKI '0.5' is not simulated")):  # fmt: skip
         assert cli.lint_main(words) == cli.UNUSABLE
         assert text in capsys.readouterr().err
     assert cli.lint_main(["--rules"]) == 0
@@ -280,7 +317,8 @@ def test_command(tmp_path, capsys):
 
 def test_the_kernels_of_this_project_are_clean():
     folder = Path(__file__).parents[3] / "nki_kernels"
-    assert [str(f) for f in lint.lint_paths([folder]) if f.severity == "error"] == []
+    for nki in versions.VERSIONS:
+        assert [str(f) for f in lint.lint_paths([folder], nki) if f.severity == "error"] == []
 
 
 AWS_EXAMPLES = Path(os.environ.get("AWS_NEURON_SDK_PATH", "/nonexistent")) / "nki" / "examples"
@@ -289,5 +327,5 @@ AWS_EXAMPLES = Path(os.environ.get("AWS_NEURON_SDK_PATH", "/nonexistent")) / "nk
 @pytest.mark.skipif(not AWS_EXAMPLES.is_dir(), reason="AWS_NEURON_SDK_PATH names no checkout")
 def test_examples_of_aws_are_clean():
     """But for one file that is no Python: a parenthesis is never closed."""
-    found = lint.lint_paths([AWS_EXAMPLES])
+    found = lint.lint_paths([AWS_EXAMPLES], "0.6")
     assert [(Path(f.path).name, f.rule) for f in found] == [("layout-dynamic-loop.py", "syntax")]

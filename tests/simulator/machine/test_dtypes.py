@@ -269,7 +269,9 @@ def test_torch_dtypes_are_recognised_without_importing_torch():
         assert theirs == dtypes.resolve(name) and dtypes.resolve(name) == theirs
 
 
-@pytest.mark.parametrize("bad", [np.int64, "float64", "complex64", 3, None, object, [], np.ndarray])
+@pytest.mark.parametrize(
+    "bad", [np.uint64, "float64", "complex64", 3, None, object, [], np.ndarray]
+)
 def test_what_is_not_a_dtype(bad):
     assert dtypes.find(bad) is None
     assert dtypes.float32 != bad
@@ -278,5 +280,10 @@ def test_what_is_not_a_dtype(bad):
 
 
 def test_64_bit_types_are_refused_with_the_type_to_use():
-    with pytest.raises(dtypes.UnknownDTypeError, match=r"convert to nl\.int32"):
-        dtypes.resolve(np.dtype(np.int64))
+    with pytest.raises(dtypes.UnknownDTypeError, match=r"convert to nl\.uint32"):
+        dtypes.resolve(np.dtype(np.uint64))
+
+
+def test_int64_is_held_and_never_computed_with():
+    assert dtypes.resolve(np.dtype(np.int64)) is dtypes.resolve("int64") is dtypes.int64
+    assert dtypes.int64 == "int64" and dtypes.int64 not in dtypes.ALL

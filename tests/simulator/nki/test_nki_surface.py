@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from nsa_neuron import simulator
+
 LIST = Path(__file__).with_name("nki_surface.json")
 MODULES = ("", "language", "isa", "collectives")
 # Names of 0.3 to 0.5 that AWS's public kernels use and the stubs of 0.6 do not list.
@@ -128,14 +130,16 @@ def check(module: str, surface: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_names_parameters_and_defaults(module: str) -> None:
-    check(module, committed()[module])
+    with simulator.activate(nki="0.6"):
+        check(module, committed()[module])
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_aws_stubs(module: str) -> None:
     if not os.environ.get("AWS_NEURON_SDK_PATH"):
         pytest.skip("AWS_NEURON_SDK_PATH names no checkout")
-    check(module, stub_names(module))
+    with simulator.activate(nki="0.6"):
+        check(module, stub_names(module))
 
 
 @pytest.mark.parametrize("module", MODULES)

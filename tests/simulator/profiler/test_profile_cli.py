@@ -35,8 +35,9 @@ def looped(n):
     nisa.register_load(register, n)
     tile = nl.ndarray((128, 64), nl.float32, buffer=nl.sbuf)
     nisa.memset(tile, 0.0)
-    for _ in nl.dynamic_range(0, register):
+    def body(_):
         nisa.activation(tile, nl.copy, tile)
+    nl.fori_loop(0, register, body)
     out = nl.ndarray((128, 64), nl.float32, buffer=nl.shared_hbm)
     nisa.dma_copy(out, tile)
     return out

@@ -219,8 +219,7 @@ def test_assumed_trip_counts_are_told():
         register = nisa.register_alloc()
         nisa.register_load(register, count)
         tile = sbuf((128, 64))
-        for _ in nl.dynamic_range(0, register):
-            nisa.memset(tile, 0.0)
+        nl.fori_loop(0, register, lambda _: nisa.memset(tile, 0.0) and None)
 
     times = {}
     for trips in (2, 5):

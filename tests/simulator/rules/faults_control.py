@@ -4,34 +4,46 @@ import numpy as np
 from planted import X, fault, launch_fault, result, sbuf, tile
 
 from nsa_neuron import simulator
+from nsa_neuron.simulator.issue.control import dynamic_range
 from nsa_neuron.simulator.nki import collectives as ncc
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
+from nsa_neuron.simulator.nki.configuration import CompileConfig
+from nsa_neuron.simulator.nki.launching import jit
 
 COUNT = np.full((1, 1), 3, np.int32)
+
+
+def loop(times, t, step=1):
+    """Clear a tile so many times."""
+
+    def body(_):
+        nisa.memset(t, 0.0)
+
+    nl.fori_loop(0, times, body, step)
 
 
 @fault("register")
 def register_never_set(x, wrong):
     register = nisa.register_alloc(None if wrong else 3)
     t = tile(x)
-    for _ in nl.dynamic_range(register):
-        nisa.memset(t, 0.0)
+    loop(register, t)
     return result(t)
 
 
 @fault("register")
 def arithmetic_on_a_loop_register(x, wrong):
     t, u = tile(x), sbuf(128, 64)
+    bound = nisa.register_alloc(4)
 
     def body(i):
         nisa.tensor_copy(u[:, 0:1], t.select(1, i + 1 if wrong else i).expand_dim(1))
 
-    nl.fori_loop(0, 4, body)
+    nl.fori_loop(0, bound, body)
     return result(u)
 
 
-@fault("register")
+@fault("register", nki="0.6")
 def loop_register_written(x, wrong):
     t = tile(x)
     other = nisa.register_alloc(0)
@@ -41,11 +53,48 @@ def loop_register_written(x, wrong):
     return result(t)
 
 
+@fault("register-value")
+def python_loop_over_a_register(x, wrong):
+    t, register = tile(x), nisa.register_alloc(2)
+    for _ in range(register if wrong else 2):
+        nisa.memset(t, 0.0)
+    return result(t)
+
+
+@fault("scalar", X, COUNT)
+def half_of_a_scalar(x, count, wrong):
+    number = nisa.scalar_load(count)
+    nl.fori_loop(0, number // 2 if wrong else number - 1, lambda i: None)
+    return result(tile(x))
+
+
+@fault("version")
+def a_name_of_the_version_before(x, wrong):
+    t = tile(x)
+    for _ in dynamic_range(2) if wrong else range(2):
+        nisa.memset(t, 0.0)
+    return result(t)
+
+
+@launch_fault("configuration")
+def nested_with_another_configuration(wrong, **options):
+    own = CompileConfig(barrier_check=True)
+    inner = jit(lambda x: tile(x), compile_config=own)
+    outer = jit(lambda x: result(inner(x)), compile_config=None if wrong else own)
+    simulated = simulator.simulate(outer, **options)
+    simulated(X)
+    return simulated
+
+
+@fault("grid")
+def data_of_separate_tiles(x, wrong):
+    return result(tile(nl.tiles(x, tile_shape=(32, 64))[:: 2 if wrong else 1].data))
+
+
 @fault("loop")
 def step_of_zero(x, wrong):
     t = tile(x)
-    for _ in nl.dynamic_range(0, 4, 0 if wrong else 1):
-        nisa.memset(t, 0.0)
+    loop(4, t, 0 if wrong else 1)
     return result(t)
 
 
@@ -65,8 +114,9 @@ def body_that_returns(x, wrong):
 def hardware_loop_in_no_reorder(x, wrong):
     t = tile(x)
     with nl.no_reorder():
-        for _ in nl.dynamic_range(2) if wrong else nl.static_range(2):
-            nisa.memset(t, 0.0)
+        if wrong:
+            loop(2, t)
+        nisa.memset(t, 0.0)
     return result(t)
 
 
@@ -88,8 +138,7 @@ def bound_that_data_would_set(x, count, wrong):
     register, t = nisa.register_alloc(3), tile(x)
     if wrong:
         nisa.register_load(register, tile(count))
-    for _ in nl.dynamic_range(register):
-        nisa.memset(t, 0.0)
+    loop(register, t)
     return result(t)
 
 

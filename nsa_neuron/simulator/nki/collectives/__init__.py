@@ -3,7 +3,7 @@
 `simulate(kernel, ranks=4)` runs a kernel on four ranks; without it a kernel has rank 0 alone.
 """
 
-from ..remedies import refuse_missing as _refuse_missing
+from ..remedies import Names as _Names
 from .functions import (
     all_gather,
     all_reduce,
@@ -16,6 +16,10 @@ from .functions import (
     reduce_scatter,
 )
 from .group import ReplicaGroup
+from .split import all_gather_v_prepare as _all_gather_v_prepare
+from .split import all_gather_v_trigger as _all_gather_v_trigger
+from .split import all_to_all_v_prepare as _all_to_all_v_prepare
+from .split import all_to_all_v_trigger as _all_to_all_v_trigger
 from .variable import all_gather_v, all_to_all_v
 
 __all__ = [
@@ -33,4 +37,11 @@ __all__ = [
     "reduce_scatter",
 ]
 
-__getattr__ = _refuse_missing(__name__)
+_versioned = _Names(
+    __name__,
+    all_to_all_v_prepare=_all_to_all_v_prepare,
+    all_to_all_v_trigger=_all_to_all_v_trigger,
+    all_gather_v_prepare=_all_gather_v_prepare,
+    all_gather_v_trigger=_all_gather_v_trigger,
+)
+__getattr__ = _versioned.__call__

@@ -4,7 +4,7 @@ import numpy as np
 
 from ...issue.current import require_core
 from ...machine.dtypes import load_f32
-from ...rules.registers import VirtualRegister
+from ...rules.registers import RunTimeScalar, VirtualRegister
 from ...semantics import alu
 from ..binding import op_name, save
 from .group import Exchange, check_memory, check_priority, issue, refuse, ring_of, tensors_of
@@ -258,7 +258,7 @@ def collective_permute_implicit_current_processing_rank_id(
     title = "collective_permute_implicit_current_processing_rank_id"
     core = require_core(f"ncc.{title}")
     ring, place = ring_of(core, replica_group, title)
-    if isinstance(iteration_id, VirtualRegister):
+    if isinstance(iteration_id, RunTimeScalar):
         iteration_id = iteration_id.read()
     return VirtualRegister(ring[(place - iteration_id) % len(ring)])
 

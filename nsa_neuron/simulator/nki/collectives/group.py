@@ -198,7 +198,7 @@ def issue(core, exchange, dsts, srcs, compute, params, name, partial=False):
         partial: `compute` marks what it wrote.
     """
     core.state["collective"] = (exchange, compute, partial)
-    core.issue(spec_of(exchange.name, len(dsts), len(srcs)), dsts, srcs, params, name)
+    return core.issue(spec_of(exchange.name, len(dsts), len(srcs)), dsts, srcs, params, name)
 
 
 def check_priority(name, priority):

@@ -6,7 +6,8 @@ from ..binding import save
 from .group import Exchange, check_memory, check_priority, issue, refuse, ring_of, tensors_of
 
 
-def _start(name, srcs, dsts, replica_group, metadata, has_rdispls, priority):
+def start(name, srcs, dsts, replica_group, metadata, has_rdispls, priority):
+    """Check the arguments; what `collect` needs of them."""
     core = require_core(f"ncc.{name}")
     check_priority(name, priority)
     srcs = tensors_of(name, "srcs", srcs, 1)
@@ -75,7 +76,8 @@ def _chunk(name, flat, count, start, rank):
     return flat[start : start + count]
 
 
-def _issue(title, prepared, metadata, recv_counts_known, has_rdispls, select, name):
+def collect(title, prepared, metadata, recv_counts_known, has_rdispls, select, name):
+    """Issue the collective; `select(table, place)` gives a rank's count and start."""
     core, src, dst, ring, place, exchange, rows = prepared
 
     def compute(arrays, outs):
@@ -90,7 +92,30 @@ def _issue(title, prepared, metadata, recv_counts_known, has_rdispls, select, na
 
     params = (ring, bool(recv_counts_known), bool(has_rdispls))
     operands = (dst, metadata), (src, metadata)
-    issue(core, exchange, *operands, compute, params, name, partial=True)
+    return issue(core, exchange, *operands, compute, params, name, partial=True)
+
+
+def share(table, place):
+    """What a rank sends to all: count and start."""
+    return table[0, 0], table[1, 0]
+
+
+def own(table, place):
+    """What a rank sends to the one at `place`: count and start."""
+    return table[0, place], table[1, place]
+
+
+def four_of_two(core, ring, title):
+    """all_gather_v exists for two cores and four ranks."""
+    if core.launch.lnc != 2 or len(ring) != 4:
+        violate(
+            "collective",
+            "supports only kernel[2] and groups of four ranks",
+            instruction=f"ncc.{title}",
+            operand="replica_group",
+            value=(core.launch.lnc, len(ring)),
+            limit=(2, 4),
+        )
 
 
 def all_gather_v(
@@ -105,26 +130,9 @@ def all_gather_v(
 ):
     """Slot s of dst begins with the chunk that rank s sends to all."""
     title = "all_gather_v"
-    prepared = _start(title, srcs, dsts, replica_group, metadata_tensor, has_rdispls, priority)
-    core, ring = prepared[0], prepared[3]
-    if core.launch.lnc != 2 or len(ring) != 4:
-        violate(
-            "collective",
-            "supports only kernel[2] and groups of four ranks",
-            instruction=f"ncc.{title}",
-            operand="replica_group",
-            value=(core.launch.lnc, len(ring)),
-            limit=(2, 4),
-        )
-    _issue(
-        title,
-        prepared,
-        metadata_tensor,
-        recv_counts_known,
-        has_rdispls,
-        lambda table, place: (table[0, 0], table[1, 0]),
-        name,
-    )
+    prepared = start(title, srcs, dsts, replica_group, metadata_tensor, has_rdispls, priority)
+    four_of_two(prepared[0], prepared[3], title)
+    collect(title, prepared, metadata_tensor, recv_counts_known, has_rdispls, share, name)
 
 
 def all_to_all_v(
@@ -139,13 +147,5 @@ def all_to_all_v(
 ):
     """Slot s of dst begins with the chunk that rank s sends to this rank."""
     title = "all_to_all_v"
-    prepared = _start(title, srcs, dsts, replica_group, metadata_tensor, has_rdispls, priority)
-    _issue(
-        title,
-        prepared,
-        metadata_tensor,
-        recv_counts_known,
-        has_rdispls,
-        lambda table, place: (table[0, place], table[1, place]),
-        name,
-    )
+    prepared = start(title, srcs, dsts, replica_group, metadata_tensor, has_rdispls, priority)
+    collect(title, prepared, metadata_tensor, recv_counts_known, has_rdispls, own, name)

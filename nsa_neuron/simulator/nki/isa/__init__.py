@@ -2,8 +2,9 @@
 
 from ...issue.record import Instruction as NkiInstruction
 from ...rules.errors import SimulationError as NkiValidationError
+from ...rules.registers import NkiScalar as _NkiScalar
 from ...rules.registers import VirtualRegister
-from ..remedies import refuse_missing as _refuse_missing
+from ..remedies import Names as _Names
 from . import constants
 from .act import activation, activation_reduce
 from .constants import *  # noqa: F403  (the enums are names of nki.isa too)
@@ -30,5 +31,10 @@ from .registers import (
     register_move,
     register_store,
 )
+from .scalars import scalar_load as _scalar_load
+from .scalars import scalar_store as _scalar_store
 
-__getattr__ = _refuse_missing(__name__)
+_versioned = _Names(
+    __name__, NkiScalar=_NkiScalar, scalar_load=_scalar_load, scalar_store=_scalar_store
+)
+__getattr__ = _versioned.__call__

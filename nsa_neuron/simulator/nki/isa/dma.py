@@ -7,7 +7,7 @@ import numpy as np
 
 from ...issue.spec import Spec
 from ...issue.timing import Dma, timing
-from ...machine.dtypes import bits, load_f32, store
+from ...machine.dtypes import bits, int64, load_f32, store
 from ...memory.tensor import NkiTensor
 from ...rules.session import violation
 from ..binding import core_of, enum_of, instruction, load, save
@@ -69,6 +69,14 @@ def _check_copy(c):
     c.buffers("src", *REACH)
     same_size(c, "dst", "src")
     no_priority(c, priority)
+    c.require(
+        dst.dtype is src.dtype or int64 not in (dst.dtype, src.dtype),
+        "dtype-match",
+        "int64 is copied, not converted: DMA converts through fp32",
+        "src",
+        value=src.dtype.name,
+        limit=dst.dtype.name,
+    )
     if dge is dge_modes.hwdge:
         c.require(
             dst.dtype.name == src.dtype.name,
@@ -110,7 +118,9 @@ def _run_copy(core, payload, writes, reads, params):
     save(core, dst, src.array() if dst.dtype is src.dtype else load(src))
 
 
-DMA_COPY = Spec("dma_copy", ("dst",), ("src",), _check_copy, _run_copy, timing(Dma.COPY), dma=True)
+DMA_COPY = Spec(
+    "dma_copy", ("dst",), ("src",), _check_copy, _run_copy, timing(Dma.COPY), dma=True, wide=True
+)
 
 
 def _check_indirect(c):
@@ -199,6 +209,7 @@ DMA_INDIRECT = Spec(
     dma=True,
     marks_itself=True,
     checks_itself=True,
+    wide=True,
 )
 
 

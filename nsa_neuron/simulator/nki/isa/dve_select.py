@@ -8,7 +8,7 @@ from ...issue.spec import Spec
 from ...issue.timing import Vector, timing
 from ...machine import dtypes as dt
 from ...memory.tensor import NkiTensor
-from ...rules.registers import VirtualRegister
+from ...rules.registers import RunTimeScalar
 from ...rules.session import violation
 from ...semantics import elementwise
 from ..binding import MAXIMUM, core_of, instruction, load, load_scalar, op_name, save
@@ -215,7 +215,7 @@ def range_select(
             value=on_false_value,
             limit=float(elementwise.FP32_MIN),
         )
-    if not hasattr(range_start, "__index__") or isinstance(range_start, VirtualRegister):
+    if not hasattr(range_start, "__index__") or isinstance(range_start, RunTimeScalar):
         raise violation(
             "usage",
             "must be a compile-time integer",

@@ -8,7 +8,7 @@ import numpy as np
 from ...issue.spec import Spec
 from ...issue.timing import GpSimd, timing
 from ...machine import dtypes as dt
-from ...rules.registers import VirtualRegister, scalar
+from ...rules.registers import RunTimeScalar, VirtualRegister, scalar
 from ...rules.session import violate, violation
 from ...semantics import alu
 from ...semantics import gpsimd as semantics
@@ -24,9 +24,9 @@ INT32 = range(-(2**31), 2**31)
 
 def int32(value, what, role, register=False):
     """A compile-time int32 or, where allowed, a register."""
-    run_time = isinstance(value, VirtualRegister)
-    if register and run_time:
+    if register and isinstance(value, VirtualRegister):
         return value
+    run_time = isinstance(value, RunTimeScalar)
     if run_time or not hasattr(value, "__index__") or int(value) not in INT32:
         raise violation(
             "value", "is an int32", instruction=what, operand=role, value=value, limit="int32"

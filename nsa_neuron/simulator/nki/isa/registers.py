@@ -30,7 +30,7 @@ def register_move(dst, src):
     _register(dst, "register_move")
     if isinstance(src, VirtualRegister):
         dst.write(src.value)
-        dst.loaded = src.loaded
+        dst.loads = src.loads
         return
     if not isinstance(src, int) or not -(2**31) <= src < 2**32:
         raise violation(
@@ -41,7 +41,7 @@ def register_move(dst, src):
             value=src,
         )
     dst.write(src)
-    dst.loaded = None
+    dst.loads = ()
 
 
 def _register(value, name):
@@ -86,7 +86,7 @@ def register_load(dst, src):
     core = core_of("register_load")
     _register(dst, "register_load")
     core.state["register"] = dst
-    dst.loaded = core.issue(LOAD, (), (src,))
+    dst.loads = (core.issue(LOAD, (), (src,)),)
     if not core.data:
         dst.write(None)
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...memory.tensor import NkiTensor
-from ...rules.registers import VirtualRegister
+from ...rules.registers import NkiScalar, RunTimeScalar, VirtualRegister
 from ...rules.session import violation
 from ...semantics import alu
 from ..binding import enum_of
@@ -63,6 +63,14 @@ def operand(c, role, *dtypes, optional=False):
     value = o.value
     number = hasattr(value, "__float__") and not isinstance(value, np.ndarray)
     good = number or isinstance(value, VirtualRegister) or (optional and value is None)
+    if isinstance(value, NkiScalar):
+        raise violation(
+            "scalar",
+            "whether an engine takes an NkiScalar as an operand, the public pages leave open",
+            instruction=c.spec.opcode,
+            operand=role,
+            hint="nisa.scalar_store(t, scalar), and t as the operand",
+        )
     if not good:
         raise violation(
             "usage",
@@ -137,7 +145,7 @@ def elements(c, role, count):
 def no_operand(op, value, instruction, role):
     """Refuse an operand of a unary operator other than None and 0."""
     if op in alu.UNARY or op == "invert":
-        tensor = isinstance(value, NkiTensor | VirtualRegister)
+        tensor = isinstance(value, NkiTensor | RunTimeScalar)
         if tensor or (value is not None and value != 0):
             raise violation(
                 "value",

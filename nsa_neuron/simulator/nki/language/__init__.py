@@ -2,13 +2,13 @@
 
 from ...issue.control import (
     affine_range,
-    dynamic_range,
     fori_loop,
     no_reorder,
     sequential_range,
     static_range,
     while_loop,
 )
+from ...issue.control import dynamic_range as _dynamic_range
 from ...machine.dtypes import (
     DType,
     bfloat16,
@@ -30,9 +30,10 @@ from ...machine.dtypes import (
     uint16,
     uint32,
 )
+from ...machine.dtypes import int64 as _int64
 from ...machine.regions import MemoryRegion
 from ...memory.tensor import NKIObject, NkiTensor
-from ..remedies import refuse_missing as _refuse_missing
+from ..remedies import Names as _Names
 from ..typing import tensor
 from .composites import (
     broadcast_to,
@@ -50,6 +51,13 @@ from .composites import (
     trunc,
     where,
 )
+from .grids import NkiBlockGrid as _NkiBlockGrid
+from .grids import NkiGrid as _NkiGrid
+from .grids import NkiTileGrid as _NkiTileGrid
+from .grids import alloc_blocks as _alloc_blocks
+from .grids import alloc_tiles as _alloc_tiles
+from .grids import blocks as _blocks
+from .grids import tiles as _tiles
 from .making import (
     device_print,
     ds,
@@ -91,4 +99,16 @@ range = range
 dtype = str
 globals().update(_TABLE)
 
-__getattr__ = _refuse_missing(__name__)
+_versioned = _Names(
+    __name__,
+    dynamic_range=_dynamic_range,
+    int64=_int64,
+    NkiGrid=_NkiGrid,
+    NkiTileGrid=_NkiTileGrid,
+    NkiBlockGrid=_NkiBlockGrid,
+    tiles=_tiles,
+    blocks=_blocks,
+    alloc_tiles=_alloc_tiles,
+    alloc_blocks=_alloc_blocks,
+)
+__getattr__ = _versioned.__call__

@@ -42,8 +42,13 @@ def profile_main(argv: Sequence[str]) -> int:
             loading.imported(loading.split(args.kernel)[0]) as module,
         ):
             found = _profile(args, module)
-            _write(args, found)
+            missing = _write(args, found)
             print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+            if missing:
+                print(f"nsa profile: {missing}", file=sys.stderr)
+                return UNUSABLE
+    except BrokenPipeError:
+        raise  # whoever read the output has read enough; `nsa` ends quietly
     except SimulationError as error:
         return refused(error, args.json)
     except (loading.LoadingError, ValueError, LookupError, OSError, ImportError) as error:
@@ -103,6 +108,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="for a later --diff")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="open in ui.perfetto.dev")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE.html", help="timeline, source, memory, advice: one page"
+    )
     parser.add_argument("--png", type=Path, metavar="FILE.png", help="roofline, engines, memory")
     return parser
 
@@ -140,17 +148,25 @@ def _constants(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(args: argparse.Namespace, found: Profile) -> None:
+def _write(args: argparse.Namespace, found: Profile) -> str:
+    """Writes the files asked for; returns why the picture could not be drawn, "" if it could."""
     if args.save:
         found.save(args.save)
     if args.trace:
         found.trace(args.trace)
+    if args.html:
+        found.html(args.html)
     if args.png:
-        found.png(args.png)
+        try:
+            found.png(args.png)
+        except ImportError as error:
+            return str(error)
+    return ""
 
 
 def _diff(args: argparse.Namespace) -> int:
-    found = diff.compare(*map(diff.load, args.diff))
+    one, other = map(diff.load, args.diff)
+    found = diff.compare(one, other, [str(path) for path in args.diff])
     print(json.dumps(found, indent=1) if args.json else diff.render(found))
     return 0
 

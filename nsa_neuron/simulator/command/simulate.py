@@ -1,4 +1,4 @@
-"""`nsa simulate`; exit code 0 fine, 1 a rule is broken, 2 could not be carried out.
+"""`nsa simulate`; exit code 0 fine, 1 a rule is broken or a check fails, 2 not carried out.
 
 Imports no torch.
 """
@@ -25,7 +25,7 @@ from ..rules.table import RULES
 from ..rules.versions import NEWEST
 from ..run.activation import activate
 from ..run.arguments import ShapeDtype
-from . import loading
+from . import check, loading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,22 @@ def simulate_main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--strict", action="store_true", help="refuse what is only warned of")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write results as .npy files")
+    parser.add_argument(
+        "--check",
+        metavar="FILE.py::FUNCTION",
+        help="print the largest error against a NumPy function of the same arguments, and where",
+    )
+    parser.add_argument(
+        "--within",
+        type=float,
+        metavar="X",
+        help="with --check: end with code 1 where the error is above X of the largest magnitude",
+    )
     args = parser.parse_args(argv)
+    if args.within is not None and not args.check:
+        parser.error("--within needs --check")
+    if args.check and args.shape_only:
+        parser.error("--check needs data, which --shape-only leaves out")
     try:
         with (
             warnings.catch_warnings(),  # printed with the rest of what the run says
@@ -95,16 +110,29 @@ def _simulate(args: argparse.Namespace, module: Any) -> int:
     if args.lnc:
         kernel = kernel[args.lnc]
     values = loading.parse_arguments(kernel, args.arg, args.seed, not args.shape_only)
+    want = _wanted(args.check, values) if args.check else []
     simulated = simulate(kernel, data=not args.shape_only)
     result = simulated(**values)
     results = () if result is None else result if isinstance(result, tuple) else (result,)
     facts = describe(simulated, results)
+    lines = []
+    if args.check:
+        facts["check"] = check.compare(results, want, args.within)
+        lines = check.text(facts["check"], args.check, args.within)
     if args.save and not args.shape_only:
         args.save.mkdir(parents=True, exist_ok=True)
         for i, array in enumerate(results):
             np.save(args.save / f"{kernel.fn.__name__}_{i}.npy", array)
-    print(json.dumps(facts, indent=1, default=str) if args.json else _text(facts))
-    return 0
+    text = json.dumps(facts, indent=1, default=str) if args.json else _text(facts)
+    print("\n".join([text, *([] if args.json else lines)]))
+    return 0 if all(f["agrees"] for f in facts.get("check", ())) else FAILED
+
+
+def _wanted(target: str, values: dict[str, Any]) -> list[Any]:
+    """What the reference gives, before the kernel may change its arguments."""
+    path, name = loading.split(target)
+    with loading.imported(path) as module:
+        return check.wanted(check.find_reference(module, name), values)
 
 
 def describe(simulated: Simulated, results: Sequence[Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Allocation:
         last_use: index of the last instruction that touched it, -1 before any.
         closed: True after the hardware loop in whose body it was made.
         site: code object and instruction offset of the kernel line that made it.
-        role: "input", "output" or "scratch".
+        role: "input", "output" (handed back; known at the end of the run) or "scratch".
         pitch_bytes: bytes per partition on chip; of the whole tensor in HBM.
         form: what it shares with tensors made alike.
     """

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -25,10 +28,17 @@ def load(path: str | Path) -> dict[str, Any]:
     return facts
 
 
-def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+def compare(
+    a: dict[str, Any], b: dict[str, Any], names: Sequence[str] = ("a", "b")
+) -> dict[str, Any]:
     """What changed from report `a` to report `b`.
 
+    Args:
+        a, b: reports.
+        names: what to call them, such as their files.
+
     Returns:
+        "a", "b": name, kernel and arguments of each;
         "quantities": name -> {"a", "b", "ratio"} (ratio None where a is 0), in the order to show;
         "comparable": whether target, constants and number of cores agree.
     """
@@ -40,8 +50,8 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         "HBM bytes": (a["roofline"]["hbm_bytes"], b["roofline"]["hbm_bytes"]),
         "HBM GB/s": (a["roofline"]["bandwidth_gb_s"], b["roofline"]["bandwidth_gb_s"]),
         "share of the roof": (
-            a["roofline"]["share_of_ceiling"],
-            b["roofline"]["share_of_ceiling"],
+            a["roofline"]["share_of_ceiling"] or 0.0,
+            b["roofline"]["share_of_ceiling"] or 0.0,
         ),
     }
     for number, (x, y) in enumerate(zip(a["cores"], b["cores"], strict=False)):
@@ -64,8 +74,15 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "modelled": True,
-        "a": a["kernel"],
-        "b": b["kernel"],
+        **{
+            key: {
+                "name": name,
+                "kernel": facts["kernel"],
+                "arguments": facts.get("arguments", []),
+                "time_us": facts["time_us"]["central"],
+            }
+            for key, name, facts in zip("ab", names, (a, b), strict=True)
+        },
         "comparable": same,
         "quantities": {
             name: {"a": x, "b": y, "ratio": y / x if x else None} for name, (x, y) in rows.items()
@@ -75,16 +92,22 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def render(found: dict[str, Any]) -> str:
     """The comparison as text; what did not change is left out."""
-    lines = [f"{found['a']} -> {found['b']}: MODELLED, not measured"]
+    lines = ["A -> B, MODELLED, not measured", *(_label(key, found[key]) for key in "ab")]
+    head = len(lines)
     if not found["comparable"]:
         lines.append("  NOT COMPARABLE: target, constants or number of cores differ")
     for name, q in found["quantities"].items():
         if q["a"] != q["b"]:
             ratio = "new" if q["ratio"] is None else f"x {q['ratio']:.3f}"
             lines.append(f"  {name:<28} {_number(q['a']):>14} -> {_number(q['b']):>14}  {ratio}")
-    if len(lines) == 1:
+    if len(lines) == head:
         lines.append("  no difference")
     return "\n".join(lines)
+
+
+def _label(key: str, run: dict[str, Any]) -> str:
+    arguments = f"({', '.join(run['arguments'])})" if run["arguments"] else ""
+    return f"  {key.upper()}: {run['name']}, {run['kernel']}{arguments}, {run['time_us']:.2f} us"
 
 
 def _number(x: float) -> str:

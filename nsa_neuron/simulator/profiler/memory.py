@@ -112,3 +112,17 @@ def _steps(events: list[tuple[float, float]]) -> tuple[NDArray[np.float64], NDAr
     if at[0] > 0:
         at, total = np.insert(at, 0, 0.0), np.insert(total, 0, 0)
     return at, total
+
+
+def envelope(
+    at: NDArray[np.float64], used: NDArray[np.int64], total: float, bins: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps to draw, up to `total` ns: all of them, or the most in use in each of so many bins."""
+    at, most = np.append(at, total), np.append(used, used[-1]).astype(float)
+    if len(at) <= 2 * bins:
+        return at, most
+    edges = np.linspace(0.0, total, bins + 1)
+    starts = np.searchsorted(at, edges[:-1], side="right") - 1  # the step in use as a bin begins
+    top = np.maximum.reduceat(most, starts)
+    top[:-1] = np.maximum(top[:-1], most[starts[1:]])  # a step may begin in one bin and outlast it
+    return edges, np.append(top, top[-1])

@@ -10,7 +10,7 @@ import numpy as np
 from ..cost import Cause
 from ..machine.trn2 import machine_for
 from .lines import Lines
-from .memory import usage
+from .memory import envelope, usage
 from .report import critical_path
 from .roofline import Roofline, roofline_of
 
@@ -90,43 +90,77 @@ def _lanes(t: Timeline, core: int) -> list[str]:
 
 
 def _draw_roofline(axes: Any, r: Roofline) -> None:
-    """Both axes logarithmic; the kernel is a dot under its roof, if it computes and uses HBM."""
-    unit = r.unit
-    placed = r.work > 0 and np.isfinite(r.intensity)
-    at = r.intensity if placed else r.ridge
-    low, high = min(at, r.ridge) / 8, max(at, r.ridge) * 8
-    x = np.geomspace(low, high, 200)
-    roof = np.minimum(r.roof, x * r.bandwidth) / 1e3
-    bottom = min(r.achieved / 1e3 if placed else roof.min(), roof.min()) / 3
-    axes.loglog(x, roof, color="#333333", lw=2)
-    axes.fill_between(x, roof, bottom, color="#f2f2f2", lw=0)
-    if placed:
-        color = COLORS["tensor"] if r.bound == "compute" else COLORS["dma"]
-        axes.plot([at, at], [r.achieved / 1e3, r.ceiling / 1e3], ":", color=color, lw=1.5)
-        axes.plot(at, r.achieved / 1e3, "o", color=color, ms=10, zorder=3)
-        first = f"{r.achieved / 1e3:.2f} T{unit}/s at {r.intensity:.1f} {unit}/B"
-    else:
-        first = f"{r.achieved / 1e3:.2f} T{unit}/s without HBM" if r.work else "no arithmetic"
-    second = f"{r.share:.0%} of the roof, {r.bound}-bound"
-    axes.text(0.98, 0.06, f"{first}\n{second}", transform=axes.transAxes, ha="right")
-    top = r.roof / 1e3
-    axes.text(high, top * 1.12, f"{top:.3g} T{unit}/s", ha="right", color="#333333")
-    axes.annotate(
-        f"HBM {r.bandwidth:.0f} GB/s",
-        (low, low * r.bandwidth / 1e3),
-        xytext=(22, 6),
-        textcoords="offset points",
-        va="top",
-        color="#333333",
-    )
-    axes.set_ylim(bottom, top * 2.5)
-    axes.set_xlim(low, high)
-    axes.set_xlabel(f"arithmetic intensity, {unit} per HBM byte")
-    axes.set_ylabel(f"T{unit}/s")
+    """A kernel with matrix products under its roof; one without beside its two bandwidths."""
     axes.set_title("Roofline", loc="left")
-    axes.grid(which="major", color="#e5e5e5", lw=0.6)
     axes.set_axisbelow(True)
     _bare(axes)
+    if r.flops and np.isfinite(r.intensity):
+        _draw_roof(axes, r)
+    else:
+        _draw_bandwidths(axes, r)
+
+
+def _draw_roof(axes: Any, r: Roofline) -> None:
+    """Both axes logarithmic; the kernel is a dot under its roof."""
+    at = r.intensity
+    low, high = min(at, r.ridge) / 8, max(at, r.ridge) * 8
+    x = np.geomspace(low, high, 200)
+    roof = np.minimum(r.peak, x * r.bandwidth) / 1e3
+    bottom = min(r.achieved / 1e3, roof.min()) / 3
+    axes.loglog(x, roof, color="#333333", lw=2)
+    axes.fill_between(x, roof, bottom, color="#f2f2f2", lw=0)
+    for name, rate in (("HBM", r.hbm), ("DMA engines", r.dma)):
+        limit = np.minimum(r.peak, x * rate) / 1e3
+        axes.plot(x, limit, color="#333333" if rate == r.bandwidth else "#999999", lw=1, ls="--")
+        above = rate > r.bandwidth
+        axes.annotate(
+            f"{name} {rate:.0f} GB/s",
+            (low, low * rate / 1e3),
+            xytext=(6, 26) if above else (22, 6),
+            textcoords="offset points",
+            va="top",
+            color="#999999" if above else "#333333",
+        )
+    color = COLORS["tensor"] if r.bound == "compute" else COLORS["dma"]
+    axes.plot([at, at], [r.achieved / 1e3, r.ceiling / 1e3], ":", color=color, lw=1.5)
+    axes.plot(at, r.achieved / 1e3, "o", color=color, ms=10, zorder=3)
+    text = (
+        f"{r.achieved / 1e3:.2f} Tflop/s at {r.intensity:.1f} flop/B\n"
+        f"{r.share:.0%} of the roof of {r.bound}"
+    )
+    axes.text(0.98, 0.06, text, transform=axes.transAxes, ha="right")
+    top = r.peak / 1e3
+    axes.text(high, top * 1.12, f"{top:.3g} Tflop/s", ha="right", color="#333333")
+    axes.set_ylim(bottom, top * 2.5)
+    axes.set_xlim(low, high)
+    axes.set_xlabel("arithmetic intensity, flop per needed HBM byte")
+    axes.set_ylabel("Tflop/s")
+    axes.grid(which="major", color="#e5e5e5", lw=0.6)
+
+
+def _draw_bandwidths(axes: Any, r: Roofline) -> None:
+    """Bars: the rate of needed bytes, of moved ones, and the two ceilings."""
+    needed = r.needed_bytes / r.total if r.total else 0.0
+    bars = {
+        "HBM at most": (r.hbm, "#333333"),
+        "DMA engines at most": (r.dma, "#7f7f7f"),
+        "moved": (r.achieved_bandwidth, "#f5d08a"),
+        "needed": (needed, COLORS["dma"]),
+    }
+    drawn = axes.barh(
+        range(4), [v for v, _ in bars.values()], color=[c for _, c in bars.values()], height=0.55
+    )
+    axes.bar_label(drawn, [f" {v:.0f} GB/s" for v, _ in bars.values()])
+    axes.set_yticks(range(4), list(bars))
+    axes.set_xlim(0, 1.2 * max(r.hbm, r.dma))
+    axes.set_xlabel("HBM bytes, GB/s")
+    if r.share is None:
+        text = "no HBM traffic"
+    elif r.flops:
+        text = f"{r.share:.0%} of {r.peak / 1e3:.3g} Tflop/s, no HBM traffic"
+    else:
+        text = f"no matrix products: {r.share:.0%} of the bandwidth"
+    axes.text(0.98, 0.06, text, transform=axes.transAxes, ha="right")
 
 
 def _draw_lines(axes: Any, t: Timeline) -> None:
@@ -239,7 +273,7 @@ def _draw_memory(axes: Any, t: Timeline, core: int) -> None:
     for (buffer, (at, used)), color in zip(
         usage(t, core, machine).items(), ("#56B4E9", "#D55E00"), strict=True
     ):
-        times, most = _envelope(at, used, t.total)
+        times, most = envelope(at, used, t.total, BARS)
         share = most / limits[buffer]
         label = f"{buffer.upper()}, peak {used.max() / 1024:.0f} of {limits[buffer] / 1024:.0f} KiB"
         axes.step(times / 1e3, share, where="post", color=color, lw=1.3, label=label)
@@ -256,18 +290,6 @@ def _draw_memory(axes: Any, t: Timeline, core: int) -> None:
         borderaxespad=0.1,
     )
     _bare(axes)
-
-
-def _envelope(at: Floats, used: NDArray[np.int64], total: float) -> tuple[Floats, Floats]:
-    """Steps to draw: all of them, or the most in use in each of `BARS` bins."""
-    at, most = np.append(at, total), np.append(used, used[-1]).astype(float)
-    if len(at) <= 2 * BARS:
-        return at, most
-    edges = np.linspace(0.0, total, BARS + 1)
-    starts = np.searchsorted(at, edges[:-1], side="right") - 1  # the step in use as a bin begins
-    top = np.maximum.reduceat(most, starts)
-    top[:-1] = np.maximum(top[:-1], most[starts[1:]])  # a step may begin in one bin and outlast it
-    return edges, np.append(top, top[-1])
 
 
 def _bare(axes: Any) -> None:

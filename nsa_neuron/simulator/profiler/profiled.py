@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import cost
 from ..nki.launching import simulate
-from . import advice, report, text, trace
+from . import page, report, text, trace
+from .advice import advise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..cost import Band, Estimate, Timeline
     from ..issue.record import Run
     from ..rules.registers import RunTimeScalar
+    from .advice import Advice, Together
 
 
 class Profile:
@@ -47,10 +49,19 @@ class Profile:
         return self.estimate.band
 
     @cached_property
-    def advice(self) -> list[advice.Advice]:
-        """What to change, by modelled gain, largest first."""
+    def _advised(self) -> tuple[list[Advice], Together | None]:
         with cost.paused_gc():
-            return advice.advise(self.timeline)
+            return advise(self.timeline)
+
+    @property
+    def advice(self) -> list[Advice]:
+        """What to change, by modelled gain, largest first."""
+        return self._advised[0]
+
+    @property
+    def together(self) -> Together | None:
+        """What several pieces of advice gain at once; None where fewer than two help."""
+        return self._advised[1]
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -59,7 +70,12 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, lists and strings; `nsa profile --json` prints it."""
-        return {**self._facts, "advice": [a.to_dict() for a in self.advice]}
+        together = self.together
+        return {
+            **self._facts,
+            "advice": [a.to_dict() for a in self.advice],
+            "together": together.to_dict() if together else None,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` to a file, for `nsa profile --diff`."""
@@ -68,6 +84,14 @@ class Profile:
     def trace(self, path: str | Path) -> None:
         """Write a trace for ui.perfetto.dev or chrome://tracing."""
         trace.write(self.timeline, path)
+
+    def html(self, path: str | Path) -> None:
+        """Write one self-contained page: timeline, source, memory, advice.
+
+        Raises:
+            ValueError: more instructions than a page holds.
+        """
+        Path(path).write_text(page.render(self.timeline, self.to_dict()), encoding="utf-8")
 
     def png(self, path: str | Path) -> None:
         """Draw roofline, engines and memory; needs matplotlib.

@@ -30,6 +30,10 @@ def describe(estimate: Estimate) -> dict[str, Any]:
     return {
         "modelled": True,
         "kernel": t.run.kernel,
+        "arguments": [
+            f"{a.name or 'argument'} {a.dtype} {'x'.join(map(str, a.shape))}"
+            for a in t.run.arguments
+        ],
         "target": t.run.target,
         "params": t.parameters.set,
         "time_us": {k: v / 1e3 for k, v in asdict(estimate.band).items()},
@@ -83,18 +87,23 @@ def critical_path(t: Timeline, lines: Lines) -> dict[str, Any]:
 def roofline(t: Timeline) -> dict[str, Any]:
     """Place on the roofline; rates per ns are G per second."""
     r = roofline_of(t)
+    flops = r.unit == "flop"
     return {
         "unit": r.unit,
-        "work": r.work,
+        "work": r.flops if flops else r.needed_bytes,
+        "work_done": r.flops_done if flops else r.hbm_bytes,
+        "needed_bytes": r.needed_bytes,
         "hbm_bytes": r.hbm_bytes,
-        "intensity": r.intensity if isfinite(r.intensity) else None,
-        "ridge": r.ridge,
+        "intensity": r.intensity if flops and isfinite(r.intensity) else None,
+        "ridge": r.ridge if flops else None,
         "bound": r.bound,
         "achieved_g_per_s": r.achieved,
         "ceiling_g_per_s": r.ceiling,
         "share_of_ceiling": r.share,
+        "peak_g_per_s": r.peak,
         "bandwidth_gb_s": r.achieved_bandwidth,
-        "bandwidth_peak_gb_s": r.bandwidth,
+        "bandwidth_peak_gb_s": r.hbm,
+        "dma_peak_gb_s": r.dma,
     }
 
 

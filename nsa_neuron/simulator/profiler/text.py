@@ -24,21 +24,46 @@ def render(facts: dict[str, Any]) -> str:
     for number, core in enumerate(facts["cores"]):
         lines += _core(number, core)
     lines += _critical_path(facts["critical_path"])
-    lines += _advice(facts["advice"])
+    lines += _advice(facts["advice"], facts["together"])
     return "\n".join(lines)
 
 
 def _roofline(r: dict[str, Any]) -> list[str]:
-    intensity = (
-        "no HBM traffic" if r["intensity"] is None else f"{r['intensity']:.1f} {r['unit']}/B"
-    )
+    need, moved = r["needed_bytes"], r["hbm_bytes"]
+    lines = []
+    if r["unit"] == "flop":
+        where = (
+            "no HBM traffic"
+            if r["intensity"] is None
+            else f"{r['intensity']:.1f} flop/B (ridge {r['ridge']:.1f})"
+        )
+        lines.append(
+            f"  roofline: {where}, {_ROOF[r['bound']]}, {r['achieved_g_per_s'] / 1e3:.2f} of "
+            f"{r['ceiling_g_per_s'] / 1e3:.2f} Tflop/s ({r['share_of_ceiling']:.0%} of the roof)"
+        )
+        if r["work_done"] > r["work"]:
+            times = r["work_done"] / r["work"]
+            lines.append(f"    the same products are computed {times:.2g} times, and count once")
+    elif r["unit"] == "byte":
+        lines.append(
+            f"  roofline: no matrix products, {_ROOF[r['bound']]}, {r['achieved_g_per_s']:.0f} of "
+            f"{r['ceiling_g_per_s']:.0f} GB/s needed ({r['share_of_ceiling']:.0%} of the roof)"
+        )
+    else:
+        lines.append("  roofline: no matrix products and no HBM traffic, so no roof")
+    again = f", {moved / need:.3g} times what is needed" if need and moved > 1.005 * need else ""
     return [
-        f"  roofline: {intensity}, {r['bound']}-bound (ridge {r['ridge']:.1f}), "
-        f"{r['achieved_g_per_s'] / 1e3:.2f} of {r['ceiling_g_per_s'] / 1e3:.2f} T{r['unit']}/s "
-        f"({r['share_of_ceiling']:.0%} of the roof there)",
-        f"  HBM: {r['hbm_bytes']:,} bytes, {r['bandwidth_gb_s']:.0f} of "
-        f"{r['bandwidth_peak_gb_s']:.0f} GB/s",
+        *lines,
+        f"  HBM: {moved:,} bytes moved{again}; {r['bandwidth_gb_s']:.0f} of "
+        f"{r['bandwidth_peak_gb_s']:.0f} GB/s, DMA engines at most {r['dma_peak_gb_s']:.0f}",
     ]
+
+
+_ROOF = {
+    "compute": "under TensorE's roof",
+    "HBM": "under HBM's roof",
+    "DMA engines": "under the DMA engines' roof",
+}
 
 
 def _core(number: int, core: dict[str, Any]) -> list[str]:
@@ -93,13 +118,22 @@ def _critical_path(path: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _advice(advice: list[dict[str, Any]]) -> list[str]:
+def _advice(advice: list[dict[str, Any]], together: dict[str, Any] | None) -> list[str]:
     if not advice:
         return ["  advice: no rule promises 1 % or more"]
     lines = ["  advice (modelled gain of each alone):"]
-    for a in advice:
+    for number, a in enumerate(advice, 1):
         place = f"{Path(a['file']).name}:{a['line']}"
-        lines.append(f"    {a['gain_us']:.2f} us ({a['gain_share']:.1%})  {a['rule']} at {place}")
+        lines.append(
+            f"    {number}. {a['gain_us']:.2f} us ({a['gain_share']:.1%})  {a['rule']} at {place}"
+        )
         lines.append(f"        {a['text']}")
         lines += textwrap.wrap(a["message"], 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    if together:
+        numbers = [str(n + 1) for n in together["of"]]
+        lines.append(
+            f"    {', '.join(numbers[:-1])} and {numbers[-1]} together: "
+            f"{together['gain_us']:.2f} us ({together['gain_share']:.1%}), "
+            f"{together['speedup']:.2f} times as fast"
+        )
     return lines

@@ -275,6 +275,8 @@ def _check_results(
                 limit="shared_hbm",
                 hint="dma_copy it to an nl.shared_hbm tensor and return that",
             )
+        if allocation.role == "scratch":
+            allocation.role = "output"
         if options.data and not t.memory.readable(t.access()):
             mask = t.memory.written.mask(t.access())
             first = tuple(int(i[0]) for i in (~mask).nonzero())

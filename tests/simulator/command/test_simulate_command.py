@@ -236,3 +236,100 @@ def test_command_imports_no_torch(folder):
     )
     done = python(folder, "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+REFERENCES = """
+import numpy as np
+
+def doubled(a):
+    return 2.0 * a
+
+def doubled_but_one(a, **other):
+    wanted = 2.0 * a
+    wanted[3, 5] += 0.25
+    return wanted
+
+def narrow(a):
+    return a[:, :1]
+
+def two(a):
+    return a, a
+
+def nothing(a):
+    return None
+
+def raises(a):
+    raise KeyError("absent")
+"""
+CHECKED = ("user_kernels.py::scaled", "--arg", "a=randn:16x8:fp32", "--arg", "scale=2.0", "--check")
+
+
+@pytest.fixture
+def references(tmp_path, monkeypatch):
+    (tmp_path / "user_kernels.py").write_text(KERNELS)
+    (tmp_path / "helpers.py").write_text(HELPERS)
+    (tmp_path / "references.py").write_text(REFERENCES)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_check_finds_the_largest_error_and_its_place(references, capsys):
+    assert cli.simulate_main([*CHECKED, "references.py::doubled"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "  check result 0 against references.py::doubled: largest error 0"
+    assert cli.simulate_main([*CHECKED, "references.py::doubled_but_one"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "largest error 0.25 (" in line and " at [3, 5]: " in line
+
+
+def test_check_within_decides_the_exit_code(references, capsys):
+    words = [*CHECKED, "references.py::doubled_but_one", "--json", "--within"]
+    assert cli.simulate_main([*words, "0.5"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["check"]
+    assert found["index"] == [3, 5] and found["error"] == 0.25 and found["agrees"]
+    assert found["wanted"] - found["got"] == pytest.approx(0.25)
+    assert cli.simulate_main([*words, "1e-4"]) == 1
+    assert not json.loads(capsys.readouterr().out)["check"][0]["agrees"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("narrow", "result 0 has shape [16, 8], the reference's has [16, 1]"),
+        ("two", "the kernel gives 1 results, the reference 2"),
+        ("nothing", "nothing gives no array of numbers"),
+        ("raises", "raises(a): KeyError: 'absent'"),
+        ("absent", "no function 'absent' in "),
+    ],
+)
+def test_a_reference_that_cannot_be_compared_is_one_line(references, capsys, reference, said):
+    assert cli.simulate_main([*CHECKED, f"references.py::{reference}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("nsa simulate: --check: ") and said in err
+
+
+def test_check_sees_what_a_kernel_did_to_nan(references, capsys):
+    np.save("a.npy", np.array([[1.0, np.nan, 3.0]], np.float32))
+    words = ["user_kernels.py::scaled", "--arg", "a=a.npy", "--arg", "scale=2.0", "--check"]
+    assert cli.simulate_main([*words, "references.py::doubled"]) == 0
+    assert cli.simulate_main([*words[:-2], "scale=3.0", "--check", "references.py::doubled"]) == 0
+    assert "at [0, 2]: 9, wanted 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--within", "0.1"], "--within needs --check"),
+        (["--check", "references.py::doubled", "--shape-only"], "--check needs data"),
+    ],
+)
+def test_options_of_a_check_that_make_no_sense(references, capsys, words, said):
+    with pytest.raises(SystemExit):
+        cli.simulate_main([*CHECKED[:-1], *words])
+    assert said in capsys.readouterr().err
+
+
+def test_a_rule_that_does_not_exist_cannot_be_relaxed(references, capsys):
+    assert cli.simulate_main([*CHECKED[:-1], "--relax", "absent"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "absent" in err

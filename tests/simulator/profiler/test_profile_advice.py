@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
+import rowwise
 from profile_helpers import EXAMPLE, STEPS, example, hbm, nisa, nl, profile_of, psum, sbuf, shapes
 
-from nsa_neuron.simulator.profiler import advice, rules_compute, rules_dma
+from nsa_neuron import simulator
+from nsa_neuron.simulator.profiler import (
+    advice,
+    rules_compute,
+    rules_dma,
+    rules_passes,
+    rules_repeat,
+)
 
 
 def load_columns(a, width):
@@ -89,7 +99,45 @@ def copies_on(engine):
         nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)), engine=engine)
 
 
+def squares(a, in_one_pass):
+    """Row sums of squares."""
+    for start in range(0, a.shape[1], 1024):
+        tile, square, total = sbuf((128, 1024)), sbuf((128, 1024)), sbuf((128, 1))
+        nisa.dma_copy(tile, a[:, start : start + 1024])
+        if in_one_pass:
+            nisa.activation_reduce(square, nl.square, tile, nl.add, total)
+        else:
+            nisa.tensor_tensor(square, tile, tile, nl.multiply)
+            nisa.tensor_reduce(total, nl.add, square, axis=1)
+
+
+def scaled(a, dtype):
+    """((a + 1) squared) b by way of tiles of some dtype, in bf16 HBM."""
+    out = hbm(a.shape, a.dtype)
+    for start in range(0, a.shape[1], 2048):
+        columns = slice(start, start + 2048)
+        tile, result = sbuf((128, 2048), a.dtype), sbuf((128, 2048), a.dtype)
+        one, two = sbuf((128, 2048), dtype), sbuf((128, 2048), dtype)
+        nisa.dma_copy(tile, a[:, columns])
+        nisa.tensor_scalar(one, tile, nl.add, 1.0, op1=nl.multiply, operand1=2.0)
+        nisa.tensor_tensor(two, one, one, nl.multiply)
+        nisa.tensor_tensor(result, two, tile, nl.multiply)
+        nisa.dma_copy(out[:, columns], result)
+    return out
+
+
+def copies_in(a, on_scalar):
+    """VectorE adds; somebody copies."""
+    for start in range(0, a.shape[1], 1024):
+        tile, total, kept = sbuf((128, 1024)), sbuf((128, 1024)), sbuf((128, 1024))
+        nisa.dma_copy(tile, a[:, start : start + 1024])
+        nisa.tensor_tensor(total, tile, tile, nl.add)
+        engine = nisa.engine.scalar if on_scalar else nisa.engine.vector
+        nisa.tensor_copy(kept, tile, engine=engine)
+
+
 A = shapes((128, 8192))
+BF16 = shapes((128, 8192), dtype="bfloat16")
 ONE = shapes((128, 1024))
 # rule -> a kernel, its arguments, and what makes it faulty and what good
 CASES = {
@@ -106,24 +154,33 @@ CASES = {
     "matmul-few-columns": (multiply, [], (nl.bfloat16, 32), (nl.bfloat16, 512)),
     "wide-stride": (strided, [], 9, 2),
     "slow-on-gpsimd": (copies_on, [], nisa.engine.gpsimd, nisa.engine.vector),
+    "adjacent-passes": (squares, A, False, True),
+    "fp32-tiles": (scaled, BF16, nl.float32, nl.bfloat16),
+    "idle-engine": (copies_in, A, False, True),
+    "run-time-operands": (rowwise.doubled, shapes((8, 128, 2048)), False, True),
 }
+INPUTS = shapes((512, 2048), (1, 2048), dtype="bfloat16")
 
 
 def faulty_and_good(rule):
+    if rule == "same-work-on-both-cores":
+        kernels = (rowwise.rms_norm, rowwise.rms_norm_halved)
+        return [profile_of(kernel, *INPUTS, lnc=2) for kernel in kernels]
     body, arguments, *kinds = CASES[rule]
     kinds = [kind if isinstance(kind, tuple) else (kind,) for kind in kinds]
     return [profile_of(body, *arguments, *kind) for kind in kinds]
 
 
-@pytest.mark.parametrize("rule", CASES)
+@pytest.mark.parametrize("rule", [*CASES, "same-work-on-both-cores"])
 def test_rule_speaks_where_it_should_and_only_there(rule):
     faulty, good = faulty_and_good(rule)
     told = {a.rule: a for a in faulty.advice}
     assert rule in told
     assert rule not in {a.rule for a in good.advice}
     advice_ = told[rule]
-    assert advice_.file == __file__
-    assert Path(__file__).read_text().splitlines()[advice_.line - 1].strip() == advice_.text
+    file = Path(advice_.file)
+    assert file in (Path(__file__), Path(rowwise.__file__))
+    assert file.read_text().splitlines()[advice_.line - 1].strip() == advice_.text
     assert 0 < advice_.gain_us < faulty.time.central / 1e3
     assert advice_.gain_share == pytest.approx(advice_.gain_us * 1e3 / faulty.time.central)
     assert advice_.gain_share >= advice.WORTH
@@ -131,8 +188,8 @@ def test_rule_speaks_where_it_should_and_only_there(rule):
 
 
 def test_every_rule_has_a_case():
-    rules = (*rules_dma.RULES, *rules_compute.RULES)
-    assert len(rules) == len(CASES) == len(set(rules))
+    rules = {*(*rules_dma.RULES, *rules_compute.RULES, *rules_passes.RULES, *rules_repeat.RULES)}
+    assert rules == set(advice.RULES) and len(rules) == len(CASES) + 1  # and the one of two cores
 
 
 @pytest.mark.parametrize(
@@ -142,6 +199,11 @@ def test_every_rule_has_a_case():
         ("hbm-reload", 0.05),
         ("activation-table-reload", 0.01),
         ("slow-on-gpsimd", 0.01),
+        ("adjacent-passes", 0.02),
+        ("fp32-tiles", 0.02),
+        ("idle-engine", 0.02),
+        ("same-work-on-both-cores", 0.03),
+        ("run-time-operands", 0.01),
     ],
 )
 def test_gain_is_what_the_rewrite_saves(rule, within):
@@ -150,6 +212,67 @@ def test_gain_is_what_the_rewrite_saves(rule, within):
     promised = next(a.gain_us for a in faulty.advice if a.rule == rule)
     saved = (faulty.time.central - good.time.central) / 1e3
     assert promised == pytest.approx(saved, rel=within)
+
+
+FULL = shapes((2048, 4096), (1, 4096), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("plain", "rewritten", "faster"),
+    [
+        (rowwise.rms_norm, rowwise.rms_norm_fused, 3.2),
+        (rowwise.softmax, rowwise.softmax_apart, 2.4),
+    ],
+)
+def test_what_the_advice_gains_at_once_is_what_the_rewritten_kernel_gains(plain, rewritten, faster):
+    """Row-wise kernels of 2048 x 4096 in bf16: fused, in bf16 tiles, on both engines."""
+    inputs = FULL[:1] if plain is rowwise.softmax else FULL
+    before, after = (profile_of(kernel, *inputs) for kernel in (plain, rewritten))
+    saved = (before.time.central - after.time.central) / 1e3
+    together = before.together
+    assert together.gain_us == pytest.approx(saved, rel=0.02)
+    assert before.time.central / after.time.central == pytest.approx(faster, abs=0.1)
+    assert together.speedup == pytest.approx(faster, abs=0.1)
+    assert {before.advice[k].rule for k in together.of} >= {"adjacent-passes", "fp32-tiles"}
+    assert f"{together.speedup:.2f} times as fast" in str(before)
+    assert after.together is None
+
+
+def test_one_piece_of_softmax_s_advice_alone_makes_it_1_3_times_faster():
+    before, after = (profile_of(k, FULL[0]) for k in (rowwise.softmax, rowwise.softmax_summed))
+    told = next(a for a in before.advice if "sums each row while it computes" in a.message)
+    saved = before.time.central - after.time.central
+    assert told.gain_us * 1e3 == pytest.approx(saved, rel=0.02)
+    assert before.time.central / after.time.central == pytest.approx(1.3, abs=0.06)
+
+
+def test_rewritten_kernels_compute_what_they_did():
+    """The twins of `rowwise` agree with NumPy, with data."""
+    rng = np.random.default_rng(3)
+    x, w = rng.standard_normal((256, 512)), rng.standard_normal((1, 512))
+    exponent = np.exp(x - x.max(axis=1, keepdims=True))
+    wanted = {
+        "rms_norm": x / np.sqrt((x * x).mean(axis=1, keepdims=True)) * w,
+        "softmax": exponent / exponent.sum(axis=1, keepdims=True),
+    }
+    x, w = x.astype(ml_dtypes.bfloat16), w.astype(ml_dtypes.bfloat16)
+    for kernel, lnc in KERNELS.items():
+        name = "softmax" if kernel.__name__.startswith("softmax") else "rms_norm"
+        given = (x,) if name == "softmax" else (x, w)
+        got = simulator.simulate(simulator.Kernel(kernel, lnc))(*given)
+        scale = np.abs(wanted[name]).max()
+        assert np.abs(got.astype(float) - wanted[name]).max() < 0.02 * scale, kernel.__name__
+
+
+KERNELS = {
+    rowwise.rms_norm: 1,
+    rowwise.rms_norm_fused: 1,
+    rowwise.rms_norm_halved: 2,
+    rowwise.softmax: 1,
+    rowwise.softmax_fused: 1,
+    rowwise.softmax_apart: 1,
+    rowwise.softmax_summed: 1,
+}
 
 
 def test_advice_is_sorted_by_gain_and_speaks_of_kernel_lines():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -41,6 +44,26 @@ def looped(n):
     out = nl.ndarray((128, 64), nl.float32, buffer=nl.shared_hbm)
     nisa.dma_copy(out, tile)
     return out
+
+def times(n, count):
+    tile = nl.ndarray((128, 64), nl.float32, buffer=nl.sbuf)
+    nisa.memset(tile, 0.0)
+    for _ in range(count):
+        register = nisa.register_alloc()
+        nisa.register_load(register, n)
+        for _ in nl.dynamic_range(0, register):
+            nisa.activation(tile, nl.copy, tile)
+    out = nl.ndarray((128, 64), nl.float32, buffer=nl.shared_hbm)
+    nisa.dma_copy(out, tile)
+    return out
+
+@nki.jit
+def twice(n):
+    return times(n, 2)
+
+@nki.jit
+def thrice(n):
+    return times(n, 3)
 """
 SCALED = ("user_kernels.py::scaled", "--arg", "a=randn:128x2048:fp32")
 
@@ -95,13 +118,64 @@ def test_diff_tells_what_changed(nsa):
     a, b = diff.load("a.json"), diff.load("b.json")
     code, out, _ = nsa("--diff", "a.json", "b.json")
     assert code == 0
-    assert out.startswith("scaled -> scaled: MODELLED, not measured")
+    first, one, other = out.splitlines()[:3]
+    assert first == "A -> B, MODELLED, not measured"
+    assert one == f"  A: a.json, scaled(a float32 128x2048), {a['time_us']['central']:.2f} us"
+    assert other.startswith("  B: b.json, scaled(")
     ratio = b["time_us"]["central"] / a["time_us"]["central"]
     assert ratio < 1 and f"x {ratio:.3f}" in out
     assert "instructions" in out and "HBM bytes" not in out  # the same in both
     found = json.loads(nsa("--diff", "a.json", "b.json", "--json")[1])
     assert found["quantities"]["instructions"] == {"a": 48, "b": 12, "ratio": 0.25}
     assert found["comparable"] is True
+
+
+def test_the_report_is_printed_where_there_is_no_matplotlib(nsa, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = nsa(*SCALED, "--png", "p.png")
+    assert code == 2 and out.startswith("scaled on trn2: ")
+    assert err.splitlines() == [
+        "nsa profile: the picture needs matplotlib: pip install nsa-neuron[plot]"
+    ]
+
+
+def test_a_page_is_written(nsa, folder):
+    assert nsa(*SCALED, "--html", "p.html")[0] == 0
+    assert (folder / "p.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("command", ["profile", "simulate"])
+def test_a_reader_that_goes_away_is_no_error(command, folder):
+    """`nsa profile ... | true`: the pipe is closed before anything is written."""
+    words = [command, *SCALED, "--json"]
+    script = f"import sys; from nsa_neuron.cli import main; sys.exit(main({words!r}))"
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True,
+            check=False, cwd=folder,
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_trace_of_trip_counts_that_is_cut_is_one_line(nsa):
+    given = ("--arg", "n=full(3):1x1:int32", "--trips", "3,4")
+    assert nsa("user_kernels.py::twice", *given)[0] == 0
+    code, out, err = nsa("user_kernels.py::thrice", *given)
+    assert (code, out) == (2, "")
+    assert err == "nsa profile: the trace holds 2 trip counts; the kernel asks for more\n"
+
+
+def test_a_saved_report_that_is_cut_is_one_line(nsa, folder):
+    nsa(*SCALED, "--save", "a.json")
+    text = (folder / "a.json").read_text()
+    (folder / "cut.json").write_text(text[: len(text) // 2])
+    code, out, err = nsa("--diff", "a.json", "cut.json")
+    assert (code, out) == (2, "") and err.startswith("nsa profile: cut.json is no JSON: ")
+    assert len(err.splitlines()) == 1
 
 
 def test_diff_of_equal_runs_and_of_incomparable_ones(nsa):

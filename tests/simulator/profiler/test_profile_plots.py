@@ -10,6 +10,7 @@ from profile_helpers import example, hbm, matmuls, pipeline, profile_of, shapes
 from profile_helpers import two_cores as copies
 
 from nsa_neuron.simulator.profiler import plots
+from nsa_neuron.simulator.profiler.memory import envelope
 
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
@@ -61,7 +62,7 @@ def test_envelope_keeps_the_most_in_use(count, seed):
     rng = np.random.default_rng(seed)
     at = np.concatenate([[0.0], np.sort(rng.uniform(0, 100, count - 1))])
     used = rng.integers(0, 1000, count)
-    edges, most = plots._envelope(at, used, 100.0)
+    edges, most = envelope(at, used, 100.0, plots.BARS)
     assert most.max() == used.max()
     assert len(edges) <= 2 * plots.BARS
     for time in rng.uniform(0, 100, 20):

@@ -6,12 +6,27 @@ import json
 
 import numpy as np
 import pytest
-from profile_helpers import example, hbm, matmuls, nisa, nl, pipeline, profile_of, sbuf, shapes
+import rowwise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from profile_helpers import (
+    example,
+    hbm,
+    matmuls,
+    nisa,
+    nl,
+    pipeline,
+    profile_of,
+    psum,
+    sbuf,
+    shapes,
+)
 from profile_helpers import two_cores as copies
 
 from nsa_neuron import simulator
 from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import Cause, load
+from nsa_neuron.simulator.profiler.needed import needed_bytes
 from nsa_neuron.simulator.profiler.roofline import roofline_of
 
 KERNELS = {
@@ -22,6 +37,7 @@ KERNELS = {
 }
 
 HBM = load().hbm_stack  # bytes per ns of a stack
+DMA = 16 * load().dma_rate  # bytes per ns of a core's DMA engines
 
 
 @pytest.fixture(params=KERNELS)
@@ -102,36 +118,73 @@ def test_roofline_of_matmuls_by_hand():
     found = profile_of(matmuls, *shapes((256, 128), (256, 1024), dtype="bfloat16"))
     r = found.to_dict()["roofline"]
     flops = 2 * 256 * 128 * 1024
-    moved = 2 * (2 * 256 * 128 + 256 * 1024 + 128 * 1024)  # a is loaded twice
-    assert (r["work"], r["hbm_bytes"]) == (flops, moved)
-    assert r["intensity"] == flops / moved
-    assert r["ridge"] == pytest.approx(2 * 128 * 128 * 2.4 / HBM)
-    assert r["bound"] == "memory"
-    assert r["ceiling_g_per_s"] == pytest.approx(r["intensity"] * HBM)
+    needed = 2 * (256 * 128 + 256 * 1024 + 128 * 1024)
+    assert (r["work"], r["work_done"], r["unit"]) == (flops, flops, "flop")
+    assert (r["needed_bytes"], r["hbm_bytes"]) == (needed, needed + 2 * 256 * 128)  # a twice
+    assert r["intensity"] == flops / needed
+    assert r["peak_g_per_s"] == pytest.approx(2 * 128 * 128 * 2.4)
+    assert r["dma_peak_gb_s"] == pytest.approx(DMA) and DMA < HBM
+    assert r["ridge"] == pytest.approx(2 * 128 * 128 * 2.4 / DMA)
+    assert r["bound"] == "DMA engines"
+    assert r["ceiling_g_per_s"] == pytest.approx(r["intensity"] * DMA)
     assert r["share_of_ceiling"] == pytest.approx(flops / found.time.central / r["ceiling_g_per_s"])
     tensor = found.to_dict()["cores"][0]["tensor"]
     assert tensor["utilisation"] == pytest.approx(flops / found.time.central / (2 * 128**2 * 2.4))
 
 
 def test_fp32_has_a_quarter_of_the_roof():
-    kinds = [profile_of(matmuls, *shapes((256, 128), (256, 512), dtype=d)) for d in ("float32",)]
-    r = kinds[0].to_dict()["roofline"]
-    assert r["ridge"] == pytest.approx(2 * 128 * 128 * 2.4 / 4 / HBM)
+    r = roofline_of(profile_of(matmuls, *shapes((256, 128), (256, 512))).timeline)
+    assert r.peak == pytest.approx(2 * 128 * 128 * 2.4 / 4)
 
 
-def test_without_matmuls_the_roofline_counts_elements():
-    r = profile_of(pipeline, *shapes((128, 2048))).to_dict()["roofline"]
-    assert (r["unit"], r["work"]) == ("element", 2 * 128 * 2048)
-    assert r["intensity"] == 2 / 8
+def test_without_matmuls_the_roof_is_bandwidth():
+    found = profile_of(pipeline, *shapes((128, 2048)))
+    r = found.to_dict()["roofline"]
+    needed = 2 * 128 * 2048 * 4
+    assert (r["unit"], r["work"], r["intensity"], r["ridge"]) == ("byte", needed, None, None)
+    assert r["share_of_ceiling"] == pytest.approx(needed / found.time.central / DMA)
+    assert "no matrix products, under the DMA engines' roof" in str(found)
 
 
-def test_without_hbm_the_intensity_is_unknown():
+def test_without_hbm_there_is_no_roof():
     def body():
         nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))
 
     found = profile_of(body)
-    assert found.to_dict()["roofline"]["intensity"] is None
-    assert "no HBM traffic" in str(found)
+    assert found.to_dict()["roofline"]["share_of_ceiling"] is None
+    assert "no matrix products and no HBM traffic, so no roof" in str(found)
+
+
+def test_the_slower_of_two_kernels_never_looks_better():
+    """The same results by more passes over more elements: time is all that tells them apart."""
+    inputs = shapes((256, 1024), (1, 1024), dtype="bfloat16")
+    plain, fused = (profile_of(k, *inputs) for k in (rowwise.rms_norm, rowwise.rms_norm_fused))
+    one, other = (roofline_of(found.timeline) for found in (plain, fused))
+    assert one.needed_bytes == other.needed_bytes == 2 * (2 * 256 * 1024 + 1024)
+    assert other.share / one.share == pytest.approx(plain.time.central / fused.time.central)
+
+
+def loaded_often(a, times):
+    """Copies a, which is loaded again and again, and multiplies each time."""
+    out, sums = hbm((128, 128)), psum((128, 128))
+    for _ in range(times):
+        tile = sbuf((128, 128), a.dtype)
+        nisa.dma_copy(tile, a)
+        nisa.nc_matmul(sums, tile, tile, accumulate=False)
+    result = sbuf((128, 128))
+    nisa.tensor_copy(result, sums)
+    nisa.dma_copy(out, result)
+    return out
+
+
+def test_work_that_is_repeated_counts_once():
+    once, often = (
+        roofline_of(profile_of(loaded_often, *shapes((128, 128), dtype="bfloat16"), n).timeline)
+        for n in (1, 8)
+    )
+    assert often.flops == once.flops and often.flops_done == 8 * once.flops
+    assert often.needed_bytes == once.needed_bytes < often.hbm_bytes
+    assert often.share < once.share
 
 
 def test_memory_in_use_by_hand():
@@ -171,16 +224,38 @@ def test_two_cores_share_the_roof():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "given"),
+    ("kernel", "inputs"),
     [(matmuls, shapes((256, 128), (256, 512), dtype="bfloat16")), (pipeline, shapes((128, 512)))],
-    ids=["matrix products", "elements"],
+    ids=["matrix products", "bandwidth"],
 )
-def test_two_cores_have_two_roofs_of_work_and_one_of_bandwidth(kernel, given):
-    """Both do all the work here, so the work is twice one core's, and so is its roof."""
-    one, two = (roofline_of(profile_of(kernel, *given, lnc=n).timeline) for n in (1, 2))
-    assert two.roof == pytest.approx(2 * one.roof)
-    assert two.work == 2 * one.work and two.bandwidth == one.bandwidth == HBM
-    assert two.ridge == pytest.approx(2 * one.ridge)
+def test_two_cores_that_do_the_same_have_no_more_work_and_a_smaller_share(kernel, inputs):
+    one, two = (roofline_of(profile_of(kernel, *inputs, lnc=n).timeline) for n in (1, 2))
+    assert (two.flops, two.needed_bytes) == (one.flops, one.needed_bytes)
+    assert (two.flops_done, two.hbm_bytes) == (2 * one.flops_done, 2 * one.hbm_bytes)
+    assert two.peak == pytest.approx(2 * one.peak) and two.dma == pytest.approx(2 * one.dma)
+    assert two.hbm == one.hbm == HBM
+    assert two.share < one.share
+
+
+def test_two_cores_that_halve_the_work_keep_their_share():
+    r = roofline_of(profile_of(copies, *shapes((128, 512)), lnc=2).timeline)
+    assert r.needed_bytes == r.hbm_bytes == 2 * 128 * 512 * 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 40)), min_size=1, max_size=12))
+@settings(max_examples=30)
+def test_every_needed_byte_counts_once(pieces):
+    """Column slices of one argument, overlapping as they like, against a mask."""
+    mask = np.zeros(100, bool)
+    for start, width in pieces:
+        mask[start : start + width] = True
+
+    def body(a):
+        for start, width in pieces:
+            nisa.dma_copy(sbuf((128, width)), a[:, start : start + width])
+
+    found = profile_of(body, *shapes((128, 100)))
+    assert needed_bytes(found.run) == mask.sum() * 128 * 4
 
 
 def test_bandwidth_counts_what_is_read_and_what_is_written():

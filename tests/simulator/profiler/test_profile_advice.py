@@ -13,11 +13,13 @@ from profile_helpers import EXAMPLE, STEPS, example, hbm, nisa, nl, profile_of, 
 from nsa_neuron import simulator
 from nsa_neuron.simulator.profiler import (
     advice,
+    fusions,
     rules_compute,
     rules_dma,
     rules_passes,
     rules_repeat,
 )
+from nsa_neuron.simulator.profiler.flow import Flow
 
 
 def load_columns(a, width):
@@ -288,3 +290,39 @@ def test_a_what_if_leaves_the_profile_as_it_was():
     assert found.advice
     assert (found.timeline.end == before).all()
     assert example(STEPS[1], 256, 512, 256).to_dict() == found.to_dict()
+
+
+def test_a_pass_that_others_read_is_not_fused_away():
+    """one is multiplied, and in every second iteration stored as well."""
+
+    def body(a):
+        out = hbm(a.shape, a.dtype)
+        for start in range(0, a.shape[1], 1024):
+            columns = slice(start, start + 1024)
+            tile, one, two = (sbuf((128, 1024)) for _ in range(3))
+            nisa.dma_copy(tile, a[:, columns])
+            nisa.tensor_scalar(one, tile, nl.multiply, 2.0)
+            nisa.tensor_tensor(two, one, tile, nl.multiply)
+            nisa.dma_copy(out[:, columns], two if start % 2048 else one)
+        return out
+
+    found = profile_of(body, *A)
+    pairs = fusions.fusions(found.run.instructions, Flow(found.run))
+    assert [a // 4 for a, _, _ in pairs] == [1, 3, 5, 7]  # four instructions an iteration
+
+
+def widened(a):
+    out = hbm(a.shape)
+    tile, one, two = sbuf(a.shape, a.dtype), sbuf(a.shape), sbuf(a.shape)
+    nisa.dma_copy(tile, a)
+    nisa.tensor_scalar(one, tile, nl.add, 1.0)
+    nisa.tensor_tensor(two, one, one, nl.multiply)
+    nisa.dma_copy(out, two)
+    return out
+
+
+@pytest.mark.parametrize("kernel", [lambda: profile_of(scaled, *A, nl.float32),
+                                    lambda: profile_of(widened, *BF16)],
+                         ids=["fp32 to fp32", "bf16 to fp32"])  # fmt: skip
+def test_fp32_results_are_not_told_to_be_narrow(kernel):
+    assert "fp32-tiles" not in {piece.rule for piece in kernel().advice}

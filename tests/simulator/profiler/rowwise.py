@@ -158,6 +158,5 @@ def doubled(x: Any, unrolled: bool) -> NkiTensor:
         for index in range(x.shape[0]):
             tile(index)
     else:
-        for index in nl.dynamic_range(x.shape[0]):
-            tile(index)
+        nl.fori_loop(0, x.shape[0], tile)
     return out

@@ -48,11 +48,12 @@ def looped(n):
 def times(n, count):
     tile = nl.ndarray((128, 64), nl.float32, buffer=nl.sbuf)
     nisa.memset(tile, 0.0)
+    def body(_):
+        nisa.activation(tile, nl.copy, tile)
     for _ in range(count):
         register = nisa.register_alloc()
         nisa.register_load(register, n)
-        for _ in nl.dynamic_range(0, register):
-            nisa.activation(tile, nl.copy, tile)
+        nl.fori_loop(0, register, body)
     out = nl.ndarray((128, 64), nl.float32, buffer=nl.shared_hbm)
     nisa.dma_copy(out, tile)
     return out

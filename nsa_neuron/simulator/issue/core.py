@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 # that the engine's sequencer carries out.
 _RUN_TIME = ("tensor_copy", "register_load", "register_store", "scalar_load", "scalar_store")
 
+# What Python's default filter has shown, by file: once for each line, not once for each run.
+_SHOWN: dict[str, dict[Any, Any]] = {}
+
 # Checked plans by (target, relaxed rules); shared by all runs of the process.
 _PLANS: dict[tuple[str, frozenset[str]], dict[Any, Plan]] = {}
 
@@ -354,7 +357,10 @@ class NeuronCore:
         if where is None:
             warnings.warn(text, SimulationWarning, stacklevel=3)
         else:
-            warnings.warn_explicit(text, SimulationWarning, where.filename, where.lineno)
+            shown = _SHOWN.setdefault(where.filename, {})
+            warnings.warn_explicit(
+                text, SimulationWarning, where.filename, where.lineno, registry=shown
+            )
 
     def static(self, tensor: Any, spec: Spec, indices: list[Access], skip: bool = False) -> Any:
         """The static view of a scalar-dynamic one; None where `skip` and the index is outside.

@@ -382,6 +382,12 @@ class NeuronCore:
                 operand=tensor.name,
                 hint="dma_copy the rows to SBUF first",
             )
+        if spec.dma and tensor.on_chip:
+            self.warn(
+                f"{spec.opcode}: a run-time offset into SBUF runs in AWS's simulator, but its "
+                "compiler is reported to crash on it (aws-neuron-sdk issue 1373, trn2; closed): "
+                "tensor_copy the part first, or keep it in HBM"
+            )
         if not spec.dma and spec.opcode not in _RUN_TIME:
             self.warn(
                 f"{spec.opcode}: a run-time offset of an engine's operand runs in AWS's simulator, "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..machine.dtypes import resolve
 from ..rules.registers import NkiScalar, RunTimeScalar
+from ..rules.session import current_session
 from ..rules.versions import require
 from . import views
 from .nki_object import NKIObject
@@ -376,6 +377,8 @@ class NkiTensor(BaseTensor):
             raise ViewError("view", "a pattern is [[step, count], ...] with counts >= 1", pattern)
         strides, shape = (tuple(x) for x in zip(*pairs, strict=True))
         start = self.offset * old_size // new_size if offset is None else offset
+        if offset is not None and self.offset:
+            _warn_of_offset(self.offset, offset)
         if self.on_chip:
             same_width(self, new)
             pitch = self.memory.allocation.pitch_bytes // new_size
@@ -414,6 +417,17 @@ class NkiTensor(BaseTensor):
         view = self._view(shape, strides, start, new)
         view.dynamic = dynamic
         return view
+
+
+def _warn_of_offset(own: int, given: int) -> None:
+    """Two of AWS's pages disagree about an offset given for a view that has one."""
+    session = current_session()
+    if session is not None:
+        session.warn(
+            f".ap(offset={given}) of a view that starts at element {own}: counted from the start "
+            "of the storage here and in AWS's nki-aps.rst, from the view's by AWS's page of "
+            "NkiTensor.ap; call .ap of the whole tensor"
+        )
 
 
 def _scalar_index(index: Any, on_chip: bool) -> None:

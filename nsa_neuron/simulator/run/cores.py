@@ -1,4 +1,4 @@
-"""What the two cores of a launch must do alike, as far as it is known once both have run."""
+"""What is known of the cores of a launch once they have run: loops, their PSUM, the program."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ if TYPE_CHECKING:
     from ..issue.core import NeuronCore
     from ..issue.record import CoreTrace
     from ..rules.errors import Location
+
+
+# "Typical limit of 5000000", says the compiler's error by a third party's notes.
+PROGRAM = 5_000_000
+
+
+def check_cores(cores: list[NeuronCore]) -> None:
+    """Warn of what runs here and may not on a device.
+
+    Raises:
+        SimulationError: rule "doubtful", in a strict run.
+    """
+    check_loops(cores)
+    for core in cores:
+        _check_accumulators(core)
+        _check_size(core)
 
 
 def check_loops(cores: list[NeuronCore]) -> None:
@@ -50,3 +66,36 @@ def _line(trace: CoreTrace, loop: int) -> Location | None:
         if mark.loop == loop and mark.last > mark.first:
             return locate(trace.instructions[mark.first].site)
     return None
+
+
+def _check_accumulators(core: NeuronCore) -> None:
+    """Warn where a matmul in a hardware loop writes a PSUM tensor made before the loop."""
+    trace = core.trace
+    for mark in trace.loops:
+        if mark.iteration:
+            continue
+        inside = set(trace.allocations[slice(*mark.made)])
+        for instruction in trace.instructions[mark.first : mark.last]:
+            if instruction.engine != "tensor":
+                continue
+            if not any(w.allocation in inside for w in instruction.writes):
+                core.warn(
+                    f"{instruction.opcode} in a hardware loop writes a PSUM tensor made before the "
+                    "loop: runs in AWS's simulator, but its compiler is reported to refuse it "
+                    "(NCC_IBIR092; a third party, on trn1): make the tensor in the body",
+                    instruction.location,
+                )
+
+
+def _check_size(core: NeuronCore) -> None:
+    """Warn of a program of more instructions than the compiler takes."""
+    trace = core.trace
+    if len(trace.instructions) <= PROGRAM:
+        return
+    again = sum(m.last - m.first for m in trace.loops if m.iteration)
+    size = len(trace.instructions) - again
+    if size > PROGRAM:
+        core.warn(
+            f"the program has {size:,} instructions: the compiler refuses more than about "
+            f"{PROGRAM:,} (NCC_EBVF030; a third party): loop with nl.fori_loop"
+        )

@@ -21,7 +21,7 @@ from ..rules.session import locate, violate, violation
 from . import liveness
 from .arguments import Arguments, to_results
 from .configuration import check_configured, check_nested, degree
-from .cores import check_loops
+from .cores import check_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -229,7 +229,7 @@ class _Rank:
             for core in cores:
                 run.peaks.append(liveness.check(core.trace, core.machine))
             liveness.check_hbm(run, cores[0].machine)
-            check_loops(cores)
+            check_cores(cores)
             _check_results(run, self.kernel, result, self.arguments, self.options)
         self.arguments.write_back()
         return to_results(result, self.arguments, self.options)

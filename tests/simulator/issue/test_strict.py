@@ -10,6 +10,7 @@ from nsa_neuron.simulator import SimulationError
 from nsa_neuron.simulator.command import simulate as cli
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
+from nsa_neuron.simulator.run import cores
 
 X = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)
 
@@ -49,11 +50,58 @@ def test_a_strict_run_refuses_it_at_its_line():
     assert caught.value.location.function == "doubled"
 
 
-@pytest.mark.parametrize("how", [nisa.tensor_copy, nisa.dma_copy])
-def test_copies_may_start_at_a_run_time_offset(how):
-    run = simulator.simulate(run_time_column(how), strict=True)
+def test_a_copy_may_start_at_a_run_time_offset():
+    run = simulator.simulate(run_time_column(nisa.tensor_copy), strict=True)
     np.testing.assert_array_equal(run(X), X[:, 3:4])
     assert run.run.cores[0].warnings == []
+
+
+def test_a_dma_at_a_run_time_offset_into_sbuf_is_warned_of():
+    run = simulator.simulate(run_time_column(nisa.dma_copy))
+    with pytest.warns(simulator.SimulationWarning, match="issue 1373"):
+        np.testing.assert_array_equal(run(X), X[:, 3:4])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_matmul_in_a_loop_writes_psum_of_its_body_or_is_warned_of(inside):
+    def kernel(x):
+        t = nl.load(x)
+        before = nl.ndarray((16, 16), nl.float32, buffer=nl.psum)
+        out = nl.ndarray((16, 16), nl.float32, buffer=nl.shared_hbm)
+
+        def body(i):
+            made = nl.ndarray((16, 16), nl.float32, buffer=nl.psum) if inside else before
+            nisa.nc_matmul(made, t, t, accumulate=False)
+            copy = nl.ndarray((16, 16), nl.float32, buffer=nl.sbuf)
+            nisa.tensor_copy(copy, made)
+            nisa.dma_copy(out, copy)
+
+        nl.fori_loop(0, 2, body)
+        return out
+
+    run = simulator.simulate(kernel)
+    run(X)
+    lines = run.run.cores[0].warnings
+    assert len(lines) == (not inside)
+    assert all("NCC_IBIR092" in line and line.endswith("in body") for line in lines)
+
+
+def test_a_program_too_long_for_the_compiler_is_warned_of(monkeypatch):
+    def kernel(x, unrolled):
+        def body(i):
+            nisa.dma_copy(x, x)
+
+        for i in range(12) if unrolled else ():
+            body(i)
+        nl.fori_loop(0, 12, body)
+
+    monkeypatch.setattr(cores, "PROGRAM", 12)
+    for unrolled in (False, True):
+        run = simulator.simulate(kernel)
+        run(X.copy(), unrolled)
+        assert [
+            ("NCC_EBVF030" in w, "13 instructions" in w) for w in run.run.cores[0].warnings
+        ] == [(True, True)] * unrolled
 
 
 def test_activation_and_command_line_can_be_strict(tmp_path, capsys):
@@ -73,6 +121,23 @@ def test_activation_and_command_line_can_be_strict(tmp_path, capsys):
     assert "  warning: the truth of tensor" in capsys.readouterr().out
     assert cli.simulate_main([*words, "--strict"]) == 1
     assert "rule doubtful" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("start", "offset", "warned"), [(0, 16, False), (16, None, False), (16, 16, True)]
+)
+def test_an_offset_given_for_a_view_that_has_one_is_warned_of(start, offset, warned):
+    """nki-aps.rst: pattern and offset count the storage. NkiTensor.ap: the offset adds up."""
+
+    def kernel(x):
+        row = x[start // 16 : 8, :].ap([[16, 1], [1, 16]], offset=offset)
+        out = nl.ndarray((1, 16), nl.float32, buffer=nl.shared_hbm)
+        nisa.dma_copy(out, row)
+        return out
+
+    run = simulator.simulate(kernel)
+    np.testing.assert_array_equal(run(X), X[1:2])
+    assert ["nki-aps.rst" in line for line in run.run.cores[0].warnings] == [True] * warned
 
 
 def two_groups(order, bytes_apart=256):

@@ -2,26 +2,33 @@
 
 import nki
 
-from nki_kernels.common.range_attention.backward_dkv import gradients_of_keys
-from nki_kernels.common.range_attention.backward_dq import gradient_of_queries
+from nki_kernels.common.range_attention.backward import gradient_of_queries, gradients_of_keys
 from nki_kernels.common.range_attention.forward import attend
 
 
 @nki.jit
-def forward(q, k_t, v, bounds, largest_key, reach, scale: float, chunk: int, resident: int):
+def forward(
+    q, k_t, v, bounds, largest_key, trips, bases, reach, scale: float, chunk: int, resident: int,
+    looped: tuple,
+):  # fmt: skip
     """o [B, S, Hq, Dv] and lse [B, S, Hq, 1]; arguments as `attend`'s."""
-    return attend(q, k_t, v, bounds, largest_key, reach, scale, chunk, resident)
+    return attend(
+        q, k_t, v, bounds, largest_key, trips, bases, reach, scale, chunk, resident, looped
+    )
 
 
 @nki.jit
 def backward_dq(
-    grad_o, q, k_t, v_t, k, stats, bounds, reach, scale: float, chunk: int, resident: int
-):
+    grad_o, q, k_t, v_t, k, stats, bounds, trips, bases, reach, scale: float, chunk: int,
+    resident: int, looped: tuple,
+):  # fmt: skip
     """dq [B, S, Hq, Dk]; arguments as `gradient_of_queries`."""
-    return gradient_of_queries(grad_o, q, k_t, v_t, k, stats, bounds, reach, scale, chunk, resident)
+    return gradient_of_queries(
+        grad_o, q, k_t, v_t, k, stats, bounds, trips, bases, reach, scale, chunk, resident, looped
+    )
 
 
 @nki.jit
-def backward_dkv(grad_o, q, k_t, v_t, stats, bounds, reach, scale: float):
+def backward_dkv(grad_o, q, k_t, v_t, stats, bounds, trips, reach, scale: float, looped: tuple):
     """dk [B, T, Hkv, Dk] and dv [B, T, Hkv, Dv]; arguments as `gradients_of_keys`."""
-    return gradients_of_keys(grad_o, q, k_t, v_t, stats, bounds, reach, scale)
+    return gradients_of_keys(grad_o, q, k_t, v_t, stats, bounds, trips, reach, scale, looped)

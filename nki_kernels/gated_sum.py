@@ -24,7 +24,7 @@ import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.cores import share
-from nki_kernels.common.queues import fetch
+from nki_kernels.common.queues import move
 
 BODY = 2  # tiles of an iteration
 
@@ -79,7 +79,7 @@ def load(source, tile, dtype, looped):
     width = source.shape[1]
     view = source[first : first + parts * per, :].reshape((parts, per, width))
     raw = nl.ndarray((parts, per, width), dtype=source.dtype, buffer=nl.sbuf)
-    move(raw, view, looped, "y")
+    move(raw, view, "y" if looped else "")
     if source.dtype == dtype:
         return raw
     converted = nl.ndarray((parts, per, width), dtype=dtype, buffer=nl.sbuf)
@@ -91,15 +91,8 @@ def store(target, tile, values, looped):
     """Writes [P, J, D] to the tile's rows of `target` [rows, D]."""
     first, parts, per = tile
     width = target.shape[1]
-    move(target[first : first + parts * per, :].reshape((parts, per, width)), values, looped, "g")
-
-
-def move(target, source, looped, queue):
-    """A DMA; one with a run-time address goes to a queue of its own kind."""
-    if looped:
-        fetch(target, source, queue)
-    else:
-        nisa.dma_copy(target, source)
+    rows = target[first : first + parts * per, :].reshape((parts, per, width))
+    move(rows, values, "g" if looped else "")
 
 
 @nki.jit

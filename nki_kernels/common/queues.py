@@ -16,3 +16,11 @@ def fetch(target, source, queue="y"):
         nisa.dma_copy(target, source, dge_mode=nisa.dge_mode.hwdge, engine=nisa.engine.scalar)
     else:
         nisa.dma_copy(target, source, dge_mode=nisa.dge_mode.swdge)
+
+
+def move(target, source, queue):
+    """One DMA, in a queue of `fetch` if it has one."""
+    if queue == "":
+        nisa.dma_copy(target, source)
+    else:
+        fetch(target, source, queue)

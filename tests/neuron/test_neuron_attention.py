@@ -18,13 +18,16 @@ from nsa_neuron.records import recording
 pytestmark = pytest.mark.sim
 
 # Several chunks, loaded again for every tile; and all of them kept.
+SIZES = {"most_unrolled": 10**9, "most_packed": 10**9, "tiles": 1, "large": 256, "small": 128}
 SMALL = {
     "forward": {"chunk": 512, "resident": 0},
     "backward_dq": {"chunk": 512, "resident": 0},
-    "backward_dkv": {},
+    "looped": SIZES,
 }
 HELD = {**SMALL, "forward": {"chunk": 512, "resident": 4096}}
 HELD["backward_dq"] = HELD["forward"]
+# Hardware loops, whatever the length.
+LOOPED = {**SMALL, "looped": {**SIZES, "most_unrolled": -1, "most_packed": -1}}
 
 
 class Launcher:
@@ -95,28 +98,60 @@ def test_packed(window, group):
     check_masked(problem, masks, Launcher(window, **options), Launcher(window, lnc=2, **options))
 
 
+@pytest.mark.parametrize(
+    ("queries", "past", "group", "dims", "window", "dtype"),
+    [
+        (300, 0, 16, (32, 16), 0, torch.float32),  # ten groups, both sizes of chunks
+        (100, 600, 3, (144, 32), 0, torch.bfloat16),
+        (5, 4, 131, (16, 16), 0, torch.float32),  # more heads than rows of a tile
+        (120, 0, 16, (192, 128), 0, torch.bfloat16),
+        (70, 3, 16, (32, 16), 0, torch.float16),
+        (600, 130, 1, (16, 16), 300, torch.float32),  # edges on both sides, and none
+    ],
+)
+def test_hardware_loops(queries, past, group, dims, window, dtype):
+    problem = oracle.Problem.random(1, queries, queries + past, 1, group, *dims, dtype)
+    check(problem, window, LOOPED)
+
+
+@pytest.mark.parametrize("window", [0, 130])
+def test_hardware_loops_on_packed_sequences(window):
+    """Of different pasts, one of them longer than a group; none sees another."""
+    lengths_q, lengths_k = [1, 150, 3, 16], [1, 150, 200, 17]
+    cu_q, cu_k, parts = oracle.sequences(lengths_q, lengths_k)
+    problem = oracle.Problem.random(1, sum(lengths_q), sum(lengths_k), 1, 3, 16, 32)
+    lengths = zip(parts, lengths_q, lengths_k, strict=True)
+    masks = [(*part, oracle.causal(s, t, window)) for part, s, t in lengths]
+    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    launchers = [Launcher(window, LOOPED, lnc, **options) for lnc in (1, 2)]
+    check_masked(problem, masks, *launchers)
+
+
+@pytest.mark.parametrize("plan", [SMALL, LOOPED])
 @pytest.mark.parametrize("spread", [60.0, 3000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_large_logits(dtype, spread):
+def test_large_logits(dtype, spread, plan):
     """Any spread of logits, also where 16-bit numbers cannot hold them (the row shift is exact)."""
     problem = oracle.Problem.random(1, 70, 70, 1, 2, 64, 16, dtype, scale=1.0, spread=spread)
     want_o, want_lse, *_ = oracle.expected(
         problem, [(slice(None), slice(None), oracle.causal(70, 70))]
     )
     assert want_lse.max() > 16 * spread
-    o, lse = Launcher().forward(problem.q, problem.k, problem.v, scale=1.0)
+    launcher = Launcher(plan=plan)
+    o, lse = launcher.forward(problem.q, problem.k, problem.v, scale=1.0)
     oracle.close(o, want_o, 1e-3 if dtype == torch.float32 else 1e-2)
     oracle.close(lse, want_lse, 3e-6)
-    grads = Launcher().backward(problem.grad_o, problem.q, problem.k, problem.v, o, lse, scale=1.0)
+    grads = launcher.backward(problem.grad_o, problem.q, problem.k, problem.v, o, lse, scale=1.0)
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_very_uneven_rows():
+@pytest.mark.parametrize("plan", [SMALL, LOOPED])
+def test_very_uneven_rows(plan):
     """One shift for several rows would overflow for some and lose the others."""
     problem = oracle.Problem.random(1, 64, 64, 1, 2, 64, 16, torch.bfloat16, scale=1.0)
     problem.q[:, ::3] *= 1e-3
     problem.q[:, 1::3] *= 300
-    check(problem)
+    check(problem, plan=plan)
 
 
 @pytest.mark.parametrize("lnc", [1, 2])
@@ -131,6 +166,21 @@ def test_the_device_chooses_the_exact_way_where_one_row_asks_for_it(lnc):
         with recording() as runs:
             Launcher(lnc=lnc).forward(problem.q, problem.k, problem.v, scale=1.0)
         assert [len(core.loops) for core in runs[0].cores] == [turns] * lnc
+
+
+def test_looped_groups_are_redone_one_by_one():
+    """Of two pairs of groups, only the one with a sharp row goes the exact way, on both cores."""
+    problem = oracle.Problem.random(1, 256, 256, 1, 8, 32, 16, torch.bfloat16, scale=1.0)
+    problem.q.mul_(0.05)
+    redone = []
+    for sharp in (1.0, 3000.0):
+        problem.q[:, 70] *= sharp
+        with recording() as runs:
+            Launcher(plan=LOOPED, lnc=2).forward(problem.q, problem.k, problem.v, scale=1.0)
+        one, two = ([m.loop for m in core.loops] for core in runs[0].cores)
+        assert one == two
+        redone.append(sum(i.opcode == "range_select" for i in runs[0].cores[0].instructions))
+    assert redone[0] == 0 < redone[1]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.11, 1.7, -0.4, 0.0])

@@ -55,9 +55,11 @@ def gradients_of_keys(grad_o, q, k_t, v_t, stats, bounds, reach, scale):
     for b in range(batch):
         for h in range(kv_heads):
             for first, count, around in sections(keys):
-                tiles = seeing(b, h, q, kv_heads, keys, around, reach)
+                rows = []
+                for tile in seeing(b, h, q, kv_heads, keys, around, reach):
+                    rows.append(Rows(tile))
                 section = Section(k_t, v_t, b, h, first, count)
-                add_rows(section, tiles, grad_o, q, stats, bounds, around, scale)
+                add_rows(section, rows, Loads(grad_o, q, stats, bounds, around), scale)
                 section.store(dk, dv, scale)
     return dk, dv
 
@@ -100,19 +102,24 @@ def seeing(batch, kv_head, q, kv_heads, keys, around, reach):
 class Section(nl.NKIObject):
     """Keys of one kv head with their gradients: `parts` of up to 128 keys, dK and dV in PSUM."""
 
-    def __init__(self, k_t, v_t, batch, head, first, count):
+    def __init__(self, k_t, v_t, batch, head, first, count, queue=""):
         self.batch = batch
         self.head = head
         self.first = first
         self.count = count
-        self.k_t = load_turned(k_t, batch, head, first, count)
-        self.v_t = load_turned(v_t, batch, head, first, count)
+        self.k_t = load_turned(k_t, batch, head, first, count, queue)
+        self.v_t = load_turned(v_t, batch, head, first, count, queue)
         self.parts = cut(count, 128)
+        self.widths = (k_t.shape[2], v_t.shape[2])
+        self.open()
+
+    def open(self):
+        """Sums of nothing, in new banks of PSUM."""
         self.grad_k = []
         self.grad_v = []
         for _, size in self.parts:
-            self.grad_k.append(psum((size, k_t.shape[2]), nl.float32))
-            self.grad_v.append(psum((size, v_t.shape[2]), nl.float32))
+            self.grad_k.append(psum((size, self.widths[0]), nl.float32))
+            self.grad_v.append(psum((size, self.widths[1]), nl.float32))
         self.empty = True
 
     def add(self, rows):
@@ -155,15 +162,15 @@ class Rows(nl.NKIObject):
         self.grad_s = None
 
 
-def add_rows(section, tiles, grad_o, q, stats, bounds, around, scale):
-    """Adds the gradients of all tiles of rows, in order; each stage is ahead of the next."""
-    rows = []
-    for tile in tiles:
-        rows.append(Rows(tile))
+def add_rows(section, rows, loads, scale):
+    """Adds the gradients of all tiles of rows, in order; each stage is ahead of the next.
+
+    loads: loads them, or None if they are there.
+    """
     count = len(rows)
     for i in range(count + LOADED + 4):
-        if i < count:
-            load(rows[i], grad_o, q, stats, bounds, around)
+        if i < count and loads is not None:
+            loads.load(rows[i])
         turned = i - LOADED
         multiplied, weighed, added = turned - 1, turned - 2, turned - 4
         if 0 <= turned < count:
@@ -177,13 +184,23 @@ def add_rows(section, tiles, grad_o, q, stats, bounds, around, scale):
             rows[added] = None
 
 
-def load(rows, grad_o, q, stats, bounds, around):
-    """q, dO, statistics, and bounds unless all keys are visible."""
-    rows.q = load_rows(q, rows.tile, 0)
-    rows.grad = load_rows(grad_o, rows.tile, 0)
-    rows.stat = load_rows(stats, rows.tile, 0)
-    if not rows.tile.sees_all(around[0], around[1]):
-        rows.limits = row_bounds(bounds, rows.tile, 0)
+class Loads(nl.NKIObject):
+    """Where rows come from; `around`: first and last key of the pair of sections."""
+
+    def __init__(self, grad_o, q, stats, bounds, around):
+        self.grad_o = grad_o
+        self.q = q
+        self.stats = stats
+        self.bounds = bounds
+        self.around = around
+
+    def load(self, rows):
+        """q, dO, statistics, and bounds unless all keys are visible."""
+        rows.q = load_rows(self.q, rows.tile, 0)
+        rows.grad = load_rows(self.grad_o, rows.tile, 0)
+        rows.stat = load_rows(self.stats, rows.tile, 0)
+        if not rows.tile.sees_all(self.around[0], self.around[1]):
+            rows.limits = row_bounds(self.bounds, rows.tile, 0)
 
 
 def turn(rows):

@@ -62,18 +62,14 @@ def gradient_of_queries(grad_o, q, k_t, v_t, k, stats, bounds, reach, scale, chu
         sums = []
         for p in range(tile.parts):
             sums.append(psum((tile.part(p)[1], width), nl.float32))
-        waiting = []  # dS^T whose dQ comes after the next scores
+        waiting = []
         for first, skipped, count in chunks.of(tile.first, tile.last - tile.first):
-            k_chunk = chunks.turned("k_t", k_t, first)
-            v_chunk = chunks.turned("v_t", v_t, first)
-            k_rows = chunks.tiles("k", k, first, False)
-            for k0, size in cut(count, 128):
-                here = (skipped + k0, size, first + skipped + k0)
-                grad_s = score_gradients(
-                    rows, k_chunk, v_chunk, here, limits, tile, constants, scale
-                )
-                add_keys(sums, tile, waiting)
-                waiting = [(grad_s, k_rows[0:size, (skipped + k0) // 128, :], here[2])]
+            loaded = (
+                chunks.turned("k_t", k_t, first), chunks.turned("v_t", v_t, first),
+                chunks.tiles("k", k, first, False),
+            )  # fmt: skip
+            place = (first, skipped, count)
+            waiting = add_chunk(sums, rows, loaded, place, limits, tile, constants, scale, waiting)
         add_keys(sums, tile, waiting)
         for p in range(tile.parts):
             result = sbuf((tile.part(p)[1], width), q.dtype)
@@ -86,24 +82,44 @@ def load_tile(grad_o, q, stats, tile, constants, scale):
     """(q^T, dO^T, row of -lse / scale, row of -delta) of a tile."""
     q_parts, grad_parts = [], []
     most = tile.part(0)[1]
-    shifts = sbuf((most, tile.parts), nl.float32)
-    deltas = sbuf((most, tile.parts), nl.float32)
+    statistics = sbuf((most, tile.parts, 2), nl.float32)
     if tile.part(tile.parts - 1)[1] < most:
-        nisa.memset(shifts, 0.0)
-        nisa.memset(deltas, 0.0)
+        nisa.memset(statistics, 0.0)
     for p in range(tile.parts):
         q_parts.append(load_rows(q, tile, p))
         grad_parts.append(load_rows(grad_o, tile, p))
         stat = load_rows(stats, tile, p)
-        rows = tile.part(p)[1]
-        nisa.tensor_scalar(shifts[0:rows, p : p + 1], stat[:, 0:1], nl.multiply, -1.0 / scale)
-        nisa.tensor_copy(deltas[0:rows, p : p + 1], stat[:, 1:2], engine=nisa.engine.vector)
+        kept = statistics[0 : tile.part(p)[1], p, :]
+        nisa.tensor_copy(kept, stat, engine=nisa.engine.vector)
+    return turn_tile(q_parts, grad_parts, statistics, tile, constants, scale)
+
+
+def turn_tile(q_parts, grad_parts, statistics, tile, constants, scale):
+    """The same of rows in SBUF and their statistics, [rows of a part, parts, 2]."""
+    shifts = sbuf((statistics.shape[0], tile.parts), nl.float32)
+    nisa.tensor_scalar(shifts, statistics[:, :, 0], nl.multiply, -1.0 / scale)
     return (
         transpose_rows(q_parts, tile),
         transpose_rows(grad_parts, tile),
         shift_rows(shifts, tile, constants),
-        shift_rows(deltas, tile, constants),
+        shift_rows(statistics[:, :, 1], tile, constants),
     )
+
+
+def add_chunk(sums, rows, loaded, place, limits, tile, constants, scale, waiting):
+    """dQ of a chunk's keys, (first, skipped, keys) as of `Chunks.of`; k^T, v^T and k are `loaded`.
+
+    Returns:
+        dS^T whose dQ comes after the next scores, as `waiting` was of the chunk before.
+    """
+    first, skipped, count = place
+    k_chunk, v_chunk, k_rows = loaded
+    for k0, size in cut(count, 128):
+        here = (skipped + k0, size, first + skipped + k0)
+        grad_s = score_gradients(rows, k_chunk, v_chunk, here, limits, tile, constants, scale)
+        add_keys(sums, tile, waiting)
+        waiting = [(grad_s, k_rows[0:size, (skipped + k0) // 128, :], here[2])]
+    return waiting
 
 
 def score_gradients(rows, k_chunk, v_chunk, here, limits, tile, constants, scale):

@@ -44,31 +44,55 @@ def attend_tile(q, bounds, o, lse, tile, source, constants, scale):
     for p in range(tile.parts):
         rows.append(load_rows(q, tile, p))
     q_t = transpose_rows(rows, tile)
-    largest, total = row_statistics(q_t, bounds, tile, source, scale)
+    by_row = []
+    for p in range(tile.parts):
+        by_row.append(row_bounds(bounds, tile, p))
+    maxima, totals = block_columns(q_t, by_row, tile, source, scale, 0)
+    largest, total = row_statistics(maxima, totals, tile, scale)
     shift = shift_rows(largest, tile, constants)
-    sums = weighted_sums(q_t, shift, bounds, tile, source, constants, scale)
+    limits = query_bounds(bounds, tile)
+    sums = weighted_sums(q_t, shift, limits, tile, source, constants, scale)
     for p in range(tile.parts):
         finish_part(o, lse, tile, p, sums[p], largest, total, constants, scale)
 
 
-def row_statistics(q_t, bounds, tile, source, scale):
-    """What a row's softmax needs, from the logits with rows on partitions, all float32.
+def row_statistics(maxima, totals, tile, scale):
+    """What a row's softmax needs, of `block_columns`, float32.
 
     Returns:
         largest [rows of a part, parts]: the largest visible logit before scaling; 0 if none.
         total: the sum of exp(scale * (logit - largest)); 0 if none.
     """
-    chunks = source.chunks.of(tile.first, tile.last - tile.first)
-    blocks = 0
-    for _, _, count in chunks:
-        blocks += len(cut(count, 512))
-    limits, maxima, totals = [], [], []
+    rows = tile.part(0)[1]
+    largest, total = sbuf((rows, tile.parts), nl.float32), sbuf((rows, tile.parts), nl.float32)
+    if tile.part(tile.parts - 1)[1] < rows:
+        nisa.memset(largest, 0.0)
     for p in range(tile.parts):
         rows = tile.part(p)[1]
-        limits.append(row_bounds(bounds, tile, p))
+        of_part = largest[0:rows, p : p + 1]
+        merge_blocks(maxima[p], totals[p], of_part, total[0:rows, p : p + 1], scale)
+        # A row that sees nothing has range_select's fill, which is no shift.
+        nisa.scalar_tensor_tensor(of_part, of_part, nl.greater, NOTHING_SEEN, nl.multiply, of_part)
+    return largest, total
+
+
+def block_columns(q_t, limits, tile, source, scale, spare):
+    """Statistics of the logits with rows on partitions, of blocks of up to 512 keys, float32.
+
+    Returns:
+        For each part [rows, blocks + spare], the first `spare` columns unwritten: the largest
+        visible logit before scaling, and the sum of exp(scale * (logit - largest)).
+    """
+    chunks = source.chunks.of(tile.first, tile.last - tile.first)
+    blocks = spare
+    for _, _, count in chunks:
+        blocks += len(cut(count, 512))
+    maxima, totals = [], []
+    for p in range(tile.parts):
+        rows = tile.part(p)[1]
         maxima.append(sbuf((rows, blocks), nl.float32))
         totals.append(sbuf((rows, blocks), nl.float32))
-    block = 0
+    block = spare
     for first, skipped, count in chunks:
         k_t = source.keys(first)
         for k0, width in cut(count, 512):
@@ -82,16 +106,7 @@ def row_statistics(q_t, bounds, tile, source, scale):
                 here = (block, first + start)
                 block_statistics(scores, limits[p], here, maxima[p], totals[p], scale)
             block += 1
-    rows = tile.part(0)[1]
-    largest, total = sbuf((rows, tile.parts), nl.float32), sbuf((rows, tile.parts), nl.float32)
-    if tile.part(tile.parts - 1)[1] < rows:
-        nisa.memset(largest, 0.0)
-    for p in range(tile.parts):
-        rows = tile.part(p)[1]
-        merge_blocks(
-            maxima[p], totals[p], largest[0:rows, p : p + 1], total[0:rows, p : p + 1], scale
-        )
-    return largest, total
+    return maxima, totals
 
 
 def block_statistics(scores, limits, here, maxima, totals, scale):
@@ -128,13 +143,10 @@ def merge_blocks(maxima, totals, largest, total, scale):
     nisa.activation(weights, nl.exp, maxima, bias=bias, scale=scale)
     nisa.tensor_tensor(weights, weights, totals, nl.multiply)
     nisa.tensor_reduce(total, nl.add, weights, axis=1)
-    # A row that sees nothing has range_select's fill, which is no shift.
-    nisa.scalar_tensor_tensor(largest, largest, nl.greater, NOTHING_SEEN, nl.multiply, largest)
 
 
-def weighted_sums(q_t, shift, bounds, tile, source, constants, scale):
+def weighted_sums(q_t, shift, limits, tile, source, constants, scale):
     """P @ [v | 1] of every part in PSUM, with P = exp(scale * (logits - shift)) where visible."""
-    limits = query_bounds(bounds, tile)
     sums = []
     for p in range(tile.parts):
         sums.append(psum((tile.part(p)[1], source.v.shape[3] + 1), nl.float32))

@@ -64,6 +64,15 @@ class Work(nl.NKIObject):
         self.added = 0
 
 
+def unsafe_rows(totals):
+    """float32 as `totals`, 1 where a row's sum is too small to be trusted, else 0."""
+    unsafe = sbuf(totals.shape, nl.float32)
+    # NaN counts as unsafe: `less` would let it pass.
+    nisa.tensor_scalar(unsafe, totals, nl.greater_equal, SMALLEST_SUM)
+    nisa.tensor_scalar(unsafe, unsafe, nl.multiply, -1.0, op1=nl.add, operand1=1.0)
+    return unsafe
+
+
 class Fast(nl.NKIObject):
     """The fast way: what its tiles share."""
 
@@ -115,15 +124,13 @@ class Fast(nl.NKIObject):
                     step, work = steps.pop(0)
                     step(work)
                 if len(waiting) > AHEAD:
-                    self.add_values(waiting.pop(0), totals)
+                    self.add_values(waiting[0])
+                    self.finish_last(waiting.pop(0), totals)
         for job in waiting:
-            self.add_values(job, totals)
+            self.add_values(job)
+            self.finish_last(job, totals)
         self.store_lse(works, totals)
-        unsafe = sbuf((128, columns), nl.float32)
-        # NaN counts as unsafe: `less` would let it pass.
-        nisa.tensor_scalar(unsafe, totals, nl.greater_equal, SMALLEST_SUM)
-        nisa.tensor_scalar(unsafe, unsafe, nl.multiply, -1.0, op1=nl.add, operand1=1.0)
-        return unsafe
+        return unsafe_rows(totals)
 
     def load(self, work):
         """Rows of each part, and the bounds of the queries."""
@@ -182,8 +189,10 @@ class Fast(nl.NKIObject):
         return self.keys[name]
 
     def visible(self, tile, limits, position, size):
-        """Which keys each query sees; it depends on where keys and queries lie to each other, so
-        many tiles share it."""
+        """Which keys each query sees; where ranges are exact it depends on where keys and queries
+        lie to each other, so that many tiles share it."""
+        if not tile.reach[3]:
+            return visible(limits, tile, self.constants, position, size)
         name = str(tile.distance(position)) + "." + str(tile.count) + "." + str(size)
         if name not in self.masks:
             seen = visible(limits, tile, self.constants, position, size)
@@ -233,9 +242,9 @@ class Fast(nl.NKIObject):
             tile_size=(64, 128),
         )
 
-    def add_values(self, job, totals):
+    def add_values(self, job):
         """Adds one tile of keys to P @ [v | 1] of every part and to the sums of P^T."""
-        work, weights, v, opening, last = job
+        work, weights, v, opening, _ = job
         tile = work.tile
         if opening:
             for p in range(tile.parts):
@@ -249,8 +258,6 @@ class Fast(nl.NKIObject):
             nisa.nc_matmul(work.sums[p], part, v, accumulate=not opening)
         if not self.wide:
             self.add_weights(work, weights)
-        if last:
-            self.finish(work, totals)
 
     def add_weights(self, work, weights):
         """Adds P^T to one of the tile's float32 sums, in turn, since an addition waits for the
@@ -265,28 +272,39 @@ class Fast(nl.NKIObject):
         engine = nisa.engine.gpsimd if turn == GPSIMD_TURN else nisa.engine.vector
         nisa.tensor_tensor(summed, summed, weights, nl.add, engine=engine)
 
+    def finish_last(self, job, totals):
+        """Finishes a tile whose last keys have been added."""
+        if job[4]:
+            self.finish(job[0], totals)
+
     def finish(self, work, totals):
         """Writes o, and keeps the rows' float32 sums."""
         tile, width = work.tile, self.o.shape[3]
         summed = psum((128, tile.parts), nl.float32)
         for p in range(tile.parts):
-            c0, rows = tile.part(p)
+            rows = tile.part(p)[1]
             of_part = work.sums[p]
-            kept = totals[0:rows, work.column + p : work.column + p + 1]
             if self.wide:
+                kept = totals[0:rows, work.column + p : work.column + p + 1]
                 nisa.tensor_copy(kept, of_part[:, width : width + 1], engine=nisa.engine.vector)
             else:
-                column = summed[0:rows, p : p + 1]
-                for i in range(len(work.totals)):
-                    over_rows = work.totals[i][:, c0 : c0 + rows]
-                    over_keys = self.constants.one_column[0 : over_rows.shape[0], :]
-                    nisa.nc_matmul(column, over_rows, over_keys, accumulate=i > 0)
-                nisa.tensor_copy(kept, column, engine=nisa.engine.vector)
+                self.keep_total(work, p, summed, totals)
             inverse = sbuf((rows, 1), nl.float32)  # of 0: such a row is done again
             nisa.reciprocal(inverse, of_part[:, width : width + 1])
             result = sbuf((rows, width), self.o.dtype)
             nisa.activation(result, nl.copy, of_part[:, 0:width], scale=inverse)
             store_rows(self.o, tile, p, result)
+
+    def keep_total(self, work, p, summed, totals):
+        """The float32 sums over all keys of part p's rows, from those by partition."""
+        c0, rows = work.tile.part(p)
+        column = summed[0:rows, p : p + 1]
+        for i in range(len(work.totals)):
+            over_rows = work.totals[i][:, c0 : c0 + rows]
+            over_keys = self.constants.one_column[0 : over_rows.shape[0], :]
+            nisa.nc_matmul(column, over_rows, over_keys, accumulate=i > 0)
+        kept = totals[0:rows, work.column + p : work.column + p + 1]
+        nisa.tensor_copy(kept, column, engine=nisa.engine.vector)
 
     def store_lse(self, works, totals):
         """lse = U + log(total) of all tiles: one logarithm, since its table displaces exp's."""

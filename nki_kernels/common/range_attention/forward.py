@@ -20,41 +20,30 @@ same way.
 import nki.isa as nisa
 import nki.language as nl
 
-from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.common.buffers import sbuf
 from nki_kernels.common.cores import this_core
 from nki_kernels.common.range_attention import exact
 from nki_kernels.common.range_attention.fast import Fast
 from nki_kernels.common.range_attention.geometry import query_tiles
+from nki_kernels.common.range_attention.looped_forward import attend_looped
 from nki_kernels.common.range_attention.operands import Chunks, Constants, store_rows
+from nki_kernels.common.range_attention.source import Source, largest_of
 
 PAIRS = 8  # pairs of tiles that are redone together
 
 
-class Source(nl.NKIObject):
-    """Where keys and values come from, by the first key of a chunk."""
-
-    def __init__(self, k_t, v, chunks):
-        self.k_t = k_t
-        self.v = v
-        self.chunks = chunks
-
-    def keys(self, first):
-        return self.chunks.turned("k", self.k_t, first)
-
-    def folded_keys(self, first):
-        return self.chunks.folded("folded", self.k_t, first)
-
-    def values(self, first):
-        return self.chunks.tiles("v", self.v, first, True)
-
-
-def attend(q, k_t, v, bounds, largest_key, reach, scale, chunk, resident):
+def attend(
+    q, k_t, v, bounds, largest_key, trips, bases, reach, scale, chunk, resident, looped
+):  # fmt: skip
     """o [B, S, Hq, Dv] in q's dtype and lse [B, S, Hq, 1] float32, in HBM.
 
     q [B, S, Hq, Dk], k_t [B, Hkv, Dk, T], v [B, T, Hkv, Dv], bounds [S, 2], largest_key [B, Hkv]
     float32: the largest norm of a kv head's keys; scale > 0.
     chunk: keys per load, a multiple of 512. resident: keys of a kv head that SBUF may hold.
+    trips, bases, looped: of `loops.Loops`, or None, None and () for an unrolled program.
     """
+    if len(looped) > 0:
+        return attend_looped(q, k_t, v, bounds, largest_key, trips, bases, scale, looped)
     batch, queries, heads, _ = q.shape
     kv_heads, keys = k_t.shape[1], k_t.shape[3]
     o = nl.ndarray((batch, queries, heads, v.shape[3]), dtype=q.dtype, buffer=nl.shared_hbm)
@@ -99,13 +88,7 @@ def attend_group(fast, tiles):
 
 def worst_of_cores(unsafe):
     """1 as int32 [1, 1] if a row of [128, columns] on either core is unsafe, else 0."""
-    columns = unsafe.shape[1]
-    ones = sbuf((128, 1), nl.float32)
-    nisa.memset(ones, 1.0)
-    counted = psum((1, columns), nl.float32)
-    nisa.nc_matmul(counted, ones, unsafe, accumulate=False)
-    count = sbuf((1, 1), nl.float32)
-    nisa.tensor_reduce(count, nl.maximum, counted, axis=1)
+    count = largest_of(unsafe)
     core, cores = this_core()
     if cores == 2:
         other = sbuf((1, 1), nl.float32)

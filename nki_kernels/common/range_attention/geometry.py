@@ -4,6 +4,8 @@ import nki.language as nl
 
 from nki_kernels.common.cores import this_core
 
+UNLIMITED = -(2**30)  # of `reach`: no query begins behind the first key
+
 
 class Tile(nl.NKIObject):
     """Queries t0 .. t0 + count of one batch row, with the heads h0 .. h0 + heads of a kv head.
@@ -11,7 +13,7 @@ class Tile(nl.NKIObject):
     Their `count * heads` rows (query-major) are split into parts of whole queries with at most
     128 rows each. Keys `first` .. `last` may be seen by some of them, `inner_first` ..
     `inner_last` are seen by all. `pair` numbers the pairs of `query_tiles`;
-    `overlaps`: one query is in both.
+    `overlaps`: one query is in both. `from_start`: every query sees the first key.
     """
 
     def __init__(self, batch, kv_head, h0, heads, t0, count, keys, reach, pair=0, overlaps=False):
@@ -24,6 +26,7 @@ class Tile(nl.NKIObject):
         self.pair = pair
         self.overlaps = overlaps
         self.reach = reach
+        self.from_start = reach[1] <= UNLIMITED and reach[3]
         self.first = keys[0]
         self.last = keys[1]
         self.inner_first = keys[2]

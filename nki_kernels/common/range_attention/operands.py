@@ -7,6 +7,7 @@ import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.common.queues import move
 from nki_kernels.common.range_attention.geometry import cut
 
 SMALLEST_SUM = 1e-18  # what log takes, with room; below it a sum counts as nothing
@@ -32,6 +33,20 @@ class Constants(nl.NKIObject):
         nisa.memset(self.one_column, 1.0)
         self.minus_infinity = sbuf((128, 1), nl.float32)
         nisa.memset(self.minus_infinity, float("-inf"))
+        self.positions = {}
+
+    def position(self, key0):
+        """key0 + partition, float32 [128, 1]."""
+        if key0 not in self.positions:
+            moved = sbuf((128, 1), nl.float32)
+            nisa.tensor_scalar(moved, self.key_index, nl.add, float(key0))
+            return moved
+        return self.positions[key0]
+
+    def keep_positions(self, keys):
+        """Makes the positions of the tiles of a chunk of `keys` keys, once."""
+        for key0 in range(0, keys, 128):
+            self.positions[key0] = self.position(key0)
 
 
 def load_rows(source, tile, p):
@@ -122,16 +137,15 @@ def shift_rows(values, tile, constants):
     return kept
 
 
-def visible(row_bounds, tile, constants, key0, keys):
+def visible(limits, tile, constants, key0, keys):
     """Which of the keys key0 .. key0 + keys each query sees, uint16 [keys, queries]."""
-    position = sbuf((keys, 1), nl.float32)
-    nisa.tensor_scalar(position, constants.key_index[0:keys, :], nl.add, float(key0))
-    below = sbuf((keys, tile.count), nl.float32)
-    nisa.tensor_scalar(below, row_bounds[0:keys, :, 1], nl.greater, position)
     seen = sbuf((keys, tile.count), nl.uint16)
-    nisa.scalar_tensor_tensor(
-        seen, row_bounds[0:keys, :, 0], nl.less_equal, position, nl.multiply, below
-    )
+    position = constants.position(key0)[0:keys, :]
+    nisa.tensor_scalar(seen, limits[0:keys, :, 1], nl.greater, position)
+    if not tile.from_start:
+        nisa.scalar_tensor_tensor(
+            seen, limits[0:keys, :, 0], nl.less_equal, position, nl.multiply, seen
+        )
     return seen
 
 
@@ -146,10 +160,12 @@ def hide(scores, seen, tile):
 class Chunks(nl.NKIObject):
     """Key-like tensors of one kv head, by chunks of `size` keys.
 
-    All chunks are kept if `keys` <= `resident`, else the latest of each tensor.
+    All chunks are kept if `keys` <= `resident`, else the latest of each tensor. queue: of loads
+    with run-time addresses, see `queues.fetch`.
     """
 
-    def __init__(self, size, keys, resident):
+    def __init__(self, size, keys, resident, queue=""):
+        self.queue = queue
         self.size = size
         self.keys = keys
         self.keep = keys <= resident
@@ -183,7 +199,7 @@ class Chunks(nl.NKIObject):
         key = name + str(first)
         if key in self.kept:
             return self.kept[key]
-        found = load_turned(source, self.batch, self.head, first, self._count(first))
+        found = load_turned(source, self.batch, self.head, first, self._count(first), self.queue)
         self._keep(name, key, found)
         return found
 
@@ -200,18 +216,18 @@ class Chunks(nl.NKIObject):
         count = self._count(first)
         part = source[self.batch, self.head, :, first : first + count]
         lower = sbuf((128, count), source.dtype)
-        nisa.dma_copy(lower, part[0:128, :])
+        self.fetch(lower, part[0:128, :])
         pairs, rest = count // 256, count % 256
         rest_of_d = sbuf((128, pairs + (1 if rest > 0 else 0), 128), source.dtype)
         for half in range(2):
             p0 = 64 * half
             if pairs > 0:
                 by_tile = part[128:, 0 : pairs * 256].reshape_dim(1, (pairs, 2, 128))
-                nisa.dma_copy(rest_of_d[p0 : p0 + width, 0:pairs, :], by_tile[:, :, half, :])
+                self.fetch(rest_of_d[p0 : p0 + width, 0:pairs, :], by_tile[:, :, half, :])
             left = min(128, rest - 128 * half)
             if left > 0:
                 first_key = pairs * 256 + 128 * half
-                nisa.dma_copy(
+                self.fetch(
                     rest_of_d[p0 : p0 + width, pairs, 0:left],
                     part[128:, first_key : first_key + left],
                 )
@@ -236,11 +252,14 @@ class Chunks(nl.NKIObject):
         rows = source[self.batch, first : first + count, self.head, :]
         if whole > 0:
             by_tile = rows[0 : whole * 128, :].reshape_dim(0, (whole, 128)).permute((1, 0, 2))
-            nisa.dma_copy(chunk[:, 0:whole, 0:width], by_tile)
+            self.fetch(chunk[:, 0:whole, 0:width], by_tile)
         if rest > 0:
-            nisa.dma_copy(chunk[0:rest, whole, 0:width], rows[whole * 128 : count, :])
+            self.fetch(chunk[0:rest, whole, 0:width], rows[whole * 128 : count, :])
         self._keep(name, key, chunk)
         return chunk
+
+    def fetch(self, target, source):
+        move(target, source, self.queue)
 
     def _keep(self, name, key, loaded):
         if not self.keep:
@@ -253,11 +272,11 @@ class Chunks(nl.NKIObject):
         return min(self.size, self.keys - first)
 
 
-def load_turned(source, batch, head, first, count):
+def load_turned(source, batch, head, first, count, queue=""):
     """Keys first .. first + count of source [B, Hkv, D, T], by chunks of at most 128 of D."""
     found = []
     for d0, width in cut(source.shape[2], 128):
         part = sbuf((width, count), source.dtype)
-        nisa.dma_copy(part, source[batch, head, d0 : d0 + width, first : first + count])
+        move(part, source[batch, head, d0 : d0 + width, first : first + count], queue)
         found.append(part)
     return found

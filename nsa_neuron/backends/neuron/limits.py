@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from nsa_neuron.backends.neuron import plans
+from nsa_neuron.backends.neuron.launch import groups
 from nsa_neuron.backends.neuron.launch.selected_attention.sizes import (
     MOST_ROWS,
     page_of,
@@ -42,9 +44,9 @@ MOST_INSTRUCTIONS = 5_000_000
 RANGES = ("attention", "compressed_attention", "sliding_window_attention")
 """Ops of `nki_kernels/common/range_attention`."""
 
-INSTRUCTIONS = {"forward": (130, 21), "backward": (40, 36)}
-"""Of their largest kernel per 512 rows, and for each 128 keys of them: both ways of the forward, or
-dk and dv."""
+LOOPED_INSTRUCTIONS = 6_000
+"""Of a program with hardware loops, at most, for each kv head and 128 query heads of it, whatever
+the length (`tests/neuron/test_neuron_programs.py` counts them)."""
 
 
 def refusal(bound: Bound, mode: str) -> Unsupported | None:
@@ -56,8 +58,7 @@ def refusal(bound: Bound, mode: str) -> Unsupported | None:
 
 
 def _range_refusal(bound: Bound, mode: str) -> Unsupported | None:
-    """Range attention has no hardware loops yet: its program grows with the tiles it visits. The
-    simulator takes any program, in time."""
+    """The simulator takes any program, in time."""
     keys = bound["Nc"] if "Nc" in bound.sizes else bound["T"]
     if keys >= EXACT:
         return Unsupported("length", f"{keys} keys >= {EXACT}, exact in float32")
@@ -65,7 +66,7 @@ def _range_refusal(bound: Bound, mode: str) -> Unsupported | None:
     if mode == "hw" and count > MOST_INSTRUCTIONS:
         reason = (
             f"its program has about {count:,} instructions > {MOST_INSTRUCTIONS:,}, what AWS's "
-            "compiler takes; call it for fewer queries or kv heads at a time"
+            "compiler takes; call it for fewer kv heads or batch rows at a time"
         )
         return Unsupported("program", reason)
     return None
@@ -73,15 +74,22 @@ def _range_refusal(bound: Bound, mode: str) -> Unsupported | None:
 
 def range_instructions(bound: Bound) -> int:
     """About how many instructions the largest kernel of a range attention has, on one core."""
-    direction = "backward" if bound.spec.name.endswith("_backward") else "forward"
-    seen = bound["T"] - bound["S"] / 2
+    stem = bound.spec.name.removesuffix("_backward")
+    direction = "forward" if stem == bound.spec.name else "backward"
+    keys, hi_add, lo_add, step = bound["T"], bound["T"] - bound["S"] + 1, groups.UNLIMITED, 1
     if "Nc" in bound.sizes:
-        seen /= bound["d"]
+        keys, step = bound["Nc"], bound["d"]
+        hi_add += step - bound["l"]
     if "w" in bound.sizes:
-        seen = min(seen, bound["w"])
-    tiles = math.ceil(bound["S"] * bound.group / 512) * bound["B"] * bound["Hkv"]
-    fixed, per_tile = INSTRUCTIONS[direction]
-    return int(tiles * (fixed + (seen / PARTITIONS + 1) * per_tile))
+        lo_add = hi_add - bound["w"]
+    packed = "N1" in bound.sizes
+    reach = (hi_add, lo_add, step, not packed)
+    shape = (bound["B"], bound["S"], bound["Hkv"])
+    count = groups.unrolled_instructions(direction, shape, bound.group, keys, reach)
+    if not groups.loops(count, plans.load(stem)["looped"], packed):
+        return count
+    lanes: int = bound["B"] * bound["Hkv"] * math.ceil(bound.group / PARTITIONS)
+    return lanes * LOOPED_INSTRUCTIONS
 
 
 def _compress_refusal(bound: Bound) -> Unsupported | None:

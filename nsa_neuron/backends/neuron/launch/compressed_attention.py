@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_neuron.backends.neuron.launch import ranges
+from nsa_neuron.backends.neuron.launch import groups, ranges
 from nsa_neuron.backends.neuron.launch.packed import block_counts
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ def complete(
     seen = torch.div(position + 1 - block, stride, rounding_mode="floor") + 1
     bounds = torch.stack((first, first + seen.clamp(min=0)), 1).float()
     if cu_seqlens_q is None:
-        return ranges.Ranges(bounds, (past + 1 - block + stride, ranges.UNLIMITED, stride, True))
+        return ranges.Ranges(bounds, (past + 1 - block + stride, groups.UNLIMITED, stride, True))
     # Sequences of T_i tokens have at most T_i // stride blocks.
-    return ranges.Ranges(bounds, (past + 1, ranges.UNLIMITED, stride, False))
+    return ranges.Ranges(bounds, (past + 1, groups.UNLIMITED, stride, False))
 
 
 def forward(

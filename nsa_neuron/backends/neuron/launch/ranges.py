@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nsa_neuron.backends.neuron.launch.groups import (
+    UNLIMITED,
+    Groups,
+    loops,
+    unrolled_instructions,
+)
 from nsa_neuron.ops.softmax import row_shift
 
 if TYPE_CHECKING:
     from nsa_neuron.backends.neuron.plans import Plan
     from nsa_neuron.backends.neuron.run import Kernels
-
-UNLIMITED = -(2**30)
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,34 @@ def forward(
     """
     q, scale = positive_scale(q, scale)
     largest_key = k.float().norm(dim=-1).amax(1)
+    constants = {"reach": ranges.reach, "scale": scale, **plan["forward"]}
+    groups = looped("forward", plan, q, k, ranges)
+    if groups is None:
+        o, lse = kernels.forward(
+            q.contiguous(), turned(k), v.contiguous(), ranges.bounds, largest_key, None, None,
+            looped=(), **constants,
+        )  # fmt: skip
+        return o, lse.squeeze(-1)
+    k, v = groups.keys(k), groups.keys(v)
     o, lse = kernels.forward(
-        q.contiguous(), turned(k), v.contiguous(), ranges.bounds, largest_key,
-        reach=ranges.reach, scale=scale, **plan["forward"],
+        groups.rows(q).contiguous(), turned(k), v.contiguous(), groups.bounds, largest_key,
+        groups.trips, groups.bases, looped=groups.looped, **constants,
     )  # fmt: skip
-    return o, lse.squeeze(-1)
+    return o[:, : q.shape[1]], lse[:, : q.shape[1]].squeeze(-1)
+
+
+def looped(direction: str, plan: Plan, q: Tensor, k: Tensor, ranges: Ranges) -> Groups | None:
+    """The groups of a call that runs in hardware loops; None: its program is short enough.
+
+    Args:
+        direction: forward or backward.
+    """
+    sizes = plan["looped"]
+    shape, group = (q.shape[0], q.shape[1], k.shape[2]), q.shape[2] // k.shape[2]
+    count = unrolled_instructions(direction, shape, group, k.shape[1], ranges.reach)
+    if not loops(count, sizes, not ranges.reach[3]):
+        return None
+    return Groups.of(ranges, group, sizes)
 
 
 def backward(
@@ -117,16 +144,30 @@ def backward(
     """
     positive_q, positive = positive_scale(q, scale)
     delta = row_shift(grad_o, o, lse, grad_lse)
-    stats = torch.stack((-lse.masked_fill(lse == -torch.inf, 0.0), delta), -1)
-    shared = {"reach": ranges.reach, "scale": positive}
-    k_t, v_t = turned(k), turned(v)
+    shift = -lse.masked_fill(lse == -torch.inf, 0.0)
+    rows, keys = q.shape[1], k.shape[1]
+    bounds, trips, bases, sections = ranges.bounds, None, None, None
+    groups = looped("backward", plan, q, k, ranges)
+    if groups:
+        # Copies of the last query, of zero gradient.
+        positive_q, shift = groups.rows(positive_q), groups.rows(shift)
+        grad_o, delta = groups.zero_rows(grad_o), groups.zero_rows(delta)
+        k, v = groups.keys(k), groups.keys(v)
+        bounds, trips, bases, sections = (
+            groups.bounds, groups.trips, groups.bases, groups.sections(k.shape[1])
+        )  # fmt: skip
+    constants = {
+        "reach": ranges.reach, "scale": positive, "looped": groups.looped if groups else ()
+    }  # fmt: skip
+    k_t, v_t, stats = turned(k), turned(v), torch.stack((shift, delta), -1)
     grad_o, positive_q = grad_o.contiguous(), positive_q.contiguous()
     (dq,) = kernels.backward_dq(
-        grad_o, positive_q, k_t, v_t, k.contiguous(), stats, ranges.bounds,
-        **shared, **plan["backward_dq"],
+        grad_o, positive_q, k_t, v_t, k.contiguous(), stats, bounds, trips, bases,
+        **constants, **plan["backward_dq"],
     )  # fmt: skip
     dk, dv = kernels.backward_dkv(
-        grad_o, positive_q, k_t, v_t, stats, ranges.bounds, **shared, **plan["backward_dkv"]
+        grad_o, positive_q, k_t, v_t, stats, bounds, sections, **constants
     )
+    dq, dk, dv = dq[:, :rows], dk[:, :keys], dv[:, :keys]
     sign = (scale > 0) - (scale < 0)
-    return dq if sign > 0 else dq * sign, dk, dv
+    return (dq if sign > 0 else dq * sign).contiguous(), dk.contiguous(), dv.contiguous()

@@ -9,9 +9,14 @@ Causal, windowed and compressed attention are this, packed or not. The range of 
   (unpacked input) both are equalities, and tiles that every query sees need no mask.
 
 Modules: `geometry` (tiles of queries, chunks of keys), `operands` (loads, transposes, shifts,
-masks), `forward` with its two ways `fast` and `exact`, `backward_dq`, `backward_dkv`.
+masks), `source` (keys and values by chunks), `forward` with its two ways `fast` and `exact`,
+`backward_dq`, `backward_dkv`, `backward`; `loops` and `looped_forward`, `looped_dq`, `looped_dkv`.
 
-Programs are unrolled: per 512 rows the forward has about 130 instructions and 21 for each 128 keys,
-both ways counted, the gradients of keys 40 and 36. AWS's compiler takes 5,000,000 of one program:
-64 heads reach 16K tokens of causal attention in one call, or any length in chunks of queries.
+Short calls run unrolled programs: per 512 rows the forward has about 130 instructions and 21 for
+each 128 keys, both ways counted, the gradients of keys 40 and 36; AWS's compiler takes 5,000,000 of
+one program. Longer ones, and packed sequences, run in hardware loops, at most 6,000 instructions per
+kv head at any length. Modelled at 192/128, G = 16, bfloat16, per 512 rows and 128 keys: the inner
+loops take 0.58 us forward, 1.44 dq, 0.84 per 128 rows and 256 keys dk and dv, against 0.57, 1.66
+and 0.92 unrolled. A group of 128 queries takes 21 us more forward, and 24 for its masked edge, so
+that causal attention is 12 % slower than unrolled at 64K tokens and 3 % at 256K.
 """

@@ -14,7 +14,7 @@ masks), `source` (keys and values by chunks), `forward` with its two ways `fast`
 
 Short calls run unrolled programs: per 512 rows the forward has about 130 instructions and 21 for
 each 128 keys, both ways counted, the gradients of keys 40 and 36; AWS's compiler takes 5,000,000 of
-one program. Longer ones, and packed sequences, run in hardware loops, at most 6,000 instructions per
+one program. Longer ones, and packed sequences, run in hardware loops, at most 6,000 instructions a
 kv head at any length. Modelled at 192/128, G = 16, bfloat16, per 512 rows and 128 keys: the inner
 loops take 0.58 us forward, 1.44 dq, 0.84 per 128 rows and 256 keys dk and dv, against 0.57, 1.66
 and 0.92 unrolled. A group of 128 queries takes 21 us more forward, and 24 for its masked edge, so

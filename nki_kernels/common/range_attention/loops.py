@@ -13,7 +13,6 @@ from nki_kernels.common.buffers import sbuf
 from nki_kernels.common.cores import this_core
 from nki_kernels.common.queues import fetch
 from nki_kernels.common.range_attention.geometry import (
-    UNLIMITED,
     Tile,
     head_groups,
     queries_per_part,

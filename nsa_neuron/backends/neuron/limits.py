@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from nsa_neuron.backends.neuron import plans
-from nsa_neuron.backends.neuron.launch import groups
+from nsa_neuron.backends.neuron.launch import groups, reach
 from nsa_neuron.backends.neuron.launch.selected_attention.sizes import (
     MOST_ROWS,
     page_of,
@@ -76,16 +76,16 @@ def range_instructions(bound: Bound) -> int:
     """About how many instructions the largest kernel of a range attention has, on one core."""
     stem = bound.spec.name.removesuffix("_backward")
     direction = "forward" if stem == bound.spec.name else "backward"
-    keys, hi_add, lo_add, step = bound["T"], bound["T"] - bound["S"] + 1, groups.UNLIMITED, 1
+    keys, hi_add, lo_add, step = bound["T"], bound["T"] - bound["S"] + 1, reach.UNLIMITED, 1
     if "Nc" in bound.sizes:
         keys, step = bound["Nc"], bound["d"]
         hi_add += step - bound["l"]
     if "w" in bound.sizes:
         lo_add = hi_add - bound["w"]
     packed = "N1" in bound.sizes
-    reach = (hi_add, lo_add, step, not packed)
+    of_tiles = (hi_add, lo_add, step, not packed)
     shape = (bound["B"], bound["S"], bound["Hkv"])
-    count = groups.unrolled_instructions(direction, shape, bound.group, keys, reach)
+    count = groups.unrolled_instructions(direction, shape, bound.group, keys, of_tiles)
     if not groups.loops(count, plans.load(stem)["looped"], packed):
         return count
     lanes: int = bound["B"] * bound["Hkv"] * math.ceil(bound.group / PARTITIONS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_neuron.backends.neuron.launch import groups, ranges
+from nsa_neuron.backends.neuron.launch import ranges, reach
 from nsa_neuron.backends.neuron.launch.packed import block_counts
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def complete(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     device: torch.device,
-) -> ranges.Ranges:
+) -> reach.Ranges:
     """The blocks that end at or before each query, among those of its sequence."""
     row = torch.arange(queries, device=device)
     past = kv_len - queries
@@ -39,9 +39,9 @@ def complete(
     seen = torch.div(position + 1 - block, stride, rounding_mode="floor") + 1
     bounds = torch.stack((first, first + seen.clamp(min=0)), 1).float()
     if cu_seqlens_q is None:
-        return ranges.Ranges(bounds, (past + 1 - block + stride, groups.UNLIMITED, stride, True))
+        return reach.Ranges(bounds, (past + 1 - block + stride, reach.UNLIMITED, stride, True))
     # Sequences of T_i tokens have at most T_i // stride blocks.
-    return ranges.Ranges(bounds, (past + 1, groups.UNLIMITED, stride, False))
+    return reach.Ranges(bounds, (past + 1, reach.UNLIMITED, stride, False))
 
 
 def forward(

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_neuron.backends.neuron.launch.reach import UNLIMITED
+
 if TYPE_CHECKING:
-    from nsa_neuron.backends.neuron.launch.ranges import Ranges
+    from nsa_neuron.backends.neuron.launch.reach import Ranges
 
 PARTITIONS = 128
 PARTS = 4  # of 128 rows, in a tile
 SECTION = 256  # keys whose gradients are made at a time
-UNLIMITED = -(2**30)
 
 INSTRUCTIONS = {"forward": (130, 21), "backward": (40, 36)}
 """Of the largest unrolled kernel per 512 rows, and for each 128 keys of them: both ways of the

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nsa_neuron.backends.neuron.launch.groups import (
-    UNLIMITED,
-    Groups,
-    loops,
-    unrolled_instructions,
-)
+from nsa_neuron.backends.neuron.launch.groups import Groups, loops, unrolled_instructions
+from nsa_neuron.backends.neuron.launch.reach import UNLIMITED, Ranges
 from nsa_neuron.ops.softmax import row_shift
 
 if TYPE_CHECKING:
     from nsa_neuron.backends.neuron.plans import Plan
     from nsa_neuron.backends.neuron.run import Kernels
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """Which keys each query sees. See `nki_kernels/common/range_attention`.
-
-    Attributes:
-        bounds: [S, 2] float32, first key and one past the last.
-        reach: (hi_add, lo_add, step, exact), the bounds as compile-time integers.
-    """
-
-    bounds: Tensor
-    reach: tuple[int, int, int, bool]
 
 
 def causal(

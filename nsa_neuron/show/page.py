@@ -12,14 +12,14 @@ from string import Template
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nsa_neuron.show.record import Look, Passage
+    from nsa_neuron.show.record import Look, Passage, View
 
 SHADED = 48  # blocks that were available, most important first, that get a shade
 WHY = {
-    "first": "always selected: the first",
-    "own": "always selected: the query's own",
-    "before": "always selected: just before",
-    "importance": "chosen by importance",
+    "first": "always: the first",
+    "own": "always: the query's own",
+    "before": "always: just before",
+    "importance": "by importance",
 }
 BRANCHES = ("compressed", "selected", "window")
 
@@ -38,8 +38,15 @@ pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 pre b { font-weight: inherit } pre b:target { outline: 2px solid }
 aside { display: none; max-height: 82vh; overflow: auto }
 table { border-collapse: collapse; font-size: .88rem; width: 100% }
-th, td { text-align: left; padding: .15rem .5rem; border-bottom: 1px solid var(--edge) }
-td.n { font-variant-numeric: tabular-nums } svg { width: 100%; height: 3.2rem }
+th, td { text-align: left; overflow-wrap: anywhere; padding: .15rem .5rem; border-bottom: 1px solid var(--edge) }
+td.n { font-variant-numeric: tabular-nums } svg { width: 100%; height: 3.2rem; display: block }
+.map { height: 4rem; border-bottom: 1px solid var(--edge) } .map a { fill: rgb(var(--pick) / .55) }
+.map a:hover, .map a:focus { fill: rgb(var(--pick)) } h2 { font-size: 1.05rem; margin: .2rem 0 }
+h3 { font-size: .9rem; margin: .9rem 0 .2rem }
+.ends { display: flex; justify-content: space-between }
+.query { outline: 2px solid rgb(var(--near)) } pre:focus-visible { outline: 2px solid }
+@media (max-width: 50rem) { main { grid-template-columns: minmax(0, 1fr) }
+  pre { max-height: 45vh } aside { max-height: none } }
 .key b { padding: .1rem .4rem; border-radius: .2rem; font-weight: normal }
 .k1 { background: rgb(var(--pick) / .5); text-decoration: underline }
 .k2 { background: rgb(var(--near) / .3) } .k3 { opacity: .3 }
@@ -48,7 +55,8 @@ $rules
 <h1>$title</h1>
 <p class="quiet">$about</p>
 <p class="key"><b class="k1">picked</b> <b class="k2">available, not picked: darker is more
-important</b> <b class="k3">after the query: not visible</b></p>
+important</b> <b class="k3">after the query: not visible</b> <b class="query">where the query
+stands</b></p>
 <fieldset><legend>Query</legend>$queries</fieldset>
 <fieldset><legend>Layer and kv head</legend>$views</fieldset>
 <main><pre tabindex="0" aria-label="the text">$text</pre><div>$panels</div></main>
@@ -100,6 +108,11 @@ def _radios(group: str, labels: Sequence[str]) -> str:
 def _rules(found: Look, per_query: int) -> list[str]:
     """Shades of blocks, by query and view; what a query cannot see; which panel is shown."""
     rules = [f"body:has(#q{i}:checked) .f{i} {{ opacity: .3 }}" for i in range(len(found.queries))]
+    rules += [
+        f"body:has(#q{i}:checked) #b{at // found.select_block} "
+        "{ outline: 2px solid rgb(var(--near)) }"
+        for i, at in enumerate(found.queries)
+    ]
     for i, view in enumerate(found.views):
         chosen = f"body:has(#q{i // per_query}:checked):has(#v{i % per_query}:checked)"
         rules.append(f"{chosen} #p{i} {{ display: block }}")
@@ -137,7 +150,7 @@ def _blocks(found: Look) -> str:
 
 
 def _panel(found: Look, i: int, per_query: int) -> str:
-    """The numbers of one view."""
+    """The numbers of one view: where it looked first, then how."""
     view = found.views[i]
     gates = "".join(
         f"<tr><td>{head}</td>" + "".join(f'<td class="n">{g:.2f}</td>' for g in row) + "</tr>"
@@ -147,17 +160,45 @@ def _panel(found: Look, i: int, per_query: int) -> str:
     shares = ", ".join(
         f"{name} {100 * x / share:.0f} %" for name, x in zip(BRANCHES, view.outputs, strict=True)
     )
-    rows = "".join(_passage(found, p) for p in view.picked)
+    ranked = sorted(view.picked, key=lambda p: (p.why != "importance", -p.importance))
+    rows = "".join(_passage(found, p) for p in ranked)
     heads = "".join(f"<th>{name}</th>" for name in BRANCHES)
     return (
-        f'<aside id="p{i}"><h2>byte {view.query:,}, {escape(view.name)}, kv head {view.kv_head}'
-        f"</h2><p>Length of what each branch adds: {shares}.</p>"
-        f"<table><tr><th>head</th>{heads}</tr>{gates}</table>"
-        f"<p>Compressed attention over the text ({found.block} bytes a block, every "
-        f"{found.stride}), mean of the heads</p>{_curve(view.compressed)}"
-        f"<p>Window attention, the last {len(view.window)} bytes</p>{_curve(view.window)}"
-        f"<p>Picked blocks</p><table><tr><th>block</th><th>bytes</th><th>importance</th>"
-        f"<th>why</th><th>text</th></tr>{rows}</table></aside>"
+        f'<aside id="p{i}"><h2>Layer {view.layer}, kv head {view.kv_head}, '
+        f"byte {view.query:,}</h2>"
+        f"<h3>Importance over the text; blue: picked</h3>{_map(view)}"
+        f'<div class="ends quiet"><span>byte 0</span><span>{view.query:,}</span></div>'
+        f"<h3>Picked blocks, most important first</h3><table><tr><th>block</th><th>bytes</th>"
+        f"<th>importance</th><th>why</th><th>text</th></tr>{rows}</table>"
+        f"<h3>Gates</h3><table><tr><th>head</th>{heads}</tr>{gates}</table>"
+        f"<p>Length of what each branch adds: {shares}.</p>"
+        f"<h3>Compressed attention ({found.block} bytes a block, every {found.stride}), mean of "
+        f"the heads</h3>{_curve(view.compressed)}"
+        f"<h3>Window attention, the last {len(view.window)} bytes</h3>{_curve(view.window)}</aside>"
+    )
+
+
+def _map(view: View, points: int = 400) -> str:
+    """Importance of every block as bars, with the picked blocks as links into the text."""
+    count = len(view.importance)
+    wide = max(1.0, count / 150)  # so that a picked block of a long text can be hit
+    links = "".join(
+        f'<a href="#b{p.block}"><title>block {p.block}, bytes {p.first} to {p.last}: '
+        f'{p.importance:.4f}</title><rect x="{max(0.0, p.block + 0.5 - wide / 2):.1f}" '
+        f'width="{wide:.1f}" y="0" height="100"/></a>'
+        for p in view.picked
+    )
+    step = -(-count // points)
+    peaks = [max(view.importance[at : at + step]) for at in range(0, count, step)]
+    top = max([*peaks, 1e-9])
+    path = "".join(
+        f"M{(i + 0.5) * step:.1f} 100V{100 - 100 * (y / top) ** 0.5:.1f}"
+        for i, y in enumerate(peaks)
+    )
+    return (
+        f'<svg class="map" viewBox="0 0 {count} 100" preserveAspectRatio="none">'
+        f'<path d="{path}" stroke="currentColor" stroke-opacity=".5" fill="none" '
+        f'stroke-width="{max(0.2, 0.6 * step):.1f}"/>{links}</svg>'
     )
 
 

@@ -45,7 +45,12 @@ SCHEDULES = {
         growth=((0.4, 256), (0.6, 1024), (0.8, 4096)),
     ),
     "needle": TrainConfig(
-        steps=300, batch=16, length=256, growth=((0.4, 1024), (0.7, 4096)), rate=5e-3, muon=0.03
+        steps=400,
+        batch=32,
+        length=128,
+        rate=5e-3,
+        muon=0.03,
+        growth=((0.4, 512), (0.6, 2048), (0.8, 8192)),
     ),
 }
 TASKS = tuple(SCHEDULES)

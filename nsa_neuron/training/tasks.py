@@ -105,23 +105,23 @@ def _choices(batch: int, count: int, chosen: int, generator: torch.Generator) ->
 
 @dataclass(frozen=True)
 class Needle:
-    """Assignments (`K=4071`, a line each) hidden in real text, whose values are asked at its end.
-
-    To train on, the text around counts as well.
+    """Assignments (`K=w`, a line each) hidden in real text, whose values are asked at its end.
 
     Attributes:
         corpus: of the text around them.
         facts: how many; their names are different capital letters.
         rounds: how often all names are asked for at the end, in another order each time.
-        digits: of a value.
+        letters: of a value, any small ones.
         near: bytes before the first question in which no fact lies.
+        as_well: the text around counts as well, in training.
     """
 
     corpus: Corpus
     facts: int = 8
     rounds: int = 2
-    digits: int = 4
+    letters: int = 1
     near: int = 0
+    as_well: bool = False
 
     def batch(self, batch: int, length: int, generator: torch.Generator) -> Batch:
         text = self.corpus.sample(batch, length, generator)
@@ -132,7 +132,7 @@ class Needle:
 
     def _hide(self, text: Tensor, generator: torch.Generator) -> Batch:
         batch, length = text.shape
-        size, question = self.digits + 4, self.digits + 3
+        size, question = self.letters + 4, self.letters + 3
         asked = self.facts * self.rounds * question
         room = length - asked - self.near
         if not 1 <= self.facts <= min(len(_RECALL_KEYS), room // size):
@@ -141,12 +141,17 @@ class Needle:
             expected = f"from 1 to {len(_RECALL_KEYS)}, with a length of at least {least}"
             raise InvalidArgument("Needle", "facts", found, expected)
         names = _choices(batch, len(_RECALL_KEYS), self.facts, generator)
-        values = torch.randint(10**self.digits, names.shape, generator=generator)
+        values = torch.randint(
+            _RECALL_VALUES.start,
+            _RECALL_VALUES.stop,
+            (*names.shape, self.letters),
+            generator=generator,
+        )
         places = size * _choices(batch, room // size, self.facts, generator)
         counted = torch.zeros(text.shape, dtype=torch.bool)
         for i, (row, flags) in enumerate(zip(text, counted, strict=True)):
             facts = [
-                assignment(_RECALL_KEYS[name], value, self.digits)
+                assignment(_RECALL_KEYS[name], bytes(value))
                 for name, value in zip(names[i].tolist(), values[i].tolist(), strict=True)
             ]
             shift = int(torch.randint(room % size + 1, (), generator=generator))
@@ -156,10 +161,10 @@ class Needle:
             end = b"".join(facts[j] for j in torch.cat(order).tolist())
             row[-asked:] = torch.tensor(list(end))
             for stop in range(length, length - asked, -question):
-                flags[stop - self.digits : stop] = True
-        return Batch(text, counted, as_well=True)
+                flags[stop - self.letters : stop] = True
+        return Batch(text, counted, self.as_well)
 
 
-def assignment(name: int, value: int, digits: int) -> bytes:
+def assignment(name: int, value: bytes) -> bytes:
     """A line that says or asks what a letter stands for; only a fact has a line end behind it."""
-    return b"\n%c=%0*d" % (name, digits, value)
+    return b"\n%c=%s" % (name, value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from browser import Browser, needs_chromium
 from tiny import MIXED, bytes_of, model
 
 import nsa_neuron as nsa
@@ -162,3 +164,63 @@ def test_a_picture_of_a_text_shorter_than_a_block(tmp_path):
     picture(look(NET, b"abc", [0, 2]), tmp_path / "p.png")
     assert html(look(NET, b"abc", [0, 2]), "short").count("none yet") == 8
     assert nsa.NsaError
+
+
+SHADE = "getComputedStyle(document.getElementById('b{}')).{}"
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_page_in_a_browser(tmp_path):
+    """Shades, keys, links and the narrow layout, as a browser shows them."""
+    found = look(NET, TEXT + TAGS, [100, -1])
+    page = tmp_path / "p.html"
+    page.write_text(html(found, "A page", "about"))
+    first, last = found.views[0], found.views[-1]
+    with Browser() as browser:
+        browser.open(page)
+        browser.screenshot(tmp_path / "wide.png")
+        shown = "[...document.querySelectorAll('aside')].filter(e => e.offsetParent).map(e => e.id)"
+        assert browser.run(shown) == ["p0"]
+        picked = {p.block for p in first.picked}
+        for block in range(100 // 16 + 1):
+            style = browser.run(SHADE.format(block, "textDecorationLine"))
+            assert (style == "underline") == (block in picked), block
+        assert browser.run(SHADE.format(7, "opacity")) == "0.3"  # behind the query
+        browser.point("#q0", click=True)
+        browser.press("ArrowRight")
+        browser.press("Tab")
+        for _ in range(len(found.views) // 2 - 1):
+            browser.press("ArrowRight")
+        assert browser.run(shown) == [f"p{len(found.views) - 1}"]
+        assert browser.run(SHADE.format(7, "opacity")) == "1"
+        assert "underline" in browser.run(SHADE.format(last.picked[1].block, "textDecorationLine"))
+        browser.point("aside[style], #p7 td a", click=True)
+        assert browser.run("location.hash") == f"#b{ranked(last)[0].block}"
+        browser.resize(420, 800)
+        browser.screenshot(tmp_path / "narrow.png")
+        wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        assert browser.run(wide)
+        assert browser.problems == []
+
+
+def ranked(view):
+    """Picked blocks as the page lists them."""
+    return sorted(view.picked, key=lambda p: (p.why != "importance", -p.importance))
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_page_of_128_kilobytes_in_a_browser(tmp_path):
+    net, text = model(("nsa",), torch.float32), os.urandom(128 * 1024)
+    page = tmp_path / "p.html"
+    page.write_text(html(look(net, text, [-1]), "long"))
+    blocks = 128 * 1024 // 16
+    assert page.stat().st_size < 4 * 2**20
+    with Browser() as browser:
+        browser.open(page)
+        assert browser.run("document.querySelectorAll('pre b').length") == blocks
+        browser.point("#p0 td a", click=True)
+        assert browser.run("document.querySelector('pre').scrollTop") >= 0
+        browser.screenshot(tmp_path / "long.png")
+        assert browser.problems == []

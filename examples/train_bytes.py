@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_neuron.environment import describe
 from nsa_neuron.terminal import progress, table
-from nsa_neuron.training import Needle, Task, evaluate, train
+from nsa_neuron.training import Task, evaluate, train
 from nsa_neuron.training.loop import LOG, MODEL
 from nsa_neuron.training.presets import CONFIGS, LAYERS, SCHEDULES, kinds_of, task_of
 from nsa_neuron.training.tasks import MultiQueryRecall
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from nsa_neuron.nn import ByteLanguageModel
 
 ATTENTIONS = ("nsa", "full", "window")
-PRESETS = {"text": "small", "mqar": "recall", "needle": "small"}
-BEGIN_WITH = {"needle": "text"}  # the run of the same attention and seed
+PRESETS = {"text": "small", "mqar": "recall", "needle": "recall"}
+BEGIN_WITH = {"needle": "mqar"}  # the run of the same attention and seed
 LENGTHS = {"text": (512, 4096), "mqar": (256, 1024, 4096), "needle": (1024, 4096, 8192)}
 PIECES = 32  # sequences of an evaluation at each length
 EVALUATION = "evaluation.json"
@@ -99,7 +99,7 @@ def held_out(model: ByteLanguageModel, name: str) -> dict[str, dict[str, float]]
     Each key is asked for once, so that no answer can be copied from an earlier one.
     """
     task: Task = task_of(name)
-    if isinstance(task, MultiQueryRecall | Needle):
+    if isinstance(task, MultiQueryRecall):
         task = dataclasses.replace(task, rounds=1, near=len(model.kinds) * model.config.window)
     return {str(length): evaluate(model, task, PIECES, length) for length in LENGTHS[name]}
 

@@ -2,13 +2,12 @@
 
 from nsa_neuron.training.corpus import Corpus, python_corpus
 from nsa_neuron.training.loop import TrainConfig, evaluate, train
-from nsa_neuron.training.tasks import Batch, MultiQueryRecall, Needle, Task, Text
+from nsa_neuron.training.tasks import Batch, MultiQueryRecall, Task, Text
 
 __all__ = [
     "Batch",
     "Corpus",
     "MultiQueryRecall",
-    "Needle",
     "Task",
     "Text",
     "TrainConfig",

@@ -186,10 +186,7 @@ def _step(
             group["lr"] = rate * how.share_at(step)
     generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
     batch = task.batch(*how.shape_at(step), generator)
-    logits = model(batch.tokens)
-    loss = loss_of(logits, batch)
-    if batch.as_well:
-        loss = (loss + loss_of(logits, Batch(batch.tokens))) / 2
+    loss = loss_of(model(batch.tokens), batch)
     if not loss.isfinite():
         raise NsaError(f"the loss of step {step} is {loss.item()}: lower the learning rate")
     for optimizer in optimizers:

@@ -25,12 +25,10 @@ class Batch:
     Attributes:
         tokens: `[B, S]` int64.
         counted: `[B, S]` bool: bytes whose prediction from those before counts; None: all.
-        as_well: train on all bytes as well, with as much weight as on those that count.
     """
 
     tokens: Tensor
     counted: Tensor | None = None
-    as_well: bool = False
 
 
 class Task(Protocol):
@@ -60,23 +58,41 @@ class Text:
 
 @dataclass(frozen=True)
 class MultiQueryRecall:
-    """Multi-query associative recall (arXiv 2312.04927): pairs of letters in filler, then the keys.
+    """Multi-query associative recall (arXiv 2312.04927): pairs of letters, hidden; then the keys.
+
+    Keys are different capital letters, values small ones. The pairs lie anywhere in filler, which
+    is dots, or real text without capitals.
 
     Attributes:
-        pairs: keys with a value each, anywhere in the filler (".").
+        pairs: keys with a value each.
         rounds: how often all keys are asked again at the end, in another order each time.
         near: bytes before the first question in which no pair lies.
+        corpus: of the text that hides the pairs; None: dots.
     """
 
     pairs: int = 8
     rounds: int = 2
     near: int = 0
+    corpus: Corpus | None = None
 
     def batch(self, batch: int, length: int, generator: torch.Generator) -> Batch:
+        if self.corpus is None:
+            return self._hide(torch.full((batch, length), _FILLER), generator)
+        return self._hide(without_capitals(self.corpus.sample(batch, length, generator)), generator)
+
+    def held_out(self, batch: int, length: int, generator: torch.Generator) -> Batch:
+        if self.corpus is None:
+            return self.batch(batch, length, generator)
+        pieces = self.corpus.held_out_pieces(batch, length)
+        return self._hide(without_capitals(pieces), generator)
+
+    def _hide(self, tokens: Tensor, generator: torch.Generator) -> Batch:
+        batch, length = tokens.shape
         asked = 2 * self.pairs * self.rounds
-        room = (length - asked - self.near) // 2
+        spare = 0 if self.corpus is None else 1  # pairs in text begin at odd places, too
+        room = (length - asked - self.near - spare) // 2
         if not 1 <= self.pairs <= min(len(_RECALL_KEYS), room):
-            least = asked + self.near + 2 * self.pairs
+            least = asked + self.near + 2 * self.pairs + spare
             found = f"{self.pairs} with length {length}"
             expected = f"from 1 to {len(_RECALL_KEYS)}, with a length of at least {least}"
             raise InvalidArgument("MultiQueryRecall", "pairs", found, expected)
@@ -85,7 +101,8 @@ class MultiQueryRecall:
             _RECALL_VALUES.start, _RECALL_VALUES.stop, keys.shape, generator=generator
         )
         places = 2 * _choices(batch, room, self.pairs, generator)
-        tokens = torch.full((batch, length), _FILLER)
+        if spare:
+            places += torch.randint(2, (batch, 1), generator=generator)
         tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
         again = [_choices(batch, self.pairs, self.pairs, generator) for _ in range(self.rounds)]
         order = torch.cat(again, 1)
@@ -95,76 +112,12 @@ class MultiQueryRecall:
         counted[:, length - asked + 1 :: 2] = True
         return Batch(tokens, counted)
 
-    held_out = batch
-
 
 def _choices(batch: int, count: int, chosen: int, generator: torch.Generator) -> Tensor:
     """`[batch, chosen]` different numbers below `count`, in random order."""
     return torch.rand(batch, count, generator=generator).argsort(1)[:, :chosen]
 
 
-@dataclass(frozen=True)
-class Needle:
-    """Assignments (`K=w`, a line each) hidden in real text, whose values are asked at its end.
-
-    Attributes:
-        corpus: of the text around them.
-        facts: how many; their names are different capital letters.
-        rounds: how often all names are asked for at the end, in another order each time.
-        letters: of a value, any small ones.
-        near: bytes before the first question in which no fact lies.
-        as_well: the text around counts as well, in training.
-    """
-
-    corpus: Corpus
-    facts: int = 8
-    rounds: int = 2
-    letters: int = 1
-    near: int = 0
-    as_well: bool = False
-
-    def batch(self, batch: int, length: int, generator: torch.Generator) -> Batch:
-        text = self.corpus.sample(batch, length, generator)
-        return self._hide(text, generator)
-
-    def held_out(self, batch: int, length: int, generator: torch.Generator) -> Batch:
-        return self._hide(self.corpus.held_out_pieces(batch, length), generator)
-
-    def _hide(self, text: Tensor, generator: torch.Generator) -> Batch:
-        batch, length = text.shape
-        size, question = self.letters + 4, self.letters + 3
-        asked = self.facts * self.rounds * question
-        room = length - asked - self.near
-        if not 1 <= self.facts <= min(len(_RECALL_KEYS), room // size):
-            least = asked + self.near + self.facts * size
-            found = f"{self.facts} with length {length}"
-            expected = f"from 1 to {len(_RECALL_KEYS)}, with a length of at least {least}"
-            raise InvalidArgument("Needle", "facts", found, expected)
-        names = _choices(batch, len(_RECALL_KEYS), self.facts, generator)
-        values = torch.randint(
-            _RECALL_VALUES.start,
-            _RECALL_VALUES.stop,
-            (*names.shape, self.letters),
-            generator=generator,
-        )
-        places = size * _choices(batch, room // size, self.facts, generator)
-        counted = torch.zeros(text.shape, dtype=torch.bool)
-        for i, (row, flags) in enumerate(zip(text, counted, strict=True)):
-            facts = [
-                assignment(_RECALL_KEYS[name], bytes(value))
-                for name, value in zip(names[i].tolist(), values[i].tolist(), strict=True)
-            ]
-            shift = int(torch.randint(room % size + 1, (), generator=generator))
-            for at, fact in zip(places[i].tolist(), facts, strict=True):
-                row[at + shift : at + shift + size] = torch.tensor(list(fact + b"\n"))
-            order = [torch.randperm(self.facts, generator=generator) for _ in range(self.rounds)]
-            end = b"".join(facts[j] for j in torch.cat(order).tolist())
-            row[-asked:] = torch.tensor(list(end))
-            for stop in range(length, length - asked, -question):
-                flags[stop - self.letters : stop] = True
-        return Batch(text, counted, self.as_well)
-
-
-def assignment(name: int, value: bytes) -> bytes:
-    """A line that says or asks what a letter stands for; only a fact has a line end behind it."""
-    return b"\n%c=%s" % (name, value)
+def without_capitals(text: Tensor) -> Tensor:
+    """Bytes with small letters for capital ones."""
+    return torch.where((text >= ord("A")) & (text <= ord("Z")), text + 32, text)

@@ -16,7 +16,6 @@ from nsa_neuron.nn import generate
 from nsa_neuron.nn.checkpoint import load_checkpoint, read_tensors, save_checkpoint, write_tensors
 from nsa_neuron.training import (
     MultiQueryRecall,
-    Needle,
     Text,
     TrainConfig,
     evaluate,
@@ -121,30 +120,20 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_recall_batches_can_be_solved_by_lookup_only_across_the_filler():
-    batch = MultiQueryRecall(pairs=6, rounds=2, near=20).batch(4, 120, generator())
-    for row, flags in zip(batch.tokens, batch.counted, strict=True):
-        given, asked = row[:76].view(-1, 2).tolist(), row[-24:].view(12, 2).tolist()
-        known = {key: value for key, value in given if key != ord(".")}
-        assert len(known) == 6 and given.count([ord("."), ord(".")]) == 32
-        assert (row[76:96] == ord(".")).all()
-        assert asked[:6] != asked[6:] and sorted(asked[:6]) == sorted(asked[6:])
-        assert all(known[key] == value for key, value in asked)
-        assert flags.nonzero().flatten().tolist() == list(range(97, 120, 2))
-
-
-def test_needles_lie_outside_the_window_and_are_asked_at_the_end():
-    task = Needle(CORPUS, facts=3, rounds=2, letters=4, near=100, as_well=True)
-    for batch in (task.batch(4, 300, generator()), task.held_out(3, 300, generator())):
+@pytest.mark.parametrize("corpus", [None, CORPUS], ids=["dots", "text"])
+def test_recall_batches_can_be_solved_by_lookup_only_across_the_filler(corpus):
+    task, starts = MultiQueryRecall(pairs=6, rounds=2, near=20, corpus=corpus), set()
+    for batch in (task.batch(8, 120, generator()), task.held_out(3, 120, generator())):
         for row, flags in zip(batch.tokens, batch.counted, strict=True):
             text = bytes(row.tolist())
-            questions = [text[at : at + 7] for at in range(300 - 42, 300, 7)]
-            assert len(set(questions)) == 3 and set(questions[:3]) == set(questions[3:])
-            assert bytes(row[flags].tolist()) == b"".join(item[3:] for item in questions)
-            for item in questions:
-                assert re.fullmatch(rb"\n[A-Z]=[a-z]{4}", item)
-                assert text.index(item + b"\n") + 8 <= 300 - 42 - 100
-        assert batch.as_well
+            known = {text[at]: text[at + 1] for at in range(76) if chr(text[at]).isupper()}
+            assert len(known) == 6 and not re.search(rb"[A-Z]", text[76:96])
+            asked = list(zip(text[96::2], text[97::2], strict=True))
+            assert asked[:6] != asked[6:] and set(asked[:6]) == set(asked[6:]) == set(known.items())
+            assert flags.nonzero().flatten().tolist() == list(range(97, 120, 2))
+            starts.add(next(re.finditer(rb"[A-Z]", text)).start() % 2)
+            assert corpus or set(text[:96]) - set(known) - set(known.values()) == {ord(".")}
+    assert starts == ({0, 1} if corpus else {0})
 
 
 @pytest.mark.parametrize("muon", [0.0, 0.02])
@@ -156,7 +145,11 @@ def test_every_parameter_is_trained_by_one_optimizer(muon):
     assert [type(o).__name__ for o in found] == ["AdamW", "Muon"][: 1 + bool(muon)]
 
 
-@pytest.mark.parametrize("task", [MultiQueryRecall(pairs=30), Needle(CORPUS)], ids=str)
+@pytest.mark.parametrize(
+    "task",
+    [MultiQueryRecall(pairs=30), MultiQueryRecall(corpus=CORPUS, near=60)],
+    ids=["dots", "text"],
+)
 def test_tasks_refuse_what_does_not_fit(task):
     with pytest.raises(InvalidArgument):
         task.batch(1, 100, generator())

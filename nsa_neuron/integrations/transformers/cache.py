@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn.cache import ContiguousCache, LayerStep
@@ -29,6 +29,7 @@ class NsaCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     is_sliding = False
+    grows = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class NsaCacheLayer(CacheLayerMixin):
         """
         batch, tokens = x.shape[:2]
         if self.store is None:
-            capacity = min(max(FIRST_CAPACITY, 2 * tokens), config.max_positions)
+            capacity = min(self._first_capacity(tokens), config.max_positions)
             self.store = ContiguousCache(
                 config, (kind,), batch, capacity, dtype=dtype, device=x.device
             )
@@ -57,13 +58,16 @@ class NsaCacheLayer(CacheLayerMixin):
             found, expected = f"of {batch} rows", f"of {self.store.batch} like the cache"
             raise InvalidArgument("NsaCacheLayer", "hidden_states", found, expected)
         needed = max(have + new for have, new in zip(self.store.lengths, counts, strict=True))
-        if self.store.capacity < needed <= config.max_positions:
+        if self.grows and self.store.capacity < needed <= config.max_positions:
             capacity = min(2 * needed, config.max_positions)
             self.store = self.store.resized(range(batch), capacity)
         with self.store.step(tokens, counts) as step:
             yield step.layers[0]
         self.columns += tokens
         self.is_initialized = True
+
+    def _first_capacity(self, tokens: int) -> int:
+        return max(FIRST_CAPACITY, 2 * tokens)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The attention layer does it: its sizes are needed."""
@@ -122,3 +126,30 @@ class NsaCacheLayer(CacheLayerMixin):
     def _select(self, order: Sequence[int]) -> None:
         assert self.store is not None
         self.store = self.store.resized(order, self.store.capacity)
+
+
+class NsaStaticCacheLayer(NsaCacheLayer):
+    """The same with a fixed capacity; `StaticCache(config=..., max_cache_len=...)` makes these.
+
+    Its memory is allocated at once; the model is not compiled for it by `generate`.
+
+    Args:
+        max_cache_len: real tokens of the longest row.
+    """
+
+    _layer_type = None  # transformers would register it as what DynamicCache makes
+    grows = False
+
+    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_cache_len = max_cache_len
+
+    def _first_capacity(self, tokens: int) -> int:
+        return self.max_cache_len
+
+    def get_max_length(self) -> int:
+        """Its capacity."""
+        return self.max_cache_len
+
+
+STATIC_LAYER_TYPE_MAPPING["nsa"] = NsaStaticCacheLayer

@@ -70,6 +70,8 @@ class NsaDecoderLayer(GradientCheckpointingLayer):
             found = f"with a {type(layer).__name__} for layer {self.layer_idx}"
             expected = "DynamicCache(config=model.config), whose layers are NsaCacheLayer"
             raise InvalidArgument("NsaForCausalLM", "cache", found, expected)
+        if cache.offloading:
+            raise InvalidArgument("NsaForCausalLM", "cache", "with offloading", "without it")
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.self_attn.q.weight.dtype

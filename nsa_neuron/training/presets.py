@@ -37,22 +37,14 @@ LAYERS = {"tiny": 2, "recall": 2, "small": 4}
 SCHEDULES = {
     "text": TrainConfig(steps=400, batch=4, length=512, growth=((0.8, 4096),)),
     "mqar": TrainConfig(
-        steps=400,
-        batch=64,
-        length=64,
-        rate=5e-3,
-        muon=0.03,
-        growth=((0.4, 256), (0.6, 1024), (0.8, 4096)),
+        steps=400, batch=32, length=128, rate=5e-3, muon=0.03,
+        growth=((0.3, 512), (0.6, 2048), (0.85, 4096)),
     ),
     "needle": TrainConfig(
-        steps=200,
-        batch=16,
-        length=256,
-        rate=5e-3,
-        muon=0.03,
-        growth=((0.3, 1024), (0.5, 4096), (0.8, 8192)),
+        steps=200, batch=8, length=512, rate=5e-3, muon=0.03,
+        growth=((0.5, 2048), (0.75, 8192)),
     ),
-}
+}  # fmt: skip
 TASKS = tuple(SCHEDULES)
 
 

@@ -13,8 +13,8 @@ from nsa_neuron.errors import InvalidArgument
 if TYPE_CHECKING:
     from nsa_neuron.training.corpus import Corpus
 
-_RECALL_KEYS = range(ord("A"), ord("Z") + 1)
-_RECALL_VALUES = range(ord("a"), ord("z") + 1)
+_RECALL_KEYS = range(ord("A"), ord("M") + 1)
+_RECALL_VALUES = range(ord("N"), ord("Z") + 1)
 _FILLER = ord(".")
 
 
@@ -60,8 +60,8 @@ class Text:
 class MultiQueryRecall:
     """Multi-query associative recall (arXiv 2312.04927): pairs of letters, hidden; then the keys.
 
-    Keys are different capital letters, values small ones. The pairs lie anywhere in filler, which
-    is dots, or real text without capitals.
+    Keys are different capitals from A to M, values capitals from N to Z. The pairs lie anywhere in
+    filler, which is dots, or real text whose capitals have been made small.
 
     Attributes:
         pairs: keys with a value each.
@@ -89,10 +89,9 @@ class MultiQueryRecall:
     def _hide(self, tokens: Tensor, generator: torch.Generator) -> Batch:
         batch, length = tokens.shape
         asked = 2 * self.pairs * self.rounds
-        spare = 0 if self.corpus is None else 1  # pairs in text begin at odd places, too
-        room = (length - asked - self.near - spare) // 2
+        room = (length - asked - self.near - 1) // 2  # pairs begin at odd places, too
         if not 1 <= self.pairs <= min(len(_RECALL_KEYS), room):
-            least = asked + self.near + 2 * self.pairs + spare
+            least = asked + self.near + 2 * self.pairs + 1
             found = f"{self.pairs} with length {length}"
             expected = f"from 1 to {len(_RECALL_KEYS)}, with a length of at least {least}"
             raise InvalidArgument("MultiQueryRecall", "pairs", found, expected)
@@ -100,9 +99,8 @@ class MultiQueryRecall:
         values = torch.randint(
             _RECALL_VALUES.start, _RECALL_VALUES.stop, keys.shape, generator=generator
         )
-        places = 2 * _choices(batch, room, self.pairs, generator)
-        if spare:
-            places += torch.randint(2, (batch, 1), generator=generator)
+        shift = torch.randint(2, (batch, 1), generator=generator)
+        places = 2 * _choices(batch, room, self.pairs, generator) + shift
         tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
         again = [_choices(batch, self.pairs, self.pairs, generator) for _ in range(self.rounds)]
         order = torch.cat(again, 1)

@@ -113,6 +113,22 @@ def test_assisted_decoding_writes_the_same():
     assert torch.equal(looked, plain)
 
 
+@torch.no_grad()
+def test_a_static_cache_writes_the_same_and_never_grows():
+    ids, count = ids_of(2, 20), 12
+    want = NET.generate(ids, max_new_tokens=count, **GREEDY)
+    static = NET.generate(ids, max_new_tokens=count, cache_implementation="static", **GREEDY)
+    assert torch.equal(static, want)
+    cache = transformers.StaticCache(config=NET.config, max_cache_len=24)
+    whole = NET(ids_of(1, 24), use_cache=False).logits
+    NET(ids_of(1, 24)[:, :20], cache=cache)
+    torch.testing.assert_close(NET(ids_of(1, 24)[:, 20:], cache=cache).logits, whole[:, 20:])
+    assert {layer.store.capacity for layer in cache.layers} == {24} == {cache.get_max_length()}
+    with pytest.raises(CacheExhausted, match="capacity is 24"):
+        NET(ids[:1, :1], cache=cache)
+    assert cache.get_seq_length() == 24
+
+
 def test_the_cache_can_be_continued_cropped_repeated_and_selected():
     ids = ids_of(2, 50)
     with torch.no_grad():
@@ -176,6 +192,10 @@ def test_a_trainer_step(tmp_path):
         (lambda: NET(ids_of(1, 5), cache=transformers.DynamicCache()), "NsaCacheLayer"),
         (lambda: NET(ids_of(2, 5), cache=NET(ids_of(1, 5)).cache), "1 like the cache"),
         (lambda: NET(ids_of(1, 513), use_cache=False), "max_positions = 512"),
+        (
+            lambda: NET.generate(ids_of(1, 5), max_new_tokens=1, cache_implementation="offloaded"),
+            "with offloading",
+        ),
     ],
 )
 def test_bad_calls(call, text):

@@ -25,7 +25,7 @@ class NsaCacheLayer(CacheLayerMixin):
     It counts columns of the padded batch, as transformers does, and keeps real tokens only.
     """
 
-    _layer_type = "nsa"
+    _layer_type: str | None = "nsa"
     is_compileable = False
     is_croppable = True
     is_sliding = False

@@ -43,8 +43,8 @@ NARROW = 64
 """Columns below which a wgmma is held up by its left operand in shared memory: 2 KB per 64 x N x 16
 product at 128 bytes a cycle (Hopper tuning guide) take as long as 32 columns of arithmetic."""
 
-SERIALISED = "C7515"
-"""ptxas's number for "wgmma.mma_async instructions are serialized"."""
+SERIALISED = "wgmma.mma_async instructions are serialized"
+"""What ptxas says (its C7514, C7515 and others, by the reason) of products that wait for each other."""
 
 _MEASURED = (
     *("shared_bytes", "registers", "local_bytes", "spills_in_loops", "products"),
@@ -299,7 +299,7 @@ def find_slow(measured: dict[str, Any]) -> dict[str, str]:
     """What a GPU would run, but slowly: the finding's name, and a sentence with the lines."""
     found = {}
     if measured["serialised"]:
-        found["serialised"] = f"wgmma are serialised (ptxas {SERIALISED})"
+        found["serialised"] = "wgmma are serialised (ptxas C75..)"
     if measured["excess_work"] > 1:
         found["excess"] = f"{measured['excess_work']:.2f} times the products that the tiles need"
     if lines := measured["narrow_lines"]:

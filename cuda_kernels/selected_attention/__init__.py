@@ -17,6 +17,10 @@ from .by_block_backward import reduce_dkv as reduce_dkv
 from .by_block_backward import sum_dq as sum_dq
 from .by_query import backward_dq as backward_dq
 from .by_query import forward as forward
+from .lists import count_pairs as count_pairs
+from .lists import cut_lists as cut_lists
+from .lists import place_pairs as place_pairs
+from .lists import sum_chunks as sum_chunks
 from .union import BY_BLOCK as BY_BLOCK
 from .union import BY_QUERY as BY_QUERY
 from .union import choose_strategy as choose_strategy

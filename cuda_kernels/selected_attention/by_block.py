@@ -19,43 +19,11 @@ from ..common import (
     dot_split,
     load_split,
     narrow,
-    packed_tile,
     store_split,
     token_rows,
 )
+from .lists import items_of, work_item
 from .union import BY_BLOCK
-
-
-@triton.jit
-def work_item(
-    item, item_block, item_start, list_start, list_end, cu_q, cu_k, num_seqs, S, T,
-    blocks_per_head, KV_HEADS,
-    SELECT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """What a work item covers.
-
-    Returns:
-        block number over all heads, list begin and end, batch, kv head, query start, queries, key
-        start, keys, first key of the block.
-    """
-    number = tl.load(item_block + item)
-    chunk = item - tl.load(item_start + number)
-    begin = tl.load(list_start + number) + chunk.to(tl.int64) * CHUNK
-    end = tl.minimum(begin + CHUNK, tl.load(list_end + number))
-    batch = number // blocks_per_head // KV_HEADS
-    kv_head = number // blocks_per_head % KV_HEADS
-    block = number % blocks_per_head
-    q_start = tl.full([], 0, tl.int64)
-    k_start = tl.full([], 0, tl.int64)
-    if PACKED:
-        sequence, block = packed_tile(block, cu_k, num_seqs, 1, SELECT_BLOCK)
-        q_start = tl.load(cu_q + sequence).to(tl.int64)
-        k_start = tl.load(cu_k + sequence).to(tl.int64)
-        S = (tl.load(cu_q + sequence + 1) - q_start).to(tl.int32)
-        T = (tl.load(cu_k + sequence + 1) - k_start).to(tl.int32)
-    first_key = block * SELECT_BLOCK
-    batch = batch.to(tl.int64)
-    return number, begin, end, batch, kv_head.to(tl.int64), q_start, S, k_start, T, first_key
 
 
 @triton.jit
@@ -71,38 +39,39 @@ def listed(numbers, first_row, rows, G: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def forward_by_block(
-    q, k, v, partial_o, partial_lse, chosen, queries, order, item_block, item_start, list_start,
-    list_end, first_pair, num_blocks, cu_q, cu_k, num_seqs, S, T, blocks_per_head, KV_HEADS, scale,
+    q, k, v, partial_o, partial_lse, chosen, queries, slots, items, first_token, lane_width,
+    part_offset, cu_q, cu_k, num_seqs, S, T, blocks_per_head, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
     G: tl.constexpr, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    MEASURED: tl.constexpr,
+    NUM_SELECTED: tl.constexpr, SELECT_BLOCK: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
     """Attention of each listed query over one block: a normalised partial output and its lse.
 
-    Grid: (bound of items,). BLOCK_N is a power of two >= SELECT_BLOCK: the softmax over the block
-    is finished in one tile.
+    Grid: (bound of items, Hkv, rows of the batch in the pass). BLOCK_N is a power of two >=
+    SELECT_BLOCK: the softmax over the block is finished in one tile.
 
     Args:
         chosen: int32 [1], see `choose_strategy`; read where MEASURED.
-        queries: int32 [entries], token numbers (over the whole packed batch), sorted by block.
-        order: int64 [entries], where each entry stands in [B * S, Hkv, n].
-        item_block: int32 [items], an item's block; item_start: int32 [num_blocks + 1], a block's
-            first item; list_start, list_end: int64 [num_blocks], its entries in this pass.
-        first_pair: where the pass begins in [B * S, Hkv, n].
+        queries, slots: of each pair, by block, see `lists`.
+        items, lane_width, part_offset: its work items, see `lists`.
+        first_token: of the pass, in the flattened batch.
         partial_o: [pairs of the pass, G, DV], contiguous; partial_lse: float32, base 2, [pairs, G].
     """
     if MEASURED:
         if tl.load(chosen) != BY_BLOCK:
             return
     item = tl.program_id(0)
-    if item < tl.load(item_start + num_blocks):
-        _, begin, end, batch, kv_head, q_start, S, k_start, T, first_key = work_item(
-            item, item_block, item_start, list_start, list_end, cu_q, cu_k, num_seqs, S, T,
-            blocks_per_head, KV_HEADS, SELECT_BLOCK, CHUNK, PACKED,
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch = first_token // S + tl.program_id(2).to(tl.int64)
+    if item < items_of(items, batch, lane_width, part_offset, blocks_per_head):
+        tokens = S
+        _, begin, count, q_start, S, k_start, T, first_key = work_item(
+            items, item, batch, lane_width, part_offset, cu_q, cu_k, num_seqs, S, T,
+            blocks_per_head, SELECT_BLOCK, CHUNK, NUM_SELECTED, PACKED,
         )  # fmt: skip
         offset = tl.arange(0, BLOCK_N)
         key = first_key + offset
@@ -115,16 +84,17 @@ def forward_by_block(
         v0, v1 = load_split(v_rows, there, DV, V0, V1, True)
         q_head = q + batch * stride_qb + kv_head * G * stride_qh
         scale_log2 = scale * LOG2E
-        rows = (end - begin).to(tl.int32) * G
+        rows = count * G
+        group = (batch * tokens - first_token) * tl.num_programs(1) + kv_head
         next_query = listed(queries + begin, 0, rows, G, BLOCK_M)
-        next_entry = listed(order + begin, 0, rows, G, BLOCK_M)
+        next_slot = listed(slots + begin, 0, rows, G, BLOCK_M)
         for first_row in range(0, rows, BLOCK_M):
             row = first_row + tl.arange(0, BLOCK_M)
             valid = row < rows
             query = next_query
-            entry = next_entry
+            slot = next_slot
             next_query = listed(queries + begin, first_row + BLOCK_M, rows, G, BLOCK_M)
-            next_entry = listed(order + begin, first_row + BLOCK_M, rows, G, BLOCK_M)
+            next_slot = listed(slots + begin, first_row + BLOCK_M, rows, G, BLOCK_M)
             q_rows = q_head + query.to(tl.int64) * stride_qt + (row % G) * stride_qh
             q0, q1 = load_split(q_rows, valid, DK, D0, D1, True)
             position = (T - S + query - q_start).to(tl.int32)
@@ -140,7 +110,8 @@ def forward_by_block(
             o1 = o0
             if V1 > 0:
                 o1 = dot(p, v1, tl.zeros([BLOCK_M, V1], tl.float32), UPCAST, PRECISION)
-            out = (entry - first_pair) * G + row % G
+            pair = (group + query.to(tl.int64) * tl.num_programs(1)) * NUM_SELECTED + slot
+            out = pair * G + row % G
             inverse = (1.0 / total)[:, None]
             store_split(partial_o + out * DV, valid, o0 * inverse, o1 * inverse, DV, V0, V1)
             tl.store(partial_lse + out, maximum + tl.math.log2(total), mask=valid)
@@ -148,7 +119,7 @@ def forward_by_block(
 
 @triton.jit
 def combine(
-    partial_o, partial_lse, used, o, lse, chosen, num_rows,
+    partial_o, partial_lse, used_slots, o, lse, chosen, first_token, num_rows, HQ,
     G: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     NUM_SELECTED: tl.constexpr, BLOCK_M: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
@@ -160,12 +131,17 @@ def combine(
 
     Args:
         partial_o, partial_lse, chosen: as `forward_by_block` wrote and read them.
-        used: int8 [tokens, Hkv, NUM_SELECTED], 0 where the slot is empty and nothing was written.
-        o: [num_rows, DV]; lse: float32 [num_rows]: the rows of the pass.
+        used_slots: int8 [B, S, Hkv, NUM_SELECTED], 0 where nothing was written.
+        o: [B, S, Hq, DV]; lse: float32 [B, S, Hq].
+        first_token: of the pass, in the flattened batch; num_rows: of the pass.
     """
     if MEASURED:
         if tl.load(chosen) != BY_BLOCK:
             return
+    passed = tl.cast(first_token, tl.int64) * HQ
+    used_slots += passed // G * NUM_SELECTED
+    o += passed * DV
+    lse += passed
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = row < num_rows
@@ -175,7 +151,7 @@ def combine(
         acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
         acc1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else V0], tl.float32)
         for slot in range(0, NUM_SELECTED):
-            there = valid & (tl.load(used + first + slot, mask=valid, other=0) != 0)
+            there = valid & (tl.load(used_slots + first + slot, mask=valid, other=0) != 0)
             entry = (first + slot) * G + row % G
             part = tl.load(partial_lse + entry, mask=there, other=float("-inf"))
             o0, o1 = load_split(partial_o + entry * DV, there, DV, V0, V1, True)

@@ -16,11 +16,11 @@ OP = "selected_attention"
 
 def plan(
     strategy: str, queries: int = 4, block_m: int = 64, block_n: int = 64, chunk: int = 64,
-    rows_per_pass: int = 4096, pairs_per_sort: int = 4096, overlap_rows: float = 1.0,
+    rows_per_pass: int = 4096, overlap_rows: float = 1.0,
 ) -> dict:  # fmt: skip
     """The interpreter's plan with other tiles."""
     found = plans.find("interpret", OP, dk=64, dv=64, dtype="float32", group=1)
-    limits = {"rows_per_pass": rows_per_pass, "pairs_per_sort": pairs_per_sort, "min_pairs": 1}
+    limits = {"rows_per_pass": rows_per_pass, "min_pairs": 1}
     rows = {"forward_rows": overlap_rows, "backward_dq_rows": overlap_rows}
     found["dispatch"] = {"strategy": strategy, **limits, **rows}
     for kernel in ("forward", "backward_dq"):

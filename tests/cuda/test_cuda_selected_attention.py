@@ -43,7 +43,7 @@ def test_any_shape(queries, past, group, dims, select_block, slots, per_tile, st
     keys = queries + past
     problem = oracle.Problem.random(1, queries, keys, 1, group, *dims, seed=queries)
     ids = random_ids(queries, keys, 1, slots, select_block, seed=past)
-    limits = {"rows_per_pass": 10 * group, "pairs_per_sort": 70}
+    limits = {"rows_per_pass": 10 * group}
     rows = 1.3 * group * 64 / select_block
     tiles = plan(strategy, per_tile, 16, 16, chunk=8, overlap_rows=rows, **limits)
     check(problem, ids, select_block, tiles)
@@ -70,7 +70,7 @@ def test_packed(strategy):
     ]
     every = torch.cat(ids, 1)
     options = {"select_block": block, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-    tiles = plan(strategy, 4, 16, 16, chunk=4, rows_per_pass=48, pairs_per_sort=100)
+    tiles = plan(strategy, 4, 16, 16, chunk=4, rows_per_pass=48)
     oracle.check(
         problem,
         masks,

@@ -17,7 +17,7 @@ from selected_oracle import OP, check, kernels, plan
 import nsa_neuron
 from nsa_neuron.backends.cuda import plans
 from nsa_neuron.backends.cuda.launch import selected_attention as launch
-from nsa_neuron.backends.cuda.launch.selected_attention import by_block, by_query, dispatch
+from nsa_neuron.backends.cuda.launch.selected_attention import by_block, by_query, dispatch, lists
 from nsa_neuron.backends.cuda.launch.selected_attention.call import Call
 from nsa_neuron.registry import use_backend
 
@@ -195,8 +195,10 @@ def test_the_loser_writes_nothing(design, flag):
         by_query.forward(call, by_query.list_union(call, "forward"), o, lse, chosen)
         by_query.backward_dq(call, by_query.list_union(call, "backward_dq"), grads, dq, chosen)
     else:
-        by_block.forward(call, by_block.sort_segments(call), o, lse, chosen)
-        by_block.backward_dq(call, by_block.sort_segments(call), grads, dq, chosen)
+        cuts = (by_block.cut_for(call, f"{k}_by_block") for k in ("forward", "backward_dq"))
+        found = lists.build(call, *cuts)
+        by_block.forward(call, found, found.cuts[0], o, lse, chosen)
+        by_block.backward_dq(call, found, found.cuts[1], grads, dq, chosen)
     wins = flag == (BY_QUERY if design is by_query else BY_BLOCK)
     assert len(watched.partial) == (6 if design is by_block else 0)  # two passes
     for written in (o, lse, dq, *watched.partial):
@@ -230,11 +232,13 @@ def test_nothing_waits_for_the_device(packed):
     tiles = overlap_plan(2, 2.0)
     o, lse = launch.forward(silent, tiles, q, k, v, ids, **options)
     both = ["union_blocks", "choose_strategy"]
-    assert silent.names == [*both, "forward", "forward_by_block", "combine"]
+    inverted = ["count_pairs", "sum_chunks", "cut_lists", "place_pairs"]
+    assert silent.names == [*both, "forward", *inverted, "forward_by_block", "combine"]
+    silent.names.clear()
     launch.backward(silent, tiles, q, q, k, v, ids, o, lse, **options)
-    both.insert(0, "backward_delta")
+    inverted.insert(2, "cut_lists")  # for dk and dv, and for dq by block
     by_block = ["backward_dq_by_block", "sum_dq", "backward_dkv", "reduce_dkv"]
-    assert silent.names[5:] == [*both, "backward_dq", *by_block]
+    assert silent.names == ["backward_delta", *inverted, *both, "backward_dq", *by_block]
     with pytest.raises(RuntimeError, match="meta tensors"):
         ids.max().item()
 
@@ -252,13 +256,14 @@ def test_two_runs_are_bit_equal(kind):
     assert all(a.equal(b) for a, b in zip(run(), run(), strict=True))
 
 
-def test_long_rows_and_many_rows_are_sorted_in_segments():
-    """One row in parts; several rows at a time; and dk, dv of the whole all the same."""
+def test_long_rows_in_parts_and_many_rows_at_a_time():
     problem = oracle.Problem.random(3, 10, 10 + PAST, 1, 2, 16, 16)
     ids = torch.cat([random_ids(10, 10 + PAST, 1, 3, BLOCK, seed=seed) for seed in range(3)])
-    for pairs_per_sort, parts in ((12, 9), (60, 2)):
-        tiles = plan("by_block", chunk=4, rows_per_pass=8, pairs_per_sort=pairs_per_sort)
-        assert len(list(by_block.sort_segments(call_of(problem, ids, tiles)))) == parts
+    for rows_per_pass, passes in ((8, 9), (40, 2)):
+        tiles = plan("by_block", chunk=4, rows_per_pass=rows_per_pass)
+        call = call_of(problem, ids, tiles)
+        (items,) = lists.build(call, by_block.cut_for(call, "forward_by_block")).cuts
+        assert len(items.passes) == passes
         check(problem, ids, BLOCK, tiles)
 
 
@@ -296,7 +301,7 @@ def test_the_shipped_thresholds_are_the_rooflines(dk, dv):
     """The bytes and rates of `union`: computed, not measured. A tuned plan says "measured"."""
     l2, hbm, group, size = 5.5e12, 4.3e12, 16, 2
     union_entry = 64 * (dk + dv) * size / l2
-    forward = group * (dk + 2 * dv) * size / hbm + 200 / hbm
+    forward = group * (dk + 2 * dv) * size / hbm + 25 / hbm
     backward = group * ((dk + dv) * size + 2 * 4 * dk + 8) / hbm
     rows = plans.load("h200", OP)["dispatch"]
     if any("measured" in row for row in rows):

@@ -188,7 +188,7 @@ def check_grid(launch):
 
 TRITON_NAMES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-    torch.int8: "i8",
+    torch.int16: "i16", torch.int8: "i8",
 }  # fmt: skip
 # Arguments that are not read under these constants; launchers pass any tensor for them.
 UNREAD = {

@@ -31,7 +31,7 @@ def run(dtype, device):
     found = plans.find(plan_device, "selected_attention", **shape)
     rows = 2.0 * GROUP * 64 / BLOCK
     measured = {"strategy": "by_overlap", "forward_rows": rows, "backward_dq_rows": rows}
-    limits = {"min_pairs": 1, "rows_per_pass": TOKENS * GROUP, "pairs_per_sort": 2**25}
+    limits = {"min_pairs": 1, "rows_per_pass": TOKENS * GROUP}
     options = {"select_block": BLOCK, "scale": DK**-0.5}
 
     def call(strategy: str = "by_overlap"):

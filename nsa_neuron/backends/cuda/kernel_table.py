@@ -22,10 +22,12 @@ from nsa_neuron.backends.cuda.launch.common import (
     query_tile_constants,
 )
 from nsa_neuron.backends.cuda.launch.select_blocks import tile_constants as select_tiles
+from nsa_neuron.backends.cuda.launch.selected_attention.lists import pair_tile
 
 INTEGERS = frozenset(
-    {"num_seqs", "S", "T", "HQ", "KV_HEADS", "rows", "heads", "tokens", "num_rows", "num_blocks"}
-    | {"first_token", "first_pair", "blocks_per_head"}
+    {"num_seqs", "S", "T", "HQ", "rows", "heads", "tokens", "num_rows", "first_token"}
+    | {"blocks_per_head", "chunk", "chunks", "chunks_per_part", "width", "longest"}
+    | {"lane_width", "lane_slots", "part_offset"}
 )
 FLOAT32_TENSORS = frozenset({"lse", "delta", "grad_lse"})
 PRODUCTS = ("fma", "mma", "wgmma")
@@ -152,11 +154,11 @@ def _flash(op: str, window: int) -> tuple[KernelEntry, ...]:
 _SELECT_BLOCK, _NUM_SELECTED = 64, 16
 _SELECTED_TYPES = {
     **dict.fromkeys(("block_indices", "entries", "counts", "pairs", "chosen", "queries"), "*i32"),
-    **dict.fromkeys(("item_block", "item_start", "slot_start"), "*i32"),
-    **dict.fromkeys(("order", "list_start", "list_end"), "*i64"),
+    **{"items": "*i32", "slots": "*i16", "used_slots": "*i8"},
     **dict.fromkeys(("partial_lse", "partial_dq", "workspace"), "*fp32"),
-    **{"used": "*i8", "tiles": "i32", "min_sharing": "fp32"},
+    **{"tiles": "i32", "min_sharing": "fp32"},
 }
+_LIST_TYPES = {**_SELECTED_TYPES, "counts": "*i32"}
 
 
 def _measured(shape: Shape) -> dict[str, bool]:
@@ -177,7 +179,8 @@ def _by_query(shape: Shape) -> Mapping[str, Any]:
 
 def _by_block(shape: Shape) -> Mapping[str, Any]:
     constants = {"SELECT_BLOCK": _SELECT_BLOCK, "PACKED": False, "G": shape.group, **_dims(shape)}
-    return {"BLOCK_N": _SELECT_BLOCK, **constants, **_measured(shape)}
+    slots = {"NUM_SELECTED": _NUM_SELECTED}
+    return {"BLOCK_N": _SELECT_BLOCK, **slots, **constants, **_measured(shape)}
 
 
 def _dkv_by_block(shape: Shape) -> Mapping[str, Any]:
@@ -190,14 +193,15 @@ def _reduce(shape: Shape) -> Mapping[str, Any]:
     return {"SELECT_BLOCK": _SELECT_BLOCK, "PACKED": False, **_dims(shape)}
 
 
+_IDS = {"NUM_SELECTED": _NUM_SELECTED, "SELECT_BLOCK": _SELECT_BLOCK, "PACKED": False}
+
+
 def _union(shape: Shape) -> Mapping[str, Any]:
-    return {
-        "NUM_SELECTED": _NUM_SELECTED,
-        "SELECTED_POW2": _NUM_SELECTED,
-        "SELECT_BLOCK": _SELECT_BLOCK,
-        "QUERIES": 4,
-        "PACKED": False,
-    }
+    return {**_IDS, "SELECTED_POW2": _NUM_SELECTED, "QUERIES": 4}
+
+
+def _lists(shape: Shape) -> Mapping[str, Any]:
+    return {**_IDS, **pair_tile(shape.planned, _NUM_SELECTED), **_measured(shape)}
 
 
 def _combine(shape: Shape) -> Mapping[str, Any]:
@@ -383,6 +387,16 @@ KERNELS: tuple[KernelEntry, ...] = (
     *_flash("sliding_window_attention", 512),
     _selected("union_blocks", _union, wants_wgmma=False),
     _selected("choose_strategy", _planned_only, wants_wgmma=False, min_group=5, max_group=32),
+    *(
+        KernelEntry(
+            "selected_attention", kernel, "selected_attention", derive, _LIST_TYPES,
+            wants_wgmma=False,
+        )
+        for kernel, derive in (
+            ("count_pairs", _lists), ("sum_chunks", _measured), ("cut_lists", _measured),
+            ("place_pairs", _lists),
+        )
+    ),
     _selected("forward", _by_query, min_group=5),
     _selected("forward_by_block", _by_block, max_group=32),
     _selected("combine", _combine, wants_wgmma=False, max_group=32),
@@ -403,8 +417,8 @@ _HAVE_PACKED = {
     "attention": ("forward", "backward_dq", "backward_dkv"),
     "sliding_window_attention": ("forward", "backward_dq", "backward_dkv"),
     "selected_attention": (
-        *("union_blocks", "forward", "forward_by_block", "backward_dq", "backward_dq_by_block"),
-        *("backward_dkv", "reduce_dkv"),
+        *("union_blocks", "count_pairs", "place_pairs", "forward", "forward_by_block"),
+        *("backward_dq", "backward_dq_by_block", "backward_dkv", "reduce_dkv"),
     ),
 }
 PACKED_KERNELS: tuple[KernelEntry, ...] = tuple(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.backends.cuda.launch.common import Plan, addressable, launch_delta
-from nsa_neuron.backends.cuda.launch.selected_attention import by_block, by_query, dispatch
+from nsa_neuron.backends.cuda.launch.selected_attention import by_block, by_query, dispatch, lists
 from nsa_neuron.backends.cuda.launch.selected_attention.call import Call
 
 
@@ -49,7 +49,8 @@ def forward(
             chosen = dispatch.measure(call, union, min_sharing)
         by_query.forward(call, union, o, lse, chosen)
     if strategy != dispatch.BY_QUERY:
-        by_block.forward(call, by_block.sort_segments(call), o, lse, chosen)
+        found = lists.build(call, by_block.cut_for(call, "forward_by_block"), chosen=chosen)
+        by_block.forward(call, found, found.cuts[0], o, lse, chosen)
     return o, lse
 
 
@@ -73,7 +74,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` with respect to q, k and v, contiguous, in their dtypes.
 
-    dq by block reads the lists that dk and dv are made from, unless they are too long for it.
+    dq by block reads the lists that dk and dv are made from.
 
     Args:
         grad_o: [B, S, Hq, Dv]; grad_lse: float32 [B, S, Hq] or None for zero.
@@ -86,9 +87,10 @@ def backward(
     if delta is None:
         delta = launch_delta(kernels, plan, grad_o, o, lse, grad_lse)
     grads = (grad_o, lse, delta)
-    pairs = by_block.sort_all(call)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strategy, min_sharing = dispatch.decide(call, "backward_dq")
+    needed = ["backward_dkv"] + ["backward_dq_by_block"] * (strategy != dispatch.BY_QUERY)
+    found = lists.build(call, *(by_block.cut_for(call, kernel) for kernel in needed))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     chosen = None
     if strategy != dispatch.BY_BLOCK:
         union = by_query.list_union(call, "backward_dq")
@@ -96,5 +98,5 @@ def backward(
             chosen = dispatch.measure(call, union, min_sharing)
         by_query.backward_dq(call, union, grads, dq, chosen)
     if strategy != dispatch.BY_QUERY:
-        by_block.backward_dq(call, by_block.sort_segments(call, pairs), grads, dq, chosen)
-    return dq, *by_block.backward_dkv(call, pairs, grads)
+        by_block.backward_dq(call, found, found.cuts[1], grads, dq, chosen)
+    return dq, *by_block.backward_dkv(call, found, found.cuts[0], grads)

@@ -79,6 +79,15 @@ def backward_dkv(
         g_head = grad_o + batch * stride_gb + kv_head * G * stride_gh
         stat = batch * tokens * KV_HEADS * G + kv_head * G
         scale_log2 = scale * LOG2E
+        # Where the results go: the less is alive over the loop, the more registers it has.
+        first_item, of_block, slot = items_of_block(
+            items, number, batch, lane_width, blocks_per_head
+        )
+        alone = of_block == 1
+        slot += item - first_item
+        out = (lane_of(batch, KV_HEADS) * lane_slots + slot) * SELECT_BLOCK + inside
+        first_out = (batch * keys + k_start + first_key) * KV_HEADS + kv_head
+        out = tl.where(alone, first_out, out)
         # In the numbering of `queries`, so that the loop holds no offset between the two.
         last_seen_by = key - (T - S - q_start).to(tl.int32)
         rows = count * G
@@ -115,20 +124,13 @@ def backward_dkv(
             if D1 > 0:
                 dk1 = dot(ds, q1, dk1, UPCAST, PRECISION)
 
-        first_item, of_block, slot = items_of_block(
-            items, number, batch, lane_width, blocks_per_head
-        )
-        if of_block == 1:
-            first_out = (batch * keys + k_start) * KV_HEADS + kv_head
-            dk_rows = token_rows(dk + first_out * DK, first_key, KV_HEADS * DK, BLOCK_N)
-            dv_rows = token_rows(dv + first_out * DV, first_key, KV_HEADS * DV, BLOCK_N)
+        if alone:
+            dk_rows = token_rows(dk + out * DK, 0, KV_HEADS * DK, BLOCK_N)
+            dv_rows = token_rows(dv + out * DV, 0, KV_HEADS * DV, BLOCK_N)
             store_split(dk_rows, there, dk0 * scale, dk1 * scale, DK, D0, D1)
             store_split(dv_rows, there, dv0, dv1, DV, V0, V1)
         else:
-            slot += item - first_item
-            out = lane_of(batch, KV_HEADS) * lane_slots + slot
-            out = out * SELECT_BLOCK + offset
-            out_rows = workspace + out * (DK + DV)
+            out_rows = token_rows(workspace + out * (DK + DV), 0, DK + DV, BLOCK_N)
             store_split(out_rows, there, dk0 * scale, dk1 * scale, DK, D0, D1)
             store_split(out_rows + DK, there, dv0, dv1, DV, V0, V1)
 

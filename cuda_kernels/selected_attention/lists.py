@@ -260,8 +260,10 @@ def work_item(
     columns = blocks_per_head + 1
     number = tl.load(row + 4 * columns + item)
     chunk = item - tl.load(row + 2 * columns + number)
-    begin = tl.load(row + number) + chunk * CHUNK
-    count = tl.minimum(CHUNK, tl.load(row + columns + number) - begin)
+    begin = tl.load(row + number).to(tl.int64) + chunk.to(tl.int64) * CHUNK
+    # In 64 bits until here: from 32 bits LLVM widens the loop over the queries, and spills.
+    count = tl.minimum(begin + CHUNK, tl.load(row + columns + number)) - begin
+    count = count.to(tl.int32)
     begin += lane_of(batch, tl.num_programs(1)) * S * NUM_SELECTED
     block = number
     q_start = tl.full([], 0, tl.int64)

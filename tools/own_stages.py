@@ -125,10 +125,9 @@ def decode_setup(problem: Any, device: str = "") -> DecodeState:
     )  # fmt: skip
     group = q.shape[2] // k.shape[2]
     dtype = str(q.dtype).removeprefix("torch.")
-    here = devices.gpu().plans if mode == "hw" and device is None else "interpret"
-    plan = plans.find(
-        device or here, "decode", dk=q.shape[3], dv=v.shape[3], dtype=dtype, group=group
-    )
+    if not device:
+        device = devices.gpu().plans if mode == "hw" else "interpret"
+    plan = plans.find(device, "decode", dk=q.shape[3], dv=v.shape[3], dtype=dtype, group=group)
     workspace = launch.Workspace.allocate(plan, q, caches, geometry)
     return DecodeState(kernel_package(mode).load("decode"), plan, caches, geometry, workspace)
 

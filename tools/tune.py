@@ -40,7 +40,7 @@ from problem import GRADS, Geometry, Heads, make_decode, make_problem  # noqa: E
 from tune_units import Crossover, Unit  # noqa: E402
 
 from nsa_neuron import environment  # noqa: E402
-from nsa_neuron.backends.cuda import plans  # noqa: E402
+from nsa_neuron.backends.cuda import devices, plans  # noqa: E402
 from nsa_neuron.registry import REGISTRY  # noqa: E402
 
 OUT_OF_TIME = 3
@@ -219,8 +219,11 @@ class Tuner:
         self, unit: Unit, point: plan_files.Point, constants: dict[str, Any], measured: Any
     ) -> None:
         """Makes these constants what is found at a point from now on."""
-        path = plans.PLANS_FOLDER / self.args.device_plans / f"{unit.op}.json"
-        listed_rows = json.loads(path.read_text())
+        device = self.args.device_plans
+        path = plans.PLANS_FOLDER / device / f"{unit.op}.json"
+        # A device's file holds only the kernels in which it differs from another one.
+        listed_rows = json.loads(path.read_text()) if path.exists() else {}
+        listed_rows.setdefault(unit.kernel, [*plans.load(device, unit.op)[unit.kernel]])
         plan_files.put(listed_rows, unit.kernel, point, constants, measured)
         plan_files.write(path, listed_rows)
         self.write_bundle()
@@ -297,8 +300,12 @@ class Tuner:
 
 
 def prewarm(jobs: int, seconds: float) -> None:
-    """Compiles candidates in several processes: serial compilation would eat the budget."""
-    command = [sys.executable, *sys.argv, "--prewarm", "0", "--shard"]
+    """Compiles candidates in several processes: serial compilation would eat the budget.
+
+    At 16K tokens, whose kernels are those of longer sequences: every process has a problem of its
+    own, and a dozen of 64K tokens do not fit a GPU.
+    """
+    command = [sys.executable, *sys.argv, "--prewarm", "0", "--tokens", "16384", "--shard"]
     null, deadline = subprocess.DEVNULL, time.time() + seconds
     shards = [[*command, f"{i}/{jobs}"] for i in range(jobs)]
     workers = [subprocess.Popen(shard, stdout=null, stderr=null) for shard in shards]
@@ -332,12 +339,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     add("--shard", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.device, args.dtype, args.geom, args.device_plans = (
-        "cuda",
-        torch.bfloat16,
-        Geometry(),
-        "h200",
-    )
+    args.device, args.dtype, args.geom = "cuda", torch.bfloat16, Geometry()
+    args.device_plans = devices.gpu().plans if torch.cuda.is_available() else "h200"
     if args.dry_run:
         shrink(args)
     args.dtype_name = str(args.dtype).removeprefix("torch.")

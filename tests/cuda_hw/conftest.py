@@ -6,6 +6,8 @@ tests the tests.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             needs_cuda = item.get_closest_marker("gpu_only") or not ON_CPU
             if hindrance and needs_cuda:
                 item.add_marker(pytest.mark.skip(reason=hindrance))
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """A test that ends its process has a line that it began."""
+    _record({"test": nodeid, "outcome": "began"})
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """One line per test, written at once: what is killed leaves what it had, with tracebacks."""
+    if report.when == "call" or report.outcome != "passed":
+        row = {"test": report.nodeid, "outcome": report.outcome, "phase": report.when}
+        _record(row | {"seconds": round(report.duration, 3), "why": report.longreprtext})
+
+
+def _record(row: dict[str, object]) -> None:
+    """Appends to `NSA_HW_RESULTS`; with pytest-xdist the workers run the tests and the first
+    process reports them."""
+    path = os.environ.get("NSA_HW_RESULTS")
+    if path and "PYTEST_XDIST_WORKER" not in os.environ:
+        with Path(path).open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def _hindrance() -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools/h200.sh"
 # Stands in for Python: notes what it was asked, and ends as the test wants for that tool.
 SHIM = """#!/usr/bin/env bash
-[[ $1 == - ]] && exit "${EXIT_machine:-0}"
+[[ $1 == - ]] && { echo "${KIND:-h200}" >"$3"; exit "${EXIT_machine:-0}"; }
 [[ $1 == -c ]] && exit 0
 echo "$*" >>"$CALLS"
-for tool in tune peers profile_nsa pytest; do
+for tool in tune peers profile_nsa prewarm pytest; do
   [[ " $* " == *"$tool"* ]] || continue
   name="SLEEP_$tool"; sleep "${!name:-0}"
   name="EXIT_$tool"; exit "${!name:-0}"
@@ -37,7 +40,8 @@ def script(tmp_path):
         for name in peers.split():
             (folder / name).mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.commit").write_text(f"sha-of-{name}\n")
-        settings = {"PYTHON": str(shim), "CALLS": str(calls), "REVISION": "r1", **env}
+        settings = {"PYTHON": str(shim), "CALLS": str(calls), "REVISION": "r1"}
+        settings |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), **env}
         done = subprocess.run(
             [SCRIPT, folder, out], env=os.environ | settings, capture_output=True, text=True
         )
@@ -52,33 +56,95 @@ def by_name(steps):
     return {row["step"]: row["status"] for row in steps}
 
 
+def begun(steps):
+    return [row["step"] for row in steps if row["status"] == "began"]
+
+
 def test_every_step_runs_once_most_important_first(script):
     code, _, steps, calls = script(peers="fla xunhao")
     assert code == 0
-    names = [row["step"] for row in steps]
-    assert names[:5] == ["machine", "smoke", "tune", "bench-64k", "profile"]
-    assert {"bench-1m", "bench-lengths", "runtime", "long", "sanitizer"} < set(names)
+    names = begun(steps)
+    first = ["machine", "prewarm", "ops-8k", "profile", "bench-decode", "bench-64k", "ab"]
+    assert names[:7] == first and len(names) == len(set(names))
+    assert {"tune", "bench-1m", "bench-lengths", "runtime", "long", "sanitizer"} < set(names)
     assert set(by_name(steps).values()) == {"done"} and {r["revision"] for r in steps} == {"r1"}
-    bench = next(call for call in calls if "peers.py" in call)
+    assert {row["kind"] for row in steps[1:]} == {"h200"}
+    decode, bench = (call for call in calls if "--only nsa-neuron,sdpa-cudnn,sfnsa" in call)
+    assert "--stages decode,dense_decode" in decode and "65536" in bench
     assert "--commit fla=sha-of-fla" in bench and "--xunhao " in bench and "--fsa" not in bench
     assert "--commit nsa-neuron=r1" in bench and "--resume" in bench and "--tiny" not in bench
-    assert script()[3] == []  # nothing is left for a second run
+    code, _, steps, calls = script()
+    assert calls == [] and code == 0  # nothing is left for a second run
+    # The machine is another one, perhaps, and has not compiled anything.
+    assert begun(steps)[len(names) :] == ["machine", "prewarm"]
+
+
+def test_every_op_has_a_process_of_its_own(script):
+    _, _, _, calls = script(STEPS="ops-8k")
+    stages = {call.split(" -k ")[1] for call in calls}
+    wanted = ("dense", "nsa", "slc", "cmp", "select", "window", "decode")
+    assert stages == {f"{stage} and 8192" for stage in wanted} and len(calls) == len(stages)
+    code, _, steps, _ = script(STEPS="ops-8k", EXIT_pytest="1")
+    assert code == 0, "done before"
+
+
+def test_an_op_that_fails_fails_the_step(script):
+    code, _, steps, _ = script(STEPS="ops-8k", EXIT_pytest="1")
+    assert code == 1 and by_name(steps) == {"ops-8k": "failed"}
+
+
+def test_an_h100_is_named(script):
+    _, _, steps, _ = script(KIND="h100")
+    assert {row["kind"] for row in steps[1:]} == {"h100"}
+
+
+def test_a_fresh_machine_compiles_again_and_goes_on_from_earlier_results(script, tmp_path):
+    """The output folder comes back empty, as does the cache of compiled kernels."""
+    script(STEPS="machine prewarm ops-8k profile")
+    shutil.move(tmp_path / "out", tmp_path / "earlier")
+    shutil.rmtree(tmp_path / "cache")
+    again = {"STEPS": "machine prewarm ops-8k profile ab", "EARLIER": str(tmp_path / "earlier")}
+    code, out, steps, calls = script(**again)
+    assert code == 0 and "ops-8k: done by an earlier run" in out
+    assert [call.split()[0] for call in calls] == ["tools/prewarm.py", "tools/tune.py"]
+    assert begun(steps).count("profile") == 1
+
+
+def test_what_kills_the_script_leaves_its_trace(script, tmp_path):
+    """The step that was running is noted before it runs."""
+    env = {"SLEEP_profile_nsa": "30", "PYTHON": str(tmp_path / "python")}
+    settings = {"CALLS": str(tmp_path / "calls"), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    script(STEPS="machine")
+    running = subprocess.Popen(
+        [SCRIPT, tmp_path / "peers", tmp_path / "out"],
+        env=os.environ | env | settings | {"STEPS": "profile"}, start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    file = tmp_path / "out/steps.jsonl"
+    deadline = time.time() + 60
+    while "profile" not in file.read_text() and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert by_name([json.loads(x) for x in file.read_text().splitlines()])["profile"] == "began"
+    code, _, steps, _ = script(STEPS="profile")
+    assert code == 0 and by_name(steps)["profile"] == "done"
 
 
 def test_unfinished_and_failed_steps_are_tried_again(script):
     code, _, steps, _ = script(EXIT_tune="3", EXIT_profile_nsa="5")
     assert code == 1
     assert by_name(steps)["tune"] == "unfinished" and by_name(steps)["profile"] == "failed"
-    code, _, _, calls = script(EXIT_tune="3")
+    code, _, steps, calls = script(EXIT_tune="3")
     assert code == 3
     assert {call.split()[0] for call in calls} == {"tools/tune.py", "tools/profile_nsa.py"}
     code, _, steps, calls = script()
-    assert code == 0 and [call.split()[0] for call in calls] == ["tools/tune.py"]
+    assert code == 0 and {call.split()[0] for call in calls} == {"tools/tune.py"}
 
 
 def test_a_step_that_hangs_is_ended_and_the_budget_holds(script):
-    code, out, steps, calls = script(BUDGET="11", SLEEP_tune="60")
-    assert code == 3 and by_name(steps)["tune"] == "unfinished"
+    code, out, steps, calls = script(BUDGET="11", SLEEP_profile_nsa="60")
+    assert code == 3 and by_name(steps)["profile"] == "unfinished"
     assert sum(row["seconds"] for row in steps) <= 17
     assert "bench-64k: no time left" in out and not any("peers.py" in call for call in calls)
 
@@ -92,7 +158,7 @@ def test_without_a_usable_gpu_nothing_counts_as_done(script):
 
 def test_an_internal_error_of_pytest_is_no_unfinished_step(script):
     code, _, steps, _ = script(EXIT_pytest="3")
-    assert code == 1 and by_name(steps)["smoke"] == "failed"
+    assert code == 1 and by_name(steps)["smoke"] == by_name(steps)["ops-8k"] == "failed"
 
 
 def test_peers_without_git_get_no_commit_of_the_folder_around_them(script, tmp_path):
@@ -124,7 +190,7 @@ def test_the_dry_run_measures_with_the_real_kernels(tmp_path):
     import sys
 
     env = os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable, "BUDGET": "600"}
-    env["STEPS"] = "machine smoke bench-64k profile"  # test_tune.py has the tuner
+    env["STEPS"] = "machine ops-8k profile bench-decode bench-64k"  # test_tune.py has the tuner
     done = subprocess.run(
         [SCRIPT, tmp_path / "none", tmp_path / "out"], env=env, capture_output=True, text=True
     )
@@ -134,5 +200,11 @@ def test_the_dry_run_measures_with_the_real_kernels(tmp_path):
         ("window", "fwd"), ("window", "bwd"), ("decode", "eager")
     }  # fmt: skip
     assert {r["status"] for r in rows} == {"ok"} and {r["device"] for r in rows} == {"cpu"}
+    tests = [json.loads(x) for x in (tmp_path / "out/tests.jsonl").read_text().splitlines()]
+    ended = [row for row in tests if row["outcome"] != "began"]
+    assert {row["outcome"] for row in ended} == {"passed"} and 2 * len(ended) == len(tests)
+    assert {"test_forward", "test_backward_is_right_and_bit_equal"} == {
+        row["test"].split("::")[1].split("[")[0] for row in ended
+    }
     profile = (tmp_path / "out/profile.jsonl").read_text().splitlines()
     assert {json.loads(x)["pass"] for x in profile} == {"forward", "backward", "decode"}

@@ -281,10 +281,13 @@ def replace_process(command: list[str]) -> None:
 
 
 def prewarm(jobs: int, seconds: float) -> None:
-    """Fills the kernel caches from several processes: serial compilation would eat the budget."""
+    """Fills the kernel caches from several processes: serial compilation would eat the budget.
+
+    At 16K tokens: the kernels are those of longer sequences, and every process has its own problem.
+    """
     # fla would keep the autotuning results of processes that disturb each other
     env = os.environ | {"FLA_CACHE_RESULTS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, *sys.argv, "--prewarm", "0", "--shard"]
+    command = [sys.executable, *sys.argv, "--prewarm", "0", "--lengths", "16384", "--shard"]
     null, deadline = subprocess.DEVNULL, time.time() + seconds
     shards = [f"{i}/{jobs}" for i in range(jobs)]
     workers = [subprocess.Popen([*command, s], env=env, stdout=null, stderr=null) for s in shards]

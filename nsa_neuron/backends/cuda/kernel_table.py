@@ -389,11 +389,17 @@ KERNELS: tuple[KernelEntry, ...] = (
     _selected("choose_strategy", _planned_only, wants_wgmma=False, min_group=5, max_group=32),
     *(
         KernelEntry(
-            "selected_attention", kernel, "selected_attention", derive, _LIST_TYPES,
+            "selected_attention",
+            kernel,
+            "selected_attention",
+            derive,
+            _LIST_TYPES,
             wants_wgmma=False,
         )
         for kernel, derive in (
-            ("count_pairs", _lists), ("sum_chunks", _measured), ("cut_lists", _measured),
+            ("count_pairs", _lists),
+            ("sum_chunks", _measured),
+            ("cut_lists", _measured),
             ("place_pairs", _lists),
         )
     ),

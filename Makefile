@@ -74,9 +74,11 @@ sanitize: ## the CPU kernels under the address, undefined and thread sanitizers 
 conform: $(STAMP) ## every op on every backend that runs here
 	$(BIN)/nsa conform
 
+# Another Triton, unpacked: `pip download triton==3.6.0 --no-deps && unzip -d FOLDER triton-*.whl`.
+TRITON ?=
 .PHONY: compile-check
-compile-check: $(STAMP) ## compile every Triton kernel for an H200, without one
-	$(BIN)/nsa compile-check
+compile-check: $(STAMP) ## compile every Triton kernel for an H200, without one (TRITON=FOLDER of another)
+	PYTHONPATH=$(TRITON) $(BIN)/nsa compile-check
 
 .PHONY: bench
 bench: $(STAMP) ## measure on this machine: call overhead, reference NSA, the simulator

@@ -44,7 +44,7 @@ NARROW = 64
 product at 128 bytes a cycle (Hopper tuning guide) take as long as 32 columns of arithmetic."""
 
 SERIALISED = "wgmma.mma_async instructions are serialized"
-"""What ptxas says (its C7514, C7515 and others, by the reason) of products that wait for each other."""
+"""What ptxas says of products that wait for each other; its number (C7514, ...) is the reason."""
 
 _MEASURED = (
     *("shared_bytes", "registers", "local_bytes", "spills_in_loops", "products"),
@@ -70,7 +70,7 @@ class Row:
         excess_work: multiplications done over those that the tiles need; 1.0 is ideal.
         narrowest: columns of the narrowest wgmma, 0 without any; narrow_lines: where those narrower
             than `NARROW` come from.
-        serialised: whether ptxas serialises the wgmma (C7515).
+        serialised: whether ptxas serialises the wgmma.
         waiting_gathers: lines of loads in loops that wait for a load of the same iteration.
         accepted: findings that the plan's row accepts, by name, with the reason.
         exempt: why they need not be `wgmma`; empty: they must.

@@ -31,7 +31,6 @@ from problem import Geometry, Heads  # noqa: E402
 
 from nsa_neuron.backends.cuda import devices, kernel_package, plans  # noqa: E402
 from nsa_neuron.backends.cuda.launch import decode  # noqa: E402
-from nsa_neuron.toolchain import KernelPackage  # noqa: E402
 
 SHAPES = (launched.PAPER, Heads(64, 4, 128, 128))
 SECONDS_PER_KERNEL = 7.0
@@ -117,8 +116,7 @@ def variants(tokens: int, device: str) -> dict[str, launched.Launch]:
 def compile_one(variant: str, tokens: int, device: str) -> Compiled:
     """Compiles a variant into Triton's cache; runs in a process of its own."""
     launch = variants(tokens, device)[variant]
-    package: KernelPackage = kernel_package("hw")
-    function = getattr(package.load(launch.op), launch.function.__name__)
+    function = getattr(kernel_package("hw").load(launch.op), launch.function.__name__)
     arguments = [x.dtype if isinstance(x, torch.Tensor) else x for x in launch.arguments]
     started = time.perf_counter()
     try:
@@ -138,7 +136,7 @@ def estimates(device: str = "h200") -> list[dict[str, Any]]:
         "prewarm": len(long),
         "ops-8k": len(paper - long),
         **dict.fromkeys(("profile", "bench-decode", "bench-64k"), 0),
-        "ab": sum(len(unit["try"]) for unit in candidates) * len(SHAPES),
+        "ab": sum(len(unit["try"]) for unit in candidates),  # at one head shape; at most
     }
     return [
         {

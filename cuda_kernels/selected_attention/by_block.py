@@ -139,9 +139,6 @@ def combine(
         if tl.load(chosen) != BY_BLOCK:
             return
     passed = tl.cast(first_token, tl.int64) * HQ
-    used_slots += passed // G * NUM_SELECTED
-    o += passed * DV
-    lse += passed
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = row < num_rows
@@ -151,7 +148,8 @@ def combine(
         acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
         acc1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else V0], tl.float32)
         for slot in range(0, NUM_SELECTED):
-            there = valid & (tl.load(used_slots + first + slot, mask=valid, other=0) != 0)
+            at = used_slots + (passed // G * NUM_SELECTED + first + slot)
+            there = valid & (tl.load(at, mask=valid, other=0) != 0)
             entry = (first + slot) * G + row % G
             part = tl.load(partial_lse + entry, mask=there, other=float("-inf"))
             o0, o1 = load_split(partial_o + entry * DV, there, DV, V0, V1, True)
@@ -168,5 +166,5 @@ def combine(
         total = tl.where(dead, 1.0, total)
         row_lse = tl.where(dead, float("-inf"), (maximum + tl.math.log2(total)) * LN2)
         inverse = (1.0 / total)[:, None]
-        store_split(o + row * DV, valid, acc0 * inverse, acc1 * inverse, DV, V0, V1)
-        tl.store(lse + row, row_lse, mask=valid)
+        store_split(o + (passed + row) * DV, valid, acc0 * inverse, acc1 * inverse, DV, V0, V1)
+        tl.store(lse + passed + row, row_lse, mask=valid)

@@ -200,7 +200,8 @@ def backward_dq_by_block(
 ):  # fmt: skip
     """What one block gives to dq of each query on its list.
 
-    Grid as `forward_by_block`; BLOCK_N is a power of two >= SELECT_BLOCK. Arguments as there and `backward_dkv`; partial_dq: float32 [pairs of the pass, G, DK].
+    Grid as `forward_by_block`; BLOCK_N is a power of two >= SELECT_BLOCK. Arguments as there and
+    `backward_dkv`; partial_dq: float32 [pairs of the pass, G, DK].
     """
     if MEASURED:
         if tl.load(chosen) != BY_BLOCK:
@@ -278,8 +279,6 @@ def sum_dq(
         if tl.load(chosen) != BY_BLOCK:
             return
     passed = tl.cast(first_token, tl.int64) * HQ
-    used_slots += passed // G * NUM_SELECTED
-    dq += passed * DK
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = row < num_rows
@@ -287,10 +286,11 @@ def sum_dq(
         dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else D0], tl.float32)
         for slot in range(0, NUM_SELECTED):
             entry = (row // G) * NUM_SELECTED + slot
-            there = valid & (tl.load(used_slots + entry, mask=valid, other=0) != 0)
+            at = used_slots + (passed // G * NUM_SELECTED + entry)
+            there = valid & (tl.load(at, mask=valid, other=0) != 0)
             rows = partial_dq + (entry * G + row % G) * DK
             part0, part1 = load_split(rows, there, DK, D0, D1, True)
             dq0 += part0.to(tl.float32)
             if D1 > 0:
                 dq1 += part1.to(tl.float32)
-        store_split(dq + row * DK, valid, dq0, dq1, DK, D0, D1)
+        store_split(dq + (passed + row) * DK, valid, dq0, dq1, DK, D0, D1)

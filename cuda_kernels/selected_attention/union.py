@@ -5,7 +5,7 @@ elements; L2 at 5.5 TB/s, HBM at 4.3 TB/s; computed from these rates, not measur
 
 - `by_query`: K, V of each union entry through L2, 40,960 B = 7.4 ns / sharing, forward and dq;
 - `by_block`, per head: q (and grad_o) in, the partial result out and in again: forward 896 B =
-  0.21 ns, dq (float32 partials) 2,184 B = 0.51 ns. Lists, per pair: 200 B = 0.05 ns.
+  0.21 ns, dq (float32 partials) 2,184 B = 0.51 ns. Lists, per pair: 25 B = 0.006 ns.
 
 So by_query is the faster one from `sharing * G` = 36 rows on (forward) or 15 (dq): a block read
 through L2 pays when that many query rows use it. Matrix products take less than the bytes in all

@@ -11,6 +11,7 @@ from measure import check_forward
 from problem import Geometry, Heads, make_decode, make_problem
 
 import nsa_neuron
+from nsa_neuron.graphs import graphed
 from nsa_neuron.nn import NativeSparseAttention, NsaConfig
 from nsa_neuron.registry import use_backend
 
@@ -65,6 +66,24 @@ def test_a_whole_step_as_a_graph(dtype):
             o = call(p.q, p.k, p.v, p.gates)
         graph.replay()
     assert torch.equal(o, eager)
+
+
+@gpu_only
+def test_forward_and_backward_as_graphs(dtype):
+    """`graphed`: other values than those of the capture, and both passes."""
+    problems = [make_problem(HEADS, GEOM, TOKENS, rho, 8, dtype, "cuda") for rho in (0.0, 0.1, 0.0)]
+    given = [[x.detach().clone().requires_grad_() for x in (p.q, p.k, p.v, p.gates)]
+             for p in problems]  # fmt: skip
+    call = Own("own_stages:STAGES").stages()["nsa"](problems[0])
+    run = graphed(call, *given[0])
+    for leaves in given[1:]:
+        want = call(*leaves)
+        grad = torch.randn_like(want)
+        wanted = torch.autograd.grad(want, leaves, grad)
+        out = run(*leaves)
+        assert torch.equal(out, want)
+        found = torch.autograd.grad(out, leaves, grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @gpu_only

@@ -84,8 +84,6 @@ def test_every_op_has_a_process_of_its_own(script):
     stages = {call.split(" -k ")[1] for call in calls}
     wanted = ("dense", "nsa", "slc", "cmp", "select", "window", "decode")
     assert stages == {f"{stage} and 8192" for stage in wanted} and len(calls) == len(stages)
-    code, _, steps, _ = script(STEPS="ops-8k", EXIT_pytest="1")
-    assert code == 0, "done before"
 
 
 def test_an_op_that_fails_fails_the_step(script):

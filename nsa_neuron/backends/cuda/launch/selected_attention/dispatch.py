@@ -12,8 +12,10 @@ decide, from shapes alone where these leave no doubt, else on the device: both d
 with a flag, and the programs of the one that lost return when they have read it. Nothing waits for
 the device, and the flag depends on the ids only. What the loser costs at 64K tokens, 4 kv heads and
 16 slots (computed, not measured): `by_query` 65,536 programs, 0.04 to 0.25 ms; `by_block` its
-sorted lists, 0.25 ms, and 8 passes of 5,400 programs, 0.15 ms; the winner takes 8 to 14 ms.
-The buffers of both are allocated: 2.1 GB of partial outputs there, 6.4 GB of partial dq.
+lists' 2,600 programs and 8 passes of 5,400, 0.17 ms; the winner takes 8 to 14 ms. Where the lists
+are for `by_block` alone they are not made then. Its partial results are allocated all the same
+(2.1 GB of outputs there, 6.4 GB of dq), since only the device knows that they stay unread: a host
+that knew would have waited for it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nsa_neuron.backends.cuda.launch.selected_attention.call import Call
 
 _PAIRS_PER_BLOCK = 2
-"""Pairs of a chunk over the blocks that it counts: the table of counts has 2 bytes per pair then."""
+"""Pairs of a chunk over the blocks that it counts: the table of counts has 2 bytes per pair."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Lists:
     """The pairs of a query and a block, by block and then by query.
 
     Attributes:
-        queries: int32 [B, Hkv, S * n], token numbers; slots: int16, where the query holds the block.
+        queries: int32 [B, Hkv, S * n], token numbers; slots: int16, where in their ids it stands.
         used: int8 [B, S, Hkv, n], 1 for the pairs that are in the lists.
         blocks_per_head: numbers of blocks of a batch row and kv head.
         cuts: as asked for.

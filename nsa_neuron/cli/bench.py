@@ -2,11 +2,13 @@
 
 `--target cpu` measures what one call of torch.ops.nsa costs beyond an empty op, and the reference
 NSA against scaled_dot_product_attention; with `--part native`, both modes of the `cpu` backend
-against it, and decode. `--simulator` measures the simulator's own time and memory
-against NumPy doing the same arithmetic on the same tiles, and what profiling adds. Both measure on
-this computer. `--target trn2` measures nothing: it models the time of the NKI kernels on
-one NeuronCore, per stage and against dense attention, from simulated runs of some queries (a minute
-or more per length); nothing of it has run on hardware. One kernel's time: `nsa profile`.
+against it, and decode; with `--part model`, whole models' decoding and training steps beside full
+attention's, transformers' own cache included. `--simulator` measures the simulator's own time and
+memory against NumPy doing the same arithmetic on the same tiles, and what profiling adds. All of
+these measure on this computer. `--target trn2` measures nothing: it models the time of the NKI
+kernels on one NeuronCore, per stage and against dense attention, from simulated runs of some
+queries (a minute or more per length); nothing of it has run on hardware. One kernel's time:
+`nsa profile`.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--part",
-        choices=("overhead", "attention", "native"),
-        help="one part of --target cpu only; `native` (the cpu backend against SDPA, minutes) is "
-        "run only when asked for",
+        choices=("overhead", "attention", "native", "model"),
+        help="one part of --target cpu only; `native` (the cpu backend against SDPA) and `model` "
+        "(decoding and training beside full attention) take minutes, so they have to be asked for",
     )
     parser.add_argument(
         "--shape",
@@ -105,6 +107,10 @@ def _cpu(args: argparse.Namespace) -> list[Part]:
 
         shape = _shape(args.shape)
         parts.append((native.measure(args.tokens or [4096, 8192, 16384], *shape), native.to_text))
+    if args.part == "model":
+        from nsa_neuron.bench import model
+
+        parts.append((model.measure(args.tokens or [2048, 8192, 32768]), model.to_text))
     return parts
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from nsa_neuron.bench import attention, native, overhead
+from nsa_neuron.bench import attention, model, native, overhead
 from nsa_neuron.bench.record import Record
 from nsa_neuron.cli import UNUSABLE, main
 from nsa_neuron.ops import get
@@ -111,3 +111,23 @@ def test_bench_refuses_a_shape_that_is_none(capsys) -> None:
     for shape in ("16/3/64/float32", "16/1/64", "16/1/0/float32", "16/1/64/float64"):
         assert main(["bench", "--target", "cpu", "--part", "native", "--shape", shape]) == UNUSABLE
         assert "HQ/HKV/D/DTYPE" in capsys.readouterr().err
+
+
+def test_bench_of_models_names_both_attentions_and_counts_their_caches(
+    monkeypatch, tmp_path, capsys
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(model, "MODULE_TOKENS", 96)
+    monkeypatch.setattr(model, "TRAIN_LIMIT", 64)
+    out = tmp_path / "model.jsonl"
+    words = ["bench", "--target", "cpu", "--part", "model", "--tokens", "64", "600"]
+    assert main([*words, "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    timed = {(row["name"], row["facts"]["tokens"]) for row in rows}
+    decoded = {(f"decode {kind}", t) for kind in ("nsa", "full") for t in (64, 600)}
+    assert timed == {("module", 96), ("op", 96), ("train nsa", 64), ("train full", 64)} | decoded
+    held = {(row["name"], row["facts"]["tokens"]): row["facts"].get("bytes") for row in rows}
+    # two layers of keys and values of one head of 64 floats; NSA holds three sets of them
+    assert held["decode full", 600] == 2 * 2 * 600 * 64 * 4
+    assert held["decode nsa", 600] > 3 * held["decode full", 600]
+    assert "NSA cache, MiB" in capsys.readouterr().out

@@ -112,6 +112,7 @@ COMMANDS = {
     "cp OUT/bench.jsonl": HARDWARE,
     "python tools/tune.py --install": HARDWARE,
     "nsa compile-check": "tests/cuda/test_compile_check.py",
+    "nsa bench --target cpu --part model": "minutes; tests/cli/test_bench.py runs it, small",
     "make bench-cpu": "fourteen minutes of an idle machine: nothing to run beside other tests",
     "python examples/train_bytes.py": "hours; tests/model/test_training.py runs its code, small",
     "nsa conform --backend neuron:hw": "needs a Trainium2",

@@ -108,9 +108,10 @@ def _cpu(args: argparse.Namespace) -> list[Part]:
         shape = _shape(args.shape)
         parts.append((native.measure(args.tokens or [4096, 8192, 16384], *shape), native.to_text))
     if args.part == "model":
-        from nsa_neuron.bench import model
+        from nsa_neuron import model_bench
 
-        parts.append((model.measure(args.tokens or [2048, 8192, 32768]), model.to_text))
+        lengths = args.tokens or [2048, 8192, 32768]
+        parts.append((model_bench.measure(lengths), model_bench.to_text))
     return parts
 
 

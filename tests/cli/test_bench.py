@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from nsa_neuron.bench import attention, model, native, overhead
+from nsa_neuron import model_bench
+from nsa_neuron.bench import attention, native, overhead
 from nsa_neuron.bench.record import Record
 from nsa_neuron.cli import UNUSABLE, main
 from nsa_neuron.ops import get
@@ -117,8 +118,8 @@ def test_bench_of_models_names_both_attentions_and_counts_their_caches(
     monkeypatch, tmp_path, capsys
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(model, "MODULE_TOKENS", 96)
-    monkeypatch.setattr(model, "TRAIN_LIMIT", 64)
+    monkeypatch.setattr(model_bench, "MODULE_TOKENS", 96)
+    monkeypatch.setattr(model_bench, "TRAIN_LIMIT", 64)
     out = tmp_path / "model.jsonl"
     words = ["bench", "--target", "cpu", "--part", "model", "--tokens", "64", "600"]
     assert main([*words, "--out", str(out)]) == 0

@@ -66,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Activates the simulator where the session asks for it, before any conftest imports `nki`."""
     target = _setting(early_config, "nki_target")
+    if _setting(early_config, "nki_version"):
+        _check_version(early_config)
     if not target:
         return
     from . import activate
@@ -78,7 +80,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
             target, relax=_relaxed(early_config), nki=_version(early_config)
         )
     except ValueError as error:
-        raise pytest.UsageError(f"--nki-target, --nki-relax, --nki-version: {error}") from None
+        raise pytest.UsageError(f"--nki-target, --nki-relax: {error}") from None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -187,6 +189,16 @@ def _version(config: pytest.Config) -> str:
     from .rules.versions import NEWEST
 
     return _setting(config, "nki_version") or NEWEST
+
+
+def _check_version(config: pytest.Config) -> None:
+    """Refuses a version that is not simulated before any test asks for it."""
+    from .rules.versions import check_version
+
+    try:
+        check_version(_version(config))
+    except ValueError as error:
+        raise pytest.UsageError(f"--nki-version: {error}") from None
 
 
 def _relaxed(config: pytest.Config) -> frozenset[str]:

@@ -106,6 +106,24 @@ def test_fixture_alone_serves_imports_inside_the_test(suite):
     suite.runpytest().assert_outcomes(passed=2)
 
 
+@pytest.mark.parametrize("where", ["option", "setting"])
+def test_the_session_says_the_version(suite, where):
+    suite.makepyfile(
+        "import numpy as np\n"
+        "def test_it(nki_simulate):\n"
+        "    import nki, nki.language as nl\n"
+        "    assert nki.__version__ == '0.6.0'\n"
+        "    def kernel(a):\n"
+        "        return a if hasattr(nl, 'dynamic_range') else None\n"
+        "    nki_simulate(kernel)(np.ones((4, 4), np.float32))\n"
+        "    assert nki_simulate(kernel, nki='0.7').options.nki == '0.7'\n"
+    )
+    if where == "setting":
+        suite.makeini("[pytest]\nnki_version = 0.6")
+    words = ("--nki-version", "0.6") if where == "option" else ()
+    suite.runpytest("-q", *words).assert_outcomes(passed=1)
+
+
 def test_failure_shows_rule_kernel_line_and_operands(suite):
     suite.makepyfile(
         ADD + "import kernels\n"
@@ -161,6 +179,10 @@ def test_relaxed_rules_are_told(suite):
     [
         (["--nki-target", "trn9"], "*target 'trn9' is not modelled; known targets*"),
         (["--nki-target=trn2", "--nki-relax=bonds"], "*no rule is named 'bonds'*"),
+        (
+            ["--nki-version", "0.9"],
+            "*--nki-version: NKI '0.9' is not simulated; versions: 0.6, 0.7*",
+        ),
     ],
 )
 def test_wrong_options_are_explained(suite, options, text):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import nsa_neuron
+from nsa_neuron.simulator import SimulationWarning
 from nsa_neuron.simulator.command import loading
 from nsa_neuron.simulator.command import simulate as cli
 from nsa_neuron.simulator.run.arguments import ShapeDtype
@@ -111,6 +112,19 @@ def test_a_broken_rule(folder, capsys):
     assert code == 0
     assert "RELAXED start-partition: broken 1 times" in out
     assert "(written by the kernel)" in out
+
+
+@pytest.mark.parametrize("version", ["0.6", "0.7"])
+def test_the_version_is_named_and_its_warnings_are_printed_once(folder, capsys, recwarn, version):
+    source = Path("user_kernels.py")
+    source.write_text(
+        source.read_text() + "\n@nki.jit\ndef looped(a):\n"
+        "    for _ in nl.affine_range(2):\n        nisa.dma_copy(a, a)\n"
+    )
+    code, out, err = simulate(capsys, "looped", "--arg", "a=ones:8x4", "--nki", version)
+    assert (code, err) == (0, "") and f"looped on trn2, NKI {version}, 1 core" in out
+    assert out.count("is deprecated in NKI 0.7: write range") == (version == "0.7")
+    assert [w for w in recwarn if issubclass(w.category, SimulationWarning)] == []
 
 
 @pytest.mark.parametrize(

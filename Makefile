@@ -60,7 +60,7 @@ readme: $(STAMP) ## the README's table of kernels, as it is now
 CPU_RESULTS ?= benchmarks/results/cpu-native.jsonl
 NATIVE := nsa_neuron/backends/cpu/native_mode/src
 DRIVEN := $(filter-out %/runtime.cpp %/api.cpp,$(wildcard $(NATIVE)/*.cpp)) $(wildcard tests/cpu/native/*.cpp)
-SANITIZED := -std=c++17 -O1 -g -march=x86-64-v3 -I$(NATIVE) -pthread
+SANITIZED := -std=c++20 -O1 -g -march=x86-64-v3 -I$(NATIVE) -pthread
 
 .PHONY: sanitize
 sanitize: ## the CPU kernels under the address, undefined and thread sanitizers (needs g++)

@@ -140,15 +140,18 @@ class _Watch:
             plain.set_grid_idx(builder, *self.start((x, y, z), builder.grid_dim))
 
         def load(ptrs: Any, mask: Any, *rest: Any) -> Any:
-            self.check_load(ptrs.data, mask.data.astype(bool))
+            mask = _as_bool(mask)
+            self.check_load(ptrs.data, mask.data)
             return plain.create_masked_load(builder, ptrs, mask, *rest)
 
         def store(ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            self.check_store(ptrs.data, value.data, mask.data.astype(bool))
+            mask = _as_bool(mask)
+            self.check_store(ptrs.data, value.data, mask.data)
             return plain.create_masked_store(builder, ptrs, value, mask, *rest)
 
         def atomic(op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
-            self.inside("updates", ptr.data[mask.data.astype(bool)])
+            mask = _as_bool(mask)
+            self.inside("updates", ptr.data[mask.data])
             self.met.add(self.current)
             return plain.create_atomic_rmw(builder, op, ptr, val, mask, *rest)
 
@@ -254,3 +257,9 @@ class _Watch:
 
     def refuse(self, what: str) -> None:
         raise KernelFault(f"kernel '{self.kernel}', program {self.place(self.current)}: {what}")
+
+
+def _as_bool(mask: Any) -> Any:
+    """A mask as booleans: Triton's `&` of a tile and a scalar gives integers, which a GPU takes and
+    the interpreter refuses from Triton 3.9 on."""
+    return type(mask)(mask.data.astype(bool), mask.dtype)

@@ -37,7 +37,7 @@ INSTRUCTION_SETS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
 }
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-fopenmp")
+FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-fopenmp")
 TIMEOUT_S = 300
 """A compiler that takes longer hangs; it needs about 6 s of CPU time."""
 

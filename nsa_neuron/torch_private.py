@@ -169,3 +169,8 @@ def process_group(name: str) -> Any:
 
     resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     return resolve(name) if name else None
+
+
+def flatten_mesh(mesh: Any, name: str) -> Any:
+    """A mesh of one dimension with the ranks of several; it shares the root, as FSDP needs."""
+    return mesh._flatten(name)

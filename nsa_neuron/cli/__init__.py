@@ -56,6 +56,7 @@ COMMANDS = (
         "nsa_neuron.cli.compile_check",
     ),
     Command("train", "train a small byte-level model here", "nsa_neuron.cli.train"),
+    Command("plan", "a training step on many accelerators, modelled", "nsa_neuron.cli.plan"),
     Command("generate", "continue a text with a checkpoint", "nsa_neuron.cli.generate"),
     Command("show", "which parts of a text an answer looked at", "nsa_neuron.cli.show"),
     Command("demo", "NSA on a real text", "nsa_neuron.demo", "main"),

@@ -11,7 +11,7 @@ Everything but attention is a function of single tokens, so only the attention l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,23 +40,35 @@ class RankAttention:
         context: ranks that share the tokens; None: this rank has them all.
         heads: ranks that share a kv head, for its query heads are spread; None: no others.
         fetch: how selected keys are fetched, see `context_attention`.
+        rank, world: this one's place among those that share the tokens.
+        names: of the two groups, as ops take them; empty for None.
     """
 
     context: dist.ProcessGroup | None = None
     heads: dist.ProcessGroup | None = None
     fetch: str = "auto"
+    rank: int = field(init=False)
+    world: int = field(init=False)
+    names: tuple[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Plain values, so that torch.compile looks into no process group.
+        rank, world = _place(self.context)
+        values = {"rank": rank, "world": world, "names": (_name(self.context), _name(self.heads))}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def positions(self, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
         """Of the own tokens in their sequences, `[tokens]` int64."""
-        rank, world = _place(self.context)
+        first = self.rank * tokens
         if cu_seqlens is None:
-            return torch.arange(rank * tokens, (rank + 1) * tokens, device=device)
-        return token_positions(world * tokens, cu_seqlens, device)[rank * tokens :][:tokens]
+            return torch.arange(first, first + tokens, device=device)
+        return token_positions(self.world * tokens, cu_seqlens, device)[first : first + tokens]
 
     def nsa(self, layer: NativeSparseAttention, given: Mapping[str, Any], step: Any) -> Tensor:
         """o `[B, C, Hq, Dv]` of the own tokens."""
         c = layer.config
-        if step is not None:
+        if step is not None and self.context is None:  # `ContextCache` gets them by itself
             step.store_blocks(*layer.compress(given["k_raw"], given["v_raw"]))
         names = ("q", "k_raw", "v_raw", "k_slc", "v_slc", "k_win", "v_win", "gates")
         dtype = given["k_raw"].dtype
@@ -69,7 +81,7 @@ class RankAttention:
             c.phi, g["block"], g["stride"], g["select_block"], g["num_selected"],
             g["num_initial"], g["num_local"], g["window"], None,
             0.0 if c.rope == "before" else float(c.rope_base),
-            _name(self.context), _name(self.heads), self.fetch,
+            *self.names, self.fetch,
         )  # fmt: skip
 
     def softmax(
@@ -77,7 +89,7 @@ class RankAttention:
     ) -> Tensor:
         """o of full or windowed attention."""
         window = layer.config.window if layer.windowed else 0
-        return context_softmax(q, k, v, cu_seqlens, window, _name(self.context))
+        return context_softmax(q, k, v, cu_seqlens, window, self.names[0])
 
     def decode(self, layer: NativeSparseAttention, step: Any, q: Tensor, gates: Tensor) -> Tensor:
         """o of a later step: the heads of a group are decoded together, for they choose together

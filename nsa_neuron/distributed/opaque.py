@@ -73,7 +73,8 @@ def _autograd(
         ctx.rest, ctx.shape = inputs[tensors:], output[0].shape
 
     def differentiate(ctx: Any, grad_o: Tensor | None, *others: Any) -> tuple[Any, ...]:
-        given, kept = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+        saved = ctx.saved_tensors  # once: activation checkpointing hands it out once
+        given, kept = saved[:tensors], saved[tensors:]
         if grad_o is None:
             grad_o = given[0].new_zeros(ctx.shape)
         op = getattr(getattr(torch.ops, NAMESPACE), backward).default

@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 from nsa_neuron.distributed.context_parallel import RankAttention, attention_layers, group_of, local
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn.attention import AttentionLayer, NativeSparseAttention
-from nsa_neuron.nn.model import Block, ByteLanguageModel
+from nsa_neuron.nn.model import Block
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,7 +45,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Spreads a model over the ranks of a mesh.
 
     Args:
-        model: a `ByteLanguageModel`, or blocks or attention layers of one.
+        model: a `ByteLanguageModel`, or a stage, blocks or attention layers of one.
         mesh: of one dimension; its size divides the query heads, and divides the kv heads or is a
             multiple of them.
 
@@ -64,12 +64,13 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if isinstance(module, Block):
             plan: dict[str, ParallelStyle] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
             parallelize_module(module, mesh, plan)
-    if isinstance(model, ByteLanguageModel):
-        ends: dict[str, ParallelStyle] = {
-            "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-            "head": ColwiseParallel(output_layouts=Replicate()),
-        }
-        parallelize_module(model, mesh, ends)
+    ends: dict[str, ParallelStyle] = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    # A stage of a pipeline has one of them, or none.
+    there = {k: style for k, style in ends.items() if getattr(model, k, None) is not None}
+    parallelize_module(model, mesh, there)
     for module in model.modules():
         if isinstance(module, nn.RMSNorm) and not isinstance(module.weight, DTensor):
             _on_dtensors(module, mesh, _replicas)

@@ -7,6 +7,7 @@ position and holds what came before.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,12 +71,27 @@ class AttentionLayer(nn.Module):
         """All weights start again."""
         reset(self)
 
+    @property
+    def own_config(self) -> NsaConfig:
+        """`config` with the heads that this rank holds: all, unless projections are spread."""
+        c, weight = self.config, self.kv.weight
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        own = min(c.kv_heads, local.shape[0] // (self.sets * (c.dk + c.dv)))
+        if own in (0, c.kv_heads):
+            return c
+        return dataclasses.replace(c, heads=c.heads * own // c.kv_heads, kv_heads=own)
+
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Rotated queries `[B, S, Hq, Dk]`; keys, normed, not rotated, and values of each set."""
         c = self.config
         # Heads are counted from what comes: with tensor parallelism a layer holds some of them.
         q = _normed(self.q(x).unflatten(-1, (-1, c.dk)), self.q_norm)
-        both = self.kv(x).unflatten(-1, (-1, self.sets, c.dk + c.dv))
+        both = self.kv(x)
+        head = self.sets * (c.dk + c.dv)
+        if both.shape[-1] % head:
+            expected = f"whole heads, multiples of {head}: use fewer tensor-parallel ranks"
+            raise self._refuse("kv", f"{both.shape[-1]} columns on this rank", expected)
+        both = both.unflatten(-1, (-1, self.sets, c.dk + c.dv))
         k, v = both.split((c.dk, c.dv), -1)
         k = _normed(k, self.k_norm)
         return rotate(q, positions, c.rope_base), list(k.unbind(3)), list(v.unbind(3))

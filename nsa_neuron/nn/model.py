@@ -173,7 +173,7 @@ class ByteLanguageModel(CheckedModule):
         options.setdefault("dtype", torch.get_autocast_dtype(device) if autocast else weight.dtype)
         kind = PagedCache if paged else ContiguousCache
         # With tensor parallelism a layer holds some of the heads.
-        own = next(m.config for m in self.modules() if isinstance(m, AttentionLayer))
+        own = next(m.own_config for m in self.modules() if isinstance(m, AttentionLayer))
         return kind(own, self.kinds, batch, capacity, device=weight.device, **options)
 
 

@@ -10,12 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
+from torch.distributed.device_mesh import init_device_mesh
 from whole import GEOMETRY, LEAVES, gradients, on_one_rank, on_ranks, problem, weight_of
 
 from nsa_neuron import functional as nsa
+from nsa_neuron.distributed import context_parallel, shard_tokens, sharded_loss
 from nsa_neuron.distributed.exchange import RankFailure, RanksDiffer, counting
 from nsa_neuron.distributed.wire import Sizes, received
 from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.nn import ByteLanguageModel, NsaConfig
+from nsa_neuron.numerics import Budget
 
 CASES = {
     # tokens, edges, what is changed
@@ -237,3 +241,58 @@ def test_a_rank_that_comes_late_ends_the_others(tmp_path):
         ranks(come_late)
     finally:
         ranks.close()
+
+
+def check_compiled(dynamic):
+    """A compiled model without graph breaks gives the eager one's loss and gradients."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    geometry = {k: GEOMETRY[k] for k in ("block", "stride", "select_block", "num_selected")}
+    config = NsaConfig(dim=16, heads=4, kv_heads=2, dk=8, dv=6, window=12, **geometry)
+    net = context_parallel(ByteLanguageModel(config, ("nsa", "window", "full")), mesh)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    tokens = torch.randint(0, 256, (1, 64), generator=torch.Generator().manual_seed(0))
+    own, targets = shard_tokens(tokens, mesh)
+    found = []
+    for run in (net, compiled):
+        net.zero_grad()
+        loss = sharded_loss(run(own), targets, 2, 63)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+    for eager, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_model_has_no_graph_breaks(two, dynamic):
+    two(check_compiled, dynamic)
+
+
+def check_low_precision(dtype):
+    """Errors against float64 are within the policy that kernels are held to."""
+    rank, tokens = dist.get_rank(), 128
+    rows = slice(rank * tokens // 2, (rank + 1) * tokens // 2)
+    scalars = {**GEOMETRY, "num_selected": 16}  # all blocks: no choice between near-ties
+    low = problem(tokens, dtype=dtype)
+    exact = {name: x if x is None else x.double() for name, x in low.items()}
+    leaves = [n for n in LEAVES if low[n] is not None]
+    for made in (low, exact):
+        for n in leaves:
+            made[n].requires_grad_()
+    oracle, eager = (on_one_rank(made, scalars, 0.0, None) for made in (exact, low))
+    weight = weight_of(oracle.detach())
+    wanted = gradients(oracle, weight, [exact[n] for n in leaves])
+    plain = gradients(eager, weight, [low[n] for n in leaves])
+    got = on_ranks(low, scalars, 0.0, None)
+    assert Budget()(got, oracle[:, rows], eager[:, rows], {}).ok
+    found = gradients(got, weight[:, rows], [low[n] for n in leaves])
+    for n, mine, want, own in zip(leaves, found, wanted, plain, strict=True):
+        total = mine.float()
+        dist.all_reduce(total)
+        diff = Budget(roundings=2)(total.to(dtype), want, own, {})  # each rank rounds its part
+        assert diff.ok, f"{n}: {diff}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_errors_are_within_the_policy(two, dtype):
+    two(check_low_precision, dtype)

@@ -27,6 +27,17 @@ class NsaLmConfig(PreTrainedConfig):
 
     model_type = "nsa"
     keys_to_ignore_at_inference = ("cache", "past_key_values")
+    # Ranks divide the kv heads; `nsa_neuron.distributed.tensor_parallel` takes more ranks, too.
+    base_model_tp_plan = {  # noqa: RUF012 - transformers' own
+        **{f"layers.*.self_attn.{name}": "colwise" for name in ("q", "kv", "gate")},
+        "layers.*.self_attn.out": "rowwise",
+        **{
+            f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce"
+            for name in ("phi_k", "phi_v", "q_norm", "k_norm")
+        },
+        **{f"layers.*.mlp.{name}": "colwise" for name in ("gate_proj", "up_proj")},
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 1024

@@ -76,7 +76,7 @@ class NsaDecoderLayer(GradientCheckpointingLayer):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.self_attn.q.weight.dtype
         assert counts is not None
-        with layer.step(self.self_attn.config, self.kind, x, counts, dtype) as step:
+        with layer.step(self.self_attn.own_config, self.kind, x, counts, dtype) as step:
             y = self.self_attn(x, None, step)
         return y
 

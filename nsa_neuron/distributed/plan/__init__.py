@@ -1,0 +1,1 @@
+"""Scale on paper: memory, bytes and modelled time of a training step on meshes of many devices."""

@@ -1,0 +1,74 @@
+"""`examples/train_distributed.py` under torchrun: it trains, refuses, outlives a killed rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "train_distributed.py"
+SMALL = ("--batch", "2", "--length", "64", "--save-every", "2")
+
+
+def torchrun(*words):
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def rows(folder):
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def children(pid):
+    """Processes whose parent is `pid`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the ranks in /proc")
+def test_a_killed_rank_is_started_again_and_training_goes_on(tmp_path):
+    folder, steps = tmp_path / "run", 12
+    run = torchrun(
+        "--nproc-per-node", 2, "--max-restarts", 1, EXAMPLE, folder, "--cp", 2, "--steps", steps,
+        "--timeout", 20, *SMALL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(rows(folder)) < 5 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(max(children(run.pid)), signal.SIGKILL)
+        out, _ = run.communicate(timeout=180)
+    finally:
+        run.kill()
+    assert run.returncode == 0, out
+    assert [row["step"] for row in rows(folder)] == list(range(steps))
+    assert rows(folder)[-1]["loss"] < rows(folder)[0]["loss"]
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-10", "step-12"]
+
+
+@pytest.mark.slow
+def test_a_mesh_of_another_size_is_refused_by_every_rank(tmp_path):
+    run = torchrun("--nproc-per-node", 2, EXAMPLE, tmp_path / "run", "--cp", 3)
+    out, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert all(f"rank {r}: Parallelism: argument 'mesh' is" in out for r in range(2))
+    assert not (tmp_path / "run").exists()

@@ -92,11 +92,12 @@ def draw(found: dict[str, list[float]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, (top, low) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1))
-    for name, values in found.items():
-        top.plot(values, label=name, linewidth=3 if name == "one rank" else 1)
-        if name != "one rank":
-            low.plot([abs(a - b) for a, b in zip(values, found["one rank"], strict=True)],
-                     label=name)  # fmt: skip
+    for i, (name, values) in enumerate(found.items()):
+        style = {"label": name, "color": f"C{i}"}
+        top.plot(values, linewidth=3 if i == 0 else 1, **style)
+        if i:
+            apart = [abs(a - b) for a, b in zip(values, found["one rank"], strict=True)]
+            low.plot(apart, **style)
     top.set_ylabel("loss, nats per byte")
     top.legend()
     low.set(yscale="log", xlabel="step", ylabel="difference from one rank")

@@ -120,7 +120,7 @@ def text(devices: int, rows: list[Estimate], machine: Machine) -> str:
     title = f"{devices} devices: GB per device, GB sent per device and step by axis, modelled time"
     parts = ", ".join(f"{name} {s:.3g} s" for name, s in chosen.seconds.items() if s > 0)
     memory = ", ".join(f"{name} {x / 1e9:.2f}" for name, x in chosen.memory.items())
-    warning = "" if chosen.fits else "\n  NO MESH FITS: the nearest is shown"
+    warning = "" if chosen.fits else "\n  NO MESH FITS: those of least memory are shown"
     return (
         f"{table(title, columns, lines)}{warning}\n  best: {parts}\n  its GB of "
         f"{machine.memory / 1e9:.0f}: {memory}"

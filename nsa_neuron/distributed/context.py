@@ -154,43 +154,58 @@ class Call:
         )
         return made
 
-    def sources(self, block_indices: Tensor) -> Iterator[Source]:
-        """Keys and values of the selected branch, head by head if all are gathered."""
-        size, world = self.scalars["select_block"], self.layouts.own.world
+    @property
+    def gathers(self) -> bool:
+        """Whether all earlier keys will come, whatever is selected."""
+        own, size = self.layouts.own, self.scalars["select_block"]
+        return self.fetch == "gather" or own.world == 1 or not self.layouts.aligned(size)
+
+    def begin(self, block_indices: Tensor | None) -> Reads:
+        """Starts to fetch what the selected branch reads; ids are not needed if all is gathered."""
+        own, size = self.layouts.own, self.scalars["select_block"]
         chosen: Blocks | None = None
-        if self.fetch != "gather" and world > 1 and self.layouts.aligned(size):
+        if block_indices is not None and not self.gathers:
             force = self.fetch == "blocks"
             chosen = choose_blocks(self.context, self.layouts, size, block_indices, force)
-        own = self.layouts.own
         if chosen is not None:
-            first = own.low - chosen.ahead
-            ids = chosen.local_ids(block_indices)
-            yield from self._fetched(chosen, [slice(None)], ids, first)
-            return
-        heads = (
-            [slice(h, h + 1) for h in range(self.k_slc.shape[2])] if world > 1 else [slice(None)]
-        )
-        yield from self._fetched(self.all, heads, block_indices, own.keys[0])
+            return Reads(self, chosen, [slice(None)], own.low - chosen.ahead)
+        heads = [slice(h, h + 1) for h in range(self.k_slc.shape[2])]
+        return Reads(self, self.all, heads if own.world > 1 else [slice(None)], own.keys[0])
 
-    def _fetched(
-        self, spread: Spread | Blocks, heads: list[slice], ids: Tensor, first: int
-    ) -> Iterator[Source]:
-        """The next head's rows travel while this one's are used."""
-        cu_q, cu_k = self.offsets(first)
-        extra = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, **self.some("select_block", "scale")}
-        own = [[x[:, :, part] for x in (self.k_slc, self.v_slc)] for part in heads]
-        coming = spread.fetch(own[0], "selected")
-        for i, part in enumerate(heads):
-            now = coming
-            if i + 1 < len(heads):
-                coming = spread.fetch(own[i + 1], "selected")
-            k, v = spread.assemble(now, own[i])
-            group = self.q.shape[2] // self.k_slc.shape[2]
+
+class Reads:
+    """Keys and values of the selected branch, on their way; head by head if all are gathered.
+
+    Args:
+        call: whose. spread: where rows come from. heads: kv heads at a time. first: token of the
+            first fetched row.
+    """
+
+    def __init__(self, call: Call, spread: Spread | Blocks, heads: list[slice], first: int) -> None:
+        self._call, self._spread, self._heads, self._first = call, spread, heads, first
+        self._own = [[x[:, :, part] for x in (call.k_slc, call.v_slc)] for part in heads]
+        self._coming = spread.fetch(self._own[0], "selected")
+
+    def sources(self, block_indices: Tensor) -> Iterator[Source]:
+        """One after the other: the next head's rows travel while this one's are used."""
+        call, ids = self._call, block_indices
+        if isinstance(self._spread, Blocks):
+            ids = self._spread.local_ids(ids)
+        cu_q, cu_k = call.offsets(self._first)
+        extra = {
+            "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, **call.some("select_block", "scale")
+        }  # fmt: skip
+        size = call.q.shape[2] // call.k_slc.shape[2]
+        for i, part in enumerate(self._heads):
+            now = self._coming
+            if i + 1 < len(self._heads):
+                self._coming = self._spread.fetch(self._own[i + 1], "selected")
+            k, v = self._spread.assemble(now, self._own[i])
             queries = part
             if part.start is not None:
-                queries = slice(part.start * group, part.stop * group)
+                queries = slice(part.start * size, part.stop * size)
             given = {"k": k, "v": v, "block_indices": ids[:, :, part], **extra}
-            yield Source(spread, part, queries, given)
+            yield Source(self._spread, part, queries, given)
 
 
 @dataclass
@@ -215,6 +230,7 @@ def forward(call: Call) -> Saved:
     """o and what the backward pass needs, in the order of `nsa_attention_forward`."""
     raw_own, near_own = [call.k_raw, call.v_raw], [call.k_win, call.v_win]
     raw_halo, near_halo = call.raw.fetch(raw_own, "halo"), call.near.fetch(near_own, "halo")
+    reads = call.begin(None) if call.gathers else None
     blocks = call.compress(call.raw.assemble(raw_halo, raw_own))
     coming = call.blocks.fetch(blocks, "compressed")
     k_win, v_win = call.near.assemble(near_halo, near_own)
@@ -222,9 +238,10 @@ def forward(call: Call) -> Saved:
     k_cmp, v_cmp = call.blocks.assemble(coming, blocks)
     o_cmp, lse_cmp = ops.compressed_attention.default(call.q, v_cmp=v_cmp, **call.compressed(k_cmp))
     ids = call.select(k_cmp, lse_cmp)
+    reads = call.begin(ids) if reads is None else reads
     del k_win, v_win, k_cmp, v_cmp
     o_slc, lse_slc = torch.empty_like(o_win), torch.empty_like(lse_win)
-    for source in call.sources(ids):
+    for source in reads.sources(ids):
         q = call.q[:, :, source.queries]
         part = ops.selected_attention.default(q, **source.given)
         o_slc[:, :, source.queries], lse_slc[:, :, source.queries] = part
@@ -237,6 +254,7 @@ def backward(call: Call, grad_o: Tensor, saved: Saved) -> tuple[Tensor, ...]:
     ids, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win = saved
     raw_own, near_own = [call.k_raw, call.v_raw], [call.k_win, call.v_win]
     raw_halo, near_halo = call.raw.fetch(raw_own, "halo"), call.near.fetch(near_own, "halo")
+    reads = call.begin(ids)
     do_cmp, do_slc, do_win, dgates = ops.gated_sum_backward.default(
         grad_o, o_cmp, o_slc, o_win, call.gates
     )
@@ -253,7 +271,7 @@ def backward(call: Call, grad_o: Tensor, saved: Saved) -> tuple[Tensor, ...]:
         do_cmp, call.q, v_cmp=v_cmp, o=o_cmp, lse=lse_cmp, **call.compressed(k_cmp)
     )
     blocks_back = call.blocks.give_back(dblocks, "compressed gradients")
-    dq_slc, dk_slc, dv_slc = _selected_backward(call, do_slc, ids, o_slc, lse_slc)
+    dq_slc, dk_slc, dv_slc = _selected_backward(call, reads, do_slc, ids, o_slc, lse_slc)
     own_blocks = call.blocks.collect(blocks_back, dblocks)
     (dk, *dphi_k), (dv, *dphi_v) = call.compress_backward(
         raw, [x.to(grad_o.dtype) for x in own_blocks]
@@ -269,12 +287,12 @@ def backward(call: Call, grad_o: Tensor, saved: Saved) -> tuple[Tensor, ...]:
 
 
 def _selected_backward(
-    call: Call, do: Tensor, ids: Tensor, o: Tensor, lse: Tensor
+    call: Call, reads: Reads, do: Tensor, ids: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and gradients of the own keys and values in float32."""
     dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     totals: list[list[Tensor]] = []
-    for source in call.sources(ids):
+    for source in reads.sources(ids):
         rows = (slice(None), slice(None), source.queries)
         part, *grads = ops.selected_attention_backward.default(
             do[rows], call.q[rows], o=o[rows], lse=lse[rows], **source.given

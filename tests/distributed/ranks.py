@@ -58,7 +58,7 @@ class Ranks:
             self._pipes.append(mine)
             self._processes.append(process)
 
-    def __call__(self, check: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def __call__(self, check: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
         """Results by rank.
 
         Raises:
@@ -76,7 +76,7 @@ class Ranks:
         assert not wrong, "\n".join(wrong)
         return [answer for _, answer in answers]
 
-    def first(self, check: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
+    def first(self, check: Callable[..., Any], *args: Any, timeout: float = 240) -> Any:
         """The result of rank 0, where another may end."""
         for pipe in self._pipes:
             pipe.send((check, args))

@@ -49,7 +49,7 @@ def test_a_killed_rank_is_started_again_and_training_goes_on(tmp_path):
     folder, steps = tmp_path / "run", 12
     run = torchrun(
         "--nproc-per-node", 2, "--max-restarts", 1, EXAMPLE, folder, "--cp", 2, "--steps", steps,
-        "--timeout", 20, *SMALL,
+        "--timeout", 60, *SMALL,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -66,9 +66,11 @@ def test_a_killed_rank_is_started_again_and_training_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mesh_of_another_size_is_refused_by_every_rank(tmp_path):
-    run = torchrun("--nproc-per-node", 2, EXAMPLE, tmp_path / "run", "--cp", 3)
+def test_a_mesh_of_another_size_is_refused(tmp_path):
+    words = (tmp_path / "run", "--cp", 3, "--length", 96)
+    run = torchrun("--nproc-per-node", 2, EXAMPLE, *words)
     out, _ = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert all(f"rank {r}: Parallelism: argument 'mesh' is" in out for r in range(2))
+    # The first rank to say so may be the last: torchrun then ends the others.
+    assert any(f"rank {r}: Parallelism: argument 'mesh' is" in out for r in range(2))
     assert not (tmp_path / "run").exists()

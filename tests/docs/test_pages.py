@@ -115,6 +115,7 @@ COMMANDS = {
     "nsa bench --target cpu --part model": "minutes; tests/cli/test_bench.py runs it, small",
     "make bench-cpu": "fourteen minutes of an idle machine: nothing to run beside other tests",
     "python examples/train_bytes.py": "hours; tests/model/test_training.py runs its code, small",
+    "nsa plan": "tests/distributed/test_plan.py",
     "nsa conform --backend neuron:hw": "needs a Trainium2",
     "python tools/plot_results.py": HARDWARE,
     "export AWS_NEURON_SDK_PATH": FOREIGN,

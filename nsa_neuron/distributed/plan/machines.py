@@ -106,17 +106,18 @@ H200 = Machine(
         Link(2**30, 3200 * _EFA / 8, 20e-6, "EFAv3, 3,200 Gbps per 8 GPUs: AWS p5en.48xlarge"),
     ),
     forward={
-        "compress": 0.05, "compressed_attention": 10, "select_blocks": 10.8,
+        "compress": 0.05, "compressed_attention": 10, "select_blocks": 5.5,
         "selected_attention": 17, "sliding_window_attention": 3.5, "gated_sum": 1.05,
     },
     backward={
-        "compressed_attention": 59.5, "selected_attention": 38.5,
-        "sliding_window_attention": 11, "gated_sum": 13.4,
+        "compressed_attention": 36, "selected_attention": 38.5,
+        "sliding_window_attention": 11, "gated_sum": 3.5,
     },
     sources=(
         "peak, memory: NVIDIA's H200 datasheet",
-        "stage times: estimates of a review of the Triton kernels (random selection), plus or "
-        "minus a quarter, not measured; the sums of dq and deltas are with gated_sum's backward",
+        "stage times: estimates of a review of the Triton kernels (random selection), "
+        "docs/performance.md, second round; plus or minus a quarter, not measured; the sum of dq "
+        "and the deltas are in gated_sum's backward",
         "assumed: products reach 0.8 of peak; 3 and 20 us per message",
     ),
 )  # fmt: skip

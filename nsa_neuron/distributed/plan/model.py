@@ -283,9 +283,9 @@ def divisors(number: int) -> list[int]:
 
 
 def best(problem: Problem, devices: int, machine: Machine) -> list[Estimate]:
-    """Estimates of all meshes: those that fit first, then the fastest."""
+    """Estimates of all meshes: the fastest of those that fit first, then those of least memory."""
     made = [estimate(problem, mesh, machine) for mesh in meshes(problem, devices)]
-    return sorted(made, key=lambda e: (not e.fits, e.total))
+    return sorted(made, key=lambda e: (not e.fits, e.total if e.fits else sum(e.memory.values())))
 
 
 def neighbours(chosen: Estimate, found: list[Estimate]) -> list[Estimate]:

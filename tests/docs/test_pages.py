@@ -121,6 +121,7 @@ COMMANDS = {
     "export AWS_NEURON_SDK_PATH": FOREIGN,
     "export NKI_LIBRARY_PATH": FOREIGN,
     "pytest tests/foreign": FOREIGN,
+    "python -m tests.foreign.survey": FOREIGN,
     "python -m tests.foreign.table": FOREIGN,
 }
 WORDS = ("make ", "pip ", "nsa ", "python ", "export ", "cp ", "pytest ", "tools/")

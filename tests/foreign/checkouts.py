@@ -1,9 +1,10 @@
-"""Where AWS's repositories are checked out, and how their modules are imported here.
+"""Where others' repositories are checked out, and how their modules are imported here.
 
 `NKI_LIBRARY_PATH` names a checkout of aws-neuron/nki-library, `AWS_NEURON_SDK_PATH` one of
-aws-neuron/aws-neuron-sdk. Nothing of them is copied: kernels, inputs and references are imported
-from the checkout. What their tests import beyond that (AWS's internal dtype helpers, cloud
-metrics, the test orchestrator that drives Trainium hosts) is stood in for by a few lines each.
+aws-neuron/aws-neuron-sdk, and so on for each of `VARIABLES`. Nothing of them is copied: kernels,
+inputs and references are imported from the checkout. What AWS's tests import beyond that (internal
+dtype helpers, cloud metrics, the test orchestrator that drives Trainium hosts) is stood in for by a
+few lines each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -29,11 +32,17 @@ from nsa_neuron.simulator.machine.dtypes import convert, find, resolve
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-VARIABLES = {"library": "NKI_LIBRARY_PATH", "sdk": "AWS_NEURON_SDK_PATH"}
+VARIABLES = {
+    "library": "NKI_LIBRARY_PATH",
+    "sdk": "AWS_NEURON_SDK_PATH",
+    "triton-viz": "TRITON_VIZ_PATH",
+    "nkipy": "NKIPY_PATH",
+    "nxdi": "NXDI_PATH",
+}
 
 
 def path_of(repository: str) -> Path | None:
-    """Checkout of "library" or "sdk", or None where its variable is not set.
+    """Checkout of a repository of `VARIABLES`, or None where its variable is not set.
 
     Raises:
         FileNotFoundError: the variable names no directory.
@@ -45,6 +54,12 @@ def path_of(repository: str) -> Path | None:
     if not path.is_dir():
         raise FileNotFoundError(f"{VARIABLES[repository]}={value} is not a directory")
     return path
+
+
+def revision(path: Path) -> str:
+    """Commit and date of a checkout."""
+    command = ["git", "-C", str(path), "log", "-1", "--format=%h %cs"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def why_missing(repository: str) -> str:
@@ -166,35 +181,58 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             vars(module).update({k: v for k, v in vars(source).items() if k[:2] != "__"})
 
 
-class _Repaired(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """Loads nki-library's `core/mlp/mlp.py`, which at April 2026 repeats half its docstring.
+def _without_repeated_docstring(text: str) -> str:
+    """`core/mlp/mlp.py`, a dispatcher, repeats half its docstring and does not parse."""
+    try:
+        ast.parse(text)
+    except IndentationError:
+        start = text.index('    """\n\n        TKG mode supports:') + len('    """\n')
+        end = text.index('    """\n', start) + len('    """\n')
+        text = text[:start] + "\n" * text[start:end].count("\n") + text[end:]
+    return text
 
-    The file (a dispatcher; the kernels are elsewhere) does not parse as it is. Only the repeated
-    lines are left out; a file that parses is loaded unchanged.
+
+def _with_platforms(text: str) -> str:
+    """`test_qkv_tkg.py` names Platforms, which it does not import."""
+    if re.search(r"^    Platforms,$", text, re.MULTILINE):
+        return text
+    first = "from test.integration.nkilib.core.qkv.test_qkv_common import ("
+    return text.replace(first, f"from test.utils.common_dataclasses import Platforms; {first}", 1)
+
+
+_REPAIRS = {
+    "nkilib_src.nkilib.core.mlp.mlp": (
+        "src/nkilib_src/nkilib/core/mlp/mlp.py",
+        _without_repeated_docstring,
+    ),
+    "test.integration.nkilib.core.qkv.test_qkv_tkg": (
+        "test/integration/nkilib/core/qkv/test_qkv_tkg.py",
+        _with_platforms,
+    ),
+}
+
+
+class _Repaired(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    """Loads the files of nki-library that at April 2026 do not import as they are.
+
+    Only what is in the way is changed; a file that imports is loaded unchanged.
     """
 
-    _name = "nkilib_src.nkilib.core.mlp.mlp"
-
     def __init__(self, root: Path) -> None:
-        self._file = root / "src/nkilib_src/nkilib/core/mlp/mlp.py"
+        self._files = {name: root / path for name, (path, _) in _REPAIRS.items()}
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != self._name or not self._file.is_file():
+        file = self._files.get(fullname)
+        if file is None or not file.is_file():
             return None
-        return importlib.util.spec_from_loader(fullname, self, origin=str(self._file))
+        return importlib.util.spec_from_loader(fullname, self, origin=str(file))
 
     def get_filename(self, fullname: str) -> str:
-        return str(self._file)
+        return str(self._files[fullname])
 
     def get_data(self, path: str) -> bytes:
-        text = Path(path).read_text()
-        try:
-            ast.parse(text)
-        except IndentationError:
-            start = text.index('    """\n\n        TKG mode supports:') + len('    """\n')
-            end = text.index('    """\n', start) + len('    """\n')
-            text = text[:start] + "\n" * text[start:end].count("\n") + text[end:]
-        return text.encode()
+        name = next(n for n, file in self._files.items() if str(file) == path)
+        return _REPAIRS[name][1](Path(path).read_text()).encode()
 
 
 def _purge(prefixes: tuple[str, ...]) -> dict[str, types.ModuleType]:
@@ -209,7 +247,7 @@ def importable(repository: str, *folders: str) -> Iterator[Path]:
     """Make a checkout's modules importable, on the simulator; undone at the end.
 
     Args:
-        repository: "library" or "sdk".
+        repository: a key of `VARIABLES`.
         folders: put on `sys.path`, relative to the checkout.
     """
     root = path_of(repository)

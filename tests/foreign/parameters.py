@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+LISTED = 20_000  # combinations of one test that are looked at
 
 _OPTIONS = {
     "filter",
@@ -26,18 +29,21 @@ def cases_of(function: Callable[..., Any]) -> list[dict[str, Any]]:
     Understands `pytest.mark.parametrize`, AWS's `coverage_parametrize` (every combination that its
     filter calls valid) and AWS's ranged tests.
     """
-    if hasattr(function, "range_test_config"):
-        from test.utils.ranged_test_harness import RangeTestHarness
-
-        _, ranged = RangeTestHarness(function.range_test_config).get_unique_test_cases()
-        found = [{"range_test_options": c} for c in ranged if not c.is_negative_test_case]
-        return sorted(found, key=lambda c: _size(_flat(c["range_test_options"].tensors)))
     axes = [_axis(m) for m in getattr(function, "pytestmark", []) if m.name.endswith("parametrize")]
+    if hasattr(function, "range_test_config"):
+        axes.append(_ranged(function.range_test_config))
     found = [
         {k: v for part in combination for k, v in part.items()}
         for combination in itertools.product(*axes)
     ]
     return sorted(found, key=_size)
+
+
+def _ranged(config: Any) -> list[dict[str, Any]]:
+    from test.utils.ranged_test_harness import RangeTestHarness
+
+    _, ranged = RangeTestHarness(config).get_unique_test_cases()
+    return [{"range_test_options": c} for c in ranged if not c.is_negative_test_case]
 
 
 def _axis(mark: Any) -> list[dict[str, Any]]:
@@ -58,11 +64,23 @@ def _combinations(options: dict[str, Any]) -> list[dict[str, Any]]:
     axes = {k: _values(v) for k, v in options.items() if k not in _OPTIONS}
     keep = options.get("filter")
     found = []
-    for values in itertools.islice(itertools.product(*axes.values()), 4000):
+    for values in _product(list(axes.values())):
         row = dict(zip(axes, values, strict=True))
-        if keep is None or keep(**row).name == "VALID":
+        if keep is None or getattr(keep(**row), "name", "VALID") == "VALID":
             found.append({**row, "is_negative_test_case": False})
     return found
+
+
+def _product(axes: list[list[Any]]) -> Iterable[tuple[Any, ...]]:
+    """All combinations, or as many drawn at random where there are more than can be listed.
+
+    AWS's own run takes a covering subset (each value once, or each pair); every one of its cases
+    is one of these combinations.
+    """
+    if math.prod(map(len, axes)) <= LISTED:
+        return itertools.product(*axes)
+    draw = random.Random(0)
+    return list(dict.fromkeys(tuple(draw.choice(a) for a in axes) for _ in range(LISTED)))
 
 
 def _values(axis: Any) -> list[Any]:
@@ -76,6 +94,8 @@ def _flat(tensors: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _size(values: dict[str, Any]) -> float:
+    ranged = values.get("range_test_options")
+    values = values if ranged is None else {**values, **_flat(ranged.tensors)}
     numbers: Iterable[int] = (v for v in values.values() if type(v) is int and v > 0)
     return sum(math.log(n) for n in numbers)
 

@@ -1,74 +1,102 @@
-"""AWS's kernels run unmodified and agree with AWS's references."""
+"""Kernels of others run unmodified and agree with their references, as the records say."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nsa_neuron.simulator import SimulationError, simulate
 
-from . import library, sdk
+from . import elsewhere, examples, table
 from .checkouts import importable, path_of, why_missing
+from .library import TestFunction
+from .survey import RECORD, outcome_of
+from .verdicts import VERDICTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .library import LibraryCase
-    from .sdk import SdkCase
+    from .examples import ExampleCase
 
 pytestmark = pytest.mark.sim
 
+SLOW = 5.0  # seconds of processor time
+SHORT = 0.5  # what the suite runs by default has at most these
+SURVEY = json.loads(RECORD.read_text())
 
-def parameters(cases: tuple[LibraryCase, ...] | tuple[SdkCase, ...]) -> list:
-    """Cases with readable, unique ids."""
-    seen: dict[str, int] = {}
-    out = []
-    for case in cases:
-        seen[case.id] = seen.get(case.id, 0) + 1
-        name = case.id if seen[case.id] == 1 else f"{case.id}-{'abcdefgh'[seen[case.id] - 1]}"
-        out.append(pytest.param(case, id=name, marks=[pytest.mark.slow] if case.slow else []))
-    return out
+
+def recorded() -> list[Any]:
+    """Cases of nki-library that agree by the record, with the rules that were relaxed."""
+    if path_of("library") is None:
+        return [pytest.param("", 0, (), marks=pytest.mark.skip(reason=why_missing("library")))]
+    found = []
+    for name, facts in SURVEY["functions"].items():
+        for pick, entry in facts["tried"].items():
+            if outcome_of(entry) in ("agrees", "relaxed"):
+                rules = tuple(entry.get("relaxed", {}).get("rules", ()))
+                marks = [pytest.mark.slow] if entry["seconds"] > SHORT else []
+                label = f"{name.rpartition('/')[2].replace('::', '-')}-{pick}"
+                found.append(pytest.param(name, int(pick), rules, id=label, marks=marks))
+    return found
 
 
 @pytest.fixture(scope="module")
 def library_checkout() -> Iterator[None]:
-    if path_of("library") is None:
-        pytest.skip(why_missing("library"))
     with importable("library", ".", "src"):
         yield
 
 
-@pytest.fixture
-def sdk_checkout() -> Iterator[None]:
-    if path_of("sdk") is None:
-        pytest.skip(why_missing("sdk"))
-    with importable("sdk"):
-        yield
-
-
-def judge(case: LibraryCase | SdkCase) -> None:
-    outcome = case.run()
+@pytest.mark.parametrize(("name", "pick", "rules"), recorded())
+def test_nki_library(name: str, pick: int, rules: tuple[str, ...], library_checkout: None) -> None:
+    outcome = TestFunction.named(name).run(pick, rules)
     assert not outcome.failures, "; ".join(outcome.failures)
     assert outcome.results > 0 and outcome.instructions > 0, "nothing was run or compared"
-    unused = set(case.relax) - set(outcome.relaxed)
-    assert not unused, f"relaxed without need: {unused}"
+    assert set(rules) == set(outcome.relaxed), "relaxed without need"
 
 
-@pytest.mark.parametrize("case", parameters(library.CASES))
-def test_nki_library(case: LibraryCase, library_checkout: None) -> None:
-    judge(case)
+def example(case: ExampleCase) -> Any:
+    missing = path_of(case.repository) is None
+    marks = [pytest.mark.skip(reason=why_missing(case.repository))] if missing else []
+    return pytest.param(case, id=f"{case.repository}-{case.id}", marks=marks)
 
 
-@pytest.mark.parametrize("case", parameters(sdk.CASES))
-def test_sdk_example(case: SdkCase, sdk_checkout: None) -> None:
-    judge(case)
+EXAMPLES = [*examples.CASES, *elsewhere.CASES]
+KNOWN = {k["kernel"] for r in json.loads(table.EXAMPLES.read_text()).values() for k in r["kernels"]
+         if k["verdict"] == "agrees"}  # fmt: skip
 
 
-def test_sdk_example_that_violates_a_layout_is_refused(sdk_checkout: None) -> None:
+@pytest.mark.parametrize("case", [example(c) for c in EXAMPLES if c.kernel in KNOWN])
+def test_example(case: ExampleCase) -> None:
+    with importable(case.repository):
+        outcome = case.run()
+    assert not outcome.failures, "; ".join(outcome.failures)
+    assert outcome.results > 0 and outcome.instructions > 0, "nothing was run or compared"
+
+
+@pytest.mark.skipif(path_of("sdk") is None, reason=why_missing("sdk"))
+def test_sdk_example_that_violates_a_layout_is_refused() -> None:
     import numpy as np
 
-    kernel = sdk.load("layout-violation.py").tensor_exp_kernel_
-    with pytest.raises(SimulationError) as error:
-        simulate(kernel)(np.ones((256, 512), np.float32))
+    with importable("sdk"):
+        kernel = examples.load("sdk", "nki/examples/layout-violation.py").tensor_exp_kernel_
+        with pytest.raises(SimulationError) as error:
+            simulate(kernel)(np.ones((256, 512), np.float32))
     assert error.value.rule == "partition-limit"
+
+
+def test_the_record_is_whole_and_the_document_shows_it() -> None:
+    """Every test function stands there, and the tables are made of the records."""
+    functions = SURVEY["functions"]
+    assert len(functions) > 200
+    for facts in functions.values():
+        assert facts["tried"] or facts["skipped"] or not facts["cases"]
+    refusing = {e["rule"] for f in functions.values() for e in f["tried"].values() if "rule" in e}
+    assert refusing <= VERDICTS.keys()
+    text = table.DOCUMENT.read_text()
+    for line in table.library_section(SURVEY):
+        assert line in text
+    for repository, found in json.loads(table.EXAMPLES.read_text()).items():
+        for line in table.example_section(repository, found):
+            assert line in text

@@ -1,4 +1,7 @@
-"""Every kernel under the SDK's `nki/examples`, against NumPy or AWS's own reference beside it."""
+"""Kernels that repositories show as examples, against NumPy or the reference beside them.
+
+All of the SDK's `nki/examples`; `elsewhere` has those of other repositories.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ def _normal(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     return RNG.standard_normal(shape).astype(dtype)
 
 
-def load(file: str) -> ModuleType:
-    """Import a file under `nki/examples` by its path."""
-    root = path_of("sdk")
+def load(repository: str, file: str) -> ModuleType:
+    """Import a file of a checkout by its path."""
+    root = path_of(repository)
     assert root is not None
-    path = root / "nki/examples" / file
+    path = root / file
     folder = str(path.parent)
     name = Path(file).stem.replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, path)
@@ -46,16 +49,17 @@ def load(file: str) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class SdkCase:
-    """One kernel of the SDK.
+class ExampleCase:
+    """One kernel.
 
     Attributes:
-        file: path under `nki/examples`.
+        file: path in the checkout.
         kernel: name of the function.
         inputs: makes the arguments.
         reference: `reference(module, *arguments)` gives the result or a tuple of results.
         rtol: relative to the largest magnitude of the result.
-        relax: rule id -> why AWS's code breaks it.
+        relax: rule id -> why the code breaks it.
+        repository: whose checkout.
     """
 
     file: str
@@ -64,7 +68,7 @@ class SdkCase:
     reference: Callable[..., Any]
     rtol: float = 0.0
     relax: dict[str, str] = field(default_factory=dict)
-    slow: bool = False
+    repository: str = "sdk"
 
     @property
     def id(self) -> str:
@@ -74,11 +78,11 @@ class SdkCase:
     @property
     def source(self) -> str:
         """Where the kernel comes from."""
-        return f"nki/examples/{self.file}"
+        return self.file
 
     def run(self) -> Outcome:
         """Run the kernel on the simulator and compare."""
-        module = load(self.file)
+        module = load(self.repository, self.file)
         arguments = self.inputs()
         run = simulator.simulate(getattr(module, self.kernel), relax=self.relax)
         got = run(*copied(arguments))
@@ -137,59 +141,64 @@ def _pooled(module: Any, x: Any, n: int) -> Any:
 
 
 _BF16 = 2.0**-7
-_MATMUL = "matrix_multiplication/matrix_multiplication_nki_kernels.py"
+_MATMUL = "nki/examples/matrix_multiplication/matrix_multiplication_nki_kernels.py"
 
-CASES: tuple[SdkCase, ...] = (
+CASES: tuple[ExampleCase, ...] = (
     *(
-        SdkCase(
-            f"getting_started_{flavour}.py",
+        ExampleCase(
+            f"nki/examples/getting_started_{flavour}.py",
             "nki_tensor_add_kernel",
             lambda: (np.ones((4, 3), np.float16), _normal(4, 3, dtype=np.float16)),
             lambda m, a, b: a + b,
         )
         for flavour in ("baremetal", "torch", "jax")
     ),
-    SdkCase(
-        "simulate/nki_simulate_example.py",
+    ExampleCase(
+        "nki/examples/simulate/nki_simulate_example.py",
         "add_kernel",
         lambda: (_normal(128, 512), _normal(128, 512)),
         lambda m, a, b: a + b,
     ),
-    SdkCase(
-        "tensor_addition/tensor_addition_nki_kernels.py",
+    ExampleCase(
+        "nki/examples/tensor_addition/tensor_addition_nki_kernels.py",
         "nki_tensor_add",
         lambda: tuple(_normal(256, 1024, dtype=ml_dtypes.bfloat16) for _ in range(2)),
         lambda m, a, b: a + b,
     ),
-    SdkCase(
-        "index-case-1.py",
+    ExampleCase(
+        "nki/examples/index-case-1.py",
         "tensor_split_kernel_",
         lambda: (_normal(64, 77, dtype=ml_dtypes.bfloat16),),
         lambda m, x: (x[:, ::2], x[:, 1::2]),
     ),
-    SdkCase("index-case-3.py", "tensor_maxpool_kernel_", lambda: (_normal(16, 12, 18), 3), _pooled),
-    SdkCase(
-        "layout-pass.py",
+    ExampleCase(
+        "nki/examples/index-case-3.py",
+        "tensor_maxpool_kernel_",
+        lambda: (_normal(16, 12, 18), 3),
+        _pooled,
+    ),
+    ExampleCase(
+        "nki/examples/layout-pass.py",
         "tensor_exp_kernel_",
         lambda: (_normal(128, 512),),
         lambda m, x: np.exp(x.astype(np.float64)),
         1e-6,
     ),
-    SdkCase(
-        "transpose2d/transpose2d_nki_kernels.py",
+    ExampleCase(
+        "nki/examples/transpose2d/transpose2d_nki_kernels.py",
         "tensor_transpose2D_kernel_",
         lambda: (np.arange(60, dtype=np.int8).reshape(5, 12), (3, 4)),
         _transposed,
     ),
-    SdkCase(
-        "average_pool2d/average_pool2d_nki_kernels.py",
+    ExampleCase(
+        "nki/examples/average_pool2d/average_pool2d_nki_kernels.py",
         "tensor_avgpool_kernel",
         lambda: (_normal(32, 8, 12), 2),
         lambda m, x, n: m.np_average_pool_2D(x, n),
         1e-6,
     ),
     *(
-        SdkCase(_MATMUL, f"nki_matmul_{name}_", _matmul(*shape), _product, _BF16)
+        ExampleCase(_MATMUL, f"nki_matmul_{name}_", _matmul(*shape), _product, _BF16)
         for name, shape in (
             ("basic", (64, 128, 512)),
             ("tiled", (256, 256, 1024)),
@@ -199,7 +208,13 @@ CASES: tuple[SdkCase, ...] = (
         )
     ),
     *(
-        SdkCase("fused_mamba/mamba_nki_kernels.py", f"mamba_v{v}", _mamba, _mamba_reference, 1e-5)
+        ExampleCase(
+            "nki/examples/fused_mamba/mamba_nki_kernels.py",
+            f"mamba_v{v}",
+            _mamba,
+            _mamba_reference,
+            1e-5,
+        )
         for v in (1, 2, 3)
     ),
 )

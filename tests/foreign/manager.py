@@ -83,6 +83,13 @@ class Manager:
         self.tolerance = tolerance
         self.outcome = Outcome()
 
+    @property
+    def trace_mode(self) -> Any:
+        """AWS's name of what this is: a run on a simulator."""
+        from test.utils.common_dataclasses import TraceMode
+
+        return TraceMode.Simulator
+
     def execute(self, arguments: Any) -> None:
         """Run `KernelArgs`; called by AWS's test."""
         ranks = arguments.inference_args.collective_ranks

@@ -190,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gib", type=int, default=12, help="address space of a case (12)")
     parser.add_argument("--again", action="append", default=[], help="run this status again")
     parser.add_argument("--only", default="", help="functions whose name contains this")
+    parser.add_argument("--budget", type=float, help="stop after so much processor time, s")
     parser.add_argument("--record", type=Path, default=RECORD)
     args = parser.parse_args(argv)
     root = path_of("library")
@@ -207,6 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, pick in rounds(record, args.upto, set(args.again)):
             if args.only not in name:
                 continue
+            used = resource.getrusage(resource.RUSAGE_CHILDREN)
+            if args.budget is not None and used.ru_utime + used.ru_stime > args.budget:
+                return 0
             entry = limited(TestFunction.named(name), pick, args.seconds, args.gib)
             if entry["status"] == "too large":
                 entry["limits"] = {"seconds": args.seconds, "gib": args.gib}

@@ -24,6 +24,10 @@ VERDICTS = {
         "give `core_barrier` a tensor in SBUF",
         "they do: its page asks for a tensor in HBM",
     ),
+    "generation": (
+        "use MX instructions, which NeuronCore-v4 brings",
+        "they do: their pages name the generation",
+    ),
     "sbuf-capacity": (
         "make tiles long before their first use; in program order they do not fit",
         "they leave placement to the compiler, which may move what the program order has first",

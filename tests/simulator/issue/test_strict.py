@@ -140,14 +140,21 @@ def test_an_offset_given_for_a_view_that_has_one_is_warned_of(start, offset, war
     assert ["nki-aps.rst" in line for line in run.run.cores[0].warnings] == [True] * warned
 
 
-def two_groups(order, bytes_apart=256):
-    """Matmuls into two slices of one PSUM tensor; `order` names the slice of each."""
+def two_groups(order, bytes_apart=256, together=False):
+    """Matmuls into two slices of one PSUM tensor; `order` names the slice of each.
+
+    `together`: a matmul of zeros into all of it begins both.
+    """
 
     def kernel(x):
         t = nl.load(x)
         width = bytes_apart // 4
         both = nl.ndarray((16, width + 16), nl.float32, buffer=nl.psum)
         seen = set()
+        if together:
+            zeros = nl.zeros((8, width + 16), nl.float32)
+            nisa.nc_matmul(both, zeros[:, 0:16], zeros, accumulate=False)
+            seen = {0, 1}
         for which in order:
             part = both[:, which * width : which * width + 16]
             nisa.nc_matmul(part, t, t, accumulate=which in seen)
@@ -161,6 +168,12 @@ def two_groups(order, bytes_apart=256):
         return out
 
     return kernel
+
+
+def test_a_group_begun_in_the_whole_bank_is_one():
+    run = simulator.simulate(two_groups([0, 1, 0, 1], together=True), strict=True)
+    product = (X.astype(np.float64).T @ X).astype(np.float32)
+    np.testing.assert_allclose(run(X), np.tile(2 * product, 2), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -257,19 +257,24 @@ def _overlapping(core, dst, product, accumulate):
 
 
 def _one_group(core, access, accumulate):
-    """Warn where a matmul goes on with a group after another one began in its PSUM bank."""
-    latest = core.state.setdefault("groups", {})
+    """Warn where a matmul goes on with a group after another one began in its PSUM bank.
+
+    A group that a matmul into the whole bank began is one, whichever slices go on with it.
+    """
+    begun = core.state.setdefault("groups", {})
     allocation = access.allocation
     bank = access.lo // core.machine.psum_bank_bytes
     key = allocation.id, bank, access.p0
-    before = latest.get(key)
-    if accumulate and before is not None and not before.overlaps(access):
+    if not accumulate:
+        begun[key] = access
+        return
+    latest = begun.get(key)
+    if latest is not None and not latest.overlaps(access):
         core.warn(
             "nc_matmul goes on with a group after another group began in the same PSUM bank: exact "
             "in AWS's simulator, wrong on the device as a third party reports of trn1; finish one "
-            "first, or give it a bank of its own"
+            "first, give it a bank of its own, or begin with one matmul into the whole bank"
         )
-    latest[key] = access
 
 
 def _unopened(core, dst):

@@ -1,0 +1,228 @@
+"""One software pipeline through all tiles of queries of a kv head, branches and tiles of keys."""
+
+import nki.isa as nisa
+import nki.language as nl
+
+from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.nsa_attention.choose import GROUP, Choice, Union, hide
+from nki_kernels.nsa_attention.compressed import Compressed
+from nki_kernels.nsa_attention.selected import Selected
+from nki_kernels.nsa_attention.window import Window
+from nki_kernels.nsa_attention.work import COMPRESSED, NEAR, SAFE_SUM, SELECTED, Work
+
+DEPTH = 4  # jobs between the scores of a tile of keys and its product with values
+MANY_TILES = 12  # of compressed keys: ScalarE has time for DMA then, but only in their branch
+SPARE = 6  # jobs between the last page and its first use, if there are so many
+
+
+class Job(nl.NKIObject):
+    """A tile of queries against a tile of keys of a branch: number x of `count`."""
+
+    def __init__(self, branch, work, x, count):
+        self.branch, self.work, self.x, self.count = branch, work, x, count
+        self.weights = None
+
+
+class Pipeline(nl.NKIObject):
+    """See the package."""
+
+    def __init__(self, geometry, constants, lane, turned, lists, scale, queues, tiles, ahead):
+        self.geometry, self.lane, self.ahead = geometry, lane, ahead
+        self.works = []
+        streams = 1
+        for i in range(len(tiles)):
+            self.works.append(Work(tiles[i], i))
+            streams = max(streams, tiles[i].stream + 1)
+        self.compressed = Compressed(geometry, constants, lane, scale)
+        self.selected = Selected(geometry, constants, lane, scale)
+        self.window = Window(geometry, constants, lane, scale, streams)
+        self.branches = [self.compressed, self.selected, self.window]
+        self.choice = Choice(geometry, constants, turned, lists)
+        self.waiting = []  # jobs whose scores are made
+        self.now = 0  # number of the job
+        self.starts = []  # number of the first selected job of each tile
+        self.steps = []  # (job, name, of what) of the choice, in order
+        self.queues = queues
+        self.branch, self.gathered = COMPRESSED, 0  # of the job; pages so far
+        self.pages = []  # (job, work, n) that are to be gathered, in order
+        self.lowest = sbuf((geometry.rows, geometry.tiles), nl.float32)
+
+    def run(self):
+        """Everything."""
+        jobs = self.jobs()
+        if len(self.works) > 0:
+            self.works[0].load(self.geometry, self.lane)
+        for i in range(len(jobs)):
+            job, self.now, self.branch = jobs[i], i, jobs[i].branch
+            if job.x == 0:
+                self.begin(job)
+            job.weights = self.branches[job.branch].weigh(job.work, job.x)
+            self.waiting.append(job)
+            if len(self.waiting) > DEPTH:
+                self.add()
+            self.catch_up()
+        while len(self.waiting) > 0:
+            self.add()
+        self.write_flags()
+
+    def jobs(self):
+        """All jobs in order: compressed branches `ahead` tiles before the others."""
+        found = []
+        for i in range(-self.ahead, len(self.works)):
+            if 0 <= i + self.ahead < len(self.works):
+                work = self.works[i + self.ahead]
+                for x in range(work.tile.key_tiles):
+                    found.append(Job(COMPRESSED, work, x, work.tile.key_tiles))
+            if i >= 0:
+                work = self.works[i]
+                for branch in (SELECTED, NEAR):
+                    count = self.branches[branch].count(work.tile)
+                    if branch == SELECTED:
+                        self.starts.append(len(found))
+                    for x in range(count):
+                        found.append(Job(branch, work, x, count))
+        return found
+
+    def begin(self, job):
+        """What a branch's first job of a tile needs."""
+        work = job.work
+        if len(work.q) == 0:
+            work.load(self.geometry, self.lane)
+        if job.branch == COMPRESSED and work.index + 1 < len(self.works):
+            following = self.works[work.index + 1]
+            if len(following.q) == 0:
+                following.load(self.geometry, self.lane)
+        if job.branch == SELECTED:
+            self.window.load(work.tile)
+            if work.index == 0:
+                for first in self.works[0:2]:
+                    self.load_list(first)
+                    self.gather(first)
+            if work.index + 2 < len(self.works):
+                self.load_list(self.works[work.index + 2])
+            self.arrive(work)
+
+    def add(self):
+        """The products of the first job that waits, and what follows a branch's last one."""
+        job = self.waiting.pop(0)
+        work = job.work
+        self.branches[job.branch].add(work, job.x, job.weights)
+        if job.x < job.count - 1:
+            return
+        if job.branch == COMPRESSED:
+            self.choose(work)
+        elif job.branch == SELECTED:
+            if work.index + 2 < len(self.works):
+                self.gather(self.works[work.index + 2])
+        else:
+            self.finish(work)
+
+    def choose(self, work):
+        """Adds the steps of a tile's choice, and of its group's lists behind its last tile."""
+        if work.tile.ranked:
+            self.add_steps(self.choice.steps_of(work), work)
+        if work.index % GROUP == GROUP - 1 or work.index == len(self.works) - 1:
+            first = work.index // GROUP * GROUP
+            union = Union(self.works[first : work.index + 1])
+            self.add_steps(self.choice.union_steps(union.works), union)
+
+    def add_steps(self, steps, of):
+        due = self.now
+        if len(self.steps) > 0:
+            due = max(due, self.steps[len(self.steps) - 1][0])
+        for name, wait in steps:
+            due += wait
+            self.steps.append((due, name, of))
+
+    def catch_up(self):
+        """What is done beside the job."""
+        while len(self.pages) > 0 and self.pages[0][0] <= self.now:
+            self.gather_page()
+        while len(self.steps) > 0 and self.steps[0][0] <= self.now:
+            self.step()
+
+    def step(self):
+        """The next step of the choice."""
+        _, name, of = self.steps.pop(0)
+        getattr(self.choice, name)(of)
+
+    def load_list(self, work):
+        """Loads the list of a tile, which is made first if it is not yet."""
+        if work.tile.listed > 0:
+            while self.choice.ready <= work.index:
+                if len(self.steps) > 0:
+                    self.step()
+                else:
+                    self.add()
+            self.choice.load(work)
+
+    def gather(self, work):
+        """Starts to gather the pages of a tile."""
+        self.selected.gather_known(work)
+        listed = work.tile.listed
+        span = max(0, self.starts[work.index] - self.now - SPARE)
+        for n in range(listed):
+            self.pages.append((self.now + 1 + n * span // listed, work, n))
+
+    def gather_page(self):
+        """The next page that is due; behind the last one of a tile, what it hides."""
+        _, work, n = self.pages.pop(0)
+        long = work.tile.key_tiles >= MANY_TILES
+        some = self.queues[0 if not long else 1 if self.branch == COMPRESSED else 2]
+        self.selected.gather(work, n, some[self.gathered % len(some)])
+        self.gathered += 1
+        if n == work.tile.listed - 1:
+            hide(work)
+
+    def arrive(self, work):
+        """The pages of a tile that are missing when they are needed."""
+        while len(self.pages) > 0 and self.pages[0][1].index <= work.index:
+            self.gather_page()
+
+    def finish(self, work):
+        """Writes a tile's output, and keeps its smallest row sum."""
+        g, tile = self.geometry, work.tile
+        result = work.close(g, NEAR)
+        target = self.lane.o[32 * tile.number : 32 * (tile.number + 1)]
+        target = target.reshape_dim(0, (g.parts, g.per_part)).permute((1, 2, 0, 3))
+        nisa.dma_copy(target, result)
+        if tile.key_tiles == 0:
+            nisa.memset(work.sums[:, COMPRESSED, :], 1.0)
+        elif tile.t0 < g.block - 1:
+            self.excuse_dead(work)
+        lowest = self.lowest[:, tile.number : tile.number + 1]
+        nisa.tensor_reduce(lowest, nl.minimum, work.sums, axis=(1, 2))
+
+    def excuse_dead(self, work):
+        """Rows that see no compressed key have no sum, rightly."""
+        g = self.geometry
+        row = sbuf((g.rows, g.parts), nl.float32)
+        nisa.iota(row, [[g.rows, g.parts]], offset=0, channel_multiplier=1)
+        sums = work.sums[:, COMPRESSED, :]
+        dead = float((g.block - 1 - work.tile.t0) * g.group)
+        nisa.scalar_tensor_tensor(sums, row, nl.less, dead, nl.add, sums)
+
+    def write_flags(self):
+        """1 for tiles with a row whose sum is too small, or a longer list than there is room."""
+        g = self.geometry
+        unsafe = sbuf(self.lowest.shape, nl.bfloat16)
+        # NaN counts as unsafe: `less` would let it pass.
+        nisa.tensor_scalar(unsafe, self.lowest, nl.greater_equal, SAFE_SUM)
+        nisa.tensor_scalar(unsafe, unsafe, nl.multiply, -1.0, op1=nl.add, operand1=1.0)
+        ones = sbuf((g.rows, 1), nl.bfloat16)
+        nisa.memset(ones, 1.0)
+        flags = sbuf((1, g.tiles), nl.float32)
+        for start in range(0, g.tiles, 512):
+            some = min(512, g.tiles - start)
+            counts = psum((1, some))
+            nisa.nc_matmul(counts, ones, unsafe[:, start : start + some], accumulate=False)
+            nisa.tensor_copy(flags[:, start : start + some], counts, engine=nisa.engine.vector)
+        first = g.ranked_from()
+        if first < g.tiles:
+            beyond = sbuf((1, g.tiles - first), nl.int32)
+            last = g.slots - g.forced
+            nisa.dma_copy(beyond, self.choice.lists[first:, last : last + 1].reshape(beyond.shape))
+            late = flags[:, first:]
+            nisa.tensor_tensor(late, late, beyond, nl.add)
+        nisa.tensor_scalar(flags, flags, nl.minimum, 1.0)
+        nisa.dma_copy(self.lane.flags, flags)

@@ -1,4 +1,34 @@
-"""Native Sparse Attention, forward, in one kernel."""
+"""Native Sparse Attention, forward, in one kernel: three branches, the choice, the gated sum.
+
+Dimensions: per kv head, tiles of 32 queries x G heads = C columns (G up to 16, C up to 512); Dk up to
+192, Dv up to 128; l up to 64, d = 16, m = 64. Positions are compile-time integers.
+Layout: keys on partitions, S^T = K q^T [128 keys, C] for all branches, so P^T is PE's stationary
+operand of P @ [v | 1] as it is. One shift per tile and branch is the exponential's bias: an upper
+bound of the logits (norms of queries and keys), so that nothing overflows.
+
+    for each tile of queries, `ahead` tiles before the rest:
+        for each 128 compressed keys:
+            P^T = exp(scale * S^T - U), float32                            PE, ScalarE
+            o += P @ [v | 1]; shares += P @ [W | 1], P as two bfloat16      PE, VectorE
+        scores = sum over heads of shares / row sum, float32               PE
+        the best n without the forced ones: rounds of max8                 VectorE
+        list: the union over 32 queries, again by max8; a mask per block   PE, VectorE
+    for each tile of queries:
+        gather the listed blocks as pages, two tiles ahead                 run-time addresses on DMA
+        for each two blocks:       S^T, what hides them added by PE; P^T; o += P @ [v | 1]
+        for each 128 keys of w:    the same, masks only where a query's window begins or ends
+        o = sum over branches of gate / row sum * o, written once
+
+Modules: `geometry` (tiles, plain integers), `work` (a tile on its way), `compressed`, `selected`,
+`window` (the branches), `choose`, `pipeline` (the order of everything), `constants`.
+
+What must be right does not hang on luck: block scores are float32 (P's upper and lower halves are
+two bfloat16, 16 of 24 bits; the row sum comes from the same); forced blocks have fixed places; equal
+scores go to the lowest block. `redo` says which tiles hold a row whose sum is too small beside its
+tile's bound, or more blocks than a list has places; they must be done by other kernels.
+
+Program: unrolled, 500 to 1,500 instructions per tile of queries between 8K and 128K tokens.
+"""
 
 import nki
 import nki.isa as nisa
@@ -27,8 +57,23 @@ def forward(
     batch: int, group: int, block: int, count: int, initial: int, local: int, window: int,
     past: int, tokens: int, ahead: int, kept: int, paired: bool, queues: tuple, scale: float,
 ):  # fmt: skip
-    """o [B, S', Hq, DV] and redo [LANES, tiles] float32, 1 where a tile must be done again.
+    """o [B, 32 * tiles, Hq, DV] and redo [LANES, tiles] float32, 1 where a tile is not right.
 
+    Args:
+        q_t: [LANES, tiles, DK, C], a lane per batch row and kv head; column = query * G + head. The
+            first tile begins at the last multiple of 32 up to `past`.
+        k_cmp_t: [LANES, DK, keys], a multiple of 128. v_cmp: [LANES, keys, DV + 1], last column 1.
+        pages: [LANES, 2, blocks, 128, columns], see `selected`.
+        k_win_t, v_win: as k_cmp_t and v_cmp.
+        gates: [LANES, tiles, rows, parts, 3] float32; row of C = part * rows + row.
+        shifts: [LANES, tiles, 3] float32, what is added to the scaled logits of a branch.
+        weights, heads, member, slot_keys: see `constants`.
+        batch: B. group: G. block: l. count: n. initial, local: forced blocks. window: w.
+        past: position of the first query. tokens: T.
+        ahead: tiles of queries between a compressed branch and the rest of it.
+        kept: masks of tiles that HBM holds at a time, more than `ahead`.
+        paired: long tiles and short ones alternate.
+        queues: for a page's DMA, see `pipeline`.
     """
     lanes, tiles, _, columns = q_t.shape
     kv_heads = lanes // batch

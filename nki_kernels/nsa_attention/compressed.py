@@ -88,7 +88,7 @@ class Compressed(nl.NKIObject):
         for p in range(g.parts):
             some = slice(p * g.rows, (p + 1) * g.rows)
             upper = upper_halves(weights[0])[:, some]
-            nisa.nc_matmul(work.bank(p), upper, values, accumulate=x > 0)
+            nisa.nc_matmul(work.banks[p], upper, values, accumulate=x > 0)
             for rest in weights[1:]:
                 target = work.shares[:, p, x % TOGETHER, :]
                 nisa.nc_matmul(target, upper, self.constants.weights, accumulate=False)

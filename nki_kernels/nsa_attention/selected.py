@@ -101,7 +101,7 @@ class Selected(nl.NKIObject):
             values = buffer[p0 : p0 + BLOCK, 2 * x + h, BLOCK : BLOCK + self.dv + 1]
             for p in range(g.parts):
                 nisa.nc_matmul(
-                    work.bank(p),
+                    work.banks[p],
                     weights[p0 : p0 + BLOCK, p * g.rows : (p + 1) * g.rows],
                     values,
                     accumulate=x + h > 0,

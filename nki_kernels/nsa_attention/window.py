@@ -81,4 +81,4 @@ class Window(nl.NKIObject):
             work.open(g, values.shape[1] - 1)
         for p in range(g.parts):
             columns = weights[:, p * g.rows : (p + 1) * g.rows]
-            nisa.nc_matmul(work.bank(p), columns, values, accumulate=x > 0)
+            nisa.nc_matmul(work.banks[p], columns, values, accumulate=x > 0)

@@ -51,13 +51,10 @@ class Work(nl.NKIObject):
         self.sums = sbuf((geometry.rows, 3, geometry.parts), nl.float32)
 
     def open(self, geometry, dv):
-        """Fresh sums of P @ [v | 1], [rows, 2 parts, DV + 1] for each two parts."""
+        """Fresh sums of P @ [v | 1], [rows, DV + 1] for each part."""
         self.banks = []
-        for p in range(0, geometry.parts, 2):
-            self.banks.append(psum((geometry.rows, min(2, geometry.parts - p), dv + 1)))
-
-    def bank(self, part):
-        return self.banks[part // 2][:, part % 2, :]
+        for _ in range(geometry.parts):
+            self.banks.append(psum((geometry.rows, dv + 1)))
 
     def close(self, geometry, branch):
         """Adds a branch, divided by its sums and times its gates, to the total.
@@ -67,18 +64,17 @@ class Work(nl.NKIObject):
         """
         rows, parts = geometry.rows, geometry.parts
         sums = self.sums[:, branch, :]
-        for b in range(len(self.banks)):
-            bank = self.banks[b]
-            dv = bank.shape[2] - 1
-            into = sums[:, 2 * b : 2 * b + bank.shape[1]]
-            nisa.tensor_scalar(into, bank[:, :, dv], nl.maximum, SMALLEST_SUM)
+        dv = self.banks[0].shape[1] - 1
+        for p in range(parts):
+            total = self.banks[p][:, dv : dv + 1]
+            nisa.tensor_scalar(sums[:, p : p + 1], total, nl.maximum, SMALLEST_SUM)
         factor = sbuf((rows, parts), nl.float32)
         nisa.reciprocal(factor, sums)
         nisa.tensor_tensor(factor, factor, self.gates[:, :, branch], nl.multiply)
         last = branch == NEAR
         result = sbuf((rows, parts, dv), self.q[0].dtype if last else nl.float32)
         for p in range(parts):
-            values, scale = self.bank(p)[:, 0:dv], factor[:, p : p + 1]
+            values, scale = self.banks[p][:, 0:dv], factor[:, p : p + 1]
             if len(self.total) == 0:
                 nisa.tensor_scalar(result[:, p, :], values, nl.multiply, scale)
             else:

@@ -16,7 +16,7 @@ import torch
 
 from nsa_neuron.backends import composite
 from nsa_neuron.backends.launching import with_scale
-from nsa_neuron.backends.neuron import hardware, limits, plans, run
+from nsa_neuron.backends.neuron import hardware, limits, plans, run, whole
 from nsa_neuron.errors import NsaError
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LAUNCHERS = "nsa_neuron.backends.neuron.launch"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-# The ops that have kernels; `nsa_attention` is made of them.
+# The ops that have kernels; `nsa_attention` is made of them, or has one of its own (`whole`).
 OPS = (
     "attention",
     "attention_backward",
@@ -61,7 +61,10 @@ class NeuronBackend:
     def supports(self, bound: Bound, mode: str) -> Verdict:
         name = bound.spec.name
         if name in composite.WHOLE:
-            return composite.supports(bound, lambda part: self.supports(part, mode))
+            verdict = composite.supports(bound, lambda part: self.supports(part, mode))
+            if name == whole.FUSED and isinstance(verdict, Supported):
+                return Supported(whole.Whole(verdict.plan, whole.hindrance(bound, mode)))
+            return verdict
         if name not in OPS:
             return Unsupported("kernel", f"there is no NKI kernel for {name} yet")
         if refusal := same_device(bound.device, *DEVICES_OF_MODE[mode]):
@@ -75,7 +78,11 @@ class NeuronBackend:
         return limits.refusal(bound, mode) or Supported(mode)
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
-        if bound.spec.name in composite.WHOLE:
+        if isinstance(plan, whole.Whole):
+            launch, mode = composite.lower(bound, plan.parts, self.lower), plan.mode
+            if plan.apart is None:
+                launch = whole.with_parts(_launcher(bound, mode), launch)
+        elif bound.spec.name in composite.WHOLE:
             launch = composite.lower(bound, plan, self.lower)
             mode = next(iter(plan.values()))  # every part has the same
         else:

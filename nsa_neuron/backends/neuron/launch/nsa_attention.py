@@ -44,11 +44,14 @@ def forward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """o [B, S, Hq, Dv] in q's dtype, and whether tiles must be done again; arguments as of the op.
+    """The op's result, and where it is not one; arguments as of the op.
 
+    Returns:
+        o: [B, S, Hq, Dv] in q's dtype.
+        redo: float32 [B * Hkv, tiles], 1 for tiles of 32 queries that the kernel could not do.
     """
     constants = dict(plan["forward"])
-    slots = constants.pop("slots")
+    slots, queues = constants.pop("slots"), tuple(constants.pop("queues"))
     batch, queries, heads, _ = q.shape
     tokens, kv_heads = k_slc.shape[1], k_slc.shape[2]
     group, past = heads // kv_heads, tokens - queries
@@ -56,6 +59,8 @@ def forward(
     before = past % QUERIES
     q_tiles = _tiles(q, before, kv_heads)
     tiles = q_tiles.shape[1]
+    if k_cmp.shape[1] == 0:  # none is seen; the kernel wants some that it may load
+        k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k_cmp, v_cmp))
     keys = (k_cmp, k_slc, k_win)
     largest = torch.stack([x.float().norm(dim=-1).amax(1).flatten() for x in keys], -1)
     norm = q_tiles.float().norm(dim=-1).amax((2, 3))
@@ -77,7 +82,7 @@ def forward(
         _slot_keys(slots, q.device),
         batch=batch, group=group, block=block, count=num_selected, initial=num_initial,
         local=num_local, window=window, past=past, tokens=tokens, scale=scale,
-        paired=tiles > 1, **constants,
+        paired=tiles > 1, queues=queues, **constants,
     )  # fmt: skip
     return o[:, before : before + queries].contiguous(), redo
 
@@ -118,8 +123,9 @@ def _pages(k: Tensor, v: Tensor) -> Tensor:
         own = table[:, :, BLOCK * half : BLOCK * (half + 1), BLOCK:]
         own[..., :dv] = rows
         own[..., dv] = 1.0
-        other = BLOCK * (1 - half)
-        table[:, :, other : other + dk - low, BLOCK : 2 * BLOCK] = k_t[:, :, low:]
+        if dk > low:
+            other = BLOCK * (1 - half)
+            table[:, :, other : other + dk - low, BLOCK : 2 * BLOCK] = k_t[:, :, low:]
     return pages
 
 

@@ -1,0 +1,91 @@
+"""`nsa_attention` on a NeuronCore: one kernel where it pays and can, else a kernel for each part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nsa_neuron.registry import Unsupported
+
+if TYPE_CHECKING:
+    from nsa_neuron.registry import Lowered
+    from nsa_neuron.spec import Bound
+
+log = logging.getLogger("nsa_neuron")
+
+FUSED = "nsa_attention"
+GROUPS = (1, 2, 4, 8, 16)
+"""Heads of a group: with 32 queries 32 to 512 rows, what TensorE takes at once."""
+
+MOST_WINDOW = 4096
+MOST_BLOCKS = 2048
+"""Window and selection blocks (128K tokens) whose keys and scores fit into SBUF."""
+
+MOST_TAKEN = 32
+"""Selected blocks of a query; a list for 32 queries has 40 places."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The plan of a call.
+
+    Attributes:
+        parts: the plan of each part.
+        apart: why the parts run as kernels of their own; None: one kernel does it all.
+    """
+
+    parts: Mapping[str, Any]
+    apart: Unsupported | None
+
+    @property
+    def mode(self) -> str:
+        """`hw` or `sim`, the same for every part."""
+        mode: str = next(iter(self.parts.values()))
+        return mode
+
+
+def hindrance(bound: Bound, mode: str) -> Unsupported | None:
+    """Why one kernel cannot do a call, or need not."""
+    if mode != "sim":
+        return Unsupported("unsafe", "rows of far too small sums are found out by the host")
+    if bound.dtype != torch.bfloat16:
+        return Unsupported("dtype", f"{bound.dtype} is not bfloat16")
+    if bound.packed:
+        return Unsupported("packed", "positions of packed queries are data")
+    if (bound["d"], bound["m"]) != (16, 64):
+        return Unsupported("geometry", f"d, m = {bound['d']}, {bound['m']} are not 16, 64")
+    if bound.group not in GROUPS:
+        return Unsupported("group", f"Hq / Hkv = {bound.group} is not one of {GROUPS}")
+    if bound["Dk"] > 192 or bound["Dv"] > 128:
+        return Unsupported("head_dim", f"Dk, Dv = {bound['Dk']}, {bound['Dv']} > 192, 128")
+    return _selection(bound)
+
+
+def _selection(bound: Bound) -> Unsupported | None:
+    forced = (bound.scalars["num_initial"], bound.scalars["num_local"])
+    if min(forced) < 1:
+        return Unsupported("forced", f"num_initial, num_local = {forced} are not both above 0")
+    if bound["n"] > MOST_TAKEN:
+        return Unsupported("selected", f"n = {bound['n']} > {MOST_TAKEN}")
+    if bound["w"] > MOST_WINDOW:
+        return Unsupported("window", f"w = {bound['w']} > {MOST_WINDOW}")
+    if bound["T"] > MOST_BLOCKS * bound["m"]:
+        return Unsupported("length", f"{bound['T']} tokens > {MOST_BLOCKS * bound['m']}")
+    return None
+
+
+def with_parts(fused: Lowered, parts: Lowered) -> Lowered:
+    """One kernel; calls in which a row's logits or a tile's union ask for more, by their parts."""
+
+    def call(**values: Any) -> Any:
+        o, redo = fused(**values)
+        if not bool(redo.any()):
+            return o
+        log.info("nsa_attention: %d of %d tiles need more: by parts", redo.sum(), redo.numel())
+        return parts(**values)
+
+    return call

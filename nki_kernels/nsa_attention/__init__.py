@@ -1,6 +1,6 @@
 """Native Sparse Attention, forward, in one kernel: three branches, the choice, the gated sum.
 
-Dimensions: per kv head, tiles of 32 queries x G heads = C columns (G up to 16, C up to 512); Dk up to
+Dimensions: per kv head, tiles of 32 queries x G heads = C columns (G <= 16, C <= 512); Dk up to
 192, Dv up to 128; l up to 64, d = 16, m = 64. Positions are compile-time integers.
 Layout: keys on partitions, S^T = K q^T [128 keys, C] for all branches, so P^T is PE's stationary
 operand of P @ [v | 1] as it is. One shift per tile and branch is the exponential's bias: an upper
@@ -80,9 +80,7 @@ def forward(
     dv = v_cmp.shape[2] - 1
     slots = slot_keys.shape[0]
     geometry = Geometry(group, block, count, initial, local, window, slots, past, tokens)
-    o = nl.ndarray(
-        (batch, 32 * tiles, kv_heads * group, dv), dtype=q_t.dtype, buffer=nl.shared_hbm
-    )
+    o = nl.ndarray((batch, 32 * tiles, kv_heads * group, dv), dtype=q_t.dtype, buffer=nl.shared_hbm)
     redo = nl.ndarray((lanes, tiles), dtype=nl.float32, buffer=nl.shared_hbm)
     _, cores = this_core()
     padded = (geometry.blocks + 127) // 128 * 128

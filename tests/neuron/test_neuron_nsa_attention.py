@@ -1,4 +1,4 @@
-"""`nsa_attention` in one kernel: geometry, choices read off exactly, what it leaves to the parts."""
+"""`nsa_attention` in one kernel: geometry, exact choices, what it leaves to the parts."""
 
 from __future__ import annotations
 

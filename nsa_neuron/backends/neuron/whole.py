@@ -1,4 +1,4 @@
-"""`nsa_attention` on a NeuronCore: one kernel where it pays and can, else a kernel for each part."""
+"""`nsa_attention` on a NeuronCore: one kernel where it can, else a kernel for each part."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def _pages(k: Tensor, v: Tensor) -> Tensor:
 
 
 def _weights(block: int, device: torch.device) -> Tensor:
-    """bfloat16 [128, 34]: a tile's keys' shares in its 32 blocks, in the next one's first, and 1."""
+    """bfloat16 [128, 34]: shares of a tile's keys in its 32 blocks, in the next block, and 1."""
     key = torch.arange(KEYS, device=device)[:, None] * STRIDE
     edge = torch.arange(KEYS * STRIDE // BLOCK + 1, device=device) * BLOCK
     shared = torch.minimum(key + block, edge + BLOCK) - torch.maximum(key, edge)

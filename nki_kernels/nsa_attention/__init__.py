@@ -23,18 +23,16 @@ Modules: `geometry` (tiles, plain integers), `work` (a tile on its way), `compre
 `window` (the branches), `choose`, `pipeline` (the order of everything), `constants`.
 
 What must be right does not hang on luck: block scores are float32 (P's upper and lower halves are
-two bfloat16, 16 of 24 bits; the row sum comes from the same); forced blocks have fixed places; equal
-scores go to the lowest block. `redo` says which tiles hold a row whose sum is too small beside its
+two bfloat16, 16 of 24 bits; the row sum comes from the same); forced blocks have fixed places;
+equal scores go to the lowest block. `redo` says which tiles hold a row whose sum is too small beside its
 tile's bound, or more blocks than a list has places; they must be done by other kernels.
 
 Program: unrolled, 500 to 1,500 instructions per tile of queries between 8K and 128K tokens.
 """
 
 import nki
-import nki.isa as nisa
 import nki.language as nl
 
-from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.cores import share, this_core
 from nki_kernels.nsa_attention.constants import Constants
 from nki_kernels.nsa_attention.geometry import Geometry, tiles_of
@@ -75,19 +73,18 @@ def forward(
         paired: long tiles and short ones alternate.
         queues: for a page's DMA, see `pipeline`.
     """
-    lanes, tiles, _, columns = q_t.shape
+    lanes, tiles, _, _ = q_t.shape
     kv_heads = lanes // batch
     dv = v_cmp.shape[2] - 1
     slots = slot_keys.shape[0]
     geometry = Geometry(group, block, count, initial, local, window, slots, past, tokens)
     o = nl.ndarray((batch, 32 * tiles, kv_heads * group, dv), dtype=q_t.dtype, buffer=nl.shared_hbm)
     redo = nl.ndarray((lanes, tiles), dtype=nl.float32, buffer=nl.shared_hbm)
-    _, cores = this_core()
+    core, cores = this_core()
     padded = (geometry.blocks + 127) // 128 * 128
     turned = nl.ndarray((cores, kept, padded, 32), dtype=q_t.dtype, buffer=nl.private_hbm)
     lists = nl.ndarray((cores, tiles, slots), dtype=nl.int32, buffer=nl.private_hbm)
     constants = Constants(weights, heads, member, slot_keys)
-    core, _ = this_core()
     first, number = share(lanes)
     for lane in range(first, first + number):
         b, head = divmod(lane, kv_heads)

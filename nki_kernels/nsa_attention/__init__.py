@@ -24,8 +24,8 @@ Modules: `geometry` (tiles, plain integers), `work` (a tile on its way), `compre
 
 What must be right does not hang on luck: block scores are float32 (P's upper and lower halves are
 two bfloat16, 16 of 24 bits; the row sum comes from the same); forced blocks have fixed places;
-equal scores go to the lowest block. `redo` says which tiles hold a row whose sum is too small beside its
-tile's bound, or more blocks than a list has places; they must be done by other kernels.
+equal scores go to the lowest block. `redo` says which tiles hold a row whose sum is too small
+beside its tile's bound, or more blocks than a list has places: other kernels must do them.
 
 Program: unrolled, 500 to 1,500 instructions per tile of queries between 8K and 128K tokens.
 """

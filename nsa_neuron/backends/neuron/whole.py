@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ class Whole:
         apart: why the parts run as kernels of their own; None: one kernel does it all.
     """
 
-    parts: Mapping[str, Any]
+    parts: dict[str, Any]
     apart: Unsupported | None
 
     @property

@@ -46,7 +46,7 @@ class Choice(nl.NKIObject):
 
     def steps_of(self, work):
         """(name, jobs to wait before) of the steps that mark what a tile's queries chose."""
-        found = [("weigh", 0), ("sum", 2)]
+        found = [("weigh", 1), ("sum", 3)]
         for _ in range((work.tile.chosen + LANES - 1) // LANES):
             found.append(("best", 2))
         found.append(("mark", 1))

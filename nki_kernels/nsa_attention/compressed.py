@@ -79,7 +79,7 @@ class Compressed(nl.NKIObject):
         chunk, at = divmod(x, LOADED)
         values = self.values[chunk][:, at, :]
         if x == 0:
-            work.open(g, values.shape[1] - 1)
+            work.open(g, self.constants.zeros, values.shape[1] - 1)
             tiles = work.tile.key_tiles
             work.scores = sbuf((g.rows, g.parts, tiles, BLOCKS_OF_KEYS), nl.float32)
             work.extra = sbuf((g.rows, g.parts, tiles, 2), nl.float32)
@@ -88,7 +88,7 @@ class Compressed(nl.NKIObject):
         for p in range(g.parts):
             some = slice(p * g.rows, (p + 1) * g.rows)
             upper = upper_halves(weights[0])[:, some]
-            nisa.nc_matmul(work.banks[p], upper, values, accumulate=x > 0)
+            nisa.nc_matmul(work.bank(p), upper, values, accumulate=True)
             for rest in weights[1:]:
                 target = work.shares[:, p, x % TOGETHER, :]
                 nisa.nc_matmul(target, upper, self.constants.weights, accumulate=False)

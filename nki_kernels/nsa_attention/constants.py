@@ -14,6 +14,7 @@ class Constants(nl.NKIObject):
     heads: [rows, queries of a part] float32, 1 where a row belongs to a query.
     member: [ranks, 4, 4] bfloat16: [:, a, a] is 1 where a rank is a query.
     slot_keys: [slots, pairs, 128] bfloat16, 1 at a slot's keys in its pair.
+    zeros: [32, 512] bfloat16.
     near, far: [128, 32] float32: query - key; query - 16 * key.
     """
 
@@ -22,6 +23,8 @@ class Constants(nl.NKIObject):
         self.heads = loaded(heads)
         self.member = loaded(member)
         self.slot_keys = loaded(slot_keys)
+        self.zeros = sbuf((QUERIES, nl.tile_size.gemm_moving_fmax), nl.bfloat16)
+        nisa.memset(self.zeros, 0.0)
         self.near = sbuf((KEYS, QUERIES), nl.float32)
         nisa.iota(self.near, [[1, QUERIES]], offset=0, channel_multiplier=-1)
         self.far = sbuf((KEYS, QUERIES), nl.float32)

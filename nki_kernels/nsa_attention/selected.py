@@ -95,16 +95,16 @@ class Selected(nl.NKIObject):
         """Adds a pair of blocks to P @ [v | 1]."""
         g, buffer = self.geometry, self.buffers[work.index % 2]
         if x == 0:
-            work.open(g, self.dv)
+            work.open(g, self.constants.zeros, self.dv)
         for h in range(weights.shape[0] // BLOCK):
             p0 = BLOCK * h
             values = buffer[p0 : p0 + BLOCK, 2 * x + h, BLOCK : BLOCK + self.dv + 1]
             for p in range(g.parts):
                 nisa.nc_matmul(
-                    work.banks[p],
+                    work.bank(p),
                     weights[p0 : p0 + BLOCK, p * g.rows : (p + 1) * g.rows],
                     values,
-                    accumulate=x + h > 0,
+                    accumulate=True,
                     tile_position=(p0, 0),
                     tile_size=(BLOCK, 128),
                 )

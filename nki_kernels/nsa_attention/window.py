@@ -78,7 +78,7 @@ class Window(nl.NKIObject):
         g, tile = self.geometry, work.tile
         values = self.values[self.place(tile, tile.first_near + x)]
         if x == 0:
-            work.open(g, values.shape[1] - 1)
+            work.open(g, self.constants.zeros, values.shape[1] - 1)
         for p in range(g.parts):
             columns = weights[:, p * g.rows : (p + 1) * g.rows]
-            nisa.nc_matmul(work.banks[p], columns, values, accumulate=x > 0)
+            nisa.nc_matmul(work.bank(p), columns, values, accumulate=True)

@@ -50,11 +50,25 @@ class Work(nl.NKIObject):
         nisa.dma_copy(self.shifts, lane.shifts[number : number + 1, :].broadcast(0, 128))
         self.sums = sbuf((geometry.rows, 3, geometry.parts), nl.float32)
 
-    def open(self, geometry, dv):
-        """Fresh sums of P @ [v | 1], [rows, DV + 1] for each part."""
+    def open(self, geometry, zeros, dv):
+        """Sums of P @ [v | 1], [rows, 2 parts, DV + 1] for each two parts, made 0.
+
+        Two parts share a bank, in which one group of accumulating matmuls must not begin within
+        another: so each bank has one group, which begins with a product of zeros.
+        """
         self.banks = []
-        for _ in range(geometry.parts):
-            self.banks.append(psum((geometry.rows, dv + 1)))
+        rows = geometry.rows
+        for p in range(0, geometry.parts, 2):
+            bank = psum((rows, min(2, geometry.parts - p), dv + 1))
+            self.banks.append(bank)
+            nisa.nc_matmul(
+                bank, zeros[:, 0:rows], zeros[:, 0 : bank.shape[1] * (dv + 1)], accumulate=False,
+                tile_position=(0, 0), tile_size=(zeros.shape[0], nl.tile_size.pmax),
+            )  # fmt: skip
+
+    def bank(self, part):
+        """Sums of a part, [rows, DV + 1]."""
+        return self.banks[part // 2][:, part % 2, :]
 
     def close(self, geometry, branch):
         """Adds a branch, divided by its sums and times its gates, to the total.
@@ -64,17 +78,18 @@ class Work(nl.NKIObject):
         """
         rows, parts = geometry.rows, geometry.parts
         sums = self.sums[:, branch, :]
-        dv = self.banks[0].shape[1] - 1
-        for p in range(parts):
-            total = self.banks[p][:, dv : dv + 1]
-            nisa.tensor_scalar(sums[:, p : p + 1], total, nl.maximum, SMALLEST_SUM)
+        dv = self.banks[0].shape[2] - 1
+        for b in range(len(self.banks)):
+            bank = self.banks[b]
+            into = sums[:, 2 * b : 2 * b + bank.shape[1]]
+            nisa.tensor_scalar(into, bank[:, :, dv], nl.maximum, SMALLEST_SUM)
         factor = sbuf((rows, parts), nl.float32)
         nisa.reciprocal(factor, sums)
         nisa.tensor_tensor(factor, factor, self.gates[:, :, branch], nl.multiply)
         last = branch == NEAR
         result = sbuf((rows, parts, dv), self.q[0].dtype if last else nl.float32)
         for p in range(parts):
-            values, scale = self.banks[p][:, 0:dv], factor[:, p : p + 1]
+            values, scale = self.bank(p)[:, 0:dv], factor[:, p : p + 1]
             if len(self.total) == 0:
                 nisa.tensor_scalar(result[:, p, :], values, nl.multiply, scale)
             else:

@@ -43,6 +43,27 @@ def visible_blocks(position, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def count_compressed(
+    cu_k, cu_cmp, num_seqs, BLOCK: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Where each sequence's compressed blocks begin, back to back: cu_cmp. Grid: (1,).
+
+    Args:
+        cu_k, cu_cmp: int32 [num_seqs + 1], offsets of raw keys and of compressed blocks.
+    """
+    before = 0
+    for start in range(0, num_seqs, TILE):
+        index = start + tl.arange(0, TILE)
+        inside = index < num_seqs
+        first = tl.load(cu_k + index, mask=inside, other=0)
+        last = tl.load(cu_k + index + 1, mask=inside, other=0) - first - 1
+        count = tl.where(inside, visible_blocks(last, BLOCK, STRIDE), 0)
+        tl.store(cu_cmp + index, before + tl.cumsum(count, 0) - count, mask=inside)
+        before += tl.sum(count, 0)
+    tl.store(cu_cmp + num_seqs, before)
+
+
+@triton.jit
 def sequence_bounds(sequence, cu_q, cu_k, cu_cmp, S, T, NC, PACKED: tl.constexpr):
     """Query start, queries, keys, first compressed block and compressed blocks of a sequence."""
     q_start = 0

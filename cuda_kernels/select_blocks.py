@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E, dot_split, load_base2_lse, load_split, packed_tile
+from .compressed_attention import count_compressed as count_compressed
 from .compressed_attention import sequence_bounds, visible_blocks
 
 _INFINITY_BITS = tl.constexpr(0x7F800000)

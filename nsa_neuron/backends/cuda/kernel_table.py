@@ -340,6 +340,13 @@ def _decode_entries() -> tuple[KernelEntry, ...]:
     )
 
 
+def _count_compressed(op: str) -> KernelEntry:
+    def derive(shape: Shape) -> Mapping[str, Any]:
+        return _COMPRESSION
+
+    return KernelEntry(op, "count_compressed", op, derive, wants_wgmma=False)
+
+
 def _compressed_entries() -> tuple[KernelEntry, ...]:
     op = "compressed_attention"
     matmuls = ("forward", "backward_dq", "backward_dkv")
@@ -352,6 +359,7 @@ def _compressed_entries() -> tuple[KernelEntry, ...]:
 
     return (
         *(KernelEntry(op, kernel, op, _compressed, _COMPRESSED_TYPES) for kernel in matmuls),
+        _count_compressed(op),
         _delta_entry(op),
         *(reduce(splits) for splits in (2, 4)),  # SPLITS of backward_dkv's plans
     )
@@ -414,6 +422,7 @@ KERNELS: tuple[KernelEntry, ...] = (
     _delta_entry("selected_attention"),
     *_compressed_entries(),
     KernelEntry("select_blocks", "forward", "select_blocks", _select, _SELECT_TYPES),
+    _count_compressed("select_blocks"),
     *_compress_entries(),
     *_gated_entries(),
     *_decode_entries(),

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_neuron.backends.cuda.launch.blocks import compressed_offsets
 from nsa_neuron.backends.cuda.launch.common import (
     Plan,
     addressable,
@@ -51,7 +50,9 @@ def forward(
     kv_heads, dv = v_cmp.shape[2:]
     o = q.new_empty(batch, tokens, heads, dv)
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
-    cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(cu_seqlens_q, cu_seqlens_k, block, stride, lse)
+    cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(
+        kernels, plan, cu_seqlens_q, cu_seqlens_k, block, stride, lse
+    )
     group = heads // kv_heads
     grid = (count_tiles(tokens, group, constants["BLOCK_M"], num_seqs), kv_heads, batch)
     kernels.forward[grid](
@@ -96,7 +97,9 @@ def backward(
     if delta is None:
         delta = launch_delta(kernels, plan, grad_o, o, lse, grad_lse)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(cu_seqlens_q, cu_seqlens_k, block, stride, lse)
+    cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(
+        kernels, plan, cu_seqlens_q, cu_seqlens_k, block, stride, lse
+    )
     group = heads // kv_heads
     shared = {"G": group, "BLOCK": block, "STRIDE": stride, "PACKED": num_seqs > 0}
     shared |= head_dim_constants(dk, dv)
@@ -129,6 +132,8 @@ def backward(
 
 
 def packed_offsets(
+    kernels: Any,
+    plan: Plan,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     block: int,
@@ -137,7 +142,12 @@ def packed_offsets(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """cu_q, cu_k, cu_cmp and the number of sequences (`placeholder`s and 0 when not packed)."""
     cu_q, cu_k, num_seqs = packed_args(cu_seqlens_q, cu_seqlens_k, placeholder)
-    cu_cmp = compressed_offsets(cu_k, block, stride) if num_seqs else placeholder
+    if not num_seqs:
+        return cu_q, cu_k, placeholder, 0
+    cu_cmp = torch.empty_like(cu_k)
+    kernels.count_compressed[(1,)](
+        cu_k, cu_cmp, num_seqs, BLOCK=block, STRIDE=stride, **plan["count_compressed"]
+    )
     return cu_q, cu_k, cu_cmp, num_seqs
 
 

@@ -64,7 +64,9 @@ def forward(
     )
     per_tile, kept, slots = constants["TOKENS"], constants["NP"], constants["SLOTS"]
 
-    cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(cu_seqlens_q, cu_seqlens_k, block, stride, lse)
+    cu_q, cu_k, cu_cmp, num_seqs = packed_offsets(
+        kernels, plan, cu_seqlens_q, cu_seqlens_k, block, stride, lse
+    )
     tiles = count_tiles(tokens, 1, per_tile, num_seqs)
     programs = min(plan["forward"]["PROGRAMS"], tiles * kv_heads * batch)
     indices = q.new_empty(batch, tokens, kv_heads, num_selected, dtype=torch.int32)

@@ -43,7 +43,7 @@ NARROW = 64
 """Columns below which a wgmma is held up by its left operand in shared memory: 2 KB per 64 x N x 16
 product at 128 bytes a cycle (Hopper tuning guide) take as long as 32 columns of arithmetic."""
 
-SERIALISED = "wgmma.mma_async instructions are serialized"
+SERIALISED = ("wgmma.mma_async instructions are serialized", "C7515")
 """What ptxas says of products that wait for each other; its number (C7514, ...) is the reason."""
 
 _MEASURED = (
@@ -254,9 +254,14 @@ def compile_kernel(
         "excess_work": gpu_ir.excess_work(found),
         "narrowest": min((p.width for p in found), default=0),
         "narrow_lines": tuple(sorted({p.line for p in found if p.width < NARROW})),
-        "serialised": SERIALISED in log.getvalue(),
+        "serialised": is_serialised(log.getvalue()),
         "waiting_gathers": tuple(gpu_ir.waiting_gathers(compiled.asm["ttgir"])),
     }
+
+
+def is_serialised(log: str) -> bool:
+    """Whether ptxas lets a kernel's wgmma wait for each other."""
+    return any(words in log for words in SERIALISED)
 
 
 def spills_in_loops(listing: str) -> int:

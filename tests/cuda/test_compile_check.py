@@ -220,6 +220,20 @@ def test_what_would_run_slowly_is_a_problem_unless_the_plan_accepts_it(change, n
     assert problems == () and accepted == {name: f"{found[name]}: no room" for name in found}
 
 
+@pytest.mark.parametrize(
+    ("said", "serialised"),
+    [
+        ("(C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non "
+         "wgmma instructions reading accumulator registers of a wgmma", True),
+        ("(C7515) Potential Performance Loss: anything", True),
+        ("Used 255 registers, used 1 barriers", False),
+    ],
+)  # fmt: skip
+def test_every_reason_for_serialised_products_is_one(said, serialised):
+    """ptxas's number is the reason: C7514 with tiles that overlap, C7515 with negative bounds."""
+    assert compile_check.is_serialised(f"ptxas info    : {said}") == serialised
+
+
 def test_lines_are_named():
     slow = {"narrowest": 16, "narrow_lines": ("a.py:3", "a.py:9"), "waiting_gathers": ("b.py:7",)}
     found = compile_check.find_slow({**MEASURED, **slow})

@@ -232,8 +232,9 @@ class Tuner:
 
     def write_bundle(self) -> None:
         if self.args.bundle:
-            bundled = plan_files.bundle(plans.PLANS_FOLDER / self.args.device_plans)
-            self.args.bundle.write_text(json.dumps(bundled))
+            device = self.args.device_plans
+            bundled = plan_files.bundle(plans.PLANS_FOLDER / device)
+            self.args.bundle.write_text(json.dumps({"device": device, "plans": bundled}))
 
     def emit(self, key: list[Any], constants: dict[str, Any], **fields: Any) -> None:
         names = ("stage", "direction", "op", "kernel", "heads", "tokens")
@@ -370,9 +371,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.plans.exists():
             shutil.copytree(plans.PLANS_FOLDER, args.plans)
         plans.PLANS_FOLDER = args.plans
-    folder = plans.PLANS_FOLDER / args.device_plans
     if args.install:
-        plan_files.install(json.loads(args.install.read_text()), folder)
+        given = json.loads(args.install.read_text())
+        plan_files.install(given["plans"], plans.PLANS_FOLDER / given["device"])
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here; --dry-run needs none")

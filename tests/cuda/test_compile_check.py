@@ -223,8 +223,8 @@ def test_what_would_run_slowly_is_a_problem_unless_the_plan_accepts_it(change, n
 @pytest.mark.parametrize(
     ("said", "serialised"),
     [
-        ("(C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non "
-         "wgmma instructions reading accumulator registers of a wgmma", True),
+        ("(C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+         "non wgmma instructions reading accumulator registers of a wgmma", True),
         ("(C7515) Potential Performance Loss: anything", True),
         ("Used 255 registers, used 1 barriers", False),
     ],

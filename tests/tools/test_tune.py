@@ -102,6 +102,23 @@ def test_the_best_right_candidate_becomes_the_plan_and_other_rows_stay(tuner):
     assert elsewhere["forward"] == rest[0]["constants"]
 
 
+def test_an_h100_gets_a_file_of_its_own_with_what_differs(tuner, tmp_path):
+    """Its folder has only what is not as on an H200; a bundle goes back to where it was made."""
+    t = tuner([], "--bundle", str(tmp_path / "plans.json"))
+    t.args.device_plans = "h100"
+    unit, point = t.args.units[0], plan_files.Point(192, 128, "bfloat16", 16)
+    shipped = plans.load("h200", OP)
+    t.write_plan(unit, point, {"BLOCK_M": 256}, {"device": "NVIDIA H100"})
+    own = json.loads((plans.PLANS_FOLDER / "h100" / f"{OP}.json").read_text())
+    assert own.keys() == {"forward"} and own["forward"][0]["constants"] == {"BLOCK_M": 256}
+    assert own["forward"][1:] == shipped["forward"] and plans.load("h200", OP) == shipped
+    copy = tmp_path / "copy"
+    shutil.copytree(plans.PLANS_FOLDER, copy)
+    shutil.rmtree(copy / "h100")
+    assert tune.main(["--install", str(tmp_path / "plans.json"), "--plans", str(copy)]) == 0
+    assert json.loads((copy / "h100" / f"{OP}.json").read_text()) == own
+
+
 def test_a_gain_within_the_noise_changes_nothing(tuner):
     text = (plans.PLANS_FOLDER / "interpret" / f"{OP}.json").read_text()
     assert tuner([{"BLOCK_M": 72}]).run()  # 91 ms against 92

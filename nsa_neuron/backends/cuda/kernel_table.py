@@ -33,6 +33,8 @@ FLOAT32_TENSORS = frozenset({"lse", "delta", "grad_lse"})
 PRODUCTS = ("fma", "mma", "wgmma")
 """Ordinary arithmetic; the tensor core instruction of a warp; that of a warpgroup (4 warps)."""
 
+WGMMA_ROWS = 64
+
 NO_PRODUCT = "no matrix product"
 IEEE_PRODUCT = "IEEE float32: tensor cores would round to tf32"
 
@@ -104,6 +106,8 @@ class KernelEntry:
             return "fma", IEEE_PRODUCT
         if not self.wants_wgmma:
             return "mma", self.exempt
+        if constants.get("QUERIES") == 1 and constants["BLOCK_M"] < WGMMA_ROWS:
+            return "mma", f"one token of {constants['BLOCK_M']} rows, wgmma has {WGMMA_ROWS}"
         if dtype == "float32":
             return "mma", "float32 (tf32x3): tiles of 64 rows, as wgmma has, spill"
         return "wgmma", ""

@@ -106,7 +106,7 @@ def test_an_h100_gets_a_file_of_its_own_with_what_differs(tuner, tmp_path):
     """Its folder has only what is not as on an H200; a bundle goes back to where it was made."""
     t = tuner([], "--bundle", str(tmp_path / "plans.json"))
     t.args.device_plans = "h100"
-    unit, point = t.args.units[0], plan_files.Point(192, 128, "bfloat16", 16)
+    unit, point = t.args.units[0], plan_files.Point(192, 128, 16, "bfloat16")
     shipped = plans.load("h200", OP)
     t.write_plan(unit, point, {"BLOCK_M": 256}, {"device": "NVIDIA H100"})
     own = json.loads((plans.PLANS_FOLDER / "h100" / f"{OP}.json").read_text())

@@ -47,7 +47,7 @@ class CompileConfig:
             what does not fit in either case.
     """
 
-    address_rotation: AddressRotation | None = None
+    address_rotation: AddressRotation = AddressRotation.AUTO
     non_ssa_legalization: bool | None = None
     dead_code_elim: bool | None = None
     barrier_check: bool | None = None

@@ -78,6 +78,17 @@ def test_a_name_of_the_other_version_says_which_and_what_to_write(kernel, versio
     assert caught.value.rule == "version" and caught.value.location.function == "<lambda>"
 
 
+def test_a_profile_is_of_a_version():
+    def kernel(x):
+        for _ in nl.dynamic_range(2):
+            nisa.dma_copy(x, x)
+
+    with pytest.warns(simulator.SimulationWarning, match=r"deprecated in NKI 0\.6"):
+        assert simulator.profile(kernel, nki="0.6")(X).time.central > 0
+    with pytest.raises(simulator.SimulationError, match=r"removed in NKI 0\.7"):
+        simulator.profile(kernel)(X)
+
+
 @pytest.mark.parametrize("name", ["dynamic_range", "par_dim"])
 def test_an_import_says_what_to_write_too(name):
     with simulator.activate(), pytest.raises(ImportError, match="write instead") as caught:

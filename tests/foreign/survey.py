@@ -140,9 +140,13 @@ def _child(sender: Connection, function: TestFunction, pick: int, seconds: int, 
 
 
 def rounds(record: dict[str, Any], upto: int, again: set[str]) -> Iterator[tuple[str, int]]:
-    """Cases to run: each function's smallest, then each one's next; none after one too large."""
+    """Cases to run: each function's smallest, then each one's next; none after one too large.
+
+    Within a round those functions first whose smallest case was done soonest.
+    """
+    order = sorted(record["functions"].items(), key=lambda item: _seconds(item[1]))
     for pick in range(upto):
-        for name, facts in record["functions"].items():
+        for name, facts in order:
             if pick >= facts["cases"] or facts["skipped"]:
                 continue
             before = facts["tried"].get(str(pick))
@@ -152,6 +156,11 @@ def rounds(record: dict[str, Any], upto: int, again: set[str]) -> Iterator[tuple
             if any(s.get("status") == "too large" for s in smaller):
                 continue
             yield name, pick
+
+
+def _seconds(facts: dict[str, Any]) -> float:
+    found: float = facts["tried"].get("0", {}).get("seconds", 0.0)
+    return found
 
 
 def enumerate_functions(record: dict[str, Any], root: Path) -> None:

@@ -3,7 +3,8 @@
 `nsa demo` (or `make demo`) takes the small model that ships with the package, trained by `nsa
 train`, compiles its blocks with `torch.compile(backend="nsa_neuron")`, reads 8K bytes of Python's
 documentation that training left out, writes 160 more, and shows which blocks the last query
-selected, with the text they cover.
+selected, with the text they cover. Then a second model, trained on recall, is asked for facts that
+were planted in 8K bytes of the same document (`nsa_neuron.planted`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 
 import nsa_neuron
-from nsa_neuron import conformance
+from nsa_neuron import conformance, planted
 from nsa_neuron.conformance import text
 from nsa_neuron.nn import ByteLanguageModel, Sampling, stream
-from nsa_neuron.nn.checkpoint import SHIPPED, load_checkpoint
+from nsa_neuron.nn.checkpoint import RECALL, SHIPPED, load_checkpoint
 from nsa_neuron.records import recording
 from nsa_neuron.show import Look, html, look
 from nsa_neuron.simulator import cost
@@ -35,6 +36,23 @@ PROMPT = 8192  # tokens of prefill
 SIMULATED_PROMPT = 1024  # where kernels are simulated or interpreted
 DECODE = 160  # tokens decoded
 SAMPLING = Sampling(temperature=0.6, top_p=0.9)  # greedy, so small a model repeats itself
+FACTS, MIN_FACTS = 8, 1024  # planted in a document of so many bytes at least
+MEANING = """
+What the lines mean
+  lowering   which kernels run NSA's operations here, and what compiles everything between them
+  compile    torch.compile of one block, for reading and for writing, once for all lengths
+  prefill    reading the document; decode: writing, a byte at a time, from the cache
+  wrote      what the model believes comes next; it is small and spells better than it thinks
+  planted    facts hidden in the document: a capital and another one behind it; each first one is
+             asked for at the end, farther away than the sliding windows of all layers reach
+  found      right answers of a model of {parameters:,} parameters, trained on this task
+  passage    the block of text that selected attention picked for the farthest fact
+"""
+ABOUT = (
+    "Eight facts, two capitals each, are planted in Python's documentation, whose own capitals are "
+    "made small. At its end each first capital is asked for; choose a query to see where the model "
+    "looked for it."
+)
 BAND = ("low", "central", "high")
 WARM_UP = 300  # tokens that compile the graphs; sizes are dynamic, so 8K reuses them
 
@@ -96,7 +114,15 @@ class Selected:
 
 @dataclass
 class DemoResult:
-    """What the demo found; `to_json` gives plain data."""
+    """What the demo found; `to_json` gives plain data.
+
+    Attributes:
+        document, model: a line about each. tokens: bytes that were read.
+        timings: seconds. written: what the model wrote.
+        selected, look: what its last query selected and looked at.
+        facts: planted ones, and the answers of the recall model, which has `parameters`.
+        lowerings, modelled: see `nsa_neuron.explain` and `Modelled`.
+    """
 
     document: str
     model: str
@@ -105,6 +131,8 @@ class DemoResult:
     written: str
     selected: list[Selected]
     look: Look
+    facts: planted.Planted
+    parameters: int
     lowerings: dict[str, Any] = field(default_factory=dict)
     modelled: dict[str, Modelled] = field(default_factory=dict)
 
@@ -128,6 +156,7 @@ class DemoResult:
             "compile_seconds": self.timings.compile,
             "written": self.written,
             "selected": [vars(block) for block in self.selected],
+            "facts": [answer.to_json() for answer in self.facts.answers],
             "lowerings": self.lowerings,
             "modelled": {stage: vars(time) for stage, time in self.modelled.items()},
         }
@@ -158,6 +187,7 @@ def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResu
         with recording() as records:
             written = write(fast, prompt_text, DECODE, timings, records)
         looked = look(model, prompt_text + written, [-1])
+    recall, _ = load_checkpoint(RECALL)
     return DemoResult(
         document=f"Python's help topics, {len(prompt_text):,} bytes that training left out",
         model=describe(model, notes),
@@ -166,6 +196,8 @@ def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResu
         written=written.decode(errors="replace"),
         selected=selected_blocks(looked),
         look=looked,
+        facts=planted.plant(recall, document()[: max(prompt, MIN_FACTS)], FACTS),
+        parameters=sum(p.numel() for p in recall.parameters()),
         lowerings=nsa_neuron.explain(compiled).to_json(),
         modelled=modelled_stages(records, timings.launches),
     )
@@ -247,6 +279,7 @@ def report(result: DemoResult) -> str:
         f"read       … {printable(result.look.text[: result.tokens][-160:])}",
         f"wrote      {result.written!r}",
     ]
+    lines.append(planted.report(result.facts))
     for stage, model in result.modelled.items():
         lines.append(f"modelled   nsa ops of {stage}, one simulated NeuronCore: {model}")
     return "\n".join(lines)
@@ -277,15 +310,15 @@ def main(argv: Sequence[str] = ()) -> int:
     )
     parser.add_argument("--target", help="trn2, h200, cpu (default: by the tensors' device)")
     parser.add_argument("--mode", help="hw, sim, eager")
-    parser.add_argument("--page", type=Path, help="write what the last query looked at as a page")
+    parser.add_argument("--page", type=Path, help="write what the questions looked at as a page")
     given = parser.parse_args(list(argv))
     options = {k: v for k, v in (("target", given.target), ("mode", given.mode)) if v is not None}
     _say("compiling the model, reading and decoding (about a minute) ...")
     usual = SIMULATED_PROMPT if given.mode == "sim" else PROMPT
     result = run(given.prompt or usual, options or None)
-    if given.page:
+    if given.page and result.facts.look is not None:
         given.page.parent.mkdir(parents=True, exist_ok=True)
-        given.page.write_text(html(result.look, "What the last byte looked at", result.document))
+        given.page.write_text(html(result.facts.look, "Facts asked for, and where", ABOUT))
         _say(f"wrote {given.page}")
     _say("trying every backend on the smoke cases (about half a minute) ...")
     matrix = conformance.run(tags=("smoke",))
@@ -297,6 +330,7 @@ def main(argv: Sequence[str] = ()) -> int:
     print(text.matrix(matrix))
     print()
     print(selection_report(result))
+    print(MEANING.format(parameters=result.parameters))
     return 0 if matrix.ok else 1
 
 

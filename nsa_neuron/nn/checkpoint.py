@@ -14,8 +14,11 @@ from nsa_neuron.errors import BackendUnavailable, NsaError, StateMismatch
 from nsa_neuron.nn.config import NsaConfig
 from nsa_neuron.nn.model import ByteLanguageModel
 
-SHIPPED = Path(__file__).parent.parent / "checkpoints" / "bytes-small.safetensors"
-"""The byte model that ships with the package; its card lies beside it."""
+_FOLDER = Path(__file__).parent.parent / "checkpoints"
+SHIPPED = _FOLDER / "bytes-small.safetensors"
+"""The byte model that ships with the package, trained on text; its card lies beside it."""
+RECALL = _FOLDER / "bytes-recall.safetensors"
+"""A smaller one that was trained to find what is hidden in text."""
 FORMAT = 2  # grows when an older reader would misread a file; 2: rows of kv.weight by head
 MODEL = "ByteLanguageModel"
 

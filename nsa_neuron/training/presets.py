@@ -41,8 +41,8 @@ SCHEDULES = {
         growth=((0.3, 512), (0.6, 2048), (0.85, 4096)),
     ),
     "needle": TrainConfig(
-        steps=200, batch=8, length=512, rate=5e-3, muon=0.03,
-        growth=((0.5, 2048), (0.75, 8192)),
+        steps=300, batch=8, length=512, rate=5e-3, muon=0.03,
+        growth=((0.35, 2048), (0.6, 4096)),
     ),
 }  # fmt: skip
 TASKS = tuple(SCHEDULES)

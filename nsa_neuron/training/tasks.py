@@ -77,16 +77,17 @@ class MultiQueryRecall:
 
     def batch(self, batch: int, length: int, generator: torch.Generator) -> Batch:
         if self.corpus is None:
-            return self._hide(torch.full((batch, length), _FILLER), generator)
-        return self._hide(without_capitals(self.corpus.sample(batch, length, generator)), generator)
+            return self.hide(torch.full((batch, length), _FILLER), generator)
+        return self.hide(without_capitals(self.corpus.sample(batch, length, generator)), generator)
 
     def held_out(self, batch: int, length: int, generator: torch.Generator) -> Batch:
         if self.corpus is None:
             return self.batch(batch, length, generator)
         pieces = self.corpus.held_out_pieces(batch, length)
-        return self._hide(without_capitals(pieces), generator)
+        return self.hide(without_capitals(pieces), generator)
 
-    def _hide(self, tokens: Tensor, generator: torch.Generator) -> Batch:
+    def hide(self, tokens: Tensor, generator: torch.Generator) -> Batch:
+        """Writes pairs and questions into texts `[B, S]`; capitals in them mislead."""
         batch, length = tokens.shape
         asked = 2 * self.pairs * self.rounds
         room = (length - asked - self.near - 1) // 2  # pairs begin at odd places, too

@@ -89,7 +89,7 @@ def test_the_demo_fails_where_its_matrix_does(monkeypatch, capsys, status, code,
     last = Outcome("attention", str(target), "float32", "b", status)
     made = Report((Place(target, "", "cpu"),), [done, last])
     monkeypatch.setattr(conformance, "run", lambda **_: made)
-    found = SimpleNamespace(to_json=dict)
+    found = SimpleNamespace(to_json=dict, parameters=1)
     monkeypatch.setattr(demo, "run", lambda *_: found)
     for form in ("report", "selection_report"):
         monkeypatch.setattr(demo, form, lambda result: "")

@@ -42,7 +42,9 @@ def test_reports(result):
     text = demo.report(result)
     assert "tokens/s" in text and "cpu:" in text
     assert "tokens     0..31" in demo.selection_report(result)
-    assert json.loads(json.dumps(result.to_json()))["prefill"]["tokens"] == 700
+    plain = json.loads(json.dumps(result.to_json()))
+    assert plain["prefill"]["tokens"] == 700 and len(plain["facts"]) == demo.FACTS
+    assert f"planted    {demo.FACTS} facts" in text and "farthest" in text
 
 
 def test_the_shipped_model_has_learnt():

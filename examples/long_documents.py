@@ -4,9 +4,9 @@
 
 The documents are Python's help topics, its standard library's source, and synthetic patient
 histories (a visit a line, over 30 years, made from a seed). Eight facts of the needle task are
-planted in each; the models are those of `train_bytes.py runs` (`needle-nsa-0` and so on), trained
-on texts of up to 4K bytes, so everything longer is beyond their training. Writes `runs/long.json`,
-and a page per document of what the NSA model looked at, `runs/long-<document>.html`.
+planted in each. The NSA model is the shipped one, trained on texts of up to 20K bytes; full and
+windowed attention are those of `train_bytes.py runs` (`needle-full-0` and so on), up to 4K. Writes
+`runs/long.json`, and a page per document of what NSA looked at, `runs/long-<document>.html`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_neuron.environment import describe
-from nsa_neuron.nn.checkpoint import load_checkpoint
+from nsa_neuron.nn.checkpoint import RECALL, load_checkpoint
 from nsa_neuron.planted import plant
 from nsa_neuron.show import html
 from nsa_neuron.terminal import progress, table
@@ -75,8 +75,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[20480, 65536])
     parser.add_argument("--attention", nargs="+", default=list(ATTENTIONS))
     parser.add_argument("--documents", nargs="+", choices=tuple(DOCUMENTS), default=list(DOCUMENTS))
-    parser.add_argument("--seed", type=int, default=0, help="of the models")
+    parser.add_argument("--seed", type=int, default=0, help="of the runs")
     parser.add_argument("--trials", type=int, default=8, help="of eight facts each")
+    parser.add_argument("--out", default="long.json", help="of the rows, in the folder")
     args = parser.parse_args()
     cases = [
         (args.folder, attention, args.seed, name, length, args.trials)
@@ -92,7 +93,7 @@ def main() -> None:
                 rows.append(
                     own.submit(one, *case).result()
                 )  # a process: its peak memory is its own
-            args.folder.joinpath("long.json").write_text(json.dumps(rows, indent=1) + "\n")
+            args.folder.joinpath(args.out).write_text(json.dumps(rows, indent=1) + "\n")
     headers = (
         "document",
         "bytes",
@@ -109,7 +110,8 @@ def one(
     folder: Path, attention: str, seed: int, name: str, length: int, trials: int
 ) -> dict[str, Any]:
     """One model on one document: facts planted anew in each trial."""
-    model, _ = load_checkpoint(folder / f"needle-{attention}-{seed}" / MODEL)
+    path = RECALL if attention == "nsa" else folder / f"needle-{attention}-{seed}" / MODEL
+    model, _ = load_checkpoint(path)
     document, hits, wall, cpu = DOCUMENTS[name](length), [], [], []
     for trial in range(trials):
         began, used = time.perf_counter(), time.process_time()

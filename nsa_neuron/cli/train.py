@@ -19,7 +19,10 @@ from nsa_neuron.training.presets import CONFIGS, LAYERS, SCHEDULES, TASKS, kinds
 if TYPE_CHECKING:
     import argparse
 
-NUMBERS = ("steps", "batch", "length", "seed", "save_every")
+NUMBERS = {
+    "steps": int, "batch": int, "length": int, "rate": float, "muon": float, "seed": int,
+    "save_every": int,
+}  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(CONFIGS), default="small")
     kinds = ", ".join(KINDS)
     parser.add_argument("--attention", default="nsa", help=f"of all layers, or of each: {kinds}")
-    for name in NUMBERS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the task's own")
+    for name, kind in NUMBERS.items():
+        word = f"--{name.replace('_', '-')}"
+        parser.add_argument(word, type=kind, help="default: the task's own")
     parser.add_argument("--begin-with", type=Path, help="a checkpoint: weights to start from")
     parser.add_argument("--until", type=int, help="stop before this step")
     shared.add_json(parser)

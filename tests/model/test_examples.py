@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from nsa_neuron.nn.checkpoint import RECALL
-from nsa_neuron.training.loop import MODEL
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -39,9 +35,6 @@ def test_the_comparison_trains_evaluates_and_is_read_again(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_long_documents(tmp_path):
-    folder = tmp_path / "needle-nsa-0"
-    folder.mkdir()
-    shutil.copy(RECALL, folder / MODEL)
     words = "--lengths 2048 --trials 2 --attention nsa --documents record".split()
     command = [sys.executable, str(EXAMPLES / "long_documents.py"), str(tmp_path), *words]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)

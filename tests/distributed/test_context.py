@@ -90,6 +90,20 @@ def test_four_ranks_are_one(four, name, fetch):
     four(check_equal, name, fetch)
 
 
+@pytest.mark.parametrize("op", ["context_attention", "context_softmax"])
+def test_ops_of_one_rank_are_well_made(op):
+    """torch's own checks: schema, fake, autograd registration, AOT dispatch."""
+    made, edges = problem(40), torch.tensor([0, 13, 40], dtype=torch.int32)
+    if op == "context_softmax":
+        args = (made["q"], made["k_win"], made["v_win"], edges, 12, "")
+    else:
+        args = (*(made[n] for n in LEAVES), edges, *GEOMETRY.values(), 100.0, "", "", "auto")
+    for x in args:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.nsa_distributed, op).default, args)
+
+
 def sent(tokens, fetch, changes):
     """Bytes that this rank sends, forward and backward, by purpose; and the selected ids."""
     made, scalars, base = split(changes)

@@ -27,9 +27,16 @@ HOW = How(steps=3, batch=4, length=64, rate=1e-2, save_every=2, microbatches=2)
 TASK = Text(corpus_of(text=[bytes(range(256)) * 4] * 3))
 
 
-def run(folder, shape, changes=None):
+def run(folder, shape, changes=None, sizes=None):
     how = dataclasses.replace(HOW, **(changes or {}))
-    return train(CONFIG, KINDS, TASK, Parallelism(*shape), how, Path(folder))
+    return train(
+        dataclasses.replace(CONFIG, **(sizes or {})),
+        KINDS,
+        TASK,
+        Parallelism(*shape),
+        how,
+        Path(folder),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +88,12 @@ def test_four_ranks_lose_as_one(four, expected, tmp_path, name):
 )
 def test_options_change_no_loss(two, expected, tmp_path, shape, changes):
     near(two(run, tmp_path, shape, changes), expected[0])
+
+
+def test_more_ranks_than_kv_heads_beside_fsdp(four, expected, tmp_path):
+    sizes = {"kv_heads": 1, "phi": "linear"}
+    alone = run(tmp_path / "one", (1, 1, 1, 1), None, sizes)
+    near(four(run, tmp_path / "four", (1, 1, 2, 2), None, sizes), alone)
 
 
 def test_bfloat16_is_near(two, expected, tmp_path):

@@ -114,6 +114,7 @@ COMMANDS = {
     "nsa compile-check": "tests/cuda/test_compile_check.py",
     "nsa bench --target cpu --part model": "minutes; tests/cli/test_bench.py runs it, small",
     "make bench-cpu": "fourteen minutes of an idle machine: nothing to run beside other tests",
+    "python -m tools.distributed_evidence": "minutes; tests/distributed runs its parts, small",
     "nsa plan": "tests/distributed/test_plan.py",
     "python examples/train_bytes.py": "half an hour; tests/model/test_examples.py runs it, small",
     "nsa train recall": "minutes; tests/model/test_training.py runs the command, small",

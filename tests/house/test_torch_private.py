@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
 
 from nsa_neuron import torch_private as private
 
@@ -178,11 +179,14 @@ def test_what_is_behind_a_compiled_callable():
     assert private.original_of(module) is torch.nn.Linear.forward
 
 
-def test_process_groups_have_names(tmp_path):
+def test_process_groups_have_names_and_meshes_flatten(tmp_path):
     assert private.process_group("") is None
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
     try:
         world = dist.group.WORLD
         assert private.process_group(world.group_name) is world
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "cp"))
+        flat = private.flatten_mesh(mesh, "both")
+        assert flat.ndim == 1 and flat.size() == 1 and flat.mesh_dim_names == ("both",)
     finally:
         dist.destroy_process_group()

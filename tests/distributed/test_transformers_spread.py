@@ -1,4 +1,4 @@
-"""Hugging Face's tensor parallelism of `NsaForCausalLM`, by its `base_model_tp_plan`."""
+"""`NsaForCausalLM`: Hugging Face's tensor parallelism by its plan, and our context parallelism."""
 
 from __future__ import annotations
 
@@ -59,6 +59,17 @@ def check(changes):
     return sum(isinstance(p, DTensor) for p in spread.parameters())
 
 
+def check_context_parallel():
+    from nsa_neuron.distributed import context_parallel, shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole = made(attention_kinds=["nsa", "window"])
+    tokens = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(1))
+    want = whole(tokens, use_cache=False).logits
+    got = context_parallel(whole, mesh)(shard(tokens, mesh), use_cache=False).logits
+    torch.testing.assert_close(got, shard(want, mesh), rtol=1e-9, atol=1e-9)
+
+
 def check_too_many_ranks():
     from nsa_neuron.errors import InvalidArgument
 
@@ -78,3 +89,7 @@ def test_a_spread_model_is_the_whole_one(two, changes):
 
 def test_more_ranks_than_kv_heads_are_refused(two):
     two(check_too_many_ranks)
+
+
+def test_context_parallelism(two):
+    two(check_context_parallel)

@@ -10,3 +10,4 @@ _versioned = _Names(
     SpecializationConfig=_configuration.SpecializationConfig,
 )
 __getattr__ = _versioned.__call__
+__dir__ = _versioned.listed

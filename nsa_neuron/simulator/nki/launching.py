@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,10 @@ def jit(
             instruction="nki.jit",
             hint="set NEURON_PLATFORM_TARGET_OVERRIDE=trn2",
         )
+    for key in kwargs:
+        close = difflib.get_close_matches(key, ("compile_config", "specialization_config"), 1, 0.8)
+        if close:
+            raise violation("usage", f"has no {key}=", instruction="nki.jit", hint=f"{close[0]}=")
     if fn is None:
         return functools.partial(
             jit,

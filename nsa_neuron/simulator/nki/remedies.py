@@ -68,6 +68,12 @@ class Names:
         """The module's `__getattr__`: by the version that is run, or would be."""
         return self.find(name, running())
 
+    def listed(self) -> list[str]:
+        """The module's `__dir__`, by the same version."""
+        version = running()
+        own = vars(sys.modules[self._module])
+        return sorted({*own, *(name for name in self._versioned if is_in(name, version))})
+
 
 def _imports() -> bool:
     """Whether an import statement asks, not an attribute of an expression.

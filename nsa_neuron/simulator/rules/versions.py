@@ -57,7 +57,9 @@ def check_version(version: Any) -> None:
         ValueError: naming those that are.
     """
     if version not in VERSIONS:
-        raise ValueError(f"NKI {version!r} is not simulated; versions: {', '.join(VERSIONS)}")
+        raise ValueError(
+            f"NKI {version!r} is not simulated; versions: {', '.join(map(repr, VERSIONS))}"
+        )
 
 
 def is_in(name: str, version: str) -> bool:

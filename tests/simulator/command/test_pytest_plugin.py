@@ -181,7 +181,7 @@ def test_relaxed_rules_are_told(suite):
         (["--nki-target=trn2", "--nki-relax=bonds"], "*no rule is named 'bonds'*"),
         (
             ["--nki-version", "0.9"],
-            "*--nki-version: NKI '0.9' is not simulated; versions: 0.6, 0.7*",
+            "*--nki-version: NKI '0.9' is not simulated; versions: '0.6', '0.7'*",
         ),
     ],
 )

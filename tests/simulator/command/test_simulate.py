@@ -167,7 +167,10 @@ def test_an_exception_in_the_kernel_shows_the_kernels_frames_only(folder, capsys
         (["user_kernels.py::scaled", "--arg", "a=no.npy"], "no file no.npy"),
         (["user_kernels.py::scaled", "--relax", "bonds"], "no rule is named 'bonds'"),
         (["user_kernels.py::scaled", "--target", "trn9"], "'trn9' is not modelled"),
-        (["user_kernels.py::scaled", "--nki", "0.9"], "NKI '0.9' is not simulated; versions: 0.6"),
+        (
+            ["user_kernels.py::scaled", "--nki", "0.9"],
+            "NKI '0.9' is not simulated; versions: '0.6'",
+        ),
     ],
 )
 def test_command_lines_that_cannot_be_carried_out(folder, capsys, words, text):

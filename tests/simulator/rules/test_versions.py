@@ -32,6 +32,7 @@ def test_each_version_has_its_names(version):
         assert nki.__version__ == f"{version}.0"
         for name in (*versions.ADDED, *versions.REMOVED):
             assert has(name) == versions.is_in(name, version), name
+            assert any(name in dir(module) for module in MODULES) == has(name), name
         for _, instead in (*versions.ADDED.values(), *versions.REMOVED.values()):
             found = re.match(r"(nisa|nl|ncc)\.(\w+)", instead)
             home = {"nisa": nisa, "nl": nl, "ncc": ncc}
@@ -58,7 +59,9 @@ def test_the_version_is_the_runs_or_the_activations_or_the_newest():
     "call", [simulator.activate, lambda nki: simulator.simulate(X.sum, nki=nki)]
 )
 def test_an_unknown_version_is_refused_in_a_line(call):
-    with pytest.raises(ValueError, match=r"^NKI '0\.5' is not simulated; versions: 0\.6, 0\.7$"):
+    with pytest.raises(
+        ValueError, match=r"^NKI '0\.5' is not simulated; versions: '0\.6', '0\.7'$"
+    ):
         call(nki="0.5")
 
 

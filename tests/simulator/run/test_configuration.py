@@ -119,6 +119,11 @@ def test_values_of_another_kind(make, text):
     assert caught.value.rule == "configuration"
 
 
+def test_a_misspelt_configuration_is_not_lost():
+    with pytest.raises(simulator.UsageError, match=r"has no compile_confg=(.|\n)*compile_config="):
+        jit(lambda x: x, compile_confg=CHECKED)
+
+
 def test_prefetch_excludes_a_ring_of_the_environment(monkeypatch):
     assert CompileConfig(address_rotation=AddressRotation.ENABLE, prefetch_auto=True)
     monkeypatch.setenv("NKI_PREFETCH_RING_SIZE", "4")

@@ -45,3 +45,4 @@ _versioned = _Names(
     all_gather_v_trigger=_all_gather_v_trigger,
 )
 __getattr__ = _versioned.__call__
+__dir__ = _versioned.listed

@@ -38,3 +38,4 @@ _versioned = _Names(
     __name__, NkiScalar=_NkiScalar, scalar_load=_scalar_load, scalar_store=_scalar_store
 )
 __getattr__ = _versioned.__call__
+__dir__ = _versioned.listed

@@ -112,3 +112,4 @@ _versioned = _Names(
     alloc_blocks=_alloc_blocks,
 )
 __getattr__ = _versioned.__call__
+__dir__ = _versioned.listed

@@ -38,8 +38,8 @@ pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 pre b { font-weight: inherit } pre b:target { outline: 2px solid }
 aside { display: none; max-height: 82vh; overflow: auto }
 table { border-collapse: collapse; font-size: .88rem; width: 100% }
-th, td { text-align: left; overflow-wrap: anywhere; padding: .15rem .5rem;
-  border-bottom: 1px solid var(--edge) }
+th, td { text-align: left; padding: .15rem .5rem; border-bottom: 1px solid var(--edge) }
+td { overflow-wrap: anywhere }
 td.n { font-variant-numeric: tabular-nums } svg { width: 100%; height: 3.2rem; display: block }
 .map { height: 4rem; border-bottom: 1px solid var(--edge) } .map a { fill: rgb(var(--pick) / .55) }
 .map a:hover, .map a:focus { fill: rgb(var(--pick)) } h2 { font-size: 1.05rem; margin: .2rem 0 }

@@ -3,32 +3,43 @@
 Kernels run on the simulator, with data, for some queries at two positions of a sequence; the cycle
 model prices their records. Two runs, of n and of 2n queries, give what n queries more cost at that
 position; Gauss's two positions integrate that over the sequence exactly where it is a cubic of the
-position (it is affine, but for steps). So no start-up is counted, nor what a graph adds around
-kernels. Nothing here is measured, or was run on hardware.
+position (it is affine, but for steps). Sequences longer than LONGEST continue the line through two
+positions of one that long. Range attention in hardware loops: `looped`. So no start-up is counted,
+nor what a graph adds around kernels. Nothing here is measured, or was run on hardware.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsa_neuron import records
+from nsa_neuron.backends import neuron
+from nsa_neuron.backends.neuron import limits, plans
+from nsa_neuron.bench import looped
 from nsa_neuron.bench.record import Modelled
 from nsa_neuron.ops import get
-from nsa_neuron.registry import use_backend
 from nsa_neuron.simulator import cost
 from nsa_neuron.terminal import progress, table
 
 BENCH = "trn2"
-TARGET = "neuron:sim"
+WINDOW = 512
+LONGEST = 65_536
+"""Tokens of the longest sequence that queries are simulated in."""
 GAUSS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))
 """Positions, as shares of the sequence, whose mean integrates a cubic exactly."""
 
+SPLITS = {
+    1: "none", 2: "sequence halves", 8: "kv heads x sequence halves, 2 cores a launch"
+}  # fmt: skip
 DENSE = "attention"
 WITHOUT_GRADIENT = ("select_blocks",)
 Values = dict[str, Any]
@@ -42,6 +53,7 @@ class Problem:
         tokens: length of the sequence. heads: query and kv heads. dims: Dk, Dv.
         replaced: share of a query's free blocks that the next query does not choose; 1: random.
         backward: the backward pass instead of the forward one.
+        cores: 1; 2: a launch of two, each half of the sequence; 8: a chip, two for each kv head.
     """
 
     tokens: int
@@ -49,10 +61,21 @@ class Problem:
     dims: tuple[int, int]
     replaced: float
     backward: bool = False
+    cores: int = 1
 
     @property
     def group(self) -> int:
         return self.heads[0] // self.heads[1]
+
+    @property
+    def lnc(self) -> int:
+        """Cores of a launch."""
+        return min(self.cores, 2)
+
+    @property
+    def kv_heads(self) -> int:
+        """Of a launch."""
+        return self.heads[1] * self.lnc // self.cores
 
 
 @dataclass(frozen=True)
@@ -75,7 +98,7 @@ def measure(problems: Sequence[Problem], dense: bool = True) -> list[Modelled]:
     """Models the stages of NSA, and dense attention, for each problem.
 
     Returns:
-        Milliseconds of one core for all heads, per stage.
+        Milliseconds for all heads, per stage.
     """
     stages = [*STAGES, *((ATTENTION,) if dense else ())]
     found = []
@@ -89,36 +112,105 @@ def measure(problems: Sequence[Problem], dense: bool = True) -> list[Modelled]:
 
 
 def _stage(problem: Problem, stage: Stage) -> Modelled:
-    shares = (1.0,) if stage.per_token else GAUSS
-    bands = []
-    for share in shares:
-        position = max(2 * stage.queries, round(share * problem.tokens))
-        one, two = (_time(stage, problem, position, stage.queries * k) for k in (1, 2))
-        bands.append([(b - a) / stage.queries for a, b in zip(one, two, strict=True)])
-    rows = problem.tokens * problem.heads[1]
-    low, central, high = (sum(x) / len(bands) * rows / 1e6 for x in zip(*bands, strict=True))
-    facts = {
+    facts: dict[str, Any] = {
         "tokens": problem.tokens, "Hq": problem.heads[0], "Hkv": problem.heads[1],
         "Dk": problem.dims[0], "Dv": problem.dims[1], "replaced": problem.replaced,
-        "dtype": "bfloat16", "pass": "backward" if problem.backward else "forward", "cores": 1,
-        "ns per query and kv head": [round(band[1], 1) for band in bands],
+        "dtype": "bfloat16", "pass": "backward" if problem.backward else "forward",
+        "cores": problem.cores, "work split": SPLITS[problem.cores],
     }  # fmt: skip
-    return Modelled(BENCH, stage.op, "ms", low, central, high, facts)
+    if stage.op in limits.RANGES:
+        window = WINDOW if stage.op == "sliding_window_attention" else 0
+        call = looped.Call(
+            stage.op, problem.tokens, problem.group, problem.dims, window, problem.backward,
+            problem.lnc, problem.kv_heads,
+        )  # fmt: skip
+        if call.loops():
+            band, error = looped.nanoseconds(call)
+            low, central, high = (x * problem.kv_heads / 1e6 for x in band)
+            facts |= {"how": "hardware loops, pace times turns", "error": round(error, 4)}
+            return Modelled(BENCH, stage.op, "ms", low, central, high, facts)
+    means, told = _means(problem, stage)
+    low, central, high = (x * problem.tokens * problem.kv_heads / 1e6 for x in means)
+    return Modelled(BENCH, stage.op, "ms", low, central, high, facts | told)
 
 
-def _time(stage: Stage, problem: Problem, position: int, queries: int) -> tuple[float, ...]:
+def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]:
+    """Ns per query and kv head, over the sequence, and how that was found."""
+    tokens = min(problem.tokens, LONGEST)
+    shares = (1.0,) if stage.per_token else GAUSS
+    positions = [max(2 * stage.queries, round(share * tokens)) for share in shares]
+    looping = stage.op == "select_blocks" and _selection_loops(problem)
+    bands = [_per_query(problem, stage, position, looping) for position in positions]
+    told: dict[str, Any] = {
+        "how": "some queries at " + " and ".join(map(str, positions)),
+        "ns per query and kv head": [round(band[1], 1) for band in bands],
+    }
+    middle = problem.tokens / 2
+    if len(bands) == 1 or problem.tokens == tokens:
+        return [sum(x) / len(bands) for x in zip(*bands, strict=True)], told
+    (p1, p2), (one, two) = positions, bands
+    line = [(b - a) / (p2 - p1) for a, b in zip(one, two, strict=True)]
+    last = _per_query(problem, stage, tokens, looping)
+    told["how"] += ", continued in a line"
+    told["error"] = round(abs((one[1] + line[1] * (tokens - p1)) / last[1] - 1), 4)
+    return [a + slope * (middle - p1) for a, slope in zip(one, line, strict=True)], told
+
+
+def _selection_loops(problem: Problem) -> bool:
+    """Whether `select_blocks` of the whole sequence is a hardware loop."""
+    tiles = problem.kv_heads * (problem.tokens / 128) * (problem.tokens / 2 / 16 / 128)
+    return bool(tiles > plans.load("select_blocks")["forward"]["unrolled_key_tiles"])
+
+
+def _per_query(problem: Problem, stage: Stage, position: int, looping: bool) -> list[float]:
+    """Ns (low, central, high) of a query and kv head at a position: of 2n queries, less n."""
+    shorter = replace(problem, tokens=min(problem.tokens, LONGEST), cores=problem.lnc)
+    one, two = (_time(stage, shorter, position, stage.queries * k, looping) for k in (1, 2))
+    return [(b - a) / stage.queries for a, b in zip(one, two, strict=True)]
+
+
+@functools.cache
+def _time(
+    stage: Stage, problem: Problem, position: int, queries: int, looping: bool
+) -> tuple[float, ...]:
     """Modelled ns (low, central, high) of all launches of one call."""
     spec = get(f"{stage.op}_backward" if problem.backward else stage.op)
     made = {**spec.defaults, **stage.make(problem, position, queries)}
     if problem.backward:
         made |= _saved(stage, made)
-    op = getattr(torch.ops.nsa, spec.name).default
-    with use_backend(TARGET), records.recording() as runs, torch.no_grad():
-        op(**{name: made[name] for name in spec.names})
+    values = {name: made[name] for name in spec.names}
+    with _cores(problem.lnc), _looping(looping), records.recording() as runs, torch.no_grad():
+        neuron.BACKEND.lower(spec.bind(values), "sim")(**values)
     bands = [cost.estimate(run).band for run in runs]
     return tuple(
         sum(getattr(band, level) for band in bands) for level in ("low", "central", "high")
     )
+
+
+@contextmanager
+def _cores(lnc: int) -> Iterator[None]:
+    """Launches inside use `lnc` cores."""
+    before = os.environ.get(neuron.LNC)
+    os.environ[neuron.LNC] = str(lnc)
+    try:
+        yield
+    finally:
+        del os.environ[neuron.LNC]
+        if before is not None:
+            os.environ[neuron.LNC] = before
+
+
+@contextmanager
+def _looping(looping: bool) -> Iterator[None]:
+    """Inside, `select_blocks` runs as hardware loops, as it does for the whole sequence."""
+    plan: Any = plans.load("select_blocks")
+    before = plan["forward"]
+    if looping:
+        plan["forward"] = {**before, "unrolled_key_tiles": -1}
+    try:
+        yield
+    finally:
+        plan["forward"] = before
 
 
 def _saved(stage: Stage, made: Values) -> Values:
@@ -221,7 +313,7 @@ STAGES = (
 ATTENTION = Stage(DENSE, 64, _attention)
 
 
-FACTS = ("tokens", "Hq", "Hkv", "Dk", "Dv", "replaced", "pass")
+FACTS = ("tokens", "Hq", "Hkv", "Dk", "Dv", "replaced", "pass", "cores")
 
 
 def to_text(found: Sequence[Modelled]) -> str:
@@ -235,7 +327,7 @@ def to_text(found: Sequence[Modelled]) -> str:
 
 
 def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:
-    tokens, hq, hkv, dk, dv, replaced, which = key
+    tokens, hq, hkv, dk, dv, replaced, which, cores = key
     rows = [[item.name, str(item)] for item in items if item.name != DENSE]
     # Keys and values are compressed alike, so the stage counts twice.
     nsa = [
@@ -253,4 +345,5 @@ def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:
         f"MODELLED, not measured, not run on hardware: {which}, {tokens} tokens, "
         f"{hq}/{hkv}/{dk}/{dv}, bfloat16, {replaced:.0%} of the blocks replaced per query"
     )
-    return table(title, ["stage", "one core, ms (low to high)"], rows)
+    where = "one core" if cores == 1 else f"{cores} cores ({SPLITS[cores]})"
+    return table(title, ["stage", f"{where}, ms (low to high)"], rows)

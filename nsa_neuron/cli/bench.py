@@ -6,9 +6,9 @@ against it, and decode; with `--part model`, whole models' decoding and training
 attention's, transformers' own cache included. `--simulator` measures the simulator's own time and
 memory against NumPy doing the same arithmetic on the same tiles, and what profiling adds. All of
 these measure on this computer. `--target trn2` measures nothing: it models the time of the NKI
-kernels on one NeuronCore, per stage and against dense attention, from simulated runs of some
-queries (a minute or more per length); nothing of it has run on hardware. One kernel's time:
-`nsa profile`.
+kernels on one NeuronCore or more, per stage and against dense attention, from simulated runs of some
+queries (minutes per length), or of a decode step; nothing of it has run on hardware. One kernel's
+time: `nsa profile`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="share of a query's blocks that the next one replaces, on trn2; 1 is random",
     )
     parser.add_argument("--backward", action="store_true", help="the backward pass, on trn2")
+    parser.add_argument(
+        "--cores", type=int, choices=(1, 2, 8), default=1,
+        help="on trn2: 2 share a sequence, 8 (a chip) its kv heads as well",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode", type=int, nargs="+", metavar="BATCH",
+        help="a decode step of a chip for these batches, on trn2",
+    )  # fmt: skip
     parser.add_argument("--no-dense", action="store_true", help="no dense attention, on trn2")
     parser.add_argument("--rounds", type=int, default=150, help="interleaved rounds of overhead")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to a file")
@@ -127,10 +135,16 @@ def _shape(text: str) -> tuple[tuple[int, int], int, str]:
 
 def _trn2(args: argparse.Namespace) -> list[Part]:
     need_torch("nsa bench --target trn2")
-    from nsa_neuron.bench import trainium
+    from nsa_neuron.bench import decoding, trainium
 
+    if args.decode:
+        return [
+            (decoding.measure(tokens, args.decode, (64, 4), _dims(text)), decoding.to_text)
+            for tokens in args.tokens or [65536]
+            for text in args.dims
+        ]
     problems = [
-        trainium.Problem(tokens, (64, 4), _dims(text), args.replaced, args.backward)
+        trainium.Problem(tokens, (64, 4), _dims(text), args.replaced, args.backward, args.cores)
         for tokens in args.tokens or [65536]
         for text in args.dims
     ]

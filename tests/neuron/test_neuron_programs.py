@@ -44,7 +44,7 @@ def sizes(stem: str):
 @pytest.mark.parametrize("stem", limits.RANGES)
 @pytest.mark.parametrize("from_start", [True, False])
 def test_range_attention(stem, from_start):
-    kernels = run._package().load(stem)
+    kernels = run.package().load(stem)
     looped, queries = sizes(stem)
     looped = looped[0] if from_start else looped[1]
     shared = {"reach": (0, 0, 1, True), "scale": 0.07, "looped": looped}
@@ -72,7 +72,7 @@ def test_range_attention(stem, from_start):
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
 def test_gated_sum(name):
-    kernel = getattr(run._package().load("gated_sum"), name)
+    kernel = getattr(run.package().load("gated_sum"), name)
     found = set()
     for tokens in LENGTHS:
         rows = tokens * 4

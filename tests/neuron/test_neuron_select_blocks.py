@@ -154,7 +154,7 @@ def test_the_looped_program_does_not_grow_with_the_sequence():
         return torch.empty(0)
 
     constants = {**plans.load("select_blocks")["forward"], "unrolled_key_tiles": 0}
-    kernels = run.Kernels(run._package().load("select_blocks"), start, 1)
+    kernels = run.Kernels(run.package().load("select_blocks"), start, 1)
     for tokens in (2**16, 2**20):
         launch.forward(
             kernels, {"forward": constants}, torch.zeros(1, 300, 16, 192).bfloat16(),

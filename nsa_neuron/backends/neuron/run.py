@@ -59,7 +59,7 @@ def simulated(stem: str, lnc: int = 1) -> Kernels:
         records.note(launch.runs)
         return results
 
-    return Kernels(_package().load(stem), start, lnc)
+    return Kernels(package().load(stem), start, lnc)
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def on_hardware(stem: str, lnc: int) -> Kernels:
 
 
 @functools.cache
-def _package() -> KernelPackage:
+def package() -> KernelPackage:
     """The private copy of the kernels that uses the simulator's nki."""
     return KernelPackage(PACKAGE, simulator.activate, DISTRIBUTION)
 

@@ -1,0 +1,122 @@
+"""Modelled time of a decode step on a Trainium2, against a dense one of contiguous caches.
+
+The kernel runs on the simulator, with data, for as many sequences as one core has: a chip's eight
+cores share the batch, or the kv heads of a single sequence. Sequences share a few pages, whose
+numbers are data; time does not hang on them. Dense attention is a floor: its bytes at the rate of
+the HBM stacks. Nothing here is measured, or was run on hardware.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nsa_neuron import records
+from nsa_neuron.backends import neuron
+from nsa_neuron.bench.record import Modelled
+from nsa_neuron.ops import get
+from nsa_neuron.simulator import cost
+from nsa_neuron.simulator.cost.parameters import LEVELS, load
+from nsa_neuron.terminal import progress, table
+
+BENCH = "trn2-decode"
+CORES, STACKS = 8, 4
+PAGES = (128, 64, 64)  # rows of a compressed, a selection and a window page
+POOL = 64  # pages
+NSA, DENSE = "decode", "dense, its bytes"
+
+
+def measure(
+    tokens: int, batches: Sequence[int], heads: tuple[int, int], dims: tuple[int, int]
+) -> list[Modelled]:
+    """Microseconds of a step of a chip, per batch: NSA and dense.
+
+    Args:
+        tokens: of each sequence. heads: Hq, Hkv. dims: Dk, Dv.
+    """
+    found = []
+    with progress(BENCH, len(batches)) as advance:
+        for batch in batches:
+            advance(f"batch {batch}")
+            found += _of_batch(tokens, batch, heads, dims)
+    return found
+
+
+def _of_batch(
+    tokens: int, batch: int, heads: tuple[int, int], dims: tuple[int, int]
+) -> list[Modelled]:
+    hq, hkv = heads
+    by_heads = batch < CORES
+    sequences = batch if by_heads else math.ceil(batch / CORES)
+    own = math.ceil(hkv / (CORES // batch)) if by_heads else hkv
+    split = f"{own} of {hkv} kv heads" if by_heads else f"{sequences} sequences"
+    low, central, high, dmas = _step(tokens, sequences, hq // hkv, own, dims)
+    width = 2 * sum(dims)
+    blocks = (tokens - 32) // 16 + 1
+    facts: dict[str, Any] = {
+        "tokens": tokens, "batch": batch, "Hq": hq, "Hkv": hkv, "Dk": dims[0], "Dv": dims[1],
+        "dtype": "bfloat16", "cores": CORES, "of each core": split, "pages": PAGES,
+    }  # fmt: skip
+    read = batch * hkv * width * (blocks + 16 * 64 + 512)
+    nsa = Modelled(
+        BENCH, NSA, "us", low / 1e3, central / 1e3, high / 1e3,
+        {**facts, "bytes": read, "DMAs of a core": dmas},
+    )  # fmt: skip
+    whole = batch * hkv * width * tokens
+    low, central, high = (
+        whole / (load("measured-3p", level).hbm_stack * STACKS) / 1e3 for level in LEVELS
+    )
+    told = {**facts, "bytes": whole, "of each core": "an eighth of the bytes"}
+    dense = Modelled(BENCH, DENSE, "us", low, central, high, told)
+    return [nsa, dense]
+
+
+def _step(
+    tokens: int, sequences: int, group: int, kv_heads: int, dims: tuple[int, int]
+) -> tuple[float, float, float, int]:
+    """Ns (low, central, high) of one core's launch, and how many DMAs it has."""
+    spec = get("decode")
+    gen = torch.Generator().manual_seed(tokens)
+    values: dict[str, Any] = {**spec.defaults}
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen).bfloat16()
+
+    values["q"] = normal(sequences, 1, group * kv_heads, dims[0])
+    values["gates"] = torch.rand(sequences, 1, group * kv_heads, 3, generator=gen).bfloat16()
+    values["seqlens"] = torch.full((sequences,), tokens, dtype=torch.int32)
+    rows = ((tokens - 32) // 16 + 1, tokens, tokens)
+    for name, page, count in zip(("cmp", "slc", "win"), PAGES, rows, strict=True):
+        values[f"k_{name}"] = normal(POOL, page, kv_heads, dims[0])
+        values[f"v_{name}"] = normal(POOL, page, kv_heads, dims[1])
+        pages = torch.arange(sequences * math.ceil(count / page)) % POOL
+        values[f"{name}_table"] = pages.view(sequences, -1).int()
+    values = {name: values[name] for name in spec.names}
+    with records.recording() as runs, torch.no_grad():
+        neuron.BACKEND.lower(spec.bind(values), "sim")(**values)
+    bands = [cost.estimate(run).band for run in runs]
+    low, central, high = (sum(getattr(band, level) for band in bands) for level in LEVELS)
+    dmas = sum(i.opcode.startswith("dma") for run in runs for i in run.cores[0].instructions)
+    return low, central, high, dmas
+
+
+def to_text(found: Sequence[Modelled]) -> str:
+    """A row per batch."""
+    rows = []
+    for nsa, dense in zip(found[::2], found[1::2], strict=True):
+        facts = nsa.facts
+        rows.append([
+            str(facts["batch"]), facts["of each core"], str(nsa), str(dense),
+            f"{dense.central / nsa.central:.2f}", f"{dense.facts['bytes'] / facts['bytes']:.1f}",
+        ])  # fmt: skip
+    facts = found[0].facts
+    title = (
+        f"MODELLED, not measured, not run on hardware: decode, {facts['tokens']} tokens, "
+        f"{facts['Hq']}/{facts['Hkv']}/{facts['Dk']}/{facts['Dv']}, bfloat16, "
+        f"a chip of {CORES} cores"
+    )
+    head = ["batch", "each core has", "NSA, us", "dense bytes, us", "dense / NSA", "bytes saved"]
+    return table(title, head, rows)

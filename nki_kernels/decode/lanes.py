@@ -104,7 +104,9 @@ def weigh(scores, branch, lanes, dtype):
     out = psum((lanes.rows, branch.v.shape[3]))
     for first, length in branch.tiles():
         weights = sbuf((lanes.rows, length), dtype)
-        nisa.tensor_copy(weights, scores.values[:, first : first + length])
+        nisa.tensor_copy(
+            weights, scores.values[:, first : first + length], engine=nisa.engine.scalar
+        )
         bank = psum((length, lanes.rows), dtype)
         nisa.nc_transpose(bank, weights, engine=nisa.engine.tensor)
         turned = sbuf((length, lanes.heads, lanes.pitch), dtype)

@@ -85,13 +85,14 @@ class Stage:
     Attributes:
         op: name. queries: of the shorter of the two runs.
         make: (problem, position, queries) -> arguments, the last query at that position.
-        per_token: its cost does not depend on the position.
+        per_token: its cost does not depend on the position. steady: nor once the sequence is long.
     """
 
     op: str
     queries: int
     make: Callable[[Problem, int, int], Values]
     per_token: bool = False
+    steady: bool = False
 
 
 def measure(problems: Sequence[Problem], dense: bool = True) -> list[Modelled]:
@@ -136,10 +137,11 @@ def _stage(problem: Problem, stage: Stage) -> Modelled:
 
 def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]:
     """Ns per query and kv head, over the sequence, and how that was found."""
-    tokens = min(problem.tokens, LONGEST)
+    looping = stage.op == "select_blocks" and _selection_loops(problem)
+    # Selection's loops go by pieces of 16K tokens, so a line through nearer positions is rough.
+    tokens = min(problem.tokens, LONGEST * (4 if looping else 1))
     shares = (1.0,) if stage.per_token else GAUSS
     positions = [max(2 * stage.queries, round(share * tokens)) for share in shares]
-    looping = stage.op == "select_blocks" and _selection_loops(problem)
     bands = [_per_query(problem, stage, position, looping) for position in positions]
     told: dict[str, Any] = {
         "how": "some queries at " + " and ".join(map(str, positions)),
@@ -150,8 +152,10 @@ def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]
         return [sum(x) / len(bands) for x in zip(*bands, strict=True)], told
     (p1, p2), (one, two) = positions, bands
     line = [(b - a) / (p2 - p1) for a, b in zip(one, two, strict=True)]
+    if stage.steady:
+        line, one = [0.0] * 3, [(a + b) / 2 for a, b in zip(one, two, strict=True)]
     last = _per_query(problem, stage, tokens, looping)
-    told["how"] += ", continued in a line"
+    told["how"] += ", continued " + ("as it is" if stage.steady else "in a line")
     told["error"] = round(abs((one[1] + line[1] * (tokens - p1)) / last[1] - 1), 4)
     return [a + slope * (middle - p1) for a, slope in zip(one, line, strict=True)], told
 
@@ -164,7 +168,7 @@ def _selection_loops(problem: Problem) -> bool:
 
 def _per_query(problem: Problem, stage: Stage, position: int, looping: bool) -> list[float]:
     """Ns (low, central, high) of a query and kv head at a position: of 2n queries, less n."""
-    shorter = replace(problem, tokens=min(problem.tokens, LONGEST), cores=problem.lnc)
+    shorter = replace(problem, tokens=position, cores=problem.lnc)
     one, two = (_time(stage, shorter, position, stage.queries * k, looping) for k in (1, 2))
     return [(b - a) / stage.queries for a, b in zip(one, two, strict=True)]
 
@@ -306,8 +310,8 @@ STAGES = (
     Stage("compress", 8192, _compress, per_token=True),
     Stage("compressed_attention", 128, _compressed),
     Stage("select_blocks", 256, _select),
-    Stage("selected_attention", 512, _selected),
-    Stage("sliding_window_attention", 128, _attention),
+    Stage("selected_attention", 512, _selected, steady=True),
+    Stage("sliding_window_attention", 128, _attention, steady=True),
     Stage("gated_sum", 1024, _gated_sum, per_token=True),
 )
 ATTENTION = Stage(DENSE, 64, _attention)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
-from nsa_neuron.bench import trainium
+from nsa_neuron.bench import looped, trainium
 from nsa_neuron.cli import main
 
 pytestmark = pytest.mark.sim
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.sim
 def short(monkeypatch):
     """Two stages, of few queries."""
     few = [
-        trainium.Stage("sliding_window_attention", 32, trainium._attention),
+        trainium.Stage("sliding_window_attention", 32, trainium._attention, steady=True),
         trainium.Stage("gated_sum", 64, trainium._gated_sum, per_token=True),
     ]
     monkeypatch.setattr(trainium, "STAGES", tuple(few))
@@ -82,3 +83,54 @@ def test_blocks_drift(replaced) -> None:
 def test_short_sequences_have_fewer_blocks() -> None:
     (first, *_) = trainium.drifting_blocks(100, 0.5)
     assert first == [0] + [-1] * 15
+
+
+def test_longer_sequences_continue_the_line(short, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(trainium, "LONGEST", 256)
+    words = ["bench", "--target", "trn2", "--tokens", "256", "1024", "--dims", "32/32", "--json"]
+    assert main([*words, "--no-dense"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    near, _, far, _ = lines
+    assert "continued as it is" in far["facts"]["how"] and "error" in far["facts"]
+    assert far["central"] > 3 * near["central"]
+
+
+@pytest.mark.parametrize("cores", [2, 8])
+def test_work_of_several_cores(short, capsys, cores) -> None:
+    words = ["bench", "--target", "trn2", "--tokens", "256", "--dims", "32/32", "--no-dense"]
+    found = []
+    for count in (1, cores):
+        assert main([*words, "--cores", str(count), "--json"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert {line["facts"]["cores"] for line in lines} == {count}
+        found.append(sum(line["central"] for line in lines))
+    assert found[1] < found[0] < 1.5 * cores * found[1]
+    main([*words, "--cores", str(cores)])
+    assert f"{cores} cores (" in capsys.readouterr().out
+
+
+def test_hardware_loops_are_their_paces_times_their_turns() -> None:
+    """At 64K tokens dense attention loops; two cores take half as long as one."""
+    call = looped.Call("attention", 65_536, 16, (64, 64), kv_heads=4)
+    assert call.loops() and not replace(call, tokens=4096).loops()
+    (low, central, high), error = looped.nanoseconds(call)
+    assert low < central < high and error < 0.02
+    # Not faster than ScalarE alone: 0.43 us for the exponentials of 512 rows and 128 keys.
+    assert central > 65_536 / 32 * 256 * 0.43e3
+    both = looped.nanoseconds(replace(call, lnc=2))[0]
+    assert 0.45 < both[1] / central < 0.6
+
+
+def test_decode_of_a_chip(capsys) -> None:
+    words = ["bench", "--target", "trn2", "--tokens", "2048", "--decode", "1", "16", "--dims"]
+    assert main([*words, "192/128", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["name"] for line in lines] == ["decode", "dense, its bytes"] * 2
+    one, dense, many, _ = lines
+    assert one["facts"]["of each core"] == "1 of 4 kv heads"
+    assert many["facts"]["of each core"] == "2 sequences"
+    assert dense["facts"]["bytes"] == 2048 * 4 * 320 * 2
+    assert one["facts"]["bytes"] < dense["facts"]["bytes"]
+    assert one["central"] < many["central"]
+    for line in lines:
+        assert line["kind"] == "modelled" and 0 < line["low"] <= line["central"] <= line["high"]

@@ -15,6 +15,7 @@ from nsa_neuron import simulator
 from nsa_neuron.backends.neuron import plans, run
 from nsa_neuron.backends.neuron.launch import select_blocks as launch
 from nsa_neuron.cases import cumulative, exact_normal
+from nsa_neuron.ops import get
 from nsa_neuron.ops.compressed_attention import compressed_attention
 from nsa_neuron.simulator import ShapeDtype
 from nsa_neuron.simulator.cost import trips
@@ -198,3 +199,12 @@ def problems(draw: Any) -> dict[str, Any]:
 @examples(25)
 def test_any_shape(values, dtype):
     judged.judge("select_blocks", values, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_of_any_sign(scale):
+    spec = get("select_blocks")
+    case = next(case for case in spec.cases if case.name == "batch2_kv2")
+    judged.judge(
+        "select_blocks", {**spec.arguments(case, torch.float32), "scale": scale}, torch.float32
+    )

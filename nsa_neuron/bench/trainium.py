@@ -141,7 +141,7 @@ def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]
     # Selection's loops go by pieces of 16K tokens, so a line through nearer positions is rough.
     tokens = min(problem.tokens, LONGEST * (4 if looping else 1))
     shares = (1.0,) if stage.per_token else GAUSS
-    positions = [max(2 * stage.queries, round(share * tokens)) for share in shares]
+    positions = [max(2 * stage.queries * problem.lnc, round(share * tokens)) for share in shares]
     bands = [_per_query(problem, stage, position, looping) for position in positions]
     told: dict[str, Any] = {
         "how": "some queries at " + " and ".join(map(str, positions)),
@@ -169,8 +169,9 @@ def _selection_loops(problem: Problem) -> bool:
 def _per_query(problem: Problem, stage: Stage, position: int, looping: bool) -> list[float]:
     """Ns (low, central, high) of a query and kv head at a position: of 2n queries, less n."""
     shorter = replace(problem, tokens=position, cores=problem.lnc)
-    one, two = (_time(stage, shorter, position, stage.queries * k, looping) for k in (1, 2))
-    return [(b - a) / stage.queries for a, b in zip(one, two, strict=True)]
+    queries = stage.queries * problem.lnc
+    one, two = (_time(stage, shorter, position, queries * k, looping) for k in (1, 2))
+    return [(b - a) / queries for a, b in zip(one, two, strict=True)]
 
 
 @functools.cache

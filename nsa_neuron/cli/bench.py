@@ -6,9 +6,9 @@ against it, and decode; with `--part model`, whole models' decoding and training
 attention's, transformers' own cache included. `--simulator` measures the simulator's own time and
 memory against NumPy doing the same arithmetic on the same tiles, and what profiling adds. All of
 these measure on this computer. `--target trn2` measures nothing: it models the time of the NKI
-kernels on one NeuronCore or more, per stage and against dense attention, from simulated runs of some
-queries (minutes per length), or of a decode step; nothing of it has run on hardware. One kernel's
-time: `nsa profile`.
+kernels on one NeuronCore or more, per stage and against dense attention, from simulated runs of
+some queries (minutes per length), or of a decode step; nothing of it has run on hardware. One
+kernel's time: `nsa profile`.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ def table(title: str) -> tuple[set[str], ...]:
 LAYERS = table("layers")
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PUBLIC_API = RANK["functional"]  # what `from nsa_neuron import attention` needs
-# The registry names backends by strings; only these may know a concrete one.
-KNOW_BACKENDS = {"backends", "compile_check", "cli"}
+# The registry names backends by strings; only these may know a concrete one; `bench` since a
+# Trainium2 is modelled from its launchers' own trip counts.
+KNOW_BACKENDS = {"backends", "bench", "compile_check", "cli"}
 KNOW_SIMULATOR = RANK["backends"]
 FLOORS = table("floors")
 FLOORS[-1].add("")  # the package itself

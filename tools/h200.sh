@@ -45,6 +45,7 @@ export PYTHONPATH="$root:$root/tools:$root/tools/peers${PYTHONPATH:+:$PYTHONPATH
 for folder in /usr/local/cuda/bin /opt/nvidia/nsight-compute/*/; do # ncu, compute-sanitizer
   [[ ! -d $folder ]] || PATH="$PATH:${folder%/}"
 done
+export SERIAL='' # 1: tests one after the other, where memory or a process per op wants it
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/nsa-h200-triton}
 failed=0
 left=0
@@ -122,7 +123,7 @@ tests() { # FILE of tests/cuda_hw, ARGUMENTS of pytest
   local file=tests/cuda_hw/$1 parallel=()
   shift
   # Compiling takes the time, not running.
-  if [[ -z $dry ]] && "$python" -c "import xdist" 2>/dev/null; then
+  if [[ -z $dry$SERIAL ]] && "$python" -c "import xdist" 2>/dev/null; then
     parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
   fi
   NSA_HW_TESTS_ON_CPU=$dry NSA_HW_RESULTS=$out/tests.jsonl "$python" -m pytest -q \
@@ -136,7 +137,7 @@ tests() { # FILE of tests/cuda_hw, ARGUMENTS of pytest
 ops() { # STAGES
   local stage worst=0 code pids=()
   for stage in "$@"; do
-    tests test_hw_long.py -n 0 -k "$stage and $([[ $dry ]] && echo 136 || echo 8192)" &
+    SERIAL=1 tests test_hw_long.py -k "$stage and $([[ $dry ]] && echo 136 || echo 8192)" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do
@@ -221,7 +222,7 @@ else
     --stages dense,nsa,slc,cmp,select,cmp_select,window
   step bench-1m 45 bench --lengths 1048576 --dists random --only nsa-neuron \
     --heads 64/4/192/128 --stages slc,cmp,select,window --prewarm 0
-  step long 120 tests test_hw_long.py -n 0 -k "not 8192"
+  SERIAL=1 step long 120 tests test_hw_long.py -k "not 8192"
   step conform-bf16 200 tests test_hw_ops.py -k "every_case and bfloat16"
   step conform-fp16 200 tests test_hw_ops.py -k "every_case and -float16"
   step conform-fp32 200 tests test_hw_ops.py -k "every_case and float32"

@@ -19,7 +19,8 @@ Sequences of a body overlap: one's chosen blocks are fetched behind the next one
 DMA has run-time addresses. Lengths are data: bounds of what each row sees come as numbers.
 Bound by DMA: at 64K tokens, 64/4/192/128, 14.4 MB per sequence are 41 us of a core's 354 GB/s, but
 in 274 gathers of 64 rows, 1.6 us each on three queues: 146 us. Modelled, one core: 233 us for one
-sequence, 204 us each for four; with compressed pages of 128 rows 210 gathers and 202 us for one.
+sequence; with compressed pages of 128 rows 221 gathers, 201 us for one and 188 each for four, of
+which VectorE has 115.
 Reading all of a dense cache at full rate would take 474 us. Gathers by rows (one DMA for 128 rows,
 14 ns of GpSimd per row) would need 17,400 rows, 244 us of one queue.
 """

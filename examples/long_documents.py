@@ -1,10 +1,10 @@
 """Facts in three long documents: how far back each attention finds them, how fast, in what memory.
 
-    python examples/long_documents.py runs --lengths 20480 65536 131072
+    python examples/long_documents.py runs --lengths 8192 20480
 
 The documents are Python's help topics, its standard library's source, and synthetic patient
 histories (a visit a line, over 30 years, made from a seed). Eight facts of the needle task are
-planted in each. The NSA model is the shipped one, trained on texts of up to 20K bytes; full and
+planted in each. The NSA model is the shipped one, trained on texts of up to 8K bytes; full and
 windowed attention are those of `train_bytes.py runs` (`needle-full-0` and so on), up to 4K. Writes
 `runs/long.json`, and a page per document of what NSA looked at, `runs/long-<document>.html`.
 """
@@ -72,7 +72,7 @@ DOCUMENTS = {"documentation": documentation, "code": code, "record": record}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[20480, 65536])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 20480])
     parser.add_argument("--attention", nargs="+", default=list(ATTENTIONS))
     parser.add_argument("--documents", nargs="+", choices=tuple(DOCUMENTS), default=list(DOCUMENTS))
     parser.add_argument("--seed", type=int, default=0, help="of the runs")

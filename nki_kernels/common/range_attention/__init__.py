@@ -18,6 +18,6 @@ one program. Longer ones, and packed sequences, run in hardware loops, at most 6
 kv head at any length. Modelled at 192/128, G = 16, bfloat16, per 512 rows and 128 keys: the inner
 loops take 0.58 us forward, 1.44 dq, 0.84 per 128 rows and 256 keys dk and dv, against 0.57, 1.66
 and 0.92 unrolled. A group of 128 queries takes 21 us more forward, and 24 for its masked edge, so
-that causal attention is 8 % slower than unrolled at 64K tokens and 1 % at 256K. Windows pay more, 2.3
+that causal attention is 8 % slower than unrolled at 64K tokens, 1 % at 256K. Windows pay more, 2.3
 times: nearly all chunks that they touch are masked edges.
 """

@@ -10,6 +10,7 @@ import torch
 from test_neuron_records import assert_equal_programs, assert_static
 
 from nsa_neuron.backends import neuron
+from nsa_neuron.backends.neuron import whole
 from nsa_neuron.cases import exact_normal
 from nsa_neuron.ops import get
 from nsa_neuron.ops.nsa_attention import nsa_attention_forward
@@ -59,7 +60,7 @@ def launched(values: dict[str, Any], lnc: int = 1) -> tuple[torch.Tensor, list[A
         problem(40, 400, (8, 4), (80, 33), batch=2, num_selected=4, window=100),
         problem(129, 640, (1, 1), (128, 128), num_selected=3, block=64, window=1, scale=-0.2),
         problem(40, 2250, (2, 1), (130, 16), num_selected=9, block=16, num_local=3),
-        problem(40, 2900, (4, 1), (144, 16), num_selected=12),
+        problem(40, 3400, (4, 1), (144, 16), num_selected=12),
     ],
     ids=["one", "paper", "heads_and_batch", "block_64", "block_16", "lists"],
 )
@@ -75,9 +76,9 @@ def test_whole(values):
             assert_static(instruction)
 
 
-@pytest.mark.parametrize("tokens", [3300])
-def test_the_blocks_are_those_of_float32_scores(tokens):
+def test_the_blocks_are_those_of_float32_scores():
     """Values that count the tokens of each block show which blocks a query took."""
+    tokens = 3300
     values = problem(64, tokens, (16, 1), (64, 64), num_selected=12)
     values["k_slc"].zero_()
     values["gates"].zero_()
@@ -101,11 +102,11 @@ def widened(x: Any) -> Any:
     "values",
     [
         problem(40, 700, num_selected=4, sharp=60.0),  # rows far below the bound of their tile
-        problem(40, 3000, alike=0.0),  # unions of more blocks than a list has
+        problem(80, 3600, (8, 2), alike=0.0),  # unions of more blocks than a list has
     ],
     ids=["sharp", "long_lists"],
 )
-def test_what_the_kernel_cannot_do_is_done_by_the_parts(values):
+def test_tiles_that_the_kernel_cannot_do_are_done_by_the_parts(values):
     judged.judge("nsa_attention", values, torch.bfloat16)
     _, runs = launched(values)
     assert runs[0].kernel == KERNEL and len(runs) > 4
@@ -124,3 +125,24 @@ def test_calls_for_which_there_is_no_one_kernel():
     assert rule(dims=(193, 16)) == "head_dim" and rule(dims=(16, 129)) == "head_dim"
     assert rule(num_initial=0) == "forced" and rule(num_selected=33) == "selected"
     assert rule(window=4097) == "window"
+
+
+def test_only_tiles_that_need_it_are_done_again(monkeypatch):
+    """One sharp query among 70 at position 130: its tile, the second, of its kv head."""
+    values = problem(70, 200, (8, 2))
+    values["q"][0, 40, 5] *= 100.0
+    asked = []
+
+    def noted(o, parts, given, lane, tiles):
+        asked.append((lane, tiles))
+        again(o, parts, given, lane, tiles)
+
+    again = whole.again
+    monkeypatch.setattr(whole, "again", noted)
+    judged.judge("nsa_attention", values, torch.bfloat16)
+    assert asked == [(1, (1, 2))] * 3
+
+
+def test_runs():
+    marks = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    assert whole.runs(marks) == [(0, 0, 2), (0, 3, 4), (2, 1, 3)]

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from nsa_neuron.registry import Unsupported
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nsa_neuron.registry import Lowered
     from nsa_neuron.spec import Bound
 
@@ -25,7 +28,9 @@ MOST_BLOCKS = 2048
 """Window and selection blocks (128K tokens) whose keys and scores fit into SBUF."""
 
 MOST_TAKEN = 32
-"""Selected blocks of a query; a list for 32 queries has 40 places."""
+"""Selected blocks of a query; a list for 32 queries has 48 places."""
+
+QUERIES = 32  # of a tile
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Whole:
 def hindrance(bound: Bound, mode: str) -> Unsupported | None:
     """Why one kernel cannot do a call, or need not."""
     if mode != "sim":
-        return Unsupported("unsafe", "rows of far too small sums are found out by the host")
+        return Unsupported("host", "the host decides which tiles are done again")
     if bound.dtype != torch.bfloat16:
         return Unsupported("dtype", f"{bound.dtype} is not bfloat16")
     if bound.packed:
@@ -78,13 +83,42 @@ def _selection(bound: Bound) -> Unsupported | None:
 
 
 def with_parts(fused: Lowered, parts: Lowered) -> Lowered:
-    """One kernel; calls in which a row's logits or a tile's union ask for more, by their parts."""
+    """One kernel; tiles in which a row's logits or the union ask for more, again by the parts."""
 
     def call(**values: Any) -> Any:
         o, redo = fused(**values)
-        if not bool(redo.any()):
-            return o
-        log.info("nsa_attention: %d of %d tiles need more: by parts", redo.sum(), redo.numel())
-        return parts(**values)
+        for lane, first, end in runs(redo.bool()):
+            again(o, parts, values, lane, (first, end))
+        return o
 
     return call
+
+
+def runs(marks: Tensor) -> list[tuple[int, int, int]]:
+    """(row, first column, last + 1) of neighbouring marks in bool [rows, columns]."""
+    edges = torch.nn.functional.pad(marks.int(), (1, 1)).diff()
+    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    return [(row, first, end) for (row, first), (_, end) in zip(starts, ends, strict=True)]
+
+
+def again(
+    o: Tensor, parts: Lowered, values: Mapping[str, Any], lane: int, tiles: tuple[int, int]
+) -> None:
+    """Overwrites some tiles of a kv head by what the parts make of the tokens up to their last."""
+    q, tokens = values["q"], values["k_slc"].shape[1]
+    b, head = divmod(lane, values["k_slc"].shape[2])
+    group, past = q.shape[2] // values["k_slc"].shape[2], tokens - q.shape[1]
+    first, end = (max(0, QUERIES * n - past % QUERIES) for n in tiles)
+    end = min(end, q.shape[1])
+    kept = past + end
+    log.info("nsa_attention: queries %d to %d of kv head %d by parts", first, end - 1, head)
+    given = dict(values)
+    of_group = slice(head * group, (head + 1) * group)
+    for name in ("q", "gates"):
+        given[name] = values[name][b : b + 1, first:end, of_group]
+    for name in ("k_slc", "v_slc", "k_win", "v_win"):
+        given[name] = values[name][b : b + 1, :kept, head : head + 1]
+    for name in ("k_cmp", "v_cmp"):
+        count = max(0, (kept - values["block"]) // values["stride"] + 1)
+        given[name] = values[name][b : b + 1, :count, head : head + 1]
+    o[b, first:end, of_group] = parts(**given)[0]

@@ -27,7 +27,29 @@ two bfloat16, 16 of 24 bits; the row sum comes from the same); forced blocks hav
 equal scores go to the lowest block. `redo` says which tiles hold a row whose sum is too small
 beside its tile's bound, or more blocks than a list has places: other kernels must do them.
 
-Program: unrolled, 500 to 1,500 instructions per tile of queries between 8K and 128K tokens.
+Program: unrolled, 540 to 1,600 instructions per tile of queries between 8K and 128K tokens.
+
+Modelled with G = 16, 192/128, n = 16, 48 places per list, bfloat16, ns per (query, kv head) at the end
+of a sequence, and what is busy (central value of the cycle model; not run on hardware):
+
+| tokens | time | PE | VectorE | ScalarE | queues of sync, ScalarE, GpSimd |
+|---|---|---|---|---|---|
+| 8K | 1101 | 663 | 394 | 508 | 1019, 412, 1100 |
+| 32K | 1144 | 981 | 748 | 733 | 1044, 369, 1124 |
+| 64K | 1505 | 1409 | 1229 | 1032 | 1225, 406, 838 |
+| 128K | 2595 | 2288 | 2194 | 1633 | 1200, 500, 748 |
+
+Bound by the run-time DMA of 45 pages up to 32K, then by PE: 0.80 us per 128 compressed keys (S^T
+0.33, P V 0.23, shares 0.23), 0.62 us per two blocks. ScalarE gives time to DMA only beside compressed
+branches. Weighed:
+- Shares as a float32 product of P: PE 0.45 us instead of 0.23, but without VectorE's 0.6 us for P's
+  lower halves: 1603 instead of 1390 of PE at 64K.
+- Shares with W stationary, blocks on partitions: 0.42 us of PE with the row sums, and two more passes
+  of VectorE, as the sum over heads is then along the free dim.
+- Shares of bfloat16 P alone are cheaper by 0.12 us, but choose another block in 4 % of queries.
+- Lists of 40 places: 190 ns less where DMA bounds, but a fifth of the tiles must be done again when
+  5 % of a query's blocks are new; with 48, one in a hundred.
+- Masks of selected blocks multiplied by VectorE instead of added by PE: 12 us of VectorE per tile.
 """
 
 import nki
@@ -71,7 +93,9 @@ def forward(
         ahead: tiles of queries between a compressed branch and the rest of it.
         kept: masks of tiles that HBM holds at a time, more than `ahead`.
         paired: long tiles and short ones alternate.
-        queues: for a page's DMA, see `pipeline`.
+        queues: (least tiles of keys, queues of pages in turn beside compressed branches, beside
+            others) by `common.queues`; the last that applies counts. ScalarE has time for DMA where
+            PE takes longer per job than it does.
     """
     lanes, tiles, _, _ = q_t.shape
     kv_heads = lanes // batch

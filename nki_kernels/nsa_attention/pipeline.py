@@ -11,7 +11,6 @@ from nki_kernels.nsa_attention.window import Window
 from nki_kernels.nsa_attention.work import COMPRESSED, NEAR, SAFE_SUM, SELECTED, Work
 
 DEPTH = 4  # jobs between the scores of a tile of keys and its product with values
-MANY_TILES = 12  # of compressed keys: ScalarE has time for DMA then, but only in their branch
 SPARE = 6  # jobs between the last page and its first use, if there are so many
 
 
@@ -167,8 +166,10 @@ class Pipeline(nl.NKIObject):
     def gather_page(self):
         """The next page that is due; behind the last one of a tile, what it hides."""
         _, work, n = self.pages.pop(0)
-        long = work.tile.key_tiles >= MANY_TILES
-        some = self.queues[0 if not long else 1 if self.branch == COMPRESSED else 2]
+        some = ""
+        for least, beside_compressed, beside_others in self.queues:
+            if work.tile.key_tiles >= least:
+                some = beside_compressed if self.branch == COMPRESSED else beside_others
         self.selected.gather(work, n, some[self.gathered % len(some)])
         self.gathered += 1
         if n == work.tile.listed - 1:

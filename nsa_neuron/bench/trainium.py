@@ -23,10 +23,11 @@ from torch import Tensor
 
 from nsa_neuron import records
 from nsa_neuron.backends import neuron
-from nsa_neuron.backends.neuron import limits, plans
+from nsa_neuron.backends.neuron import limits, plans, whole
 from nsa_neuron.bench import looped
 from nsa_neuron.bench.record import Modelled
 from nsa_neuron.ops import get
+from nsa_neuron.registry import Supported
 from nsa_neuron.simulator import cost
 from nsa_neuron.terminal import progress, table
 
@@ -41,7 +42,8 @@ SPLITS = {
     1: "none", 2: "sequence halves", 8: "kv heads x sequence halves, 2 cores a launch"
 }  # fmt: skip
 DENSE = "attention"
-WITHOUT_GRADIENT = ("select_blocks",)
+WHOLE = "nsa_attention"  # all of NSA but compression, in one kernel
+WITHOUT_GRADIENT = ("select_blocks", WHOLE)
 Values = dict[str, Any]
 
 
@@ -66,6 +68,12 @@ class Problem:
     @property
     def group(self) -> int:
         return self.heads[0] // self.heads[1]
+
+    def has(self, op: str) -> bool:
+        """Whether a stage is modelled: one with this pass, and for one kernel a length it takes."""
+        if op == WHOLE and (self.cores > 1 or self.tokens > whole.MOST_BLOCKS * 64):
+            return False
+        return not (self.backward and op in WITHOUT_GRADIENT)
 
     @property
     def lnc(self) -> int:
@@ -101,13 +109,13 @@ def measure(problems: Sequence[Problem], dense: bool = True) -> list[Modelled]:
     Returns:
         Milliseconds for all heads, per stage.
     """
-    stages = [*STAGES, *((ATTENTION,) if dense else ())]
+    stages = [*STAGES, ONE_KERNEL, *((ATTENTION,) if dense else ())]
     found = []
     with progress("trn2", len(problems) * len(stages)) as advance:
         for problem in problems:
             for stage in stages:
                 advance(f"{problem.tokens} tokens, {stage.op}")
-                if not (problem.backward and stage.op in WITHOUT_GRADIENT):
+                if problem.has(stage.op):
                     found.append(_stage(problem, stage))
     return found
 
@@ -139,7 +147,7 @@ def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]
     """Ns per query and kv head, over the sequence, and how that was found."""
     looping = stage.op == "select_blocks" and _selection_loops(problem)
     # Selection's loops go by pieces of 16K tokens, so a line through nearer positions is rough.
-    tokens = min(problem.tokens, LONGEST * (4 if looping else 1))
+    tokens = min(problem.tokens, LONGEST * (4 if looping or stage.op == WHOLE else 1))
     shares = (1.0,) if stage.per_token else GAUSS
     positions = [max(2 * stage.queries * problem.lnc, round(share * tokens)) for share in shares]
     bands = [_per_query(problem, stage, position, looping) for position in positions]
@@ -185,7 +193,10 @@ def _time(
         made |= _saved(stage, made)
     values = {name: made[name] for name in spec.names}
     with _cores(problem.lnc), _looping(looping), records.recording() as runs, torch.no_grad():
-        neuron.BACKEND.lower(spec.bind(values), "sim")(**values)
+        bound = spec.bind(values)
+        verdict = neuron.BACKEND.supports(bound, "sim")
+        assert isinstance(verdict, Supported), verdict
+        neuron.BACKEND.lower(bound, verdict.plan)(**values)
     bands = [cost.estimate(run).band for run in runs]
     return tuple(
         sum(getattr(band, level) for band in bands) for level in ("low", "central", "high")
@@ -301,6 +312,21 @@ def drifting_blocks(
         yield ids + [-1] * (count - len(ids))
 
 
+def _whole(problem: Problem, position: int, queries: int) -> Values:
+    """Queries that drift, so that 32 of them choose about as many blocks as `drifting_blocks` has:
+    5 % at 14K and 52K tokens: 33 blocks. What their order asks of the kernel is in the time."""
+    attended = _attention(problem, position, queries)
+    kept = 0.0 if problem.replaced == 1 else max(0.0, 1 - 2000 * problem.replaced / position)
+    q, fresh = attended["q"].float(), (1 - kept**2) ** 0.5
+    for t in range(1, queries):
+        q[:, t] = kept * q[:, t - 1] + fresh * q[:, t]
+    values = {"q": q.bfloat16(), "gates": _gated_sum(problem, position, queries)["gates"]}
+    for branch in ("slc", "win"):
+        values |= {f"k_{branch}": attended["k"], f"v_{branch}": attended["v"]}
+    compressed = _compressed(problem, position, queries)
+    return {**values, "k_cmp": compressed["k_cmp"], "v_cmp": compressed["v_cmp"]}
+
+
 def _gated_sum(problem: Problem, position: int, queries: int) -> Values:
     shape = (1, queries, problem.group)
     branches = {name: _normal(*shape, problem.dims[1]) for name in ("o_cmp", "o_slc", "o_win")}
@@ -315,9 +341,11 @@ STAGES = (
     Stage("sliding_window_attention", 128, _attention, steady=True),
     Stage("gated_sum", 1024, _gated_sum, per_token=True),
 )
+ONE_KERNEL = Stage(WHOLE, 256, _whole)
 ATTENTION = Stage(DENSE, 64, _attention)
 
 
+LEVELS = ("low", "central", "high")
 FACTS = ("tokens", "Hq", "Hkv", "Dk", "Dv", "replaced", "pass", "cores")
 
 
@@ -331,21 +359,28 @@ def to_text(found: Sequence[Modelled]) -> str:
     return "\n\n".join(_one(key, items) for key, items in problems.items())
 
 
+def _sum(items: Sequence[Modelled], level: str) -> float:
+    return sum(getattr(i, level) * (2 if i.name == "compress" else 1) for i in items)
+
+
 def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:
     tokens, hq, hkv, dk, dv, replaced, which, cores = key
-    rows = [[item.name, str(item)] for item in items if item.name != DENSE]
+    parts = [item for item in items if item.name not in (DENSE, WHOLE)]
+    rows = [[item.name, str(item)] for item in parts]
     # Keys and values are compressed alike, so the stage counts twice.
-    nsa = [
-        sum(
-            getattr(i, level) * (2 if i.name == "compress" else 1) for i in items if i.name != DENSE
-        )
-        for level in ("low", "central", "high")
-    ]
-    rows.append(["nsa (compress twice)", f"{nsa[1]:.4g} ({nsa[0]:.4g} to {nsa[2]:.4g})"])
+    ways = {"nsa (compress twice)": [_sum(parts, level) for level in LEVELS]}
+    for item in items:
+        if item.name == WHOLE:
+            other = [part for part in parts if part.name == "compress"]
+            together = [getattr(item, level) + _sum(other, level) for level in LEVELS]
+            ways["nsa in one kernel (compress twice)"] = together
+    rows += [[name, f"{b:.4g} ({a:.4g} to {c:.4g})"] for name, (a, b, c) in ways.items()]
     for item in items:
         if item.name == DENSE:
             rows.append(["dense attention", str(item)])
-            rows.append(["dense / nsa, central", f"{item.central / nsa[1]:.2f}"])
+            for name, nsa in ways.items():
+                kind = "dense / nsa" + (" in one kernel" if "one kernel" in name else "")
+                rows.append([f"{kind}, central", f"{item.central / nsa[1]:.2f}"])
     title = (
         f"MODELLED, not measured, not run on hardware: {which}, {tokens} tokens, "
         f"{hq}/{hkv}/{dk}/{dv}, bfloat16, {replaced:.0%} of the blocks replaced per query"

@@ -23,6 +23,7 @@ def short(monkeypatch):
     ]
     monkeypatch.setattr(trainium, "STAGES", tuple(few))
     monkeypatch.setattr(trainium, "ATTENTION", trainium.Stage("attention", 32, trainium._attention))
+    monkeypatch.setattr(trainium, "ONE_KERNEL", trainium.Stage(trainium.WHOLE, 64, trainium._whole))
 
 
 def test_lines_are_modelled_and_ordered(short, capsys) -> None:
@@ -30,7 +31,7 @@ def test_lines_are_modelled_and_ordered(short, capsys) -> None:
     assert main(words) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in lines] == [
-        "sliding_window_attention", "gated_sum", "attention",
+        "sliding_window_attention", "gated_sum", "nsa_attention", "attention",
     ] * 2  # fmt: skip
     for line in lines:
         assert line["kind"] == "modelled" and line["bench"] == "trn2"
@@ -43,7 +44,8 @@ def test_text_says_that_nothing_was_measured(short, capsys) -> None:
     assert main(["bench", "--target", "trn2", "--tokens", "256", "--dims", "32/32"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("MODELLED, not measured, not run on hardware")
-    assert "measured on" not in text and "dense / nsa" in text
+    assert "measured on" not in text
+    assert "dense / nsa, central" in text and "dense / nsa in one kernel, central" in text
 
 
 def test_backward_leaves_out_what_has_no_gradient(short, capsys, monkeypatch) -> None:
@@ -61,6 +63,19 @@ def test_backward_leaves_out_what_has_no_gradient(short, capsys, monkeypatch) ->
 def test_dims_that_are_none_are_refused(capsys) -> None:
     assert main(["bench", "--target", "trn2", "--dims", "192"]) == 2
     assert "--dims is '192'" in capsys.readouterr().err
+
+
+def test_the_whole_runs_as_one_kernel(monkeypatch) -> None:
+    """Its queries drift so slowly that no list is too short: each run is one launch."""
+    kernels = []
+    estimate = trainium.cost.estimate
+    monkeypatch.setattr(
+        trainium.cost, "estimate", lambda run: kernels.append(run.kernel) or estimate(run)
+    )
+    problem = trainium.Problem(4096, (16, 1), (32, 32), 0.05)
+    stage = trainium.Stage(trainium.WHOLE, 64, trainium._whole)
+    assert trainium._stage(problem, stage).name == "nsa_attention"
+    assert kernels == ["forward"] * 4
 
 
 def test_positions_integrate_a_cubic() -> None:
@@ -90,7 +105,7 @@ def test_longer_sequences_continue_the_line(short, capsys, monkeypatch) -> None:
     words = ["bench", "--target", "trn2", "--tokens", "256", "1024", "--dims", "32/32", "--json"]
     assert main([*words, "--no-dense"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    near, _, far, _ = lines
+    near, _, _, far, _, _ = lines
     assert "continued as it is" in far["facts"]["how"] and "error" in far["facts"]
     assert far["central"] > 3 * near["central"]
 

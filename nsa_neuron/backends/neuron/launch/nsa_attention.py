@@ -51,7 +51,7 @@ def forward(
         redo: float32 [B * Hkv, tiles], 1 for tiles of 32 queries that the kernel could not do.
     """
     constants = dict(plan["forward"])
-    slots, queues = constants.pop("slots"), tuple(constants.pop("queues"))
+    slots, queues = constants.pop("slots"), tuple(map(tuple, constants.pop("queues")))
     batch, queries, heads, _ = q.shape
     tokens, kv_heads = k_slc.shape[1], k_slc.shape[2]
     group, past = heads // kv_heads, tokens - queries

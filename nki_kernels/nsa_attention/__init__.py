@@ -29,8 +29,8 @@ beside its tile's bound, or more blocks than a list has places: other kernels mu
 
 Program: unrolled, 540 to 1,600 instructions per tile of queries between 8K and 128K tokens.
 
-Modelled with G = 16, 192/128, n = 16, 48 places per list, bfloat16, ns per (query, kv head) at the end
-of a sequence, and what is busy (central value of the cycle model; not run on hardware):
+Modelled with G = 16, 192/128, n = 16, 48 places per list, bfloat16, ns per (query, kv head) at the
+end of a sequence, and what is busy (central value of the cycle model; not run on hardware):
 
 | tokens | time | PE | VectorE | ScalarE | queues of sync, ScalarE, GpSimd |
 |---|---|---|---|---|---|
@@ -40,12 +40,12 @@ of a sequence, and what is busy (central value of the cycle model; not run on ha
 | 128K | 2595 | 2288 | 2194 | 1633 | 1200, 500, 748 |
 
 Bound by the run-time DMA of 45 pages up to 32K, then by PE: 0.80 us per 128 compressed keys (S^T
-0.33, P V 0.23, shares 0.23), 0.62 us per two blocks. ScalarE gives time to DMA only beside compressed
-branches. Weighed:
+0.33, P V 0.23, shares 0.23), 0.62 us per two blocks. ScalarE gives time to DMA only beside
+compressed branches. Weighed:
 - Shares as a float32 product of P: PE 0.45 us instead of 0.23, but without VectorE's 0.6 us for P's
-  lower halves: 1603 instead of 1390 of PE at 64K.
-- Shares with W stationary, blocks on partitions: 0.42 us of PE with the row sums, and two more passes
-  of VectorE, as the sum over heads is then along the free dim.
+  lower halves: PE 1603 ns instead of 1390 at 64K, with lists of 40.
+- Shares with W stationary, blocks on partitions: 0.42 us of PE with the row sums, and two more
+  passes of VectorE, as the sum over heads is then along the free dim.
 - Shares of bfloat16 P alone are cheaper by 0.12 us, but choose another block in 4 % of queries.
 - Lists of 40 places: 190 ns less where DMA bounds, but a fifth of the tiles must be done again when
   5 % of a query's blocks are new; with 48, one in a hundred.

@@ -360,7 +360,8 @@ def to_text(found: Sequence[Modelled]) -> str:
 
 
 def _sum(items: Sequence[Modelled], level: str) -> float:
-    return sum(getattr(i, level) * (2 if i.name == "compress" else 1) for i in items)
+    total: float = sum(getattr(i, level) * (2 if i.name == "compress" else 1) for i in items)
+    return total
 
 
 def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:

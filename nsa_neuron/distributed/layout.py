@@ -106,13 +106,6 @@ class Layout:
             ends += [(first + i) * self.geometry.stride for i in range(count)]
         return [end + self.geometry.block - 1 for end in ends]
 
-    def positions(self) -> list[int]:
-        """Position of each own token in its sequence."""
-        first = [self.start, *self.stops[:-1]]
-        begin = [self.low, *self.stops[:-1]]
-        pieces = zip(first, begin, self.stops, strict=True)
-        return [t - a for a, b, stop in pieces for t in range(b, stop)]
-
 
 @dataclass(frozen=True)
 class Group:

@@ -18,7 +18,7 @@ from mutants.score import Outcome, shares, table
 
 ROOT = Path(__file__).parents[2]
 WINGS = {
-    "conformance", "cost", "cpu", "neuron", "nn", "profiler", "reference", "registry", "simulator",
+    "conformance", "cost", "cpu", "distributed", "neuron", "nn", "profiler", "reference", "registry", "simulator",
     "triton",
 }  # fmt: skip
 

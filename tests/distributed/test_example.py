@@ -18,7 +18,7 @@ SMALL = ("--batch", "2", "--length", "64", "--save-every", "2")
 
 
 def torchrun(*words):
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

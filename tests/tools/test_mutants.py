@@ -18,8 +18,8 @@ from mutants.score import Outcome, shares, table
 
 ROOT = Path(__file__).parents[2]
 WINGS = {
-    "conformance", "cost", "cpu", "distributed", "neuron", "nn", "profiler", "reference", "registry", "simulator",
-    "triton",
+    "conformance", "cost", "cpu", "distributed", "neuron", "nn", "profiler", "reference",
+    "registry", "simulator", "triton",
 }  # fmt: skip
 
 

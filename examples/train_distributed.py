@@ -48,13 +48,28 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def join(backend: str, timeout: int) -> None:
+    """Joins torchrun's ranks. It keeps one store over restarts, in which addresses of ended ranks
+    stay, so each start has names of its own."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    limit = timedelta(seconds=timeout)
+    serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, world, is_master=serves, timeout=limit)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"start-{start}", store), rank=rank, world_size=world,
+        timeout=limit,
+    )  # fmt: skip
+
+
 def main() -> int:
     args = arguments()
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=args.timeout))
+    join("nccl" if cuda else "gloo", args.timeout)
     names = ("steps", "batch", "length", "rate", "seed", "save_every", "fetch", "replay", "dtype",
              "schedule", "microbatches")  # fmt: skip
     how = How(**{name: getattr(args, name) for name in names})

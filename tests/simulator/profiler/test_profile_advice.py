@@ -8,7 +8,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import rowwise
-from profile_helpers import EXAMPLE, STEPS, example, hbm, nisa, nl, profile_of, psum, sbuf, shapes
+from profile_helpers import (
+    EXAMPLE,
+    STEPS,
+    example,
+    hbm,
+    matmuls,
+    nisa,
+    nl,
+    profile_of,
+    psum,
+    sbuf,
+    shapes,
+)
 
 from nsa_neuron import simulator
 from nsa_neuron.simulator.profiler import (
@@ -326,3 +338,10 @@ def widened(a):
                          ids=["fp32 to fp32", "bf16 to fp32"])  # fmt: skip
 def test_fp32_results_are_not_told_to_be_narrow(kernel):
     assert "fp32-tiles" not in {piece.rule for piece in kernel().advice}
+
+
+def test_products_that_both_cores_compute_are_the_same_work():
+    found = profile_of(matmuls, *shapes((512, 128), (512, 4096), dtype="bfloat16"), lnc=2)
+    assert "same-work-on-both-cores" in {a.rule for a in found.advice}
+    flow, half = Flow(found.run), len(found.run.cores[0].instructions)
+    assert flow.values[:half] == flow.values[half:] and len(set(flow.values)) > half / 2

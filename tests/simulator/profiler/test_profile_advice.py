@@ -249,6 +249,7 @@ def test_what_the_advice_gains_at_once_is_what_the_rewritten_kernel_gains(plain,
     assert together.speedup == pytest.approx(faster, abs=0.1)
     assert {before.advice[k].rule for k in together.of} >= {"adjacent-passes", "fp32-tiles"}
     assert f"{together.speedup:.2f} times as fast" in str(before)
+    assert len(together.of) < len(before.advice)  # what does not help then is left out
     assert after.together is None
 
 

@@ -319,3 +319,11 @@ def test_parameter_sets_differ_and_are_named():
 def test_profile_is_public():
     assert simulator.profile and simulator.Profile
     assert "pipeline" in repr(simulator.profile(pipeline)(*shapes((128, 512))))
+
+
+def test_rows_that_overlap_count_once():
+    def body(a):
+        for first in (0, 32, 32):
+            nisa.dma_copy(sbuf((64, 256)), a[first : first + 64, :])
+
+    assert needed_bytes(profile_of(body, *shapes((128, 256))).run) == 96 * 256 * 4

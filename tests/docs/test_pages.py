@@ -123,6 +123,7 @@ COMMANDS = {
     "python tools/plot_results.py": HARDWARE,
     "export AWS_NEURON_SDK_PATH": FOREIGN,
     "export NKI_LIBRARY_PATH": FOREIGN,
+    "export TRITON_VIZ_PATH": FOREIGN,
     "pytest tests/foreign": FOREIGN,
     "python -m tests.foreign.survey": FOREIGN,
     "python -m tests.foreign.table": FOREIGN,

@@ -46,9 +46,10 @@ compressed branches. Weighed:
   lower halves: PE 1603 ns instead of 1390 at 64K, with lists of 40.
 - Shares with W stationary, blocks on partitions: 0.42 us of PE with the row sums, and two more
   passes of VectorE, as the sum over heads is then along the free dim.
-- Shares of bfloat16 P alone are cheaper by 0.12 us, but choose another block in 4 % of queries.
-- Lists of 40 places: 190 ns less where DMA bounds, but a fifth of the tiles must be done again when
-  5 % of a query's blocks are new; with 48, one in a hundred.
+- Shares of bfloat16 P alone are cheaper by 0.12 us, but choose another block in 4 %
+  of a prototype's queries.
+- Lists of 40 places: about 130 ns less where DMA bounds, but a fifth of the tiles must be done
+  again when 5 % of a query's blocks are new; with 48, one in a hundred if they come independently.
 - Masks of selected blocks multiplied by VectorE instead of added by PE: 12 us of VectorE per tile.
 """
 

@@ -95,7 +95,7 @@ def check(x, parameters, method, block, stride, cu, tolerance, gen):
     grads = dict(
         zip(
             NAMES,
-            launch.backward(KERNELS, PLAN, grad_y, *arguments, **geometry),
+            launch.gradients(KERNELS, PLAN, grad_y, *arguments, **geometry),
             strict=True,
         )
     )
@@ -176,7 +176,7 @@ def test_golden(name, method):
     pe = torch.from_numpy(z["pe"]) if "pe" in z else None
     geometry = dict(method=method, block=meta["l"], stride=meta["d"])
     y = launch.forward(KERNELS, PLAN, x, w, None, None, None, pe, **geometry)
-    dx, dw, *_, dpe = launch.backward(KERNELS, PLAN, dy, x, w, None, None, None, pe, **geometry)
+    dx, dw, *_, dpe = launch.gradients(KERNELS, PLAN, dy, x, w, None, None, None, pe, **geometry)
     if dw is not None:
         dw = dw[:, torch.from_numpy(z["dw_rows"]).long()]
     for key, got in (("y", y), ("dx", dx), ("dw", dw), ("dpe", dpe)):

@@ -207,7 +207,9 @@ def test_a_rank_that_stays_away_is_a_deadlock_with_its_line():
     flags = PerRank([True, True, False, True])
     with pytest.raises(DeadlockError, match="rank 2 has ended") as error:
         simulator.simulate(kernel, ranks=4)(np.ones((2, 2), np.float32), flags)
-    assert "ncc.all_reduce at" in str(error.value) and "test_collectives.py" in str(error.value)
+    assert "ncc.all_reduce at" in str(error.value) and "test_collectives_functions.py" in str(
+        error.value
+    )
 
 
 def test_an_error_on_one_rank_ends_the_run():

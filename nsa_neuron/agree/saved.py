@@ -65,9 +65,11 @@ def save(folder: Path, name: str, spec: OpSpec, values: Mapping[str, Any]) -> Pa
     given = {
         n: _detached(x).cpu().clone() if isinstance(x, Tensor) else x for n, x in values.items()
     }
-    torch.save({"format": FORMAT, "op": spec.name, "values": given}, half)
-    half.replace(file)
-    return file
+    try:
+        torch.save({"format": FORMAT, "op": spec.name, "values": given}, half)
+        return half.replace(file)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def load(file: Path) -> SavedCall:

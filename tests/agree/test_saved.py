@@ -74,3 +74,15 @@ def test_files_that_hold_no_call(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(2)}, tmp_path / "weights.pt")
     with pytest.raises(NsaError, match="holds no saved call"):
         load(str(tmp_path / "weights.pt"))
+
+
+def test_a_disk_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(found: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", breaks)
+    values = {**get("compress").defaults, "x": torch.randn(1, 8, 1, 4), "block": 4, "stride": 4}
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path, "call", get("compress"), values)
+    assert list(tmp_path.iterdir()) == []

@@ -44,6 +44,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("gpipe", "1f1b", "zbv"), default="1f1b")
     parser.add_argument("--dtype", default="", help="that parameters are cast to, as bfloat16")
     parser.add_argument("--replay", action="store_true", help="activation checkpointing")
+    parser.add_argument(
+        "--sequence", action=argparse.BooleanOptionalAction, default=defaults.sequence,
+        help="with --tp: states between layers are spread by tokens",
+    )  # fmt: skip
     parser.add_argument("--timeout", type=int, default=60, help="seconds a rank waits for others")
     return parser.parse_args()
 
@@ -71,7 +75,7 @@ def main() -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     join("nccl" if cuda else "gloo", args.timeout)
     names = ("steps", "batch", "length", "rate", "seed", "save_every", "fetch", "replay", "dtype",
-             "schedule", "microbatches")  # fmt: skip
+             "schedule", "microbatches", "sequence")  # fmt: skip
     how = How(**{name: getattr(args, name) for name in names})
     kinds = kinds_of(args.attention, args.layers or LAYERS[args.preset])
     mesh = Parallelism(**{axis: getattr(args, axis) for axis in AXES})

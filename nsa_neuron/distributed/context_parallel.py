@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor.parallel import loss_parallel
 
 from nsa_neuron.distributed.context import FETCHES
 from nsa_neuron.distributed.context_op import WEIGHTS, context_attention
@@ -164,7 +165,13 @@ def shard_tokens(
     return shard(tokens, mesh), shard(targets, mesh)
 
 
-def sharded_loss(logits: Tensor, targets: Tensor, ranks: int, counted: int) -> Tensor:
+def sharded_loss(
+    logits: Tensor,
+    targets: Tensor,
+    ranks: int,
+    counted: int,
+    vocabulary: DeviceMesh | None = None,
+) -> Tensor:
     """This rank's share of the mean cross-entropy, times the ranks that average gradients.
 
     The mean of the results over all ranks is the loss of the whole batch, and the mean of their
@@ -174,10 +181,42 @@ def sharded_loss(logits: Tensor, targets: Tensor, ranks: int, counted: int) -> T
         logits: `[B, C, V]`. targets: `[B, C]`, -100 where there is none.
         ranks: data and context parallel ranks together.
         counted: targets of all of them.
+        vocabulary: the tensor-parallel ranks, if each has the logits of its part of the vocabulary
+            only, as `tensor_parallel(..., whole_logits=False)` gives them. The loss is the same on
+            each; three numbers per token are exchanged.
     """
     flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(flat, targets.flatten(), reduction="sum")
+    if vocabulary is None or vocabulary.size() == 1:
+        total = F.cross_entropy(flat, targets.flatten(), reduction="sum")
+    else:
+        spread: Any = _SpreadCrossEntropy  # torch's `apply` has no annotations
+        total = spread.apply(flat, targets.flatten(), vocabulary)
     return total * (ranks / counted)
+
+
+class _SpreadCrossEntropy(torch.autograd.Function):
+    """The sum of cross-entropies of logits `[N, V / ranks]`.
+
+    torch's `loss_parallel` wants the backward pass inside its context, which neither a pipeline's
+    schedule nor a user's `loss.backward()` can be asked to know: the gradient is made at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, mesh: DeviceMesh) -> Tensor:
+        with torch.enable_grad(), loss_parallel():
+            leaf = logits.detach().requires_grad_()
+            spread = DTensor.from_local(leaf, mesh, [Shard(1)], run_check=False)
+            summed: Any = F.cross_entropy(spread, targets, reduction="sum")
+            total = summed.to_local()
+            if ctx.needs_input_grad[0]:
+                ctx.save_for_backward(*torch.autograd.grad(total, leaf))
+        made: Tensor = total.detach()
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (made,) = ctx.saved_tensors
+        return made * grad, None, None
 
 
 def attention_layers(model: nn.Module, op: str) -> list[AttentionLayer]:

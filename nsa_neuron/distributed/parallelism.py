@@ -80,6 +80,8 @@ def parallelize(
     fetch: str = "auto",
     replay: bool = False,
     dtype: torch.dtype | None = None,
+    sequence: bool = False,
+    whole_logits: bool = True,
 ) -> nn.Module:
     """Spreads a model, or a stage of one, over the ranks of a mesh.
 
@@ -90,11 +92,12 @@ def parallelize(
         replay: activation checkpointing: blocks are run again in the backward pass.
         dtype: that parameters are cast to for computing; gradients are reduced in float32. None:
             their own. Ignored where nothing is sharded.
+        sequence, whole_logits: of tensor parallelism, see `tensor_parallel`.
 
     Returns:
         The model.
     """
-    tensor_parallel(model, mesh["tp"])
+    tensor_parallel(model, mesh["tp"], sequence=sequence, whole_logits=whole_logits)
     if mesh["cp"].size() > 1:
         context_parallel(model, mesh["cp"], fetch)
     if replay:

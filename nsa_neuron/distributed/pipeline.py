@@ -84,6 +84,7 @@ def pipeline(
     microbatches: int,
     loss: Callable[[Tensor, Tensor], Tensor],
     dtype: torch.dtype = torch.float32,
+    shares: tuple[int, int] = (1, 1),
 ) -> Any:
     """torch's schedule of this rank's stages; see `torch.distributed.pipelining`.
 
@@ -95,6 +96,8 @@ def pipeline(
         microbatches: of a step.
         loss: of logits and targets of a microbatch.
         dtype: of the states between stages.
+        shares: ranks that share the tokens of a state, and the vocabulary of logits: tensor
+            parallelism's `sequence` and `whole_logits=False`.
     """
     indices = stage_indices(schedule, group.rank(), group.size())
     count = len(indices) * group.size()
@@ -103,9 +106,11 @@ def pipeline(
     for index, stage in zip(indices, stages, strict=True):
         config: Any = stage.config
         # Without requires_grad the stages would expect no gradients from each other.
-        states = torch.empty(*example, config.dim, dtype=dtype, device="meta", requires_grad=True)
+        own = (example[0], example[1] // shares[0], config.dim)
+        states = torch.empty(own, dtype=dtype, device="meta", requires_grad=True)
         tokens = torch.empty(*example, dtype=torch.int64, device="meta")
-        logits = torch.empty(*example, VOCABULARY, dtype=dtype, device="meta", requires_grad=True)
+        vocabulary = (*example, VOCABULARY // shares[1])
+        logits = torch.empty(vocabulary, dtype=dtype, device="meta", requires_grad=True)
         made.append(
             PipelineStage(
                 stage, index, count, device,

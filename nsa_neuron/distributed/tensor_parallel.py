@@ -1,16 +1,23 @@
-"""Tensor parallelism: attention by heads, perceptrons by columns and rows.
+"""Tensor parallelism: attention by heads, perceptrons by columns and rows, states by tokens.
 
 Each rank holds whole kv heads with their query heads, or, where there are more ranks than kv heads,
 some query heads of one kv head. In that case the ranks of a group project and compress the same
 keys and values, and show each other their queries to choose blocks together, for NSA's importance
 sums over a group's heads. Parameters become DTensors of the whole shapes, so that a checkpoint does
 not depend on the mesh.
+
+With `sequence`, what lies between attention and perceptrons (embedding, norms, the residual
+stream) is spread by tokens: the sum behind a layer becomes a reduce-scatter and the next layer's
+input an all-gather, which together move what the sum moved. It divides the memory of the states
+that are kept for the backward pass, and the gradients of queries, keys and gates are summed once
+instead of thrice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -41,16 +48,23 @@ if TYPE_CHECKING:
     from nsa_neuron.nn.config import NsaConfig
 
 
-def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def tensor_parallel(
+    model: nn.Module, mesh: DeviceMesh, *, sequence: bool = False, whole_logits: bool = True
+) -> nn.Module:
     """Spreads a model over the ranks of a mesh.
 
     Args:
         model: a `ByteLanguageModel`, or a stage, blocks or attention layers of one.
         mesh: of one dimension; its size divides the query heads, and divides the kv heads or is a
             multiple of them.
+        sequence: states between attention and perceptrons are spread by tokens, whose number the
+            ranks have to divide; for whole sequences, not for steps of a cache. Off: every rank has
+            the same ones.
+        whole_logits: every rank gets all logits. Off: those of its part of the vocabulary,
+            `[B, S, V / ranks]`, for `sharded_loss(..., vocabulary=mesh)`.
 
     Returns:
-        The model, whose activations outside of attention and perceptrons are the same on each rank.
+        The model, changed.
 
     Raises:
         InvalidArgument: the heads cannot be spread so, or another mesh.
@@ -59,21 +73,30 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     if group is None:
         return model
     for layer in attention_layers(model, "tensor_parallel"):
-        spread_attention(layer, mesh)
+        spread_attention(layer, mesh, sequence)
+    states = Shard(1) if sequence else Replicate()
     for module in model.modules():
         if isinstance(module, Block):
-            plan: dict[str, ParallelStyle] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            plan: dict[str, ParallelStyle] = {
+                "up": ColwiseParallel(input_layouts=states),
+                "down": RowwiseParallel(output_layouts=states),
+            }
             parallelize_module(module, mesh, plan)
+    logits = Replicate() if whole_logits else Shard(-1)
     ends: dict[str, ParallelStyle] = {
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-        "head": ColwiseParallel(output_layouts=Replicate()),
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=states),
+        "head": ColwiseParallel(input_layouts=states, output_layouts=logits),
     }
     # A stage of a pipeline has one of them, or none.
     there = {k: style for k, style in ends.items() if getattr(model, k, None) is not None}
     parallelize_module(model, mesh, there)
     for module in model.modules():
         if isinstance(module, nn.RMSNorm) and not isinstance(module.weight, DTensor):
-            _on_dtensors(module, mesh, _replicas)
+            _on_dtensors(module, mesh, _tokens if sequence else _replicas)
+            if sequence:
+                _sum_gradients(module)
+    if sequence:
+        model.register_forward_pre_hook(_WholeSequences(mesh.size()), with_kwargs=True)
     return model
 
 
@@ -91,15 +114,37 @@ def check_heads(config: NsaConfig, ranks: int) -> None:
         raise InvalidArgument("tensor_parallel", "mesh", f"of {ranks} ranks", expected)
 
 
-def spread_attention(layer: AttentionLayer, mesh: DeviceMesh) -> None:
-    """Spreads one attention layer by its heads."""
+class _WholeSequences:
+    """Refuses calls whose tokens cannot be spread: a hook in front of a model."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        for name, value in (*zip(("step",), args[1:2], strict=False), *named.items()):
+            if name in ("step", "last") and value is not None:
+                expected = "None: the tokens are spread; use sequence=False for decoding"
+                raise InvalidArgument("forward", name, "given", expected)
+        tokens = args[0] if args else named["tokens"]
+        if not tokens.is_floating_point() and tokens.shape[1] % self.ranks:
+            expected = f"a multiple of the {self.ranks} tensor-parallel ranks, or sequence=False"
+            raise InvalidArgument("forward", "tokens", f"{tokens.shape[1]} long", expected)
+
+
+def spread_attention(layer: AttentionLayer, mesh: DeviceMesh, sequence: bool = False) -> None:
+    """Spreads one attention layer by its heads; `sequence`: between shards of the tokens."""
     c, ranks = layer.config, mesh.size()
     check_heads(c, ranks)
     if c.phi_per_head and ranks > c.kv_heads:
         expected = f"at most kv_heads = {c.kv_heads} with phi_per_head"
         raise InvalidArgument("tensor_parallel", "mesh", f"of {ranks} ranks", expected)
     shared = ranks > c.kv_heads
-    plan: dict[str, ParallelStyle] = {"q": ColwiseParallel(), "out": RowwiseParallel()}
+    states = Shard(1) if sequence else Replicate()
+    plan: dict[str, ParallelStyle] = {
+        "q": ColwiseParallel(), "out": RowwiseParallel(output_layouts=states)
+    }  # fmt: skip
+    if sequence:
+        layer.register_forward_pre_hook(partial(_gather_tokens, mesh))
     if shared:
         _own_kv_head(layer, mesh)
     else:
@@ -129,7 +174,8 @@ def _own_kv_head(layer: AttentionLayer, mesh: DeviceMesh) -> None:
     _sum_gradients(layer.kv)
 
     def project(x: Tensor) -> Tensor:
-        seen = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+        known = isinstance(x, DTensor)
+        seen = x if known else DTensor.from_local(x, mesh, [Replicate()], run_check=False)
         own = slice(head * rows, (head + 1) * rows)
         bias = None if layer.kv.bias is None else local(layer.kv.bias)[own]
         return F.linear(local(seen), local(layer.kv.weight)[own], bias)
@@ -188,6 +234,16 @@ def _heads(phi: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[A
     placed = DTensor.from_local(x, mesh, [Shard(2)], run_check=False)
     edges = [r if r is None else DTensor.from_local(r, mesh, [Replicate()]) for r in rest]
     return placed, *edges
+
+
+def _gather_tokens(mesh: DeviceMesh, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All tokens, as a DTensor, so that the gradients of its uses are summed before they travel."""
+    own = DTensor.from_local(inputs[0], mesh, [Shard(1)], run_check=False)
+    return (own.redistribute(placements=[Replicate()]), *inputs[1:])
+
+
+def _tokens(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+    return (DTensor.from_local(inputs[0], mesh, [Shard(1)], run_check=False), *inputs[1:])
 
 
 def _replicas(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:

@@ -50,6 +50,7 @@ class How:
         fetch: of context parallelism. replay: activation checkpointing.
         dtype: that parameters are cast to for computing, by name; "": their own.
         schedule: of a pipeline. microbatches: of a pipeline's step.
+        sequence: tensor parallelism spreads the states between layers by tokens.
     """
 
     steps: int = 100
@@ -64,6 +65,7 @@ class How:
     dtype: str = ""
     schedule: str = "1f1b"
     microbatches: int = 4
+    sequence: bool = True
 
 
 def train(
@@ -146,7 +148,10 @@ class _Run:
         del whole
         dtype = getattr(torch, how.dtype) if how.dtype else None
         for model in self.models:
-            parallelize(model, self.mesh, fetch=how.fetch, replay=how.replay, dtype=dtype)
+            parallelize(
+                model, self.mesh, fetch=how.fetch, replay=how.replay, dtype=dtype,
+                sequence=how.sequence, whole_logits=False,
+            )  # fmt: skip
         self.optimizers = [
             torch.optim.AdamW(model.parameters(), lr=how.rate, betas=(0.9, 0.95))
             for model in self.models
@@ -159,15 +164,17 @@ class _Run:
         m, how = self.mesh_of, self.how
         example = (how.batch // m.dp // how.microbatches, how.length // m.cp)
         count = self.counted // how.microbatches
+        tp = self.mesh["tp"]
 
         def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            return sharded_loss(logits, targets, m.averaging, count)
+            return sharded_loss(logits, targets, m.averaging, count, tp)
 
         group = self.mesh["pp"].get_group()
         sharded = m.averaging > 1
         return pipeline(
             self.models, how.schedule, group, example, how.microbatches, loss,
             dtype if dtype is not None and sharded else torch.float32,
+            (m.tp if how.sequence else 1, m.tp),
         )  # fmt: skip
 
     def step(self, tokens: Tensor) -> float:
@@ -190,7 +197,8 @@ class _Run:
     def _forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         if self.schedule is None:
             logits = self.models[0](tokens)
-            loss = sharded_loss(logits, targets, self.mesh_of.averaging, self.counted)
+            shares = self.mesh_of.averaging
+            loss = sharded_loss(logits, targets, shares, self.counted, self.mesh["tp"])
             loss.backward()
             return loss.detach()
         losses: list[Tensor] = []
@@ -248,3 +256,6 @@ def _check(m: Parallelism, how: How) -> None:
         raise InvalidArgument("train", "batch", how.batch, f"a multiple of {parts} parts")
     if how.length % m.cp:
         raise InvalidArgument("train", "length", how.length, f"a multiple of cp = {m.cp}")
+    if how.sequence and how.length % (m.cp * m.tp):
+        expected = f"a multiple of cp * tp = {m.cp * m.tp}, or sequence off"
+        raise InvalidArgument("train", "length", how.length, expected)

@@ -83,6 +83,8 @@ def test_four_ranks_lose_as_one(four, expected, tmp_path, name):
         ((1, 1, 2, 1), {"fetch": "blocks"}),
         ((2, 1, 1, 1), {"schedule": "gpipe"}),
         ((2, 1, 1, 1), {"schedule": "zbv"}),
+        ((1, 1, 1, 2), {"sequence": False}),
+        ((1, 1, 1, 2), {"replay": True}),
     ],
     ids=str,
 )
@@ -126,6 +128,7 @@ def refused(folder, shape, changes, error, match):
     [
         ((1, 1, 3, 1), {"length": 63}, InvalidArgument, "as many as run"),
         ((1, 1, 2, 1), {"length": 63}, InvalidArgument, "multiple of cp"),
+        ((1, 1, 1, 2), {"length": 63}, InvalidArgument, r"multiple of cp \* tp = 2, or sequence"),
         ((1, 2, 1, 1), {"batch": 3}, InvalidArgument, "a multiple of 2 parts"),
         ((2, 1, 1, 1), {"schedule": "fast"}, InvalidArgument, "one of gpipe"),
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from nsa_neuron.distributed.plan import model as plan
 from nsa_neuron.distributed.plan.machines import H200, TRN2
 from nsa_neuron.nn import ByteLanguageModel, NsaConfig
 
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 SMALL = plan.Problem(
     tokens=2048, layers=2, dim=32, hidden=128, vocabulary=256, heads=4, kv_heads=2, dk=8, dv=8
 )
@@ -46,12 +49,16 @@ def measured(shape):
     torch.manual_seed(0)
     p = SMALL
     config = NsaConfig(dim=p.dim, heads=p.heads, kv_heads=p.kv_heads, dk=p.dk, dv=p.dv, phi="mean")
-    net = parallelize(ByteLanguageModel(config, p.layers), mesh, fetch="gather", replay=True)
+    net = parallelize(
+        ByteLanguageModel(config, p.layers), mesh, fetch="gather", replay=True, sequence=True,
+        whole_logits=False,
+    )  # fmt: skip
     tokens = torch.randint(0, 256, (1, p.tokens))
     own, targets = shard_tokens(tokens, mesh["cp"])
     collectives = Sent()
     with counting() as sent, collectives:
-        sharded_loss(net(own), targets, shape[0] * shape[1], p.tokens - 1).backward()
+        ranks = shape[0] * shape[1]
+        sharded_loss(net(own), targets, ranks, p.tokens - 1, mesh["tp"]).backward()
     return {k: n for k, n in sent.items() if k != "agree"}, dict(collectives.bytes)
 
 
@@ -91,9 +98,37 @@ def test_sharded_parameters_bytes_are_what_is_sent(two, four, world):
 def test_tensor_parallel_bytes_are_what_is_sent(two):
     _, found = two(measured, (1, 1, 2))[0]
     planned = plan.estimate(SMALL, Parallelism(tp=2), TRN2).sent["tp"] * 2  # float32 here
-    sums = found["all_reduce"] * 2 / 2
-    gathered = found["all_gather_into_tensor"] * 1
-    assert sums + gathered == pytest.approx(planned, rel=0.02)
+    # Of a ring of two: sums send the whole, gathers their own part, scatters half of the whole.
+    moved = found["all_gather_into_tensor"] + found["reduce_scatter_tensor"] / 2
+    assert moved + found["all_reduce"] == pytest.approx(planned, rel=0.02)
+
+
+def numbers_of_the_page():
+    """Rows of the page's tables: target, devices, batch, mesh, whether it is the best, numbers."""
+    target, bold = "", ""
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"\**\d+ x \d+ x \d+ x \d+\**", cells[min(1, len(cells) - 1)]) is None:
+            continue
+        mesh = Parallelism(*map(int, cells[1].strip("*").split(" x ")))
+        if cells[0].isdigit():
+            yield TRN2, int(cells[0]), 16, mesh, True, [float(x) for x in cells[2:4]]
+        else:
+            target, bold = cells[0] or target, cells[1].startswith("**")
+            machine = {"Trn2 chips": TRN2, "H200s": H200}[target]
+            yield machine, 64, 1, mesh, bold, [float(cells[2]), float(cells[6])]
+
+
+def test_the_page_shows_what_the_plan_says():
+    rows = list(numbers_of_the_page())
+    assert len(rows) == 15
+    for machine, devices, batch, mesh, is_best, (memory, seconds) in rows:
+        problem = plan.Problem(tokens=2**20, batch=batch)
+        found = plan.estimate(problem, mesh, machine)
+        assert sum(found.memory.values()) / 1e9 == pytest.approx(memory, rel=0.05), mesh
+        assert found.total == pytest.approx(seconds, rel=0.01), mesh
+        if is_best:
+            assert plan.best(problem, devices, machine)[0].mesh == mesh
 
 
 def test_meshes_divide_and_the_best_fits():

@@ -31,7 +31,9 @@ def full(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def check_training(shape, changes, edges=None, kinds=("nsa", "window", "full"), batch=2):
+def check_training(
+    shape, changes, edges=None, kinds=("nsa", "window", "full"), batch=2, spread_states=False
+):
     """Loss and gradients of a mesh (cp, tp) are those of one rank."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("cp", "tp"))
     cu = None if edges is None else torch.tensor(edges, dtype=torch.int32)
@@ -44,10 +46,14 @@ def check_training(shape, changes, edges=None, kinds=("nsa", "window", "full"), 
     counted = int((targets >= 0).sum())
     want = sharded_loss(whole(tokens, cu_seqlens=cu), targets, 1, counted)
     want.backward()
-    tensor_parallel(spread, mesh["tp"])
+    tensor_parallel(spread, mesh["tp"], sequence=spread_states, whole_logits=not spread_states)
     context_parallel(spread, mesh["cp"])
     own, next_ones = shard_tokens(tokens, mesh["cp"], cu)
-    loss = sharded_loss(spread(own, cu_seqlens=cu), next_ones, shape[0], counted)
+    logits = spread(own, cu_seqlens=cu)
+    if spread_states:
+        assert logits.shape[-1] == 256 // shape[1]
+    vocabulary = mesh["tp"] if spread_states else None
+    loss = sharded_loss(logits, next_ones, shape[0], counted, vocabulary)
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total, group=mesh["cp"].get_group())
@@ -119,6 +125,33 @@ def test_four_ranks_train_as_one(four, changes, shape):
 
 def test_packed_sequences_on_a_mesh(four):
     four(check_training, (2, 2), {}, (0, 11, 50, 96))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_states_spread_by_tokens_train_as_one(two, name):
+    two(check_training, (1, 2), CHANGES[name], None, ("nsa", "window", "full"), 2, True)
+
+
+@pytest.mark.parametrize("edges", [None, (0, 11, 50, 96)], ids=["even", "packed"])
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)], ids=str)
+def test_states_spread_over_four_ranks_train_as_one(four, shape, edges):
+    four(check_training, shape, {"kv_heads": 2}, edges, ("nsa", "full"), 2, True)
+
+
+def check_spread_states_are_refused():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    net = tensor_parallel(model(("nsa",)), mesh, sequence=True)
+    with pytest.raises(InvalidArgument, match="'tokens' is 63 long"):
+        net(bytes_of(1, 63))
+    with pytest.raises(InvalidArgument, match="'last' is given"):
+        net(bytes_of(1, 64), last=1)
+    with pytest.raises(InvalidArgument, match="'step' is given"), torch.no_grad():
+        _greedy(net, bytes_of(1, 64), 1)
+    net(bytes_of(1, 64))  # nothing was left half done
+
+
+def test_tokens_that_cannot_be_spread_are_refused(two):
+    two(check_spread_states_are_refused)
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}], ids=str)

@@ -31,7 +31,8 @@ STAGES = (
 ASSUMED = (
     "assumed: context parallelism overlaps attention, sharded parameters overlap products, tensor "
     "parallelism nothing; the last rank's contiguous shard sets the pace; collectives are rings; a "
-    "pipeline's microbatch is a sequence; logits are whole",
+    "pipeline's microbatch is a sequence; tensor-parallel ranks share the tokens of states between "
+    "layers, and the vocabulary of logits",
 )
 DENSE = ("select_blocks",)  # without a backward pass
 GEOMETRY = {
@@ -127,17 +128,18 @@ def _memory(problem: Problem, mesh: Parallelism) -> dict[str, float]:
     block = problem.block_parameters / mesh.tp
     waiting = min(mesh.pp, problem.batch // mesh.dp)
     heads = max(1, problem.heads // mesh.tp)
-    wide = heads * (problem.dk + 4 * problem.dv) + 3 * problem.hidden / mesh.tp + 6 * problem.dim
+    states = 2 * problem.dim + 4 * problem.dim / mesh.tp  # two are gathered, the others by tokens
+    wide = heads * (problem.dk + 4 * problem.dv) + 3 * problem.hidden / mesh.tp + states
     blocks = compressed_blocks(problem.tokens, GEOMETRY["block"], GEOMETRY["stride"])
     one_head = problem.tokens * (problem.dk + problem.dv)
     gathered = (2 * HALF + HALF + WORD) * one_head if mesh.cp > 1 else 0
     return {
         "parameters and optimizer": STATE * local / (mesh.dp * mesh.cp),
         "gathered parameters": 2 * HALF * block if mesh.dp * mesh.cp > 1 else HALF * local,
-        "kept states": tokens * problem.dim * HALF * layers * waiting,
+        "kept states": tokens * problem.dim * HALF * layers * waiting / mesh.tp,
         "one block": tokens * wide * HALF * 2 + 3 * tokens * row * 2 + 2 * blocks * row,
         "one head's gathered keys": gathered,
-        "logits": tokens * problem.vocabulary * (HALF + WORD),
+        "logits": tokens * problem.vocabulary * (HALF + WORD) / mesh.tp,
     }
 
 
@@ -153,13 +155,14 @@ def _sent(problem: Problem, mesh: Parallelism) -> dict[str, float]:
     # are scattered in float32.
     ends = 2 * problem.vocabulary * problem.dim / (mesh.tp * mesh.pp)
     sharded = (HALF * (2 * local - ends) + WORD * local) * (group - 1) / group
-    # Sums of states: of out and down, of out again (a block run again stops before its last sum),
-    # back through q, kv, gate and up; of embedding and head.
-    sums = 2 * states * ((2 + REPLAYS + 4) * layers + 2 / mesh.pp)
-    logits = tokens * problem.vocabulary * HALF / mesh.pp
+    # States are gathered before attention and perceptron and scattered behind them; a block run
+    # again stops before its last scatter; the backward pass does the same the other way round.
+    # Embedding and head do one of each; of a token's logits three numbers are summed, in float32.
+    moved = states * ((4 + 3 * REPLAYS + 4) * layers + 4 / mesh.pp)
+    logits = 3 * 2 * tokens * WORD / mesh.pp
     return {
         "cp": training(sizes, mesh.cp - 1, REPLAYS) * layers * sequences,
-        "tp": (sums + logits) * (mesh.tp - 1) / mesh.tp * sequences,
+        "tp": (moved + logits) * (mesh.tp - 1) / mesh.tp * sequences,
         "dp": sharded,
         "pp": 2 * states * sequences if mesh.pp > 1 else 0.0,
     }
@@ -178,7 +181,7 @@ def _seconds(
     }  # fmt: skip
     spans["pp"] = mesh.ranks if mesh.pp > 1 else 1
     messages = {
-        "tp": 7 * layers * sequences, "cp": 4 * layers * sequences * mesh.cp,
+        "tp": (8 + 3 * REPLAYS) * layers * sequences, "cp": 4 * layers * sequences * mesh.cp,
         "dp": 3 * layers, "pp": 2 * sequences,
     }  # fmt: skip
     sizes = {"tp": mesh.tp, "cp": mesh.cp, "dp": mesh.dp * mesh.cp, "pp": mesh.pp}

@@ -22,6 +22,7 @@ from torch import Tensor
 from nsa_neuron.errors import NsaError
 
 Shape = tuple[int, ...]
+WAITING = "nsa_distributed::wait"  # in profiler traces: what nothing hides
 _counters: list[Counter[str]] = []
 _lock = threading.Lock()
 
@@ -76,7 +77,7 @@ class Pending:
             RankFailure: another rank is gone.
         """
         if self._work is not None:
-            with failures(self._purpose):
+            with failures(self._purpose), torch.profiler.record_function(WAITING):
                 self._work.wait()
             self._work = None
         flat = [math.prod(shape) for shapes in self._shapes for shape in shapes]

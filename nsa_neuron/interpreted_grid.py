@@ -16,6 +16,8 @@ This module imports Triton; import it only where that is there.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +29,7 @@ import torch
 from triton.runtime import interpreter
 
 from nsa_neuron.errors import KernelFault
+from nsa_neuron.interpreted_language import INTERPRETED_LANGUAGE
 
 NOBODY = -1
 _ORDER: ContextVar[int | str] = ContextVar("program_order", default=0)
@@ -64,25 +67,40 @@ class StrictFunction(interpreter.InterpretedFunction):  # type: ignore[misc]
         if not warmup:
             StrictGrid(self.rewrite(), self.arg_names, grid, self.pre_run_hooks)(*args, **kwargs)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As a device function, called by a kernel."""
+        with INTERPRETED_LANGUAGE:
+            return self.rewrite()(*args, **kwargs)
+
 
 class StrictGrid(interpreter.GridExecutor):  # type: ignore[misc]
     """Runs the programs of one launch under the rules of the module's docstring."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        # The rest (`num_warps`, ...) is for the compiler.
+        known = {name: x for name, x in kwargs.items() if name in self.arg_names}
+        named = inspect.getcallargs(self.fn, *args, **known)
+        for hook in self.pre_run_hooks:
+            hook(*args, **known)
         tensors = {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
-        watch = _Watch(self.fn.__name__, tensors)
-        with watch.over(interpreter.interpreter_builder):
-            try:
-                super().__call__(*args, **kwargs)
-            except interpreter.InterpreterError as error:
-                # Every device function on the way wraps it once more.
-                cause: BaseException | None = error
-                while cause is not None and not isinstance(cause, KernelFault):
-                    cause = cause.__cause__
-                if cause is None:
+        builder = interpreter.interpreter_builder
+        with INTERPRETED_LANGUAGE:
+            values = {
+                name: x if name in self.constexprs else interpreter._implicit_cvt(x)
+                for name, x in named.items()
+            }
+            grid = tuple(self.grid(values) if callable(self.grid) else self.grid)
+            watch = _Watch(self.fn.__name__, tensors, (*grid, 1, 1)[:3])
+            builder.set_grid_dim(*watch.grid)
+            with watch.over(builder):
+                try:
+                    for place in watch.programs():
+                        builder.set_grid_idx(*place)
+                        self.fn(**values)
+                except KernelFault:
                     raise
-                raise cause from None
+                except Exception as error:
+                    raise interpreter.InterpreterError(repr(error)) from error
 
 
 @dataclass
@@ -122,22 +140,20 @@ class _Owners:
 class _Watch:
     """Checks every access of one launch."""
 
-    def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, kernel: str, tensors: dict[str, torch.Tensor], grid: tuple[int, int, int]
+    ) -> None:
         self.kernel = kernel
         self.regions = [_Region.of(name, x) for name, x in tensors.items() if x.numel()]
         self.owners: dict[int, _Owners] = {}
         self.met: set[int] = set()
         self.current = 0
-        self.order: Any = None
-        self.grid: tuple[int, int, int] = (1, 1, 1)
+        self.grid = grid
 
     @contextmanager
     def over(self, builder: Any) -> Iterator[None]:
         """Stands between kernels and the interpreter's memory for one launch."""
         plain = type(builder)
-
-        def set_grid_idx(x: int, y: int, z: int) -> None:
-            plain.set_grid_idx(builder, *self.start((x, y, z), builder.grid_dim))
 
         def load(ptrs: Any, mask: Any, *rest: Any) -> Any:
             mask = _as_bool(mask)
@@ -156,8 +172,7 @@ class _Watch:
             return plain.create_atomic_rmw(builder, op, ptr, val, mask, *rest)
 
         methods = {
-            "set_grid_idx": set_grid_idx, "create_masked_load": load,
-            "create_masked_store": store, "create_atomic_rmw": atomic,
+            "create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic,
         }  # fmt: skip
         vars(builder).update(methods)
         try:
@@ -166,13 +181,11 @@ class _Watch:
             for name in methods:
                 vars(builder).pop(name)
 
-    def start(self, step: tuple[int, int, int], grid: tuple[int, int, int]) -> tuple[int, ...]:
-        """The program that takes its turn now."""
-        if self.order is None:
-            self.grid = grid
-            self.order = places(_ORDER.get(), int(np.prod(grid)))
-        self.current = int(self.order[np.ravel_multi_index(step, grid)])
-        return self.place(self.current)
+    def programs(self) -> Iterator[tuple[int, ...]]:
+        """The programs in the order in which they take their turns."""
+        for program in places(_ORDER.get(), math.prod(self.grid)):
+            self.current = int(program)
+            yield self.place(self.current)
 
     def place(self, program: int) -> tuple[int, ...]:
         return tuple(int(i) for i in np.unravel_index(program, self.grid))

@@ -13,7 +13,7 @@ import importlib
 import sys
 import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nsa_neuron.errors import ToolchainError
 
@@ -140,11 +140,12 @@ def triton_interpreter() -> Iterator[None]:
 
     if hindrance := interpreter_hindrance():
         raise ToolchainError(hindrance)
-    _interpret_library_functions()
     from triton.runtime import interpreter
 
     from nsa_neuron.interpreted_grid import StrictFunction
+    from nsa_neuron.interpreted_language import interpret_library_functions
 
+    interpret_library_functions()
     plain = interpreter.InterpretedFunction
     interpreter.InterpretedFunction = StrictFunction
     try:
@@ -153,24 +154,3 @@ def triton_interpreter() -> Iterator[None]:
             yield
     finally:
         interpreter.InterpretedFunction = plain
-
-
-def _interpret_library_functions() -> None:
-    """Lets interpreted kernels call Triton's own library functions (`tl.sum`, `tl.zeros`, ...).
-
-    Those are Triton kernels themselves, decorated when `triton` was imported, hence compiled ones
-    unless the environment said TRITON_INTERPRET=1 at that time. Calling a compiled function outside
-    a kernel always raises, so giving that call a meaning takes nothing from anybody.
-    """
-    from triton.runtime import interpreter
-    from triton.runtime.jit import JITFunction
-
-    def call(function: Any, *args: object, **kwargs: object) -> object:
-        scope = interpreter._patch_lang(function.fn)
-        try:
-            return interpreter.InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
-        finally:
-            if scope is not None:
-                scope.restore()
-
-    JITFunction.__call__ = call

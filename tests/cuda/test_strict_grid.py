@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -17,6 +18,7 @@ from triton.runtime.errors import InterpreterError
 from nsa_neuron.conformance import Problem, Status, find_targets, try_problem
 from nsa_neuron.errors import KernelFault
 from nsa_neuron.interpreted_grid import places, program_order
+from nsa_neuron.interpreted_language import INTERPRETED_LANGUAGE
 from nsa_neuron.ops import get
 
 SIZE = 8
@@ -171,3 +173,31 @@ def test_triton_still_has_what_the_rules_stand_on():
 
     for name in ("set_grid_idx", "create_masked_load", "create_masked_store", "create_atomic_rmw"):
         assert callable(getattr(interpreter.InterpreterBuilder, name)), triton.__version__
+    for name in ("_patch_lang", "_implicit_cvt", "_get_np_dtype"):
+        assert callable(getattr(interpreter, name)), triton.__version__
+
+
+def test_the_language_is_interpreted_within_a_launch_only():
+    """Also behind a kernel that failed; and its dtypes are numpy's."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    members = {
+        (owner, name): vars(owner).get(name)
+        for owner, names in (
+            (tl, ("load", "range", "reduce")), (tl.core, ("load", "reduce")),
+            (tl.tensor, ("__add__", "__bool__", "T")), (interpreter, ("_get_np_dtype",)),
+        )
+        for name in names
+    }  # fmt: skip
+    kinds = [tl.int1, tl.bfloat16, tl.float32, tl.pointer_type(tl.float16)]
+    kinds += [tl.block_type(kind, [8]) for kind in kinds]
+    wanted = [interpreter._get_np_dtype(kind) for kind in kinds]
+    for kernel in ("raises", "halves"):
+        with suppress(InterpreterError):
+            launch(kernel, 0)
+        assert all(vars(owner).get(name) is x for (owner, name), x in members.items())
+    with INTERPRETED_LANGUAGE, INTERPRETED_LANGUAGE:
+        assert tl.load is not members[tl, "load"]
+        assert [interpreter._get_np_dtype(kind) for kind in kinds] == wanted
+    assert tl.load is members[tl, "load"]

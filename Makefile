@@ -77,8 +77,9 @@ conform: $(STAMP) ## every op on every backend that runs here
 # Another Triton, unpacked: `pip download triton==3.6.0 --no-deps && unzip -d FOLDER triton-*.whl`.
 TRITON ?=
 .PHONY: compile-check
-compile-check: $(STAMP) ## compile every Triton kernel for an H200, without one (TRITON=FOLDER of another)
+compile-check: $(STAMP) ## every Triton kernel and every tile plan to try, for an H200, without one (TRITON=FOLDER of another)
 	PYTHONPATH=$(TRITON) $(BIN)/nsa compile-check
+	PYTHONPATH=$(TRITON) $(BIN)/python -m tools.check_candidates
 
 .PHONY: bench
 bench: $(STAMP) ## measure on this machine: call overhead, reference NSA, the simulator

@@ -17,15 +17,15 @@
 #
 # OUT: steps.jsonl (what ran, how it ended, on what), tests.jsonl (a line per test, with traceback),
 # prewarm.jsonl, profile.jsonl, bench.jsonl, tune.jsonl, plans.json (all tile plans after tuning;
-# `tools/tune.py --install` puts them in place), machine.txt, kind (h200 or h100).
+# `python -m tools.tune --install` puts them in place), machine.txt, kind (h200 or h100).
 # Exit status: 0 all done, 3 steps are left for another run, 1 a step failed; 2 nothing could run:
 # wrong arguments, or kernels that cannot run on this machine (the reason is printed).
 set -uo pipefail
 
 (($# >= 1)) || { sed -n '2,24s/^# \{0,1\}//p' "$0"; exit 2; }
-if [[ $1 == --estimate ]]; then exec "${PYTHON:-python3}" "$(dirname "$0")/prewarm.py" --estimate; fi
-started=$SECONDS
 root=$(cd "$(dirname "$0")/.." && pwd)
+if [[ $1 == --estimate ]]; then cd "$root" && exec "${PYTHON:-python3}" -m tools.prewarm --estimate; fi
+started=$SECONDS
 peers=$(realpath -m "$1")
 out=$(realpath -m "${2:-$root/h200-results}")
 budget=${BUDGET:-520}
@@ -41,7 +41,7 @@ if grep -qs "\"dry_run\": $other" "$out/steps.jsonl"; then
   exit 2
 fi
 revision=${REVISION:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
-export PYTHONPATH="$root:$root/tools:$root/tools/peers${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 for folder in /usr/local/cuda/bin /opt/nvidia/nsight-compute/*/; do # ncu, compute-sanitizer
   [[ ! -d $folder ]] || PATH="$PATH:${folder%/}"
 done
@@ -115,7 +115,7 @@ prewarm() {
   local mark=$TRITON_CACHE_DIR/prewarmed-$revision
   [[ ! -e $mark ]] || return 0
   mkdir -p "$TRITON_CACHE_DIR"
-  "$python" tools/prewarm.py --processes "$(nproc)" --seconds "$(inner)" --out "$out/prewarm.jsonl" || return
+  "$python" -m tools.prewarm --processes "$(nproc)" --seconds "$(inner)" --out "$out/prewarm.jsonl" || return
   touch "$mark"
 }
 
@@ -148,11 +148,11 @@ ops() { # STAGES
 }
 
 tune() {
-  "$python" tools/tune.py --out "$out/tune.jsonl" --bundle "$out/plans.json" \
+  "$python" -m tools.tune --out "$out/tune.jsonl" --bundle "$out/plans.json" \
     --budget "$(inner)" --revision "$revision" ${dry:+--dry-run} "$@"
 }
 
-bench() { # ARGUMENTS of peers.py
+bench() { # ARGUMENTS of tools.peers
   local given=() name commit
   for name in fla sfnsa xunhao fsa lucidrains; do
     [[ -d $peers/$name ]] || continue
@@ -163,13 +163,13 @@ bench() { # ARGUMENTS of peers.py
     [[ -z $commit ]] || given+=(--commit "$name=$commit")
   done
   if [[ $dry ]]; then given=(--tiny --only nsa-neuron); fi
-  "$python" tools/peers/peers.py --own own_stages:STAGES "${given[@]}" --commit \
+  "$python" -m tools.peers --own tools.own_stages:STAGES "${given[@]}" --commit \
     "nsa-neuron=$revision" --revision "$revision" --resume --out "$out/bench.jsonl" \
     --budget "$(inner)" --grace 8 "$@"
 }
 
 profile() {
-  "$python" tools/profile_nsa.py --out "$out/profile.jsonl" --revision "$revision" \
+  "$python" -m tools.profile_nsa --out "$out/profile.jsonl" --revision "$revision" \
     ${dry:+--dry-run} "$@"
 }
 
@@ -185,7 +185,7 @@ usable() {
 export -f inner machine prewarm tests ops tune bench profile
 export root peers out python dry revision
 if [[ -z $dry && -f $out/plans.json ]]; then # tuned by an earlier run, perhaps elsewhere
-  "$python" tools/tune.py --install "$out/plans.json"
+  "$python" -m tools.tune --install "$out/plans.json"
 fi
 
 stages=(dense nsa slc cmp select window decode)

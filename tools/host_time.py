@@ -1,6 +1,6 @@
 """How long the host works for a pass of NSA, by a stand-in for the GPU.
 
-    python tools/host_time.py [--tokens 8192 65536] [--repeats 20]
+    python -m tools.host_time [--tokens 8192 65536] [--repeats 20]
 
 The launchers run as in a model, on tensors without memory, and every launch goes through Triton's
 own code: arguments are bound and specialised, the compiled kernel is looked up, the grid computed.
@@ -17,18 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/peers")]
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-import launched  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from tools import launched
 
 
 class StandInDriver:

@@ -4,31 +4,26 @@ The launchers run on tensors without memory ("meta"), at full size, with kernels
 they are called with. From that follow the counts of `docs/performance.md`, what there is to compile
 (`prewarm.py`) and the work that the host does for a pass (`host_time.py`).
 
-    python tools/launched.py                  # the table
+    python -m tools.launched                  # the table
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/peers")]
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import torch  # noqa: E402
-from problem import Geometry, Heads  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-
-from nsa_neuron.backends import cuda  # noqa: E402
-from nsa_neuron.backends.composite import PART_SPECS, PARTS, WHOLE  # noqa: E402
-from nsa_neuron.backends.cuda import plans  # noqa: E402
-from nsa_neuron.ops import get  # noqa: E402
-from nsa_neuron.toolchain import KernelPackage  # noqa: E402
+from nsa_neuron.backends import cuda
+from nsa_neuron.backends.composite import PART_SPECS, PARTS, WHOLE
+from nsa_neuron.backends.cuda import plans
+from nsa_neuron.ops import get
+from nsa_neuron.toolchain import KernelPackage
+from tools.peers.problem import Geometry, Heads
 
 PAPER = Heads(64, 4, 192, 128)
 ALLOCATIONS = frozenset({"empty", "new_empty", "empty_like", "empty_strided"})

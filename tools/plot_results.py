@@ -1,6 +1,6 @@
 """Benchmark rows (JSON lines of `tools/h200.sh`) as tables and plots in `docs/performance.md`.
 
-    python tools/plot_results.py benchmarks/results/2026-12-01-h200.jsonl
+    python -m tools.plot_results benchmarks/results/2026-12-01-h200.jsonl
 
 Replaces what stands between `<!-- results -->` and `<!-- /results -->`, and writes the plots beside
 the page. Rows that were not measured on a GPU are refused: interpreted kernels have no speed.
@@ -15,11 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tools.floors import floor_of, table
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tools")]
-
-from floors import floor_of, table  # noqa: E402
-
 Row = dict[str, Any]
 OWN = "nsa-neuron"
 DENSE = {"nsa": "dense", "decode": "dense_decode"}

@@ -1,7 +1,7 @@
 """Compiles what a run of `h200.sh` launches, in parallel and at full size, launching nothing.
 
-    python tools/prewarm.py [--processes 16] [--seconds 120]     # on the GPU's machine
-    python tools/prewarm.py --estimate                           # counts per step; needs no GPU
+    python -m tools.prewarm [--processes 16] [--seconds 120]     # on the GPU's machine
+    python -m tools.prewarm --estimate                           # counts per step; needs no GPU
 
 Kernels are found by recording the launchers (`launched.py`), so no memory of the GPU is taken, and
 what is compiled is what is launched: constants, dtypes, divisibility. Compiling one takes 1 to 14 s
@@ -22,16 +22,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nsa_neuron.backends.cuda import devices, kernel_package, plans
+from nsa_neuron.backends.cuda.launch import decode
+from tools import launched
+from tools.peers.problem import Geometry, Heads
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/peers")]
-
-import launched  # noqa: E402
-import torch  # noqa: E402
-from problem import Geometry, Heads  # noqa: E402
-
-from nsa_neuron.backends.cuda import devices, kernel_package, plans  # noqa: E402
-from nsa_neuron.backends.cuda.launch import decode  # noqa: E402
-
 SHAPES = (launched.PAPER, Heads(64, 4, 128, 128))
 SECONDS_PER_KERNEL = 7.0
 """For estimates: between the 1 and the 14 s that compiling took on a CPU like the GPU machine's."""

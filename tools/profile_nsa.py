@@ -1,6 +1,6 @@
 """Time per kernel of NSA's passes by torch.profiler, and hardware counters by ncu where it works.
 
-    python tools/profile_nsa.py --out profile.jsonl [--ncu]
+    python -m tools.profile_nsa --out profile.jsonl [--ncu]
 
 One line per kernel and pass: calls, ms per call of the pass, share. With `--ncu` a forward runs
 under Nsight Compute instead, in a process of its own; a machine where it cannot read the counters
@@ -21,16 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/peers")]
+import torch
+from torch.profiler import ProfilerActivity, profile
 
-import torch  # noqa: E402
-from adapters import Own  # noqa: E402
-from peers import read_rows, write_rows  # noqa: E402
-from problem import GRADS, Geometry, Heads, make_decode, make_problem  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-
-from nsa_neuron import environment  # noqa: E402
+from nsa_neuron import environment
+from tools.peers.adapters import Own
+from tools.peers.problem import GRADS, Geometry, Heads, make_decode, make_problem
+from tools.runs import read_rows, write_rows
 
 REPEATS = 3
 METRICS = {
@@ -89,7 +86,7 @@ def counters(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [{"status": "skipped", "reason": "ncu is not installed"}]
     command = [
         ncu, "--clock-control", "none", "--csv", "--page", "raw", "--profile-from-start", "off",
-        "--metrics", ",".join(METRICS), sys.executable, __file__, "--under-ncu",
+        "--metrics", ",".join(METRICS), sys.executable, "-m", "tools.profile_nsa", "--under-ncu",
         "--heads", str(args.heads), "--tokens", str(args.tokens),
     ]  # fmt: skip
     try:
@@ -121,7 +118,7 @@ def parse_counters(text: str) -> list[dict[str, Any]]:
 
 
 def run_under_ncu(args: argparse.Namespace) -> None:
-    _, forward = next(passes(args, Own("own_stages:STAGES")))
+    _, forward = next(passes(args, Own("tools.own_stages:STAGES")))
     forward()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()
@@ -178,7 +175,7 @@ def profiled(args: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any
     if args.ncu:
         yield "ncu", counters(args)
         return
-    for name, run in passes(args, Own("own_stages:STAGES")):
+    for name, run in passes(args, Own("tools.own_stages:STAGES")):
         yield name, kernel_times(run, args.device)[: args.top]
 
 

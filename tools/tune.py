@@ -1,6 +1,6 @@
 """Measures tile plans on a GPU and writes the best ones.
 
-    python tools/tune.py --out tune.jsonl --budget 110
+    python -m tools.tune --out tune.jsonl --budget 110
 
 For each unit of `tune_candidates.json` (a stage, a pass and the kernel whose constants are tried)
 and each head shape, it runs the stage with the shipped constants and with every candidate, compares
@@ -27,23 +27,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/peers")]
+import torch
 
-import plan_files  # noqa: E402
-import torch  # noqa: E402
-import tune_overlap  # noqa: E402
-from adapters import Own  # noqa: E402
-from measure import check_backward, check_forward  # noqa: E402
-from peers import describe, listed, read_rows, replace_process  # noqa: E402
-from problem import GRADS, Geometry, Heads, make_decode, make_problem  # noqa: E402
-from tune_units import Crossover, Unit  # noqa: E402
-
-from nsa_neuron import environment  # noqa: E402
-from nsa_neuron.backends.cuda import devices, plans  # noqa: E402
-from nsa_neuron.registry import REGISTRY  # noqa: E402
+from nsa_neuron import environment
+from nsa_neuron.backends.cuda import devices, plans
+from nsa_neuron.registry import REGISTRY
+from tools import plan_files, tune_overlap
+from tools.peers.adapters import Own
+from tools.peers.measure import check_backward, check_forward
+from tools.peers.problem import GRADS, Geometry, Heads, make_decode, make_problem
+from tools.runs import describe, listed, read_rows, replace_process
+from tools.tune_units import Crossover, Unit
 
 OUT_OF_TIME = 3
+COMMAND = (sys.executable, "-m", "tools.tune")
 LEAST_GAIN = 0.02
 """A candidate must be this much faster than the shipped constants: less is noise."""
 
@@ -90,7 +87,7 @@ class Tuner:
 
     def __init__(self, args: argparse.Namespace, own: Any = None, timer: Any = time_call) -> None:
         self.args, self.timer = args, timer
-        self.own = own or Own("own_stages:STAGES")
+        self.own = own or Own("tools.own_stages:STAGES")
         self.rows: list[dict[str, Any]] = read_rows(args.out)
         self.current: tuple[Any, Any] | None = None  # the last problem, by its settings
 
@@ -261,7 +258,7 @@ class Tuner:
     def restart(self) -> None:
         """Replaces this process by one that goes on after the last recorded row."""
         resumed = ["--prewarm", "0", "--started", str(self.args.started)]
-        replace_process([sys.executable, *sys.argv, *resumed])
+        replace_process([*COMMAND, *sys.argv[1:], *resumed])
 
     @contextlib.contextmanager
     def limit(self, key: list[Any], constants: dict[str, Any]) -> Iterator[None]:
@@ -306,7 +303,7 @@ def prewarm(jobs: int, seconds: float) -> None:
     At 16K tokens, whose kernels are those of longer sequences: every process has a problem of its
     own, and a dozen of 64K tokens do not fit a GPU.
     """
-    command = [sys.executable, *sys.argv, "--prewarm", "0", "--tokens", "16384", "--shard"]
+    command = [*COMMAND, *sys.argv[1:], "--prewarm", "0", "--tokens", "16384", "--shard"]
     null, deadline = subprocess.DEVNULL, time.time() + seconds
     shards = [[*command, f"{i}/{jobs}"] for i in range(jobs)]
     workers = [subprocess.Popen(shard, stdout=null, stderr=null) for shard in shards]

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tune_units import DESIGNS, Crossover, Unit
-
 from nsa_neuron.backends.cuda import kernel_package, plans
 from nsa_neuron.backends.cuda.launch.selected_attention import by_query
 from nsa_neuron.backends.cuda.launch.selected_attention.call import Call
 from nsa_neuron.backends.cuda.launch.selected_attention.dispatch import BY_OVERLAP, PLANNED_BLOCK
+from tools.tune_units import DESIGNS, Crossover, Unit
 
 if TYPE_CHECKING:
     import argparse
 
-    import plan_files
+    from tools import plan_files
 
 
 class Tuner(Protocol):

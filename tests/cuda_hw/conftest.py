@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest_hw import ON_CPU, TARGET
-
-ROOT = Path(__file__).parents[2]
-for folder in ("tools", "tools/peers"):
-    if str(ROOT / folder) not in sys.path:
-        sys.path.append(str(ROOT / folder))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import own_stages
 import pytest
 import torch
-from adapters import Own
 from conftest_hw import ON_CPU
-from measure import check_backward, check_forward
-from problem import GRADS, Geometry, Heads, make_decode, make_problem
+
+from tools import own_stages
+from tools.peers.adapters import Own
+from tools.peers.measure import check_backward, check_forward
+from tools.peers.problem import GRADS, Geometry, Heads, make_decode, make_problem
 
 LENGTHS = (136, 200, 264) if ON_CPU else (8192, 65536, 1048576)
 GEOM = Geometry(n=4, w=40) if ON_CPU else Geometry()
@@ -37,7 +38,7 @@ def problems():
 
 @pytest.fixture
 def own():
-    return Own("own_stages:STAGES")
+    return Own("tools.own_stages:STAGES")
 
 
 def leaves_of(stage, p):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import own_stages
 import pytest
 import torch
-from adapters import Own
 from conftest_hw import ON_CPU
-from measure import check_forward
-from problem import Geometry, Heads, make_decode, make_problem
 
 import nsa_neuron
 from nsa_neuron.graphs import graphed
 from nsa_neuron.nn import NativeSparseAttention, NsaConfig
 from nsa_neuron.registry import use_backend
+from tools import own_stages
+from tools.peers.adapters import Own
+from tools.peers.measure import check_forward
+from tools.peers.problem import Geometry, Heads, make_decode, make_problem
 
 GEOM = Geometry(n=4, w=40)
 HEADS = Heads(2, 1, 24, 16) if ON_CPU else Heads(32, 2, 192, 128)
@@ -50,14 +50,16 @@ def test_decode_as_a_graph_follows_growing_sequences(dtype):
 @torch.no_grad()
 def test_decode_is_right(dtype, device):
     p = make_decode(HEADS, GEOM, 2, TOKENS, dtype, device)
-    right, errors = check_forward("decode", p, Own("own_stages:STAGES").stages()["decode"](p)())
+    right, errors = check_forward(
+        "decode", p, Own("tools.own_stages:STAGES").stages()["decode"](p)()
+    )
     assert right, errors
 
 
 @gpu_only
 def test_a_whole_step_as_a_graph(dtype):
     p = make_problem(HEADS, GEOM, TOKENS, 0.1, 8, dtype, "cuda")
-    call = Own("own_stages:STAGES").stages()["nsa"](p)
+    call = Own("tools.own_stages:STAGES").stages()["nsa"](p)
     with torch.no_grad():
         eager = call(p.q, p.k, p.v, p.gates)
         torch.cuda.synchronize()
@@ -74,7 +76,7 @@ def test_forward_and_backward_as_graphs(dtype):
     problems = [make_problem(HEADS, GEOM, TOKENS, rho, 8, dtype, "cuda") for rho in (0.0, 0.1, 0.0)]
     given = [[x.detach().clone().requires_grad_() for x in (p.q, p.k, p.v, p.gates)]
              for p in problems]  # fmt: skip
-    call = Own("own_stages:STAGES").stages()["nsa"](problems[0])
+    call = Own("tools.own_stages:STAGES").stages()["nsa"](problems[0])
     run = graphed(call, *given[0])
     for leaves in given[1:]:
         want = call(*leaves)
@@ -92,7 +94,7 @@ def test_the_hot_path_never_waits_for_the_device(stage, dtype):
     p = make_problem(HEADS, GEOM, TOKENS, 0.1, 8, dtype, "cuda")
     names = {"nsa": ("q", "k", "v", "gates"), "cmp": ("q", "k_cmp", "v_cmp"), "select": ()}
     leaves = [getattr(p, n).detach().requires_grad_() for n in names.get(stage, ("q", "k", "v"))]
-    call = Own("own_stages:STAGES").stages()[stage](p)
+    call = Own("tools.own_stages:STAGES").stages()[stage](p)
 
     def step():
         out = call(*leaves)
@@ -172,7 +174,7 @@ def test_models_of_different_geometry_share_a_process(target, device):
 def test_two_streams_at_once(dtype):
     """Nothing is shared between concurrent calls of one op."""
     problems = [make_problem(HEADS, GEOM, TOKENS, rho, 8, dtype, "cuda") for rho in (0.0, 0.1)]
-    own = Own("own_stages:STAGES")
+    own = Own("tools.own_stages:STAGES")
     calls = [own.stages()["nsa"](p) for p in problems]
     inputs = [(p.q, p.k, p.v, p.gates) for p in problems]
     with torch.no_grad():

@@ -15,9 +15,9 @@ SANITIZER = shutil.which("compute-sanitizer")
 # One process runs every stage, forward and backward, at a length that is no multiple of any tile.
 PROGRAM = """
 import torch
-from adapters import Own
-from problem import GRADS, Geometry, Heads, make_decode, make_problem
-own = Own("own_stages:STAGES")
+from tools.peers.adapters import Own
+from tools.peers.problem import GRADS, Geometry, Heads, make_decode, make_problem
+own = Own("tools.own_stages:STAGES")
 geom, like = Geometry(n=4, w=40), (torch.bfloat16, "cuda")
 for heads in (Heads(16, 1, 192, 128), Heads(2, 2, 80, 64)):
     p = make_problem(heads, geom, 333, 0.1, 4, *like)
@@ -38,9 +38,8 @@ print("all stages ran")
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_sanitizer_finds_nothing(tool):
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "tools", "tools/peers"))
     # Without the caching allocator, a tensor's end is a real allocation's end.
-    env = os.environ | {"PYTHONPATH": paths, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "17", sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     if "Device not supported" in done.stdout + done.stderr:

@@ -104,7 +104,7 @@ def test_a_fresh_machine_compiles_again_and_goes_on_from_earlier_results(script,
     again = {"STEPS": "machine prewarm ops-8k profile ab", "EARLIER": str(tmp_path / "earlier")}
     code, out, steps, calls = script(**again)
     assert code == 0 and "ops-8k: done by an earlier run" in out
-    assert [call.split()[0] for call in calls] == ["tools/prewarm.py", "tools/tune.py"]
+    assert [call.split()[1] for call in calls] == ["tools.prewarm", "tools.tune"]
     assert begun(steps).count("profile") == 1
 
 
@@ -135,16 +135,16 @@ def test_unfinished_and_failed_steps_are_tried_again(script):
     assert by_name(steps)["tune"] == "unfinished" and by_name(steps)["profile"] == "failed"
     code, _, steps, calls = script(EXIT_tune="3")
     assert code == 3
-    assert {call.split()[0] for call in calls} == {"tools/tune.py", "tools/profile_nsa.py"}
+    assert {call.split()[1] for call in calls} == {"tools.tune", "tools.profile_nsa"}
     code, _, steps, calls = script()
-    assert code == 0 and {call.split()[0] for call in calls} == {"tools/tune.py"}
+    assert code == 0 and {call.split()[1] for call in calls} == {"tools.tune"}
 
 
 def test_a_step_that_hangs_is_ended_and_the_budget_holds(script):
     code, out, steps, calls = script(BUDGET="11", SLEEP_profile_nsa="60")
     assert code == 3 and by_name(steps)["profile"] == "unfinished"
     assert sum(row["seconds"] for row in steps) <= 17
-    assert "bench-64k: no time left" in out and not any("peers.py" in call for call in calls)
+    assert "bench-64k: no time left" in out and not any("tools.peers" in call for call in calls)
 
 
 def test_without_a_usable_gpu_nothing_counts_as_done(script):
@@ -165,7 +165,7 @@ def test_peers_without_git_get_no_commit_of_the_folder_around_them(script, tmp_p
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
     (tmp_path / "peers/fla").mkdir(parents=True)
     _, _, _, calls = script()
-    bench = next(call for call in calls if "peers.py" in call)
+    bench = next(call for call in calls if "tools.peers" in call)
     assert "--fla " in bench and "--commit fla" not in bench
 
 

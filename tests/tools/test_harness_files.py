@@ -12,34 +12,33 @@ import pytest
 
 pytest.importorskip("triton")
 
-import peers
-import profile_nsa
+from tools import profile_nsa, runs
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_cut_line_costs_that_row_only(tmp_path):
     file = tmp_path / "sub/rows.jsonl"
-    assert peers.read_rows(file) == []
-    peers.write_rows(file, [{"a": 1}, {"a": 2}])
+    assert runs.read_rows(file) == []
+    runs.write_rows(file, [{"a": 1}, {"a": 2}])
     file.write_text(file.read_text() + '{"a": 3, "b"')
-    assert peers.read_rows(file) == [{"a": 1}, {"a": 2}]
+    assert runs.read_rows(file) == [{"a": 1}, {"a": 2}]
     assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_replaced_process_holds_no_device_file(tmp_path):
     """The CUDA driver's files may be inheritable: they must not keep a lost context alive."""
     program = """
-import os, sys, peers
+import os, sys
+from tools import runs
 kept = os.open("/dev/null", os.O_RDONLY)
 os.set_inheritable(kept, True)
 look = "import os; print([f for f in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{f}') and os.readlink(f'/proc/self/fd/{f}') == '/dev/null' and int(f) > 2])"
-peers.replace_process([sys.executable, "-c", look])
+runs.replace_process([sys.executable, "-c", look])
 """  # noqa: E501
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "tools", "tools/peers"))
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr
 
@@ -84,7 +83,7 @@ def test_a_profile_that_is_cut_keeps_what_was_done(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tmp_path / "profile.jsonl", cut())
-    (row,) = peers.read_rows(tmp_path / "profile.jsonl")
+    (row,) = runs.read_rows(tmp_path / "profile.jsonl")
     assert row["pass"] == "forward" and row["revision"] == "r"
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-import host_time
-import launched
-import prewarm
-from problem import Heads
+from tools import host_time, launched, prewarm
+from tools.peers.problem import Heads
 
-PAGE = launched.ROOT / "docs/performance.md"
-GPU_PAGE = launched.ROOT / "docs/gpu.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/performance.md"
+GPU_PAGE = ROOT / "docs/gpu.md"
 SMALL = Heads(16, 1, 64, 64)
 
 
@@ -33,7 +33,7 @@ def test_the_documents_counts_are_what_the_launchers_do():
         call, name, *counts = [cell.strip() for cell in line.split("|")[1:-1]]
         now[call, name] = [int(x) for x in counts]
     pages = {key: counts[1::2] for key, counts in documented().items()}
-    assert pages == now, "python tools/launched.py; docs/performance.md"
+    assert pages == now, "python -m tools.launched; docs/performance.md"
 
 
 def test_a_pass_launches_at_most_half_of_what_it_did():

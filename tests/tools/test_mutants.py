@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("tomllib")
 
-from mutants.faults import Fault, StaleFault, load, stale
-from mutants.runner import Runner
-from mutants.score import Outcome, shares, table
+from tools.mutants.faults import Fault, StaleFault, load, stale
+from tools.mutants.runner import Runner
+from tools.mutants.score import Outcome, shares, table
 
 ROOT = Path(__file__).parents[2]
 WINGS = {

@@ -13,13 +13,12 @@ import torch
 
 pytest.importorskip("triton")
 
-import dry_run
-import own_stages
-from adapters import Own
-from measure import check_backward, check_forward
-from problem import GRADS, LONG, Geometry, Heads, make_decode, make_problem, random_ids
-
 from nsa_neuron.errors import NsaError
+from tools import own_stages
+from tools.peers import dry_run
+from tools.peers.adapters import Own
+from tools.peers.measure import check_backward, check_forward
+from tools.peers.problem import GRADS, LONG, Geometry, Heads, make_decode, make_problem, random_ids
 
 pytestmark = pytest.mark.sim
 ROOT = Path(__file__).parents[2]
@@ -35,7 +34,7 @@ def problem():
 @pytest.mark.parametrize("stage", PREFILL)
 def test_stage(stage, problem):
     leaves = [getattr(problem, name).detach().requires_grad_() for name in GRADS.get(stage, ())]
-    out = Own("own_stages:STAGES").stages()[stage](problem)(*leaves)
+    out = Own("tools.own_stages:STAGES").stages()[stage](problem)(*leaves)
     right, errors = check_forward(stage, problem, out.detach())
     assert right, errors
     if leaves:
@@ -89,14 +88,14 @@ def test_block_masks_of_flex_attention(tokens, window):
 def test_a_run_out_of_time_resumes(tmp_path):
     out = tmp_path / "rows.jsonl"
     command = [
-        sys.executable, ROOT / "tools/peers/peers.py", "--tiny", "--own", "own_stages:STAGES",
+        sys.executable, "-m", "tools.peers", "--tiny", "--own", "tools.own_stages:STAGES",
         "--only", "nsa-neuron,sdpa-math", "--stages", "dense", "--dists", "random", "--resume",
         "--revision", "r1", "--out", out,
     ]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(*more):
-        done = subprocess.run([*command, *more], env=env, capture_output=True, text=True)
+        done = subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True)
         return done, [json.loads(x) for x in out.read_text().splitlines()]
 
     done, rows = run("--budget", "0")

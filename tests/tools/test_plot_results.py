@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import floors
-import plot_results
 import pytest
+
+from tools import floors, plot_results
 
 ROOT = Path(__file__).parents[2]
 PAPER = floors.Shape(64, 4, 192, 128)

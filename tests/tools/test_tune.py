@@ -10,11 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-import plan_files
-import tune
-from adapters import Own
-
+from nsa_neuron import compile_check
 from nsa_neuron.backends.cuda import plans
+from tools import check_candidates, plan_files, tune
+from tools.peers.adapters import Own
 
 pytestmark = pytest.mark.sim
 OP = "sliding_window_attention"
@@ -172,27 +171,38 @@ def test_candidates_name_kernels_that_have_plans():
                 assert change.keys() <= found.keys(), (unit, change)
 
 
-@pytest.mark.slow
-def test_candidates_pass_the_compile_check():
-    """What wins on a GPU must also pass CI: shared memory, no spills in loops, wgmma."""
-    from nsa_neuron.backends.cuda.kernel_table import KERNELS, Shape
-    from nsa_neuron.compile_check import compile_kernel, find_problems, find_slow, sift
-    from nsa_neuron.toolchain import KernelPackage
+def measured_as(shared: int, narrow: bool):
+    """What compiling a kernel would read, at this much shared memory."""
 
-    entries, package = {(e.op, e.kernel): e for e in KERNELS}, KernelPackage("cuda_kernels")
-    wrong = []
-    for unit in tune.parse([]).units:
-        entry = entries[unit.op, unit.kernel]
-        function = getattr(package.load(entry.module), entry.kernel)
-        for dk, dv in ((192, 128), (128, 128)):
-            wanted = {"dk": dk, "dv": dv, "dtype": "bfloat16", "group": 16}
-            base = plans.find("h200", unit.op, **wanted)
-            for change in unit.candidates:
-                constants = entry.constants(Shape(dk, dv, 16, {**base[unit.kernel], **change}))
-                measured = compile_kernel(function, entry, constants, "bfloat16")
-                problems = [*find_problems(entry, constants, "bfloat16", measured)]
-                # Columns below 64 are a trade that only a measurement settles.
-                calm = plans.accepted("h200", unit.op, unit.kernel, **wanted) | {"narrow": ""}
-                problems += sift(find_slow(measured), calm)[0]
-                wrong += [(dk, unit.kernel, change, problems)] * bool(problems)
-    assert not wrong
+    def compiled(function, entry, arguments, dtype):
+        read = {"shared_bytes": shared, "registers": 8, "local_bytes": 0, "spills_in_loops": 0}
+        read |= {"products": "wgmma", "excess_work": 1.0, "serialised": False}
+        lines = ("kernel.py:3",) if narrow else ()
+        return read | {"narrowest": 32, "narrow_lines": lines, "waiting_gathers": ()}
+
+    return compiled
+
+
+@pytest.mark.parametrize(("shared", "narrow", "code"), [(232_448, True, 0), (232_449, False, 1)])
+def test_candidates_that_cannot_become_plans_are_told(monkeypatch, capsys, shared, narrow, code):
+    """`.ci/run` compiles them all for real."""
+    monkeypatch.setattr(compile_check, "compile_kernel", measured_as(shared, narrow))
+    only = ["--only", "sliding_window_attention.forward", "--processes", "1"]
+    assert check_candidates.main(only) == code
+    out = capsys.readouterr().out
+    assert out.endswith(f"4 candidates, {4 * code} with a problem\n")
+    assert out.count("shared memory 232449") == 4 * code
+
+
+def test_every_candidate_is_compiled_at_both_shapes():
+    units = tune.parse([]).units
+    found = list(check_candidates.jobs(units))
+    assert len(found) == 2 * sum(len(unit.candidates) for unit in units) > 40
+    assert all(job.planned.items() <= job.arguments.items() for job in found)
+
+
+@pytest.mark.slow
+def test_a_candidate_compiles_for_real():
+    units = tune.parse(["--only", "sliding_window_attention.forward"]).units
+    job = [job for job in check_candidates.jobs(units) if job.point.dk == 128][-1]
+    assert compile_check.compile_job(job).verdict == "ok"

@@ -10,12 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-import tune
-import tune_overlap
-from adapters import Own
-from problem import Geometry, Heads, count_blocks
-
 from nsa_neuron.backends.cuda import plans
+from tools import tune, tune_overlap
+from tools.peers.adapters import Own
+from tools.peers.problem import Geometry, Heads, count_blocks
 
 pytestmark = pytest.mark.sim
 OP = "selected_attention"

@@ -13,14 +13,18 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from problem import GRADS, AnyProblem, Decode, Problem, paged
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from tools.peers.problem import GRADS, AnyProblem, Decode, Problem, paged
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STAGES = (*GRADS, "select", "cmp_select", "dense_decode", "decode")
 Call = Callable[..., Tensor]
@@ -77,6 +81,7 @@ class Peer:
         return p
 
     def load(self, folder: Path, module: str) -> types.ModuleType:
+        """A module of somebody else's repository, which is not installed."""
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
         return importlib.import_module(module)
@@ -426,7 +431,7 @@ class Own(Peer):
 
     def __init__(self, spec: str) -> None:
         module, _, attribute = spec.partition(":")
-        self.table = getattr(self.load(Path.cwd(), module), attribute)
+        self.table = getattr(importlib.import_module(module), attribute)
         self.name = self.table.get("name", spec)
 
     def stages(self) -> dict[str, Callable[..., Call]]:

@@ -1,13 +1,7 @@
-"""Times public Native Sparse Attention implementations and dense attention in one run.
-
-    python peers.py --fla DIR --sfnsa DIR --xunhao DIR --own my_kernels:STAGES --out rows.jsonl
-
-README.md in this folder says what is measured, how, and what a row holds.
-"""
+"""Runs the cells of a plan and writes a row per measurement; README.md says what a row holds."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -16,24 +10,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import triton
-from adapters import NOTES, PEERS, Call, FlashWindow, Flex, Own, Peer, Sdpa
-from measure import Timer, check_backward, check_forward, graphed
-from problem import GRADS, AnyProblem, Geometry, Heads, make_decode, make_problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+
+from tools.peers.adapters import NOTES, PEERS, Call, FlashWindow, Flex, Own, Peer, Sdpa
+from tools.peers.measure import Timer, check_backward, check_forward, graphed
+from tools.peers.problem import GRADS, AnyProblem, Heads, make_decode, make_problem
+from tools.peers.report import progress
+from tools.runs import Row, describe, read_rows, replace_process, write_rows
+
+if TYPE_CHECKING:
+    import argparse
 
 PREFILL = ("dense", "nsa", "slc", "cmp", "select", "cmp_select", "window")
 DATA_DEPENDENT = ("nsa", "slc", "select", "cmp_select")
 DECODE = ("dense_decode", "decode")
-OUT_OF_TIME = 3  # exit status when cells were left for another run with --resume
-DENSE_OF = {"nsa": "dense", "decode": "dense_decode"}
+COMMAND = (sys.executable, "-m", "tools.peers")
+"""How a process of this benchmark is started."""
 Result = TypeVar("Result")
 
 
@@ -79,7 +77,7 @@ class Bench:
         self.timer = Timer(args.device, args.seconds)
         self.commits = dict(pair.split("=", 1) for pair in args.commit)
         self.machine = describe_machine(args.device)
-        self.rows: list[dict] = []
+        self.rows: list[Row] = []
         if args.resume:
             self.rows = [row for row in read_rows(args.out) if row["status"] != "skipped"]
         if not args.shard:
@@ -158,14 +156,14 @@ class Bench:
             note = NOTES.get(cell.peer, {}).get(cell.stage, "")
             self.record(cell, direction, **result, note=note, unions=getattr(p, "unions", {}))
 
-    def forward(self, stage: str, p: AnyProblem, run: Call, out: Tensor | None = None) -> dict:
+    def forward(self, stage: str, p: AnyProblem, run: Call, out: Tensor | None = None) -> Row:
         """Checks, then times; `out` is where `run` leaves its result if it returns none."""
         result = run()
         right, errors = check_forward(stage, p, (result if out is None else out).detach())
         del result
         return {"status": status(right), "errors": errors} | self.timer(run)
 
-    def backward(self, stage: str, p: AnyProblem, call: Call, leaves: list[Tensor]) -> dict:
+    def backward(self, stage: str, p: AnyProblem, call: Call, leaves: list[Tensor]) -> Row:
         out = call(*leaves)
         grad_out = torch.randn_like(out).contiguous()
         right, errors = check_backward(stage, p, leaves, out, grad_out)
@@ -213,7 +211,7 @@ class Bench:
     def restart(self) -> None:
         """Replaces this process by one that goes on after the last recorded row."""
         resumed = ["--resume", "--prewarm", "0", "--started", str(self.args.started)]
-        replace_process([sys.executable, *sys.argv, *resumed])
+        replace_process([*COMMAND, *sys.argv[1:], *resumed])
 
     def record(self, cell: Cell, direction: str, **fields: object) -> None:
         where = cell._asdict() | {"heads": str(cell.heads), "direction": direction}
@@ -252,34 +250,6 @@ class Bench:
                 torch.cuda.empty_cache()  # the other shards need the memory
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines, if it exists; a line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Replaces a file of JSON lines at once, so that an interrupted run leaves a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draft.replace(path)
-
-
-def replace_process(command: list[str]) -> None:
-    """Runs `command` in place of this process, which may hold a lost or hanging CUDA context.
-
-    The driver frees a context when its device files are closed. What keeps those open across an
-    exec is the driver's choice, so all files but the standard ones are closed here.
-    """
-    sys.stdout.flush()
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    os.execv(command[0], command)
-
-
 def prewarm(jobs: int, seconds: float) -> None:
     """Fills the kernel caches from several processes: serial compilation would eat the budget.
 
@@ -287,7 +257,7 @@ def prewarm(jobs: int, seconds: float) -> None:
     """
     # fla would keep the autotuning results of processes that disturb each other
     env = os.environ | {"FLA_CACHE_RESULTS": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, *sys.argv, "--prewarm", "0", "--lengths", "16384", "--shard"]
+    command = [*COMMAND, *sys.argv[1:], "--prewarm", "0", "--lengths", "16384", "--shard"]
     null, deadline = subprocess.DEVNULL, time.time() + seconds
     shards = [f"{i}/{jobs}" for i in range(jobs)]
     workers = [subprocess.Popen([*command, s], env=env, stdout=null, stderr=null) for s in shards]
@@ -299,18 +269,8 @@ def prewarm(jobs: int, seconds: float) -> None:
             worker.wait()
 
 
-# ------------------------------------------------------------------------------------- reporting
-
-
 def status(right: bool) -> str:
     return "ok" if right else "mismatch"
-
-
-def describe(error: BaseException) -> str:
-    """The error in about 400 characters; compilers say the reason last."""
-    text = " | ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    text = text if len(text) < 400 else f"{text[:120]} ... {text[-270:]}"
-    return f"{type(error).__name__}: {text}"
 
 
 def describe_machine(device: str) -> dict[str, object]:
@@ -318,121 +278,3 @@ def describe_machine(device: str) -> dict[str, object]:
     versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     name = torch.cuda.get_device_name() if device == "cuda" else device
     return {"device": name, "versions": versions, "python": platform.python_version()}
-
-
-def progress(row: dict) -> str:
-    fields = ("heads", "tokens", "dist", "stage", "direction", "peer", "status")
-    text = " ".join(str(row[field]) for field in fields if row.get(field))
-    if "median_ms" not in row:
-        return f"{text}: {row['reason'][:160]}"
-    shown = [name for name in row["errors"] if not name.startswith("max_abs")]
-    errors = " ".join(f"{name} {row['errors'][name]:.2g}" for name in shown)
-    return f"{text}: {row['median_ms']:.3f} ms, {errors}"
-
-
-def table(rows: list[dict]) -> str:
-    """Median ms by problem, stage and implementation; the most important problems come last."""
-    groups: dict[str, dict[str, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
-    dense: dict[tuple, float] = {}
-    for row in rows:
-        if row["stage"] == "import":
-            continue
-        kind = f"decode x{row['batch']}" if row["batch"] > 1 else row["dist"]
-        problem, line = (row["heads"], row["tokens"]), f"{row['stage']} {row['direction']}"
-        groups["{} {} {}".format(*problem, kind)][line][row["peer"]] = row
-        if row["status"] == "ok" and row["stage"] in DENSE_OF.values():
-            best = dense.get((*problem, line), row["median_ms"])
-            dense[(*problem, line)] = min(best, row["median_ms"])
-
-    def entry(row: dict | None) -> str:
-        if row is None:
-            return ""
-        mark = {"ok": "", "mismatch": "!", "failed": "x", "skipped": "."}[row["status"]]
-        if "median_ms" not in row:
-            return mark
-        against = f"{DENSE_OF.get(row['stage'])} {row['direction']}"
-        best = dense.get((row["heads"], row["tokens"], against))
-        ratio = f" ({best / row['median_ms']:.1f})" if best else ""
-        return f"{row['median_ms']:.3f}{mark}{ratio}"
-
-    text = ["\nmedian ms (best right dense time / this); ! wrong, x failed, . out of time"]
-    for label, lines in reversed(groups.items()):
-        every = [row for cells in lines.values() for row in cells.values()]
-        peers = list(dict.fromkeys(row["peer"] for row in every))
-        text.append(f"\n{label:32}" + "".join(f"{name[:14]:>15}" for name in peers))
-        unions = next((row["unions"] for row in every if row.get("unions")), {})
-        text += [f"  blocks of {n} neighbours: {count:.1f}" for n, count in unions.items()]
-        for line, cells in lines.items():
-            text.append(f"  {line:30}" + "".join(f"{entry(cells.get(n)):>15}" for n in peers))
-    return "\n".join(text)
-
-
-# --------------------------------------------------------------------------------------- options
-
-
-def listed(kind: Callable[[str], object]) -> Callable[[str], list]:
-    """Parser of a comma-separated option."""
-    return lambda text: [kind(item) for item in text.split(",") if item]
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    for name in PEERS:
-        add(f"--{name}", type=Path, metavar="DIR", help=f"folder of {name}'s source")
-    add("--own", action="append", default=[], metavar="MODULE:TABLE", help="our own kernels")
-    add("--commit", action="append", default=[], metavar="NAME=SHA", help="revision of a peer")
-    add("--revision", default="", help="revision of this project, for the rows")
-    add("--heads", type=listed(Heads.parse), default="64/4/192/128,64/4/128/128")
-    add("--lengths", type=listed(int), default="65536,32768,16384,8192,131072")
-    add("--dists", type=listed(str), default="random,correlated", help="kinds of inputs")
-    add("--rho", type=float, default=0.1, help="strength of the topics in `correlated`")
-    add("--decode-batch", type=int, default=32)
-    add("--decode-tokens", type=int, default=65536)
-    add("--stages", type=listed(str), default="", help="only these stages")
-    add("--only", type=listed(str), default="", help="only these implementations")
-    add("--checked", type=int, default=48, help="rows compared with the reference")
-    add("--budget", type=float, default=480, help="seconds after which no cell begins")
-    add("--grace", type=float, default=30, help="seconds that the last cell may run over")
-    add("--cell-limit", type=float, default=90, help="seconds for one cell, compilation included")
-    add("--seconds", type=float, default=0.4, help="measured time per row")
-    add("--prewarm", type=int, default=8, help="processes that compile ahead; 0 for none")
-    add("--out", type=Path, default=Path("peers.jsonl"))
-    add("--resume", action="store_true", help="keep the rows in --out and go on after them")
-    add("--dry-run", action="store_true", help="tiny sizes on a CPU, everything checked")
-    add("--tiny", action="store_true", help="like --dry-run without its self-check, and smaller")
-    add("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
-    add("--shard", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.device, args.dtype, args.geom = "cuda", torch.bfloat16, Geometry()
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    if args.dry_run or args.tiny:
-        import dry_run
-
-        if args.dry_run:
-            dry_run.shrink(args)
-            args.own.append("dry_run:REFERENCE")
-            dry_run.check_everything(args)
-        else:
-            dry_run.shrink_further(args)
-    elif not torch.cuda.is_available():
-        sys.exit("no CUDA device here; --dry-run needs none")
-    if args.prewarm and not args.shard:
-        prewarm(args.prewarm, 0.3 * args.budget)
-    bench = Bench(args)
-    if args.shard:
-        bench.warm()
-        return 0
-    bench.run()
-    print(table(bench.rows))
-    if args.dry_run:
-        dry_run.check_rows(bench.rows, complete=not (args.stages or args.only))
-    return OUT_OF_TIME if any(row["status"] == "skipped" for row in bench.rows) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from adapters import (
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from tools.peers.adapters import (
     STAGES,
     Flex,
     Lucidrains,
@@ -22,8 +25,8 @@ from adapters import (
     heads_first,
     ids_to_hsn,
 )
-from measure import compare, compare_selection, decided
-from problem import (
+from tools.peers.measure import compare, compare_selection, decided
+from tools.peers.problem import (
     GRADS,
     Decode,
     Geometry,
@@ -37,11 +40,11 @@ from problem import (
     select_all,
     visible,
 )
-from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 
 if TYPE_CHECKING:
     import argparse
+
+    from tools.runs import Row
 
 TINY, TOKENS = Geometry(n=4, w=80), 384
 FLOAT32_CPU = (torch.float32, "cpu")
@@ -220,7 +223,7 @@ def check_overlap(rho: float) -> None:
     assert all(Geometry().n <= unions[1][width] < 0.8 * unions[0][width] for width in (4, 8))
 
 
-def check_rows(rows: list[dict], complete: bool) -> None:
+def check_rows(rows: list[Row], complete: bool) -> None:
     """Baselines and the reference's own table must be right in every row they have."""
     known = [r for r in rows if r["peer"] in ("sdpa-math", "flash-window", "reference")]
     wrong = [row for row in known if row["status"] != "ok"]

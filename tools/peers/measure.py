@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from problem import (
+from torch import Tensor
+
+from tools.peers.problem import (
     GRADS,
     ROW_INPUTS,
     AnyProblem,
@@ -21,7 +23,6 @@ from problem import (
     pool,
     select,
 )
-from torch import Tensor
 
 TOLERANCE = {"fwd": 2e-2, "bwd": 4e-2}  # relative error; bf16 operands give 3e-3 to 1e-2
 LEAST_MASS = 0.99  # of the importance that the best selection captures

@@ -1,0 +1,1 @@
+"""Public implementations of NSA and dense attention in one benchmark: `python -m tools.peers`."""

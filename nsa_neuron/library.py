@@ -20,7 +20,7 @@ from nsa_neuron.autograd import register_autograd
 from nsa_neuron.errors import ContractViolation
 from nsa_neuron.ops import OPS, common, get
 from nsa_neuron.registry import REGISTRY, Lowered, Target, check_environment, requested
-from nsa_neuron.spec import Bound, OpSpec, TensorArg
+from nsa_neuron.spec import MAY_BE_ZERO, Bound, OpSpec, TensorArg
 from nsa_neuron.vmap import register_vmap
 
 if TYPE_CHECKING:
@@ -145,9 +145,20 @@ class Router:
         values = dict(zip(self._names, [*args, *self._defaults[len(args) :]], strict=True))
         values.update(kwargs)
         bound = self.spec.bind(values)
+        if torch.compiler.is_exporting():
+            _open(bound)
         like = next(value for value in values.values() if isinstance(value, Tensor))
         results = [like.new_empty(shape, dtype=dtype) for _, shape, dtype in bound.returns()]
         return results[0] if len(results) == 1 else tuple(results)
+
+
+def _open(bound: Bound) -> None:
+    """Sizes of results that may be 0 become unknown ones: an exported graph serves all lengths, and
+    torch would make a graph for two or more of whatever size it can compute from the inputs'."""
+    dims = {symbol for item in bound.spec.returns for symbol in item.dims.split()}
+    for symbol in dims.intersection(MAY_BE_ZERO):
+        if isinstance(bound.sizes[symbol], torch.SymInt):
+            bound.sizes[symbol] = torch.library.get_ctx().new_dynamic_size(min=0)
 
 
 def _with_clamped(lowered: Lowered, bound: Bound, clamped: Bound) -> Lowered:

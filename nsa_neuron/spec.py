@@ -29,7 +29,7 @@ Size = Any  # int or torch.SymInt
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_INT = 2**31 - 1
 """Largest integer argument: no size is larger, and kernels take them as 32-bit numbers."""
-MAY_BE_ZERO = ("Nc",)  # short sequences have no compressed block
+MAY_BE_ZERO = ("Nc", "Nc_out")  # short sequences have no compressed block
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int, torch.SymInt),
     "float": (float, int, torch.SymFloat, torch.SymInt),
@@ -358,10 +358,20 @@ class OpSpec:
             if symbol not in MAY_BE_ZERO and size < 1:
                 found = f"of shape {list(shape)}, size {size} at axis {axis}"
                 raise self.refuse(arg.name, found, f"at least 1 there ({symbol})")
-            if size != wanted:
+            if differ(size, wanted):
                 found = f"of shape {list(shape)}, size {size} at axis {axis}"
                 named = "" if symbol.isdigit() else f"{symbol} = "
                 raise self.refuse(arg.name, found, f"{named}{wanted} there")
+
+
+def differ(a: Size, b: Size) -> bool:
+    """Whether two sizes are different, as far as can be known without running; an op that is run
+    compares numbers."""
+    if type(a) is int and type(b) is int:
+        return a != b
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(a != b)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

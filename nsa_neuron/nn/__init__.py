@@ -8,6 +8,7 @@ from nsa_neuron.nn.generation import Sampling, generate, prefill, stream
 from nsa_neuron.nn.model import Block, ByteLanguageModel, next_token_loss
 from nsa_neuron.nn.packing import pack, unpack
 from nsa_neuron.nn.phi import Phi
+from nsa_neuron.nn.state import rows_by_head
 
 __all__ = [
     "Block",
@@ -29,6 +30,7 @@ __all__ = [
     "next_token_loss",
     "pack",
     "prefill",
+    "rows_by_head",
     "stream",
     "unpack",
 ]

@@ -18,7 +18,15 @@ from nsa_neuron import functional as nsa
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn.layers import INIT_STD, Linear, reset
 from nsa_neuron.nn.phi import Phi
-from nsa_neuron.nn.rotary import block_positions, rotate, token_positions
+from nsa_neuron.nn.rotary import (
+    Turn,
+    block_positions,
+    rotate,
+    token_positions,
+    turn_of,
+    turned,
+)
+from nsa_neuron.nn.state import ROWS_BY_HEAD, check_rows
 
 if TYPE_CHECKING:
     from nsa_neuron.nn.cache import LayerStep
@@ -56,6 +64,7 @@ class AttentionLayer(nn.Module):
     """
 
     parallel: Parallel | None = None  # set by `nsa_neuron.distributed` only
+    _version = ROWS_BY_HEAD
 
     def __init__(self, config: NsaConfig, sets: int, out_std: float) -> None:
         super().__init__()
@@ -71,6 +80,13 @@ class AttentionLayer(nn.Module):
         """All weights start again."""
         reset(self)
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        # Before any parameter is loaded: they are the children's.
+        check_rows(self, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[misc]
+
     @property
     def own_config(self) -> NsaConfig:
         """`config` with the heads that this rank holds: all, unless projections are spread."""
@@ -81,8 +97,11 @@ class AttentionLayer(nn.Module):
             return c
         return dataclasses.replace(c, heads=c.heads * own // c.kv_heads, kv_heads=own)
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Rotated queries `[B, S, Hq, Dk]`; keys, normed, not rotated, and values of each set."""
+    def project(
+        self, x: Tensor, positions: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], Turn | None]:
+        """Rotated queries `[B, S, Hq, Dk]`; keys, normed, not rotated, and values of each set; and
+        what rotates the keys."""
         c = self.config
         # Heads are counted from what comes: with tensor parallelism a layer holds some of them.
         q = _normed(self.q(x).unflatten(-1, (-1, c.dk)), self.q_norm)
@@ -94,7 +113,8 @@ class AttentionLayer(nn.Module):
         both = both.unflatten(-1, (-1, self.sets, c.dk + c.dv))
         k, v = both.split((c.dk, c.dv), -1)
         k = _normed(k, self.k_norm)
-        return rotate(q, positions, c.rope_base), list(k.unbind(3)), list(v.unbind(3))
+        turn = turn_of(positions, c.dk, c.rope_base, q.dtype)
+        return turned(q, turn), list(k.unbind(3)), list(v.unbind(3)), turn
 
     def positions_of(self, x: Tensor, cu_seqlens: Tensor | None, step: LayerStep | None) -> Tensor:
         """Positions of the tokens of x, after a look at how x is fed.
@@ -137,7 +157,8 @@ class NativeSparseAttention(AttentionLayer):
     the order compressed, selected, window (or one set), keys before values; `gate.weight
     [Hq*3, dim]`, `gate.bias`; `out.weight [dim, Hq*Dv]`; `phi_k.*`, `phi_v.*` as for `compress`;
     with `config.qkv_bias` also `q.bias`, `kv.bias`, with `config.qk_norm` `q_norm.weight [Dk]`,
-    `k_norm.weight [Dk]`. So every projection can be cut by heads. Every gate starts near one half.
+    `k_norm.weight [Dk]`. So every projection can be cut by heads; a state dict from before that is
+    refused (`nsa_neuron.nn.rows_by_head` turns it). Every gate starts near one half.
 
     Args:
         config: sizes and options.
@@ -165,9 +186,9 @@ class NativeSparseAttention(AttentionLayer):
             InvalidArgument, InvalidType: x, cu_seqlens or the step do not fit.
         """
         positions = self.positions_of(x, cu_seqlens, step)
-        q, k, v = self.project(x, positions)
+        q, k, v, turn = self.project(x, positions)
         gates = self.gate(x).sigmoid().unflatten(-1, (-1, 3))
-        raw, k_slc, k_win = self._branch_keys(k, positions)
+        raw, k_slc, k_win = self._branch_keys(k, turn)
         v_cmp, v_slc, v_win = v if len(v) == 3 else v * 3
         if step is not None:
             step.store(cmp=(raw, v_cmp), slc=(k_slc, v_slc), win=(k_win, v_win))
@@ -195,13 +216,13 @@ class NativeSparseAttention(AttentionLayer):
             self.observer(self, values)
         return self._finish(nsa.nsa_attention(**values, **self.config.geometry))
 
-    def _branch_keys(self, k: list[Tensor], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _branch_keys(self, k: list[Tensor], turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys that phi compresses, and rotated keys of the selected and window branch."""
-        base, before = self.config.rope_base, self.config.rope == "before"
-        rotated = [rotate(key, positions, base) for key in k[-2:]]
+        before = self.config.rope == "before"
+        rotated = [turned(key, turn) for key in k[-2:]]
         if len(k) == 1:
             return (rotated[0] if before else k[0]), rotated[0], rotated[0]
-        return (rotate(k[0], positions, base) if before else k[0]), rotated[0], rotated[1]
+        return (turned(k[0], turn) if before else k[0]), rotated[0], rotated[1]
 
     def _refuse_capture(self) -> None:
         if self.observer is not None:
@@ -229,7 +250,8 @@ class NativeSparseAttention(AttentionLayer):
         if c.rope == "before" or c.rope_base == 0:
             return k_cmp, v_cmp
         if ends is None:
-            ends = block_positions(k.shape[1], c.block, c.stride, cu_seqlens, k.device)
+            # Counted from what compress gives, whose size torch.export must not look into.
+            ends = block_positions(k_cmp.shape[1], c.block, c.stride, cu_seqlens, k.device)
         return rotate(k_cmp, ends, c.rope_base), v_cmp
 
     def _finish(self, o: Tensor) -> Tensor:
@@ -255,8 +277,8 @@ class SoftmaxAttention(AttentionLayer):
     ) -> Tensor:
         """As `NativeSparseAttention.forward`."""
         positions = self.positions_of(x, cu_seqlens, step)
-        q, k, v = self.project(x, positions)
-        key = rotate(k[0], positions, self.config.rope_base)
+        q, k, v, turn = self.project(x, positions)
+        key = turned(k[0], turn)
         pool = "win" if self.windowed else "slc"
         if step is not None:
             step.store(**{pool: (key, v[0])})

@@ -5,25 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa_neuron.ops.common import compressed_blocks
+Turn = tuple[Tensor, Tensor]
+"""Cosines and sines of what channels are turned by, `[S, 1, D / 2]` or `[B, S, 1, D / 2]`."""
+
+
+def turn_of(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> Turn | None:
+    """What positions turn heads of `dim` channels by; None if the base is 0, which turns nothing.
+
+    Args:
+        positions: `[S]` or `[B, S]`, int64.
+        dim: D, even.
+        base: of the rates.
+        dtype: of what is turned.
+    """
+    if base == 0:
+        return None
+    rates = base ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angles = positions.to(torch.float32)[..., None, None] * rates
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def turned(x: Tensor, turn: Turn | None) -> Tensor:
+    """The halves of the channels of `[B, S, H, D]`, rotated against each other."""
+    if turn is None:
+        return x
+    cos, sin = turn
+    a, b = x.chunk(2, -1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], -1)
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary position encoding: the halves of the channels are rotated against each other.
-
-    Args:
-        x: `[B, S, H, D]`, D even.
-        positions: `[S]` or `[B, S]`, int64.
-        base: of the rates; 0: x comes back as it is.
-    """
-    if base == 0:
-        return x
-    dim = x.shape[-1]
-    rates = base ** -(torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
-    angles = positions.to(torch.float32)[..., None, None] * rates
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    """Rotary position encoding of `[B, S, H, D]`, D even; see `turn_of` and `turned`."""
+    return turned(x, turn_of(positions, x.shape[-1], base, x.dtype))
 
 
 def token_positions(count: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
@@ -33,12 +46,12 @@ def token_positions(count: int, cu_seqlens: Tensor | None, device: torch.device)
 
 
 def block_positions(
-    tokens: int, block: int, stride: int, cu_seqlens: Tensor | None, device: torch.device
+    blocks: int, block: int, stride: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> Tensor:
     """Position of the last token of each compressed block, as `compress` orders them.
 
     Args:
-        tokens: T, of all sequences together.
+        blocks: Nc, of all sequences together.
         block, stride: l and d.
         cu_seqlens: offsets of packed sequences; None: one sequence.
         device: of the result.
@@ -46,7 +59,7 @@ def block_positions(
     Returns:
         `[Nc]` int64; rows behind a packed call's blocks hold any position.
     """
-    rows = torch.arange(compressed_blocks(tokens, block, stride), device=device)
+    rows = torch.arange(blocks, device=device)
     if cu_seqlens is not None:
         counts = ((cu_seqlens.diff().long() - block).div(stride, rounding_mode="floor") + 1).clamp(
             min=0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_neuron.spec import Bound, Return, ScalarArg, Size, TensorArg
+from nsa_neuron.spec import Bound, Return, ScalarArg, Size, TensorArg, differ
 
 SCALE = ScalarArg("scale", "float", optional=True)
 CU_SEQLENS = (
@@ -185,7 +185,7 @@ def check_compressed(bound: Bound) -> None:
     """k_cmp has the blocks of kv_len tokens (packed: checked by value, see `check_cmp_rows`)."""
     check_geometry(bound)
     blocks = compressed_blocks(bound["T"], bound["l"], bound["d"])
-    if "cu_seqlens_q" not in bound.shapes and bound["Nc"] != blocks:
+    if "cu_seqlens_q" not in bound.shapes and differ(bound["Nc"], blocks):
         found = f"of {bound['Nc']} compressed blocks"
         expected = (
             f"of {blocks}, those of {bound['T']} tokens (block {bound['l']}, stride {bound['d']})"

@@ -14,7 +14,7 @@ from nsa_neuron.cases import Case, exact_normal, packed_tensors
 from nsa_neuron.numerics import Budget
 from nsa_neuron.ops import common
 from nsa_neuron.ops.softmax import work_dtype
-from nsa_neuron.spec import Bound, Cost, OpSpec, Return, ScalarArg, TensorArg
+from nsa_neuron.spec import Bound, Cost, OpSpec, Return, ScalarArg, TensorArg, differ
 
 METHODS = ("mean", "linear", "mlp")
 
@@ -205,7 +205,7 @@ def derive(bound: Bound) -> None:
     common.check_geometry(bound)
     common.check_packed(bound, ("cu_seqlens_k",))
     sizes["Nc_out"] = common.compressed_blocks(sizes["T"], sizes["l"], sizes["d"])
-    if "Nc" in sizes and sizes["Nc"] != sizes["Nc_out"]:
+    if "Nc" in sizes and differ(sizes["Nc"], sizes["Nc_out"]):
         raise spec.refuse("grad_y", f"of {sizes['Nc']} blocks", f"of {sizes['Nc_out']} blocks")
     method = bound.scalars["method"]
     needed = {"mean": (), "linear": ("w1",), "mlp": ("w1", "b1", "w2", "b2")}[method]

@@ -50,8 +50,8 @@ def on_one_rank(made, scalars, rope_base, edges):
         nsa.compress(made[f"{s}_raw"], *(made[f"{s}_{n}"] for n in context_op.PHI), cu, **some)
         for s in "kv"
     )
-    tokens = made["q"].shape[1]
-    ends = block_positions(tokens, scalars["block"], scalars["stride"], cu, torch.device("cpu"))
+    sizes = k_cmp.shape[1], scalars["block"], scalars["stride"]
+    ends = block_positions(*sizes, cu, torch.device("cpu"))
     rest = {name: value for name, value in scalars.items() if name != "method"}
     return nsa.nsa_attention(
         made["q"], rotate(k_cmp, ends, rope_base), v_cmp, made["k_slc"], made["v_slc"],

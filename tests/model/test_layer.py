@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import math
@@ -12,7 +13,14 @@ from tiny import GEOMETRY, MIXED, SIZES, bytes_of, config, model
 from torch.utils.checkpoint import checkpoint
 
 from nsa_neuron.errors import InvalidArgument, InvalidType, StateMismatch
-from nsa_neuron.nn import ByteLanguageModel, NativeSparseAttention, NsaConfig, next_token_loss, pack
+from nsa_neuron.nn import (
+    ByteLanguageModel,
+    NativeSparseAttention,
+    NsaConfig,
+    next_token_loss,
+    pack,
+    rows_by_head,
+)
 
 VARIANTS = [
     {"phi": "mean"},
@@ -269,6 +277,36 @@ def test_a_state_dict_loads_whole_or_not_at_all():
     assert torch.equal(net.head.weight, other.head.weight)
 
 
+@torch.no_grad()
+def test_a_state_dict_with_rows_by_set_is_refused_and_can_be_turned():
+    net, other = model(), model(seed=5)
+    before, x = copy.deepcopy(net.state_dict()), bytes_of(1, 30)
+    state = other.state_dict()
+    layers = [name for name, m in net.named_modules() if isinstance(m, NativeSparseAttention)]
+    for name in layers:
+        state._metadata[name]["version"] = 1
+        by_head = state[f"{name}.kv.weight"].unflatten(0, (2, 3, -1))
+        state[f"{name}.kv.weight"] = by_head.transpose(0, 1).flatten(0, 2)
+    with pytest.raises(StateMismatch, match=r"rows_by_head\(weight, 3, 2\)"):
+        net.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    alone = {k.removeprefix(f"{layers[0]}."): v for k, v in state.items() if layers[0] in k}
+    alone = collections.OrderedDict(alone)
+    alone._metadata = {"": {"version": 1}}
+    with pytest.raises(StateMismatch, match="version 1"):
+        net.blocks[0].attention.load_state_dict(alone)
+    young = dict(state)
+    for name in layers:
+        young[f"{name}.kv.weight"] = rows_by_head(state[f"{name}.kv.weight"], 3, 2)
+    net.load_state_dict(young)
+    assert torch.equal(net(x), other(x))
+    one_head = model(kv_heads=1)
+    state = one_head.state_dict()
+    for data in state._metadata.values():
+        data["version"] = 1
+    model(kv_heads=1, seed=5).load_state_dict(state)  # one head: the same order
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -289,17 +327,28 @@ def test_bad_calls(call, error, text):
         call(net)
 
 
-def test_export_of_every_length():
+@pytest.mark.parametrize("rope", ["after", "before"])
+def test_export_of_every_length(rope):
     """Short sequences have no or one compressed block: sizes that torch would make special."""
-    from torch.fx.experimental import _config
-
-    net, tokens = model(("nsa",), torch.float32), bytes_of(1, 41)
+    net, tokens = model(("nsa", "full"), torch.float32, rope=rope), bytes_of(1, 41)
     sizes = {"tokens": {1: torch.export.Dim("s", min=2, max=256)}}
-    with _config.patch(backed_size_oblivious=True):
-        program = torch.export.export(net, (tokens,), dynamic_shapes=sizes).module()
-    for length in (2, 7, 8, 11, 12, 41):
-        short = tokens[:, :length]
-        torch.testing.assert_close(program(short), net(short))
+    program = torch.export.export(net, (tokens,), dynamic_shapes=sizes).module()
+    for length in (2, 7, 8, 11, 12, 15, 16, 41, 256):
+        text = bytes_of(1, length)
+        torch.testing.assert_close(program(text), net(text))
+
+
+def test_an_exported_program_trains_and_takes_any_batch():
+    net, tokens = model(("nsa",), torch.float32), bytes_of(2, 41)
+    sizes = {"tokens": {0: torch.export.Dim("b", min=2, max=8), 1: torch.export.Dim.AUTO}}
+    program = torch.export.export(net, (tokens,), dynamic_shapes=sizes).module()
+    for text in (bytes_of(3, 2), bytes_of(5, 9), bytes_of(2, 70)):
+        torch.testing.assert_close(program(text), net(text))
+        for one in (program, net):
+            one.zero_grad()
+            next_token_loss(one(text), text).backward()
+        for (name, p), q in zip(program.named_parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
 def test_fsdp2_trains_like_one_module():

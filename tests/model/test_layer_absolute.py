@@ -77,8 +77,8 @@ def test_positions_of_packed_tokens_and_blocks() -> None:
     device = torch.device("cpu")
     assert token_positions(15, None, device).tolist() == list(range(15))
     assert token_positions(15, edges, device).tolist() == [0, 1, 2, *range(6), *range(6)]
-    assert block_positions(15, 4, 2, None, device).tolist() == [3, 5, 7, 9, 11, 13]
-    assert block_positions(15, 4, 2, edges, device).tolist()[:4] == [3, 5, 3, 5]
+    assert block_positions(6, 4, 2, None, device).tolist() == [3, 5, 7, 9, 11, 13]
+    assert block_positions(6, 4, 2, edges, device).tolist()[:4] == [3, 5, 3, 5]
 
 
 def heads(x: Tensor, weight: Tensor, count: int, bias: Tensor | float = 0.0) -> Tensor:

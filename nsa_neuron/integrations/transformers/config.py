@@ -7,9 +7,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.errors import InvalidArgument, StateMismatch
 from nsa_neuron.nn.attention import KINDS
 from nsa_neuron.nn.config import NsaConfig
+from nsa_neuron.nn.state import ROWS_BY_HEAD
 
 
 @strict
@@ -22,6 +23,7 @@ class NsaLmConfig(PreTrainedConfig):
         rope_theta: base of the rotary encoding; rope_placement: see `NsaConfig.rope`.
         compress_block, compress_stride, select_block, num_selected, num_initial, num_local,
             attention_window, phi, phi_per_head, shared_kv, qkv_bias, qk_norm: see `NsaConfig`.
+        attention_layout: version of the attention layers' parameters; set by the class.
         The rest: as in `LlamaConfig`.
     """
 
@@ -72,6 +74,7 @@ class NsaLmConfig(PreTrainedConfig):
     qkv_bias: bool = False
     qk_norm: float = 0.0
     attention_kinds: list[str] | None = None
+    attention_layout: int = ROWS_BY_HEAD
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -91,6 +94,24 @@ class NsaLmConfig(PreTrainedConfig):
             expected = f"{self.num_hidden_layers} of {', '.join(KINDS)}"
             raise InvalidArgument("NsaLmConfig", "attention_kinds", kinds, expected)
         self.attention_config()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'; refuses a saved configuration whose weights have rows in doubt.
+
+        Raises:
+            StateMismatch: it says nothing of the weights' layout, and several heads make it matter.
+        """
+        heads = config_dict.get("num_key_value_heads", cls.num_key_value_heads)
+        known = config_dict.get("attention_layout", 0) >= ROWS_BY_HEAD
+        if not known and heads > 1 and not config_dict.get("shared_kv", False):
+            raise StateMismatch(
+                "the saved configuration has no attention_layout = 2: its weights may have the "
+                "rows of kv.weight in another order of heads. If they were saved before revision "
+                "fcd0a07 (2026-11-28), turn each with nsa_neuron.nn.rows_by_head(weight, 3, "
+                f'{heads}); then, or if they are younger, add "attention_layout": 2 to config.json'
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def attention_config(self) -> NsaConfig:
         """Sizes and options of every attention layer."""

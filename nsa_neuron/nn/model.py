@@ -152,6 +152,8 @@ class ByteLanguageModel(CheckedModule):
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             expected = "of shape [B, S], S at least 1"
             raise InvalidArgument("forward", "tokens", f"of shape {list(tokens.shape)}", expected)
+        if step is not None and not isinstance(step, Step):
+            raise InvalidType("forward", "step", type(step).__name__, "a Step of a cache")
         if step is not None and len(step.layers) != len(self.kinds):
             found, expected = f"of a cache of {len(step.layers)} layers", f"of {len(self.kinds)}"
             raise InvalidArgument("forward", "step", found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from nsa_neuron.errors import CacheExhausted, InvalidArgument  # noqa: E402
+from nsa_neuron.errors import CacheExhausted, InvalidArgument, StateMismatch  # noqa: E402
 from nsa_neuron.integrations.transformers import NsaForCausalLM, NsaLmConfig, convert  # noqa: E402
+from nsa_neuron.integrations.transformers import cache as hf_cache  # noqa: E402
 
 GEOMETRY = {
     "compress_block": 8, "compress_stride": 4, "select_block": 16, "num_selected": 4,
@@ -145,6 +147,51 @@ def test_the_cache_can_be_continued_cropped_repeated_and_selected():
         torch.testing.assert_close(NET(ids, cache=cache).logits, whole)
 
 
+@torch.no_grad()
+def test_windows_and_what_phi_has_read_are_given_back(monkeypatch):
+    """Pools for the last rows only, beams and short crops included; a long crop is refused."""
+    monkeypatch.setattr(hf_cache, "SLACK", 6)
+    monkeypatch.setattr(hf_cache, "STEP", 4)
+    ids, whole = ids_of(2, 400), NET(ids_of(2, 400), use_cache=False).logits
+    cache = NET(ids[:, :300]).cache
+    rows = {name: len(t.users) // 2 for name, t in cache.layers[0].store.books.tables.items()}
+    assert rows == {"cmp": 8, "slc": 8, "win": 2, "raw": 2}  # pages of 64 tokens, per sequence
+    torch.testing.assert_close(NET(ids[:, 300:305], cache=cache).logits, whole[:, 300:305])
+    cache.crop(-6)
+    torch.testing.assert_close(NET(ids[:, 299:390], cache=cache).logits, whole[:, 299:390])
+    with pytest.raises(InvalidArgument, match="what slack = 6 keeps"):
+        cache.crop(-50)
+    assert cache.get_seq_length() == 390
+    torch.testing.assert_close(NET(ids[:, 390:], cache=cache).logits, whole[:, 390:])
+    kept = NET.generate(ids[:1, :200], num_beams=3, max_new_tokens=80, use_cache=True, **GREEDY)
+    slow = NET(kept[:, :-1], use_cache=False).logits
+    again = NET(kept[:, :200]).cache
+    torch.testing.assert_close(NET(kept[:, 200:-1], cache=again).logits, slow[:, 200:])
+
+
+def test_old_rows_of_several_heads_are_refused_and_can_be_turned(tmp_path):
+    """What was saved before rows of kv.weight were ordered by head must not load silently."""
+    NET.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("attention_layout") == 2
+    path.write_text(json.dumps(saved))
+    with pytest.raises(StateMismatch, match=r"rows_by_head\(weight, 3, 2\)"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    path.write_text(json.dumps({**saved, "shared_kv": True}))
+    transformers.AutoConfig.from_pretrained(tmp_path)
+    state = NET.state_dict()
+    for data in state._metadata.values():
+        data["version"] = 1
+    net = model(5)
+    before = net.model.layers[0].self_attn.kv.weight.clone()
+    with pytest.raises(StateMismatch, match=r"layers\.0\.self_attn\.kv\.weight is of version 1"):
+        net.load_state_dict(state)
+    assert torch.equal(net.model.layers[0].self_attn.kv.weight, before)
+    net.load_state_dict(dict(state))
+    assert torch.equal(net(ids_of(1, 9)).logits, NET(ids_of(1, 9)).logits)
+
+
 def test_save_and_load(tmp_path):
     NET.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -170,7 +217,6 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_a_trainer_step(tmp_path):
-    pytest.importorskip("accelerate")
     net = model()
     rows = [{"input_ids": row, "labels": row} for row in ids_of(4, 24)]
     before = net.lm_head.weight.clone()

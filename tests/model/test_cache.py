@@ -137,6 +137,32 @@ def test_a_released_cache_stays_small():
     assert cache.lengths == [638]
 
 
+@torch.no_grad()
+def test_pools_of_what_is_given_back_are_small_and_large_enough():
+    """However the text comes, and after a cache has been made wider and longer."""
+    net, tokens = model(("window", "nsa")), bytes_of(2, 900)
+    want = net(tokens)
+    cache = net.new_cache(1, 640, paged=True, slack=2, longest_step=40)
+    pages = {name: len(table.users) for name, table in cache.books.tables.items()}
+    assert pages == {"cmp": 10, "slc": 10, "win": 2, "raw": 2}
+    assert cache.nbytes < net.new_cache(1, 640).nbytes * 0.6
+    close(fed(net, tokens[:1], [500, 40, 1, 39, 1, 1, 2], cache), want[:1, :584])
+    cache.truncate([582])
+    with pytest.raises(InvalidArgument, match="at least 582"):
+        cache.resize([0, 0], 581, 70)
+    with pytest.raises(InvalidArgument, match=r"within 0 \.\. 0"):
+        cache.resize([0, 1], 900, 70)
+    cache.resize([0, 0], 900, 70)
+    assert cache.lengths == [582, 582]
+    tail = torch.cat([tokens[:1, 582:782], tokens[1:, 582:782]])
+    got = fed(net, tail, [70, 1, 70, 59], cache)
+    close(got, net(torch.cat([tokens[[0, 0], :582], tail], 1))[:, 582:])
+    cache.resize([1], 900, 70)
+    assert cache.lengths == [782]
+    one = fed(net, tokens[:1, :9], [9], cache)
+    close(one, net(torch.cat([tokens[:1, :582], tail[1:], tokens[:1, :9]], 1))[:, 782:])
+
+
 def test_prefix_reuse():
     """A fork cut to the common prefix continues as if it had read the prefix itself."""
     net = NETS["separate"]
@@ -233,6 +259,18 @@ def test_no_free_page():
     with pytest.raises(CacheExhausted, match="all 2 pages of 64 rows are in use"):
         fed(net, TOKENS[:, 60:70], [10], cache)
     assert same(before, snapshot(cache))
+
+
+@pytest.mark.parametrize("position", [20, -3])
+def test_a_cache_alone_says_where_tokens_stand(position):
+    """A position that the cache does not have cannot be asked for: there is no such argument."""
+    net = NETS["separate"]
+    cache = net.new_cache(2, 64)
+    with pytest.raises(TypeError), cache.step(5, position=position):
+        pass
+    with torch.no_grad(), pytest.raises(InvalidArgument, match="'step'"), cache.step(5) as step:
+        net(TOKENS[:, :5], position)
+    assert cache.lengths == [0, 0] and step.positions[0].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("size", [{"batch": 0}, {"capacity": 0}, {"capacity": 1.5}])

@@ -11,18 +11,21 @@ from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from nsa_neuron.errors import InvalidArgument
-from nsa_neuron.nn.cache import ContiguousCache, LayerStep
+from nsa_neuron.nn.cache import LayerStep, PagedCache
 
 if TYPE_CHECKING:
     from nsa_neuron.nn.config import NsaConfig
 
-FIRST_CAPACITY = 256  # tokens; doubled whenever they are used up
+ROOM = 256  # tokens, or an eighth of what is there: what a cache has and grows by beyond its use
+STEP = 64  # new tokens that there is always room for
+SLACK = 256  # tokens that `crop` may take back where a layer keeps its window only
 
 
 class NsaCacheLayer(CacheLayerMixin):
-    """One layer's `ContiguousCache`, which grows; `DynamicCache(config=...)` makes these.
+    """One layer's `PagedCache`, which grows; `DynamicCache(config=...)` makes these.
 
-    It counts columns of the padded batch, as transformers does, and keeps real tokens only.
+    It counts columns of the padded batch, as transformers does, and keeps real tokens only. Of the
+    window branch and of what phi has compressed it keeps the last `SLACK` beyond what is seen.
     """
 
     _layer_type: str | None = "nsa"
@@ -33,7 +36,7 @@ class NsaCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.store: ContiguousCache | None = None
+        self.store: PagedCache | None = None
         self.columns = 0
 
     @contextmanager
@@ -49,25 +52,30 @@ class NsaCacheLayer(CacheLayerMixin):
             dtype: of keys and values.
         """
         batch, tokens = x.shape[:2]
+        whole = self.columns == 0 and min(counts) == tokens  # which needs no room in windows
+        longest = max(1 if whole else tokens, STEP)
         if self.store is None:
-            capacity = min(self._first_capacity(tokens), config.max_positions)
-            self.store = ContiguousCache(
-                config, (kind,), batch, capacity, dtype=dtype, device=x.device
-            )
+            capacity = min(self._capacity(max(counts)), config.max_positions)
+            self.store = PagedCache(
+                config, (kind,), batch, capacity, dtype=dtype, device=x.device,
+                slack=SLACK if self.grows else None, longest_step=longest,
+            )  # fmt: skip
         if self.store.batch != batch:
             found, expected = f"of {batch} rows", f"of {self.store.batch} like the cache"
             raise InvalidArgument("NsaCacheLayer", "hidden_states", found, expected)
         needed = max(have + new for have, new in zip(self.store.lengths, counts, strict=True))
-        if self.grows and self.store.capacity < needed <= config.max_positions:
-            capacity = min(2 * needed, config.max_positions)
-            self.store = self.store.resized(range(batch), capacity)
+        longest = max(longest, self.store.longest_step or 1)
+        full = self.store.capacity < needed <= config.max_positions
+        if self.grows and (full or longest != self.store.longest_step):
+            capacity = self._capacity(needed) if full else self.store.capacity
+            self.store.resize(range(batch), min(capacity, config.max_positions), longest)
         with self.store.step(tokens, counts) as step:
             yield step.layers[0]
         self.columns += tokens
         self.is_initialized = True
 
-    def _first_capacity(self, tokens: int) -> int:
-        return max(FIRST_CAPACITY, 2 * tokens)
+    def _capacity(self, tokens: int) -> int:
+        return tokens + max(ROOM, tokens // 8)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The attention layer does it: its sizes are needed."""
@@ -91,7 +99,11 @@ class NsaCacheLayer(CacheLayerMixin):
         return self.columns + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last columns; the number is negative, as transformers gives it."""
+        """Forgets the last columns; the number is negative, as transformers gives it.
+
+        Raises:
+            InvalidArgument: more than `SLACK` of them, and what the layer then needs is gone.
+        """
         count = abs(tokens_to_remove)
         if self.store is not None and count:
             self.store.truncate([max(0, have - count) for have in self.store.lengths])
@@ -125,7 +137,7 @@ class NsaCacheLayer(CacheLayerMixin):
 
     def _select(self, order: Sequence[int]) -> None:
         assert self.store is not None
-        self.store = self.store.resized(order, self.store.capacity)
+        self.store.resize(order, self.store.capacity, self.store.longest_step)
 
 
 class NsaStaticCacheLayer(NsaCacheLayer):
@@ -144,7 +156,7 @@ class NsaStaticCacheLayer(NsaCacheLayer):
         super().__init__(**kwargs)
         self.max_cache_len = max_cache_len
 
-    def _first_capacity(self, tokens: int) -> int:
+    def _capacity(self, tokens: int) -> int:
         return self.max_cache_len
 
     def get_max_length(self) -> int:

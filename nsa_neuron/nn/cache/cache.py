@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SPARE = 2  # pages behind each pool's own: one takes what has no token, one stays zero
 PAGE_TOKENS = 64  # of a page, at least
+FAR = 2**40  # tokens: more than any sequence has
 
 
 class KvCache:
@@ -34,8 +35,8 @@ class KvCache:
         kinds: of the layers: `nsa`, `full`, `window`.
         batch: sequences. capacity: longest sequence, tokens.
         dtype, device: of the pools.
-        pages: pages of each pool by name.
-        slack: see `PagedCache`.
+        pages: of a pool that keeps every row.
+        slack, longest_step: see `PagedCache`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class KvCache:
         device: torch.device | str,
         pages: int,
         slack: int | None,
+        longest_step: int | None = None,
     ) -> None:
         for name, value in (("batch", batch), ("capacity", capacity), ("pages", pages)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -56,7 +58,7 @@ class KvCache:
             expected = f"at most max_positions = {config.max_positions}"
             raise InvalidArgument(type(self).__name__, "capacity", capacity, expected)
         self.config, self.kinds, self.slack = config, tuple(kinds), slack
-        self.batch, self.capacity = batch, capacity
+        self.batch, self.capacity, self.longest_step = batch, capacity, longest_step
         self.dtype, self.device = dtype, torch.device(device)
         self.page = page_tokens(config)
         self.alias = _alias(config)
@@ -104,8 +106,9 @@ class KvCache:
                 f"is {self.capacity} tokens"
             )
         for name, table in books.tables.items():
+            first = self._first_written(name, old, books.lengths, tokens)
             for i in np.nonzero(given)[0].tolist():
-                table.grow(i, self._rows(name, old[i]), self._rows(name, books.lengths[i]))
+                table.grow(i, self._rows(name, first[i]), self._rows(name, books.lengths[i]))
         self._copy_pages(books)
         step = plan_step(books, old, given, tokens, self)
         step.layers = [LayerStep(step, pools, self.alias) for pools in self.layers]
@@ -216,6 +219,13 @@ class KvCache:
         least: Ints = np.minimum.reduce(needs)
         return least
 
+    def _first_written(self, name: str, old: Ints, lengths: Ints, tokens: int) -> Ints:
+        """First token of each sequence that a step has to write: its first new one, or, in a step
+        that reads nothing cached, the first that will be needed afterwards."""
+        if self.slack is None or old.any() or (lengths != tokens).any():
+            return old
+        return self._needed(name, np.maximum(0, lengths - self.slack))
+
     def _release(self, books: Books) -> None:
         """Gives back what no query will see any more, and no truncation within the slack needs."""
         if self.slack is None:
@@ -248,14 +258,27 @@ class KvCache:
             table.take_over(order)
 
     def _empty_books(self, names: Sequence[str], pages: int) -> Books:
-        # As many pages in every pool, so that compiled steps see equal sizes whatever the capacity.
         most = -(-self.capacity // self.page)
         tables = {
-            name: PageTable.empty(name, self.page_rows(name), pages, self.batch, most)
+            name: PageTable.empty(
+                name, self.page_rows(name), self._pages(name, pages), self.batch, most
+            )
             for name in names
         }
         zeros = np.zeros(self.batch, dtype=np.int64)
         return Books(zeros, {name: zeros.copy() for name in names}, tables)
+
+    def _pages(self, name: str, pages: int) -> int:
+        """Pages of a pool: as many in every pool, so that compiled steps see equal sizes whatever
+        the capacity, unless steps are known to be short enough for fewer."""
+        if self.slack is None or self.longest_step is None:
+            return pages
+        far = np.asarray(FAR)
+        kept = FAR - int(self._needed(name, far)) + self.config.stride
+        if kept > FAR:
+            return pages
+        rows = kept + self.slack + self.longest_step
+        return min(pages, self.batch * (-(-rows // self.page) + 1))
 
     def page_rows(self, name: str) -> int:
         """Rows of a page of a pool."""

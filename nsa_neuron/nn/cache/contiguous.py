@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn.cache.cache import SPARE, KvCache
 
 if TYPE_CHECKING:
@@ -34,36 +33,6 @@ class ContiguousCache(KvCache):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(config, kinds, batch, capacity, dtype, device, batch, None)
-
-    def resized(self, order: Sequence[int], capacity: int) -> ContiguousCache:
-        """A new cache whose sequence i is a copy of this one's order[i].
-
-        Args:
-            order: a sequence for each of the new cache's.
-            capacity: of the new cache.
-
-        Raises:
-            InvalidArgument: no such sequence, or longer ones than the new capacity.
-        """
-        if not order or min(order) < 0 or max(order) >= self.batch:
-            expected = f"one or more, within 0 .. {self.batch - 1}"
-            raise InvalidArgument("resized", "order", list(order), expected)
-        made = ContiguousCache(
-            self.config, self.kinds, len(order), capacity, dtype=self.dtype, device=self.device
-        )
-        lengths = self.books.lengths[list(order)]
-        if (lengths > capacity).any():
-            raise InvalidArgument("resized", "capacity", capacity, f"at least {lengths.max()}")
-        made.books.lengths = lengths
-        index = torch.as_tensor(list(order), device=self.device)
-        for old, new in zip(self.layers, made.layers, strict=True):
-            for name in old:
-                for x, y in zip(old[name], new[name], strict=True):
-                    rows = x[:-SPARE].unflatten(0, (self.batch, -1))
-                    target = y[:-SPARE].unflatten(0, (made.batch, -1))
-                    pages = min(rows.shape[1], target.shape[1])
-                    target[:, :pages] = rows[index, :pages]
-        return made
 
     def _empty_books(self, names: Sequence[str], pages: int) -> Books:
         books = super()._empty_books(names, pages)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from nsa_neuron.errors import InvalidArgument
-from nsa_neuron.nn.cache.cache import KvCache, page_tokens
+from nsa_neuron.nn.cache.cache import SPARE, KvCache, page_tokens
 
 if TYPE_CHECKING:
     from nsa_neuron.nn.config import NsaConfig
@@ -23,6 +25,8 @@ class PagedCache(KvCache):
             `cache.page` tokens, or the blocks that start in them.
         slack: None: keep every row. Else rows of the window branch and of phi's input are given
             back once no query sees them, except for truncations of up to so many tokens.
+        longest_step: most new tokens of a step that is not the first, where that is known: with
+            `slack`, pools whose rows are given back are then no larger than needed for it.
     """
 
     def __init__(
@@ -34,11 +38,57 @@ class PagedCache(KvCache):
         *,
         pages: int | None = None,
         slack: int | None = None,
+        longest_step: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         if slack is not None and (isinstance(slack, bool) or slack < 0):
             raise InvalidArgument("PagedCache", "slack", slack, "None or at least 0")
+        if longest_step is not None and (isinstance(longest_step, bool) or longest_step < 1):
+            expected = "None or at least 1"
+            raise InvalidArgument("PagedCache", "longest_step", longest_step, expected)
         full = max(1, batch) * -(-max(1, capacity) // page_tokens(config))
         pages = full if pages is None else pages
-        super().__init__(config, kinds, batch, capacity, dtype, device, pages, slack)
+        super().__init__(config, kinds, batch, capacity, dtype, device, pages, slack, longest_step)
+
+    def resize(self, order: Sequence[int], capacity: int, longest_step: int | None = None) -> None:
+        """Sequence i becomes what sequence order[i] was, with room for more or fewer sequences and
+        tokens. Pools grow if they have to; they never shrink.
+
+        Args:
+            order: a sequence for each that there will be.
+            capacity: tokens of the longest.
+            longest_step: see the class.
+
+        Raises:
+            InvalidArgument: no such sequence, or longer ones than the new capacity; nothing has
+                changed.
+        """
+        if not order or min(order) < 0 or max(order) >= self.batch:
+            expected = f"one or more, within 0 .. {self.batch - 1}"
+            raise InvalidArgument("resize", "order", list(order), expected)
+        books, wanted = self._books_to_change("resize"), np.asarray(order, dtype=np.int64)
+        books.lengths = books.lengths[wanted]
+        if (books.lengths > capacity).any():
+            raise InvalidArgument("resize", "capacity", capacity, f"at least {max(books.lengths)}")
+        books.kept = {name: kept[wanted] for name, kept in books.kept.items()}
+        self.batch, self.capacity, self.longest_step = len(order), capacity, longest_step
+        most = -(-capacity // self.page)
+        for name, table in books.tables.items():
+            table.resize(wanted, most, self._pages(name, self.batch * most))
+            for pools in self.layers:
+                if name in pools:
+                    k, v = pools[name]
+                    pages = len(table.users) + SPARE
+                    pools[name] = _grown(k, pages), _grown(v, pages)
+        self.books = books
+
+
+def _grown(pool: Tensor, pages: int) -> Tensor:
+    """The pool with so many pages; the spare ones, at its end, hold nothing that is read but
+    zeros."""
+    if len(pool) == pages:
+        return pool
+    made = pool.new_zeros(pages, *pool.shape[1:])
+    made[: len(pool) - SPARE] = pool[:-SPARE]
+    return made

@@ -88,6 +88,14 @@ class PageTable:
         held = self.table[self.table != NONE]
         self.users = np.bincount(held, minlength=len(self.users)).astype(np.int64)
 
+    def resize(self, order: Ints, most: int, pages: int) -> None:
+        """As `take_over`, with up to `most` pages of a sequence and at least `pages` in all."""
+        old = self.table[order][:, :most]
+        self.table = np.full((len(order), most), NONE, dtype=np.int64)
+        self.table[:, : old.shape[1]] = old
+        self.users = np.zeros(max(pages, len(self.users)), dtype=np.int64)
+        self.take_over(np.arange(len(order)))
+
     def rows(self, sequences: Ints, positions: Ints, otherwise: int) -> Ints:
         """Rows of the flattened pool at which positions of sequences lie.
 

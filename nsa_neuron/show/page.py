@@ -36,6 +36,11 @@ main { display: grid; grid-template-columns: minmax(0, 3fr) minmax(18rem, 2fr); 
 pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   margin: 0; max-height: 82vh; overflow: auto; border: 1px solid var(--edge); padding: .6rem }
 pre b { font-weight: inherit } pre b:target { outline: 2px solid }
+pre b:is(:hover, :target)::after { content: attr(data-n); position: fixed; left: .5rem;
+  bottom: .5rem; max-height: 40vh; overflow: hidden; padding: .4rem .7rem; z-index: 1;
+  white-space: pre; background: Canvas; color: CanvasText; border: 1px solid; border-radius: .4rem;
+  font: .85rem/1.4 ui-monospace, monospace; text-decoration: none; pointer-events: none }
+pre b:hover::after { z-index: 2 }
 aside { display: none; max-height: 82vh; overflow: auto }
 table { border-collapse: collapse; font-size: .88rem; width: 100% }
 th, td { text-align: left; padding: .15rem .5rem; border-bottom: 1px solid var(--edge) }
@@ -55,6 +60,8 @@ $rules
 </style>
 <h1>$title</h1>
 <p class="quiet">$about</p>
+<p class="quiet">Point at a block, or follow a link to it, to see its importance in numbers. Tab and
+the arrow keys choose queries, layers and links.</p>
 <p class="key"><b class="k1">picked</b> <b class="k2">available, not picked: darker is more
 important</b> <b class="k3">after the query: not visible</b> <b class="query">where the query
 stands</b></p>
@@ -134,7 +141,8 @@ def _rules(found: Look, per_query: int) -> list[str]:
 
 
 def _blocks(found: Look) -> str:
-    """The text in selection blocks; numbers of every view appear over a block."""
+    """The text in selection blocks; the one that is pointed at, or that a link went to, shows the
+    numbers of every view."""
     size, parts = found.select_block, []
     for block, start in enumerate(range(0, len(found.text), size)):
         hidden = [f"f{i}" for i, at in enumerate(found.queries) if start > at]
@@ -146,7 +154,7 @@ def _blocks(found: Look) -> str:
         label = "\n".join([f"block {block}, bytes {start} …", *numbers])
         classes = f' class="{" ".join(hidden)}"' if hidden else ""
         body = escape(readable(found.text[start : start + size]))
-        parts.append(f'<b id="b{block}"{classes} title="{escape(label)}">{body}</b>')
+        parts.append(f'<b id="b{block}"{classes} data-n="{escape(label)}">{body}</b>')
     return "".join(parts)
 
 

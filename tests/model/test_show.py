@@ -197,11 +197,29 @@ def test_the_page_in_a_browser(tmp_path):
         assert "underline" in browser.run(SHADE.format(last.picked[1].block, "textDecorationLine"))
         browser.point("aside[style], #p7 td a", click=True)
         assert browser.run("location.hash") == f"#b{ranked(last)[0].block}"
+        check_numbers(browser, found, ranked(last)[0].block)
         browser.resize(420, 800)
         browser.screenshot(tmp_path / "narrow.png")
         wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
         assert browser.run(wide)
         assert browser.problems == []
+
+
+def check_numbers(browser, found, target):
+    """The block that is pointed at shows its numbers, and so does the one that a link went to."""
+    shown = "getComputedStyle(document.getElementById('b{}'), '::after').content"
+    other = 1 if target != 1 else 2
+    assert browser.run(shown.format(other)) == "none"
+    browser.point(f"#b{other}")
+    views = [v for v in found.views if other < len(v.importance)]
+    for block in (other, target):
+        text = browser.run(shown.format(block))
+        for v in views if block == other else [found.views[-1]]:
+            line = f"byte {v.query} layer {v.layer} head {v.kv_head}: {v.importance[block]:.4f}"
+            assert line in text
+    browser.run("document.querySelectorAll('#p7 td a')[1].focus()")
+    browser.press("Enter")
+    assert browser.run("location.hash") == f"#b{ranked(found.views[-1])[1].block}"
 
 
 def ranked(view):

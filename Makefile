@@ -96,6 +96,12 @@ bench-cpu: $(STAMP) ## the whole table of docs/performance.md for the CPU backen
 	$(BIN)/nsa bench --target cpu --part native --tokens 4096 16384 --shape 4/1/64/float32 --out $(CPU_RESULTS)
 	$(BIN)/nsa bench --target cpu --part native --tokens 16384 --shape 16/1/128/bfloat16 --out $(CPU_RESULTS)
 
+MODEL_RESULTS ?= benchmarks/results/model-cpu.jsonl
+.PHONY: bench-model
+bench-model: $(STAMP) ## whole models beside full attention into docs/performance.md, 10 minutes, idle
+	$(BIN)/nsa bench --target cpu --part model --tokens 2048 8192 32768 131072 --out $(MODEL_RESULTS)
+	$(BIN)/python tools/model_table.py $(MODEL_RESULTS)
+
 .PHONY: clean
 clean: ## remove the environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,48 @@
+"""The tables of `nsa bench --target cpu --part model` in docs/performance.md, from its rows.
+
+    python tools/model_table.py benchmarks/results/model-cpu.jsonl
+
+The last row of each name and length counts. `make bench-model` measures, then calls this.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nsa_neuron.bench.record import Record
+from nsa_neuron.model_bench import tables
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+MARK = "<!-- whole models, measured: tools/model_table.py -->"
+FIELDS = ("bench", "name", "unit", "median", "p20", "p80", "runs", "facts")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Tables, and on what they were measured."""
+    latest = {(row["name"], row["facts"]["tokens"]): row for row in rows}
+    machine = list(latest.values())[-1]["environment"]
+    facts = list(latest.values())[-1]["facts"]
+    parts = [
+        f"Measured on {machine['cpu']}, {machine['cores']} cores, {facts['threads']} threads of "
+        f"torch; revision {machine['revision']}. Times in ms."
+    ]
+    for title, headers, cells in tables([Record(*map(row.get, FIELDS)) for row in latest.values()]):
+        head = f"| {' | '.join(headers)} |\n|{'--:|' * len(headers)}"
+        body = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        parts.append(f"{title[0].upper()}{title[1:]}:\n\n{head}\n{body}")
+    return "\n\n".join(parts)
+
+
+def rewrite(page: str, rows: list[dict[str, Any]]) -> str:
+    """The page with the part between its two marks made anew."""
+    before, _, rest = page.partition(f"{MARK}\n")
+    _, _, after = rest.partition(MARK)
+    return f"{before}{MARK}\n{markdown(rows)}\n{MARK}{after}"
+
+
+if __name__ == "__main__":
+    lines = Path(sys.argv[1]).read_text().splitlines()
+    PAGE.write_text(rewrite(PAGE.read_text(), [json.loads(line) for line in lines]))

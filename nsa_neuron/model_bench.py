@@ -127,9 +127,8 @@ def decoding(tokens: int) -> list[Record]:
     sparse.eval(), dense.eval()
     ids = torch.full((1, 1), 7)
     ours, theirs = DynamicCache(config=sparse.config), DynamicCache(config=dense.config)
-    for made in sparse.model.layers:
-        _fill(ours.layers[made.layer_idx], made.self_attn.config, tokens)
-    for layer in range(LAYERS):
+    for layer, cached in enumerate(ours.layers):
+        _fill(cached, CONFIG, tokens)
         keys = torch.randn(1, CONFIG.kv_heads, tokens, CONFIG.dk)
         theirs.update(keys, keys.clone(), layer)
     steps = {

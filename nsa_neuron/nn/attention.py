@@ -85,7 +85,7 @@ class AttentionLayer(nn.Module):
     ) -> None:
         # Before any parameter is loaded: they are the children's.
         check_rows(self, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     @property
     def own_config(self) -> NsaConfig:

@@ -22,7 +22,8 @@ def rows_by_head(rows: Tensor, sets: int, kv_heads: int) -> Tensor:
         sets: of keys and values: 3, or 1 with `shared_kv` and in full and windowed attention.
         kv_heads: Hkv.
     """
-    return rows.unflatten(0, (sets, kv_heads, -1)).transpose(0, 1).flatten(0, 2)
+    by_set: Tensor = rows.unflatten(0, (sets, kv_heads, -1))
+    return by_set.transpose(0, 1).flatten(0, 2)
 
 
 def check_rows(layer: Any, prefix: str, metadata: Mapping[str, Any]) -> None:

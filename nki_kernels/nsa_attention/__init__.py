@@ -74,7 +74,7 @@ class Lane(nl.NKIObject):
 
 @nki.jit
 def forward(
-    q_t, k_cmp_t, v_cmp, pages, k_win_t, v_win, gates, shifts, weights, heads, member, slot_keys,
+    q_t, k_cmp_t, v_cmp, pages, k_win_t, v_win, gates, shifts, weights, heads, same, slot_keys,
     batch: int, group: int, block: int, count: int, initial: int, local: int, window: int,
     past: int, tokens: int, ahead: int, kept: int, paired: bool, queues: tuple, scale: float,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def forward(
         k_win_t, v_win: as k_cmp_t and v_cmp.
         gates: [LANES, tiles, rows, parts, 3] float32; row of C = part * rows + row.
         shifts: [LANES, tiles, 3] float32, what is added to the scaled logits of a branch.
-        weights, heads, member, slot_keys: see `constants`.
+        weights, heads, same, slot_keys: see `constants`.
         batch: B. group: G. block: l. count: n. initial, local: forced blocks. window: w.
         past: position of the first query. tokens: T.
         ahead: tiles of queries between a compressed branch and the rest of it.
@@ -106,10 +106,9 @@ def forward(
     o = nl.ndarray((batch, 32 * tiles, kv_heads * group, dv), dtype=q_t.dtype, buffer=nl.shared_hbm)
     redo = nl.ndarray((lanes, tiles), dtype=nl.float32, buffer=nl.shared_hbm)
     core, cores = this_core()
-    padded = (geometry.blocks + 127) // 128 * 128
-    turned = nl.ndarray((cores, kept, padded, 32), dtype=q_t.dtype, buffer=nl.private_hbm)
+    turned = nl.ndarray((cores, kept, geometry.padded, 32), dtype=q_t.dtype, buffer=nl.private_hbm)
     lists = nl.ndarray((cores, tiles, slots), dtype=nl.int32, buffer=nl.private_hbm)
-    constants = Constants(weights, heads, member, slot_keys)
+    constants = Constants(weights, heads, same, slot_keys)
     first, number = share(lanes)
     for lane in range(first, first + number):
         b, head = divmod(lane, kv_heads)

@@ -1,18 +1,22 @@
-"""From scores to lists: the best blocks of each query, and their union over a tile of queries.
+"""From shares to masks: the best blocks of each query of a tile.
 
-Forced blocks have fixed places in every list, so they are neither ranked nor listed here; so block
-0 is never listed, and stands for the end of a list: no query's mask has it.
+VectorE has 128 lanes and a tile 32 queries, so blocks are cut in four chunks of `tile.width` and
+lane 32 * c + q holds chunk c of query q. Each lane finds its best; of these, query by query, the
+best of all; then each lane marks as many of its own as were taken. Blocks are taken in the order of
+their scores, equal ones by number, as one search of all blocks would.
+
+Forced blocks have fixed places in every list, so they are not ranked; so block 0 is never listed,
+and stands for the end of a list: no query's mask has it.
 """
 
 import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
-from nki_kernels.nsa_attention.geometry import QUERIES
+from nki_kernels.nsa_attention.geometry import CHUNKS, PIECE, QUERIES
 
 LANES = 8  # what max8 finds at once
-GROUP = 4  # tiles of queries whose unions are made together
-BANK = 512
+BANK = 512  # float32 of a bank of PSUM
 # Scores are >= 0. Below, so that none is mistaken for another:
 FORCED = -1.0
 TAKEN = -8.0
@@ -22,35 +26,29 @@ HIDDEN = 3.0e38
 
 class Choice(nl.NKIObject):
     """Attributes:
-    masks: [ranks, blocks], 1 where a query chose a block that is not forced; of the last tiles.
-    filled: how many blocks of each are not surely 0. selectors: [rows, parts, 32] float32.
     turned: [tiles, blocks, 32] in HBM, the masks of some tiles, a block per row.
-    lists: [tiles, slots] int32 in HBM, descending; behind the last place, the next block if any.
-    ready: places in the order of work before which lists are made.
+    unions: see `unite.Unions`, which learns what each tile chose.
+    selectors: [rows, parts, 32] float32. places: [128, most chosen] float32, 0, 1, 2, ...
     """
 
-    def __init__(self, geometry, constants, turned, lists):
+    def __init__(self, geometry, constants, turned, unions):
         self.geometry, self.constants = geometry, constants
-        self.turned, self.lists = turned, lists
-        self.masks, self.filled, self.selectors = [], [], []
-        self.ready = 0
-        for _ in range(GROUP):
-            mask = sbuf((geometry.ranks, turned.shape[1]), turned.dtype)
-            nisa.memset(mask, 0.0)
-            self.masks.append(mask)
-            self.filled.append(0)
+        self.turned, self.unions = turned, unions
+        self.selectors = []
         for _ in range(2):
             selector = sbuf((geometry.rows, geometry.parts, QUERIES), nl.float32)
             nisa.memset(selector, 0.0)
             self.selectors.append(selector)
+        self.places = sbuf((128, max(LANES, geometry.count + LANES)), nl.float32)
+        nisa.iota(self.places, [[1, self.places.shape[1]]], offset=0, channel_multiplier=0)
 
     def steps_of(self, work):
         """(name, jobs to wait before) of the steps that mark what a tile's queries chose."""
         found = [("weigh", 1), ("sum", 3)]
         for _ in range((work.tile.chosen + LANES - 1) // LANES):
-            found.append(("best", 2))
-        found.append(("mark", 1))
-        found.append(("turn", 5))
+            found.append(("best", 1))
+        for name, wait in (("gather", 1), ("merge", 1), ("spread", 1), ("mark", 1), ("turn", 3)):
+            found.append((name, wait))
         return found
 
     def weigh(self, work):
@@ -59,160 +57,149 @@ class Choice(nl.NKIObject):
         selector = self.selectors[work.index % 2]
         for p in range(g.parts):
             inverse = work.inverse[:, p : p + 1]
-            into = selector[:, p, 0 : g.per_part]
+            into = selector[:, p, p * g.per_part : (p + 1) * g.per_part]
             nisa.tensor_scalar(into, self.constants.heads, nl.multiply, inverse)
 
     def sum(self, work):
-        """`ranking`: scores of the blocks that a query may choose, float32 [ranks, blocks]."""
+        """`ranking`: scores of the blocks that a query may choose, float32 [128, width]."""
         g, tile = self.geometry, work.tile
         selector = self.selectors[work.index % 2]
-        width = max(LANES, tile.blocks)
-        scores = sbuf((g.ranks, width), nl.float32)
-        _, _, tiles, blocks = work.scores.shape
-        by_part = work.scores.reshape((g.rows, g.parts, tiles * blocks))
-        known = min(tile.blocks, tiles * blocks)
-        for start in range(0, known, BANK):
-            some = min(BANK, known - start)
-            sums = psum((g.ranks, some))
-            for p in range(g.parts):
-                nisa.nc_matmul(
-                    sums[QUERIES * p : QUERIES * (p + 1), :],
-                    selector[:, p, :],
-                    by_part[:, p, start : start + some],
-                    accumulate=False,
-                    tile_position=(0, QUERIES * p),
-                    tile_size=(max(32, g.rows), QUERIES),
-                )
-            nisa.tensor_copy(scores[:, start : start + some], sums, engine=nisa.engine.vector)
-        nisa.memset(scores[:, 0 : g.initial], FORCED, engine=nisa.engine.vector)
-        nisa.memset(scores[:, tile.own - g.local + 1 :], FORCED, engine=nisa.engine.vector)
-        work.ranking, work.left = scores, tile.chosen
+        scores = sbuf((128, tile.width), nl.float32)
+        for start in range(0, tile.width, BANK):
+            some = min(BANK, tile.width - start)
+            sums = psum((128, some))
+            ends = []
+            for c in range(CHUNKS):
+                first = c * tile.width + start
+                ends.append(min(some, max(0, tile.known - first)))
+                for at in range(0, ends[c], PIECE):
+                    for p in range(g.parts):
+                        length = min(PIECE, ends[c] - at)
+                        nisa.nc_matmul(
+                            sums[QUERIES * c : QUERIES * (c + 1), at : at + length],
+                            selector[:, p, :],
+                            work.shares_of(p, (first + at) // PIECE, length),
+                            accumulate=p > 0,
+                            tile_position=(0, QUERIES * c),
+                            tile_size=(max(32, g.rows), QUERIES),
+                        )
+            full = 0
+            while full < CHUNKS - 1 and ends[full] == some:
+                full += 1
+            for c, many in ((0, full), (full, 1)):  # whole chunks, and the last one
+                length = ends[c]
+                if many > 0 and length > 0:
+                    lanes = slice(QUERIES * c, QUERIES * (c + many))
+                    into = scores[lanes, start : start + length]
+                    nisa.tensor_copy(into, sums[lanes, 0:length], engine=nisa.engine.vector)
+        self.exclude(scores, tile)
+        work.ranking, work.left = scores, scores
+        work.tops = sbuf((128, (tile.chosen + LANES - 1) // LANES * LANES), nl.float32)
+        work.searched = 0
+
+    def exclude(self, scores, tile):
+        """Blocks that no query of a tile may choose: forced ones, and those behind its own."""
+        width, g = tile.width, self.geometry
+        nisa.memset(scores[0:QUERIES, 0 : g.initial], FORCED, engine=nisa.engine.vector)
+        chunk, column = divmod(tile.own - g.local + 1, width)
+        for c in range(chunk, CHUNKS):
+            lanes = scores[QUERIES * c : QUERIES * (c + 1), column if c == chunk else 0 : width]
+            nisa.memset(lanes, FORCED, engine=nisa.engine.vector)
 
     def best(self, work):
-        """Marks the eight best scores that are left, the lowest block of equal ones."""
-        top = sbuf((work.ranking.shape[0], LANES), nl.float32)
-        nisa.max8(top, work.ranking)
-        if work.left < LANES:
-            nisa.memset(top[:, work.left : LANES], NOTHING, engine=nisa.engine.vector)
-        following = sbuf(work.ranking.shape, nl.float32)
-        nisa.nc_match_replace8(following, work.ranking, top, TAKEN)
-        work.ranking = following
-        work.left -= LANES
+        """The next eight best scores of each lane, into `tops`."""
+        top = work.tops[:, work.searched : work.searched + LANES]
+        nisa.max8(top, work.left)
+        work.searched += LANES
+        if work.searched < work.tops.shape[1]:
+            following = sbuf(work.left.shape, nl.float32)
+            nisa.nc_match_replace8(following, work.left, top, TAKEN)
+            work.left = following
+
+    def gather(self, work):
+        """The best of a query's lanes side by side, [32, chunks * most chosen] in PSUM."""
+        many = work.tops.shape[1]
+        work.gathered = psum((QUERIES, CHUNKS * many))
+        for c in range(CHUNKS):
+            lanes = slice(QUERIES * c, QUERIES * (c + 1))
+            nisa.nc_matmul(
+                work.gathered[:, c * many : (c + 1) * many],
+                self.constants.same[lanes, :],
+                work.tops[lanes, :],
+                accumulate=False,
+                tile_position=(QUERIES * c, 0),
+                tile_size=(QUERIES, QUERIES),
+            )
+
+    def merge(self, work):
+        """How many of each lane's best are among its query's best, `numbers` [32, chunks]."""
+        many = work.tops.shape[1]
+        current = sbuf((QUERIES, CHUNKS * many), nl.float32)
+        nisa.tensor_copy(current, work.gathered, engine=nisa.engine.vector)
+        for first in range(0, work.tile.chosen, LANES):
+            top = sbuf((QUERIES, LANES), nl.float32)
+            nisa.max8(top, current)
+            if work.tile.chosen - first < LANES:
+                beyond = top[:, work.tile.chosen - first : LANES]
+                nisa.memset(beyond, NOTHING, engine=nisa.engine.vector)
+            following = sbuf(current.shape, nl.float32)
+            nisa.nc_match_replace8(following, current, top, TAKEN)
+            current = following
+        taken = sbuf(current.shape, nl.float32)
+        nisa.tensor_scalar(taken, current, nl.equal, TAKEN)
+        work.numbers = sbuf((QUERIES, CHUNKS), nl.float32)
+        nisa.tensor_reduce(work.numbers, nl.add, taken.reshape((QUERIES, CHUNKS, many)), axis=2)
+
+    def spread(self, work):
+        """`numbers` with a lane per row, [128, 1] in PSUM."""
+        work.by_lane = psum((128, 1))
+        for c in range(CHUNKS):
+            nisa.nc_matmul(
+                work.by_lane[QUERIES * c : QUERIES * (c + 1), :],
+                self.constants.same[0:QUERIES, :],
+                work.numbers[:, c : c + 1],
+                accumulate=False,
+                tile_position=(0, QUERIES * c),
+                tile_size=(QUERIES, QUERIES),
+            )
 
     def mark(self, work):
-        """The mask of a tile."""
-        at, blocks = work.index % GROUP, work.tile.blocks
-        mask = self.masks[at]
-        nisa.tensor_scalar(mask[:, 0:blocks], work.ranking[:, 0:blocks], nl.equal, TAKEN)
-        if self.filled[at] > blocks:
-            nisa.memset(mask[:, blocks : self.filled[at]], 0.0, engine=nisa.engine.vector)
-        self.filled[at] = blocks
+        """`mask` [128, width]: 1 where a query chose a block."""
+        many = work.tops.shape[1]
+        number = sbuf((128, 1), nl.float32)
+        nisa.tensor_copy(number, work.by_lane, engine=nisa.engine.vector)
+        values, others = sbuf((128, many), nl.float32), sbuf((128, many), nl.float32)
+        places = self.places[:, 0:many]
+        nisa.scalar_tensor_tensor(values, places, nl.less, number, nl.multiply, work.tops)
+        nisa.tensor_scalar(
+            others, places, nl.greater_equal, number, op1=nl.multiply, operand1=NOTHING
+        )
+        nisa.tensor_tensor(values, values, others, nl.add)
+        current = work.ranking
+        for first in range(0, many, LANES):
+            following = sbuf(current.shape, nl.float32)
+            nisa.nc_match_replace8(following, current, values[:, first : first + LANES], TAKEN)
+            current = following
+        work.mask = sbuf(current.shape, self.turned.dtype)
+        nisa.tensor_scalar(work.mask, current, nl.equal, TAKEN)
 
     def turn(self, work):
-        """Writes a tile's mask to HBM with a block per row."""
-        g, mask = self.geometry, self.masks[work.index % GROUP]
+        """Writes a tile's mask to HBM with a block per row, and what it has to its union."""
+        mask, width = work.mask, work.tile.width
         place = self.turned[work.index % self.turned.shape[0]]
-        count = (work.tile.blocks + 127) // 128
-        rows = sbuf((128, count, QUERIES), mask.dtype)
-        for first in range(0, count, GROUP):
-            some = min(GROUP, count - first)
-            bank = psum((128, some, g.ranks), mask.dtype)
+        count = width // PIECE
+        rows = sbuf((PIECE, count, CHUNKS, QUERIES), mask.dtype)
+        for first in range(0, count, CHUNKS):
+            some = min(CHUNKS, count - first)
+            bank = psum((PIECE, some, 128), mask.dtype)
             for i in range(some):
-                blocks = mask[:, (first + i) * 128 : (first + i + 1) * 128]
+                blocks = mask[:, (first + i) * PIECE : (first + i + 1) * PIECE]
                 nisa.nc_transpose(bank[:, i, :], blocks, engine=nisa.engine.tensor)
-            by_part = bank.reshape((128, some, g.parts, QUERIES))[:, :, :, 0 : g.per_part]
-            into = rows[:, first : first + some, :]
-            into = into.reshape_dim(2, (g.parts, g.per_part))
-            nisa.tensor_copy(into, by_part, engine=nisa.engine.vector)
-        target = place[0 : 128 * count, :].reshape_dim(0, (count, 128))
-        nisa.dma_copy(target.permute((1, 0, 2)), rows)
-
-    def union_steps(self, works):
-        """(name, jobs to wait before) of the steps that list the blocks of up to GROUP tiles."""
-        ranked = 0
-        for work in works:
-            if work.tile.ranked:
-                ranked += 1
-        if ranked == 0:
-            return [("store", 0)]
-        found = [("unite", 1)]
-        for _ in range(0, self.lists.shape[1], LANES):
-            found.append(("list", 2))
-        found.append(("store", 1))
-        return found
-
-    def unite(self, union):
-        """`names`: 1 + block where some query of a tile chose it, else 0, [tiles, blocks]."""
-        ranked, blocks = [], LANES
-        for a in range(len(union.works)):
-            if union.works[a].tile.ranked:
-                ranked.append(a)
-                blocks = max(blocks, union.works[a].tile.blocks)
-        union.ranked = ranked
-        union.names = sbuf((GROUP, blocks), nl.float32)
-        nisa.iota(union.names, [[1, blocks]], offset=1, channel_multiplier=0)
-        for start in range(0, blocks, BANK):
-            some = min(BANK, blocks - start)
-            counts = psum((GROUP, some))
-            for a in ranked:
-                mask = self.masks[union.works[a].index % GROUP]
-                nisa.nc_matmul(
-                    counts,
-                    self.constants.member[:, a, :],
-                    mask[:, start : start + some],
-                    accumulate=a > ranked[0],
-                    tile_position=(0, 0),
-                    tile_size=(self.geometry.ranks, QUERIES),
-                )
-            into = union.names[:, start : start + some]
-            nisa.scalar_tensor_tensor(into, counts, nl.greater, 0.0, nl.multiply, into)
-        slots = self.lists.shape[1]
-        union.found = sbuf((GROUP, (slots + LANES - 1) // LANES * LANES), nl.float32)
-
-    def list(self, union):
-        """The next eight names of each tile."""
-        top = union.found[:, union.listed : union.listed + LANES]
-        nisa.max8(top, union.names)
-        union.listed += LANES
-        if union.listed < union.found.shape[1]:
-            following = sbuf(union.names.shape, nl.float32)
-            nisa.nc_match_replace8(following, union.names, top, 0.0)
-            union.names = following
-
-    def store(self, union):
-        """Writes the lists to HBM."""
-        self.ready = union.works[len(union.works) - 1].index + 1
-        if union.listed == 0:
-            return
-        slots = self.lists.shape[1]
-        numbers = sbuf((GROUP, slots), nl.int32)
-        found = union.found[:, 0:slots]
-        nisa.tensor_scalar(numbers, found, nl.subtract, 1.0, op1=nl.maximum, operand1=0.0)
-        for a in union.ranked:
-            number = union.works[a].tile.number
-            nisa.dma_copy(self.lists[number : number + 1, :], numbers[a : a + 1, :])
-
-    def load(self, work):
-        """A tile's list: `page_numbers` [1, listed], and the masks of its blocks, `hidden`."""
-        tile = work.tile
-        row = self.lists[tile.number : tile.number + 1, 0 : tile.listed]
-        work.page_numbers = sbuf((1, tile.listed), nl.int32)
-        nisa.dma_copy(work.page_numbers, row)
-        first = len(tile.taken)
-        places = sbuf((tile.listed, 1), nl.int32)
-        nisa.dma_copy(places, row.reshape((tile.listed, 1)))
-        work.hidden = sbuf((tile.slots, QUERIES), self.turned.dtype)
-        nisa.memset(work.hidden, 1.0)
-        turned = self.turned[work.index % self.turned.shape[0]]
-        nisa.dma_copy(work.hidden[first : tile.slots, :], turned.vector_select(0, places))
-
-
-class Union(nl.NKIObject):
-    """Up to GROUP tiles whose lists are in the making; see `Choice.unite`."""
-
-    def __init__(self, works):
-        self.works = works
-        self.listed = 0
+            into = rows[:, first : first + some].reshape((PIECE, some, 128))
+            nisa.tensor_copy(into, bank, engine=nisa.engine.vector)
+        target = place[0 : CHUNKS * width, :].reshape_dim(0, (CHUNKS, count, PIECE))
+        nisa.dma_copy(target.permute((2, 1, 0, 3)), rows)
+        self.unions.learn(work, rows)
 
 
 def hide(work):

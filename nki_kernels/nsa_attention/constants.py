@@ -12,16 +12,16 @@ class Constants(nl.NKIObject):
     weights: [128, 34] float32: shares of a tile's keys in its 32 blocks, in the next tile's first
         block, and 1.
     heads: [rows, queries of a part] float32, 1 where a row belongs to a query.
-    member: [ranks, 4, 4] bfloat16: [:, a, a] is 1 where a rank is a query.
+    same: [128, 32] float32, 1 where lane 32 * c + q belongs to query q.
     slot_keys: [slots, pairs, 128] bfloat16, 1 at a slot's keys in its pair.
     zeros: [32, 512] bfloat16.
     near, far: [128, 32] float32: query - key; query - 16 * key.
     """
 
-    def __init__(self, weights, heads, member, slot_keys):
+    def __init__(self, weights, heads, same, slot_keys):
         self.weights = loaded(weights)
         self.heads = loaded(heads)
-        self.member = loaded(member)
+        self.same = loaded(same)
         self.slot_keys = loaded(slot_keys)
         self.zeros = sbuf((QUERIES, nl.tile_size.gemm_moving_fmax), nl.bfloat16)
         nisa.memset(self.zeros, 0.0)

@@ -7,6 +7,8 @@ KEYS = 128  # of a tile of keys
 BLOCK = 64  # tokens of a selection block
 STRIDE = 16  # tokens between compressed keys
 BLOCKS_OF_KEYS = KEYS * STRIDE // BLOCK
+CHUNKS = 4  # of the blocks that are ranked, one for every 32 lanes
+PIECE = 128  # blocks; a chunk has a whole number of pieces
 
 
 class Geometry(nl.NKIObject):
@@ -17,6 +19,7 @@ class Geometry(nl.NKIObject):
         first: position of the first tile's first query, a multiple of 32. tiles: of a kv head.
         keys: compressed keys, Nc. blocks: selection blocks. forced: most forced blocks of a tile.
         slots: most blocks that a tile of queries takes from selection, even.
+        padded: blocks of all tiles of keys, in whole pieces of each chunk.
     """
 
     def __init__(self, group, block, count, initial, local, window, slots, past, tokens):
@@ -36,7 +39,8 @@ class Geometry(nl.NKIObject):
         self.keys = (tokens - block) // STRIDE + 1 if tokens >= block else 0
         self.blocks = (tokens + BLOCK - 1) // BLOCK
         self.forced = initial + local
-        self.ranks = QUERIES * self.parts
+        most = (self.keys + KEYS - 1) // KEYS * BLOCKS_OF_KEYS
+        self.padded = max(1, (most + CHUNKS * PIECE - 1) // (CHUNKS * PIECE)) * CHUNKS * PIECE
 
     def key_tiles_of_window(self):
         """Most tiles of keys that a tile of queries sees of its window."""
@@ -58,6 +62,7 @@ class Tile(nl.NKIObject):
         taken: blocks whose places in the list are static, `own` first.
         ranked: whether others are chosen; chosen: how many by a query; listed: places for them.
         slots: places of the list. key_tiles: tiles of compressed keys that some query sees.
+        known: blocks that these have shares in, `pieces` pieces. width: blocks of a chunk.
         first_near, last_near: tiles of keys of the window.
         stream: which ring of window tiles it uses.
     """
@@ -72,6 +77,9 @@ class Tile(nl.NKIObject):
         seen = self.t0 + QUERIES - g.block
         seen = min(g.keys, seen // STRIDE + 1) if seen >= 0 else 0
         self.key_tiles = (seen + KEYS - 1) // KEYS
+        self.known = self.key_tiles * BLOCKS_OF_KEYS
+        self.pieces = (self.known + PIECE - 1) // PIECE
+        self.width = PIECE * ((self.pieces + CHUNKS - 1) // CHUNKS)
         forced = []
         for block in range(self.own, max(-1, self.own - g.local), -1):
             forced.append(block)

@@ -3,12 +3,14 @@
 import nki.isa as nisa
 import nki.language as nl
 
-from nki_kernels.common.buffers import psum, sbuf
-from nki_kernels.nsa_attention.choose import GROUP, Choice, Union, hide
+from nki_kernels.common.buffers import sbuf
+from nki_kernels.nsa_attention.choose import Choice, hide
 from nki_kernels.nsa_attention.compressed import Compressed
+from nki_kernels.nsa_attention.flags import Flags
 from nki_kernels.nsa_attention.selected import Selected
+from nki_kernels.nsa_attention.unite import GROUP, Union, Unions
 from nki_kernels.nsa_attention.window import Window
-from nki_kernels.nsa_attention.work import COMPRESSED, NEAR, SAFE_SUM, SELECTED, Work
+from nki_kernels.nsa_attention.work import COMPRESSED, NEAR, SELECTED, Work
 
 DEPTH = 4  # jobs between the scores of a tile of keys and its product with values
 SPARE = 6  # jobs between the last page and its first use, if there are so many
@@ -32,19 +34,20 @@ class Pipeline(nl.NKIObject):
         for i in range(len(tiles)):
             self.works.append(Work(tiles[i], i))
             streams = max(streams, tiles[i].stream + 1)
-        self.compressed = Compressed(geometry, constants, lane, scale)
+        self.compressed = Compressed(geometry, constants, lane, scale, self.works)
         self.selected = Selected(geometry, constants, lane, scale)
         self.window = Window(geometry, constants, lane, scale, streams)
         self.branches = [self.compressed, self.selected, self.window]
-        self.choice = Choice(geometry, constants, turned, lists)
+        self.unions = Unions(turned, lists)
+        self.choice = Choice(geometry, constants, turned, self.unions)
+        self.flags = Flags(geometry, lane.flags, lists)
         self.waiting = []  # jobs whose scores are made
         self.now = 0  # number of the job
         self.starts = []  # number of the first selected job of each tile
-        self.steps = []  # (job, name, of what) of the choice, in order
+        self.steps = []  # (job, who, name, of what) of the choice, in order
         self.queues = queues
         self.branch, self.gathered = COMPRESSED, 0  # of the job; pages so far
         self.pages = []  # (job, work, n) that are to be gathered, in order
-        self.lowest = sbuf((geometry.rows, geometry.tiles), nl.float32)
 
     def run(self):
         """Everything."""
@@ -62,7 +65,8 @@ class Pipeline(nl.NKIObject):
             self.catch_up()
         while len(self.waiting) > 0:
             self.add()
-        self.write_flags()
+        for stream in range(2):
+            self.flags.write(stream)
 
     def jobs(self):
         """All jobs in order: compressed branches `ahead` tiles before the others."""
@@ -119,19 +123,19 @@ class Pipeline(nl.NKIObject):
     def choose(self, work):
         """Adds the steps of a tile's choice, and of its group's lists behind its last tile."""
         if work.tile.ranked:
-            self.add_steps(self.choice.steps_of(work), work)
+            self.add_steps(self.choice, work)
         if work.index % GROUP == GROUP - 1 or work.index == len(self.works) - 1:
             first = work.index // GROUP * GROUP
-            union = Union(self.works[first : work.index + 1])
-            self.add_steps(self.choice.union_steps(union.works), union)
+            self.add_steps(self.unions, Union(self.works[first : work.index + 1]))
 
-    def add_steps(self, steps, of):
+    def add_steps(self, who, of):
+        """Appends the steps of a part of the choice."""
         due = self.now
         if len(self.steps) > 0:
             due = max(due, self.steps[len(self.steps) - 1][0])
-        for name, wait in steps:
+        for name, wait in who.steps_of(of):
             due += wait
-            self.steps.append((due, name, of))
+            self.steps.append((due, who, name, of))
 
     def catch_up(self):
         """What is done beside the job."""
@@ -142,18 +146,18 @@ class Pipeline(nl.NKIObject):
 
     def step(self):
         """The next step of the choice."""
-        _, name, of = self.steps.pop(0)
-        getattr(self.choice, name)(of)
+        _, who, name, of = self.steps.pop(0)
+        getattr(who, name)(of)
 
     def load_list(self, work):
         """Loads the list of a tile, which is made first if it is not yet."""
         if work.tile.listed > 0:
-            while self.choice.ready <= work.index:
+            while self.unions.ready <= work.index:
                 if len(self.steps) > 0:
                     self.step()
                 else:
                     self.add()
-            self.choice.load(work)
+            self.unions.load(work)
 
     def gather(self, work):
         """Starts to gather the pages of a tile."""
@@ -191,8 +195,7 @@ class Pipeline(nl.NKIObject):
             nisa.memset(work.sums[:, COMPRESSED, :], 1.0)
         elif tile.t0 < g.block - 1:
             self.excuse_dead(work)
-        lowest = self.lowest[:, tile.number : tile.number + 1]
-        nisa.tensor_reduce(lowest, nl.minimum, work.sums, axis=(1, 2))
+        self.flags.keep(tile, work.sums)
 
     def excuse_dead(self, work):
         """Rows that see no compressed key have no sum, rightly."""
@@ -202,28 +205,3 @@ class Pipeline(nl.NKIObject):
         sums = work.sums[:, COMPRESSED, :]
         dead = float((g.block - 1 - work.tile.t0) * g.group)
         nisa.scalar_tensor_tensor(sums, row, nl.less, dead, nl.add, sums)
-
-    def write_flags(self):
-        """1 for tiles with a row whose sum is too small, or a longer list than there is room."""
-        g = self.geometry
-        unsafe = sbuf(self.lowest.shape, nl.bfloat16)
-        # NaN counts as unsafe: `less` would let it pass.
-        nisa.tensor_scalar(unsafe, self.lowest, nl.greater_equal, SAFE_SUM)
-        nisa.tensor_scalar(unsafe, unsafe, nl.multiply, -1.0, op1=nl.add, operand1=1.0)
-        ones = sbuf((g.rows, 1), nl.bfloat16)
-        nisa.memset(ones, 1.0)
-        flags = sbuf((1, g.tiles), nl.float32)
-        for start in range(0, g.tiles, 512):
-            some = min(512, g.tiles - start)
-            counts = psum((1, some))
-            nisa.nc_matmul(counts, ones, unsafe[:, start : start + some], accumulate=False)
-            nisa.tensor_copy(flags[:, start : start + some], counts, engine=nisa.engine.vector)
-        first = g.ranked_from()
-        if first < g.tiles:
-            beyond = sbuf((1, g.tiles - first), nl.int32)
-            last = g.slots - g.forced
-            nisa.dma_copy(beyond, self.choice.lists[first:, last : last + 1].reshape(beyond.shape))
-            late = flags[:, first:]
-            nisa.tensor_tensor(late, late, beyond, nl.add)
-        nisa.tensor_scalar(flags, flags, nl.minimum, 1.0)
-        nisa.dma_copy(self.lane.flags, flags)

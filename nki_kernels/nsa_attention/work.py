@@ -4,12 +4,15 @@ import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.nsa_attention.geometry import BLOCKS_OF_KEYS, PIECE
 
 SMALLEST_SUM = 1e-30
 SAFE_SUM = 1e-25
 """A row whose exponentials sum to less is done again: below, some would have lost bits."""
 
 COMPRESSED, SELECTED, NEAR = 0, 1, 2
+SECTION = 12  # tiles of compressed keys whose shares are one tensor
+PIECES_OF_SECTION = SECTION * BLOCKS_OF_KEYS // PIECE
 
 
 class Work(nl.NKIObject):
@@ -19,7 +22,8 @@ class Work(nl.NKIObject):
     gates: [rows, parts, 3] float32. shifts: [128, 3] float32, what is added to scaled logits.
     sums: [rows, 3, parts] float32, row sums by branch.
     total: [rows, parts, DV] float32, the gated sum so far; a list that is empty at first.
-    scores, extra, inverse: see `compressed`. ranking, page_numbers, hidden: see `choose`.
+    scores: a tensor [rows, parts, tiles, 32] for each SECTION tiles of compressed keys. extra,
+        inverse: see `compressed`. ranking: see `choose`. page_numbers, hidden: see `unite`.
     """
 
     def __init__(self, tile, index):
@@ -65,6 +69,13 @@ class Work(nl.NKIObject):
                 bank, zeros[:, 0:rows], zeros[:, 0 : bank.shape[1] * (dv + 1)], accumulate=False,
                 tile_position=(0, 0), tile_size=(zeros.shape[0], nl.tile_size.pmax),
             )  # fmt: skip
+
+    def shares_of(self, part, piece, length):
+        """Shares of the first `length` blocks of a piece, [rows, length], of a part's rows."""
+        section = self.scores[piece // PIECES_OF_SECTION]
+        rows, parts, tiles, blocks = section.shape
+        first = piece % PIECES_OF_SECTION * PIECE
+        return section.reshape((rows, parts, tiles * blocks))[:, part, first : first + length]
 
     def bank(self, part):
         """Sums of a part, [rows, DV + 1]."""

@@ -24,8 +24,8 @@ GROUPS = (1, 2, 4, 8, 16)
 """Heads of a group: with 32 queries 32 to 512 rows, what TensorE takes at once."""
 
 MOST_WINDOW = 4096
-MOST_BLOCKS = 2048
-"""Window and selection blocks (128K tokens) whose keys and scores fit into SBUF."""
+MOST_BLOCKS = 4096
+"""Window and selection blocks (256K tokens) whose keys and scores fit into SBUF."""
 
 MOST_TAKEN = 32
 """Selected blocks of a query; a list for 32 queries has 48 places."""

@@ -78,7 +78,7 @@ def forward(
         shifts,
         _weights(block, q.device),
         torch.eye(rows // group, device=q.device).repeat_interleave(group, 0),
-        _member(rows // group, q.device),
+        torch.eye(QUERIES, device=q.device).repeat(KEYS // QUERIES, 1),
         _slot_keys(slots, q.device),
         batch=batch, group=group, block=block, count=num_selected, initial=num_initial,
         local=num_local, window=window, past=past, tokens=tokens, scale=scale,
@@ -136,13 +136,6 @@ def _weights(block: int, device: torch.device) -> Tensor:
     shared = torch.minimum(key + block, edge + BLOCK) - torch.maximum(key, edge)
     shares = shared.clamp(min=0).float() / STRIDE
     return F.pad(shares, (0, 1), value=1.0).to(torch.bfloat16)
-
-
-def _member(per_part: int, device: torch.device) -> Tensor:
-    """bfloat16 [ranks, 4, 4]: [:, a, a] is 1 where a rank is a query; a part has 32 ranks."""
-    query = (torch.arange(QUERIES * QUERIES // per_part, device=device) % QUERIES) < per_part
-    found = query[:, None, None] * torch.eye(4, device=device)
-    return found.to(torch.bfloat16)
 
 
 def _slot_keys(slots: int, device: torch.device) -> Tensor:

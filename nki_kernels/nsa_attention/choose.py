@@ -44,11 +44,15 @@ class Choice(nl.NKIObject):
 
     def steps_of(self, work):
         """(name, jobs to wait before) of the steps that mark what a tile's queries chose."""
-        found = [("weigh", 1), ("sum", 3)]
-        for _ in range((work.tile.chosen + LANES - 1) // LANES):
-            found.append(("best", 1))
-        for name, wait in (("gather", 1), ("merge", 1), ("spread", 1), ("mark", 1), ("turn", 3)):
+        rounds = (work.tile.chosen + LANES - 1) // LANES
+        long = passes(work.tile.width)
+        found = [("weigh", 1), ("sum", 2)]
+        for r in range(rounds):
+            found.append(("best", 1 + (2 * long if r > 0 else long)))
+        found.append(("gather", 1 + long))
+        for name, wait in (("merge", 1), ("spread", 1), ("mark", 1)):
             found.append((name, wait))
+        found.append(("turn", 2 + (rounds + 1) * long))
         return found
 
     def weigh(self, work):
@@ -200,6 +204,11 @@ class Choice(nl.NKIObject):
         target = place[0 : CHUNKS * width, :].reshape_dim(0, (CHUNKS, count, PIECE))
         nisa.dma_copy(target.permute((2, 1, 0, 3)), rows)
         self.unions.learn(work, rows)
+
+
+def passes(width):
+    """Jobs in which VectorE has the time for one more pass over so many elements."""
+    return width // 320
 
 
 def hide(work):

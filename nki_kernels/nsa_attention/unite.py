@@ -8,7 +8,7 @@ import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
-from nki_kernels.nsa_attention.choose import LANES
+from nki_kernels.nsa_attention.choose import LANES, passes
 from nki_kernels.nsa_attention.geometry import CHUNKS, PIECE, QUERIES
 
 GROUP = 4  # tiles of queries whose unions are made together
@@ -60,8 +60,9 @@ class Unions(nl.NKIObject):
             return [("store", 0)]
         rounds = (self.lists.shape[1] + LANES - 1) // LANES
         found = [("unite", 1), ("near", 1), ("collect", 0)]
+        long = 2 * passes(self.pieces_of(union) * rounds * LANES)
         for r in range(rounds):
-            found.append(("list", 4 if r == 0 else 1))
+            found.append(("list", 4 if r == 0 else 1 + long))
         found.append(("store", 1))
         return found
 
@@ -90,11 +91,16 @@ class Unions(nl.NKIObject):
                 nisa.nc_match_replace8(following, current, top, 0.0)
                 current = following
 
-    def collect(self, union):
-        """The names of a tile's pieces side by side, [tiles, pieces * places]."""
-        pieces, places = 1, union.near.shape[1]
+    def pieces_of(self, union):
+        """Most pieces of a tile."""
+        pieces = 1
         for a in union.ranked:
             pieces = max(pieces, union.works[a].tile.pieces)
+        return pieces
+
+    def collect(self, union):
+        """The names of a tile's pieces side by side, [tiles, pieces * places]."""
+        pieces, places = self.pieces_of(union), union.near.shape[1]
         union.names = sbuf((GROUP, pieces * places), nl.float32)
         for a in range(GROUP):
             into = union.names[a : a + 1, :].reshape((1, pieces, places))

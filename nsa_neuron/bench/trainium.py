@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,13 +103,16 @@ class Stage:
     steady: bool = False
 
 
-def measure(problems: Sequence[Problem], dense: bool = True) -> list[Modelled]:
-    """Models the stages of NSA, and dense attention, for each problem.
+def measure(
+    problems: Sequence[Problem], dense: bool = True, only: Collection[str] = ()
+) -> list[Modelled]:
+    """Models the stages of NSA, and dense attention, for each problem; `only`: these ops, if any.
 
     Returns:
         Milliseconds for all heads, per stage.
     """
-    stages = [*STAGES, ONE_KERNEL, *((ATTENTION,) if dense else ())]
+    stages = [*STAGES, ONE_KERNEL, *((ATTENTION,) if dense or DENSE in only else ())]
+    stages = [stage for stage in stages if not only or stage.op in only]
     found = []
     with progress("trn2", len(problems) * len(stages)) as advance:
         for problem in problems:
@@ -369,10 +372,15 @@ def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:
     parts = [item for item in items if item.name not in (DENSE, WHOLE)]
     rows = [[item.name, str(item)] for item in parts]
     # Keys and values are compressed alike, so the stage counts twice.
-    ways = {"nsa (compress twice)": [_sum(parts, level) for level in LEVELS]}
+    ways: dict[str, list[float]] = {}
+    needed = {stage.op for stage in STAGES} - set(WITHOUT_GRADIENT if which == "backward" else ())
+    if needed <= {part.name for part in parts}:
+        ways["nsa (compress twice)"] = [_sum(parts, level) for level in LEVELS]
+    other = [part for part in parts if part.name == "compress"]
     for item in items:
-        if item.name == WHOLE:
-            other = [part for part in parts if part.name == "compress"]
+        if item.name == WHOLE and not other:
+            rows.append([item.name, str(item)])
+        elif item.name == WHOLE:
             together = [getattr(item, level) + _sum(other, level) for level in LEVELS]
             ways["nsa in one kernel (compress twice)"] = together
     rows += [[name, f"{b:.4g} ({a:.4g} to {c:.4g})"] for name, (a, b, c) in ways.items()]

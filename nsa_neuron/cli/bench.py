@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 # What was measured or modelled, and what prints it.
 Part = tuple[Sequence[Record | Modelled], Callable[[Any], str]]
 
+STAGES = (
+    "compress", "compressed_attention", "select_blocks", "selected_attention",
+    "sliding_window_attention", "gated_sum", "nsa_attention", "attention",
+)  # fmt: skip
+"""What `--target trn2` models; the last but one is one kernel, the last dense attention."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
@@ -69,6 +75,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode", type=int, nargs="+", metavar="BATCH",
         help="a decode step of a chip for these batches, on trn2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stage", nargs="+", default=[], metavar="OP", choices=STAGES,
+        help="only these ops, on trn2: " + ", ".join(STAGES),
     )  # fmt: skip
     parser.add_argument("--no-dense", action="store_true", help="no dense attention, on trn2")
     parser.add_argument("--rounds", type=int, default=150, help="interleaved rounds of overhead")
@@ -148,7 +158,7 @@ def _trn2(args: argparse.Namespace) -> list[Part]:
         for tokens in args.tokens or [65536]
         for text in args.dims
     ]
-    return [(trainium.measure(problems, dense=not args.no_dense), trainium.to_text)]
+    return [(trainium.measure(problems, not args.no_dense, args.stage), trainium.to_text)]
 
 
 def _dims(text: str) -> tuple[int, int]:

@@ -378,7 +378,7 @@ def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:
         ways["nsa (compress twice)"] = [_sum(parts, level) for level in LEVELS]
     other = [part for part in parts if part.name == "compress"]
     for item in items:
-        if item.name == WHOLE and not other:
+        if item.name == WHOLE and "compress" in needed and not other:
             rows.append([item.name, str(item)])
         elif item.name == WHOLE:
             together = [getattr(item, level) + _sum(other, level) for level in LEVELS]

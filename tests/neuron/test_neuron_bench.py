@@ -48,6 +48,14 @@ def test_text_says_that_nothing_was_measured(short, capsys) -> None:
     assert "dense / nsa, central" in text and "dense / nsa in one kernel, central" in text
 
 
+def test_some_stages_are_never_shown_as_the_whole(short, capsys) -> None:
+    words = ["bench", "--target", "trn2", "--tokens", "256", "--dims", "32/32"]
+    assert main([*words, "--stage", "gated_sum", "attention"]) == 0
+    text = capsys.readouterr().out
+    assert "gated_sum" in text and "dense attention" in text
+    assert "window" not in text and "nsa (" not in text and "dense / nsa" not in text
+
+
 def test_backward_leaves_out_what_has_no_gradient(short, capsys, monkeypatch) -> None:
     select = trainium.Stage("select_blocks", 32, trainium._select)
     monkeypatch.setattr(trainium, "STAGES", (*trainium.STAGES, select))

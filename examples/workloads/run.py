@@ -67,7 +67,9 @@ def main() -> None:
             for length in args.lengths:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
                     # A process of its own, so that its peak memory is its own.
-                    row = own.submit(read, args.folder, model, name, attention, length).result()
+                    page = length == min(args.lengths) and attention == "nsa"
+                    shown = args.folder / f"workload-{name}.html" if page else None
+                    row = own.submit(read, model, name, attention, length, shown).result()
                 same = (row["document"], row["attention"], row["bytes"])
                 rows = [r for r in rows if (r["document"], r["attention"], r["bytes"]) != same]
                 rows.append(row)
@@ -101,10 +103,10 @@ def trained(folder: Path, name: str, attention: str, steps: int) -> Path:
 
 
 @torch.no_grad()
-def read(folder: Path, path: Path, name: str, attention: str, length: int) -> dict[str, Any]:
-    """One model reads documents of a length and answers."""
+def read(path: Path, name: str, attention: str, length: int, page: Path | None) -> dict[str, Any]:
+    """One model reads documents of a length and answers; of the first it writes a page."""
     model, _ = load_checkpoint(path)
-    answers, wall, cpu = [], [], []
+    answers, wall, cpu, peak = [], [], [], 0
     for trial in range(TRIALS.get(length, 1)):
         draw = random.Random(f"{name} {length} {trial}")
         document = SOURCES[name].whole(length - 2 * ASKED, draw)
@@ -118,10 +120,10 @@ def read(folder: Path, path: Path, name: str, attention: str, length: int) -> di
         for i, (letter, answer) in enumerate(zip(order, said, strict=True)):
             at = len(text) - 2 * (len(order) - i)
             answers.append((at - document.places[letter], answer == text[at + 1]))
-        if attention == "nsa" and trial == 0 and length == min(LENGTHS):
-            page = html(look(model, text, [-2, -4, -6]), f"Looked up in: {name}", ABOUT)
-            (folder / f"workload-{name}.html").write_text(page)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if page is not None and trial == 0:
+            found = look(model, text, [-2, -4, -6])
+            page.write_text(html(found, f"Looked up in: {name}", ABOUT))
     log = [json.loads(line) for line in path.with_name(LOG).read_text().splitlines()]
     return {
         "document": name, "attention": attention, "bytes": length,

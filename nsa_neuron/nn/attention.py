@@ -15,17 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from nsa_neuron import functional as nsa
-from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.errors import InvalidArgument, InvalidType
 from nsa_neuron.nn.layers import INIT_STD, Linear, reset
 from nsa_neuron.nn.phi import Phi
-from nsa_neuron.nn.rotary import (
-    Turn,
-    block_positions,
-    rotate,
-    token_positions,
-    turn_of,
-    turned,
-)
+from nsa_neuron.nn.rotary import Turn, block_positions, rotate, token_positions, turn_of, turned
 from nsa_neuron.nn.state import ROWS_BY_HEAD, check_rows
 
 if TYPE_CHECKING:
@@ -120,11 +113,17 @@ class AttentionLayer(nn.Module):
         """Positions of the tokens of x, after a look at how x is fed.
 
         Raises:
-            InvalidArgument: x does not fit the step, or the sequence is too long.
+            InvalidArgument, InvalidType: x does not fit the layer or the step, or is too long.
         """
         if x.dim() != 3 or x.shape[-1] != self.config.dim:
             expected = f"of shape [B, S, dim = {self.config.dim}]"
             raise self._refuse("x", f"of shape {list(x.shape)}", expected)
+        weight = self.q.weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            expected = f"{weight.dtype} like the layer, or used under autocast"
+            raise InvalidType(type(self).__name__, "x", str(x.dtype), expected)
+        if x.device != weight.device:
+            raise self._refuse("x", f"on {x.device}", f"on {weight.device} like the layer")
         if step is not None:
             if cu_seqlens is not None:
                 raise self._refuse("cu_seqlens", "given with a cache", "None: a cache has batches")

@@ -152,6 +152,9 @@ class ByteLanguageModel(CheckedModule):
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             expected = "of shape [B, S], S at least 1"
             raise InvalidArgument("forward", "tokens", f"of shape {list(tokens.shape)}", expected)
+        if tokens.device != self.embedding.weight.device:
+            expected = f"on {self.embedding.weight.device} like the model"
+            raise InvalidArgument("forward", "tokens", f"on {tokens.device}", expected)
         if step is not None and not isinstance(step, Step):
             raise InvalidType("forward", "step", type(step).__name__, "a Step of a cache")
         if step is not None and len(step.layers) != len(self.kinds):

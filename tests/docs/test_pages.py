@@ -117,7 +117,7 @@ COMMANDS = {
     "python -m tools.distributed_evidence": "minutes; tests/distributed runs its parts, small",
     "nsa plan": "tests/distributed/test_plan.py",
     "python examples/train_bytes.py": "half an hour; tests/model/test_examples.py runs it, small",
-    "python examples/long_documents.py": "minutes; tests/model/test_examples.py runs it, small",
+    "python examples/workloads/run.py": "half an hour; tests/model/test_examples.py runs it, small",
     "nsa train recall": "minutes; tests/model/test_training.py runs the command, small",
     "nsa conform --backend neuron:hw": "needs a Trainium2",
     "python -m tools.plot_results": HARDWARE,

@@ -277,6 +277,10 @@ def test_a_state_dict_loads_whole_or_not_at_all():
     assert torch.equal(net.head.weight, other.head.weight)
 
 
+def attention_of(net):
+    return net.blocks[0].attention
+
+
 @torch.no_grad()
 def test_a_state_dict_with_rows_by_set_is_refused_and_can_be_turned():
     net, other = model(), model(seed=5)
@@ -312,9 +316,18 @@ def test_a_state_dict_with_rows_by_set_is_refused_and_can_be_turned():
     [
         (lambda net: net(bytes_of(1, 5).int()), InvalidType, "torch.int32"),
         (lambda net: net(bytes_of(5)), InvalidArgument, r"of shape \[5\]"),
+        (lambda net: net(bytes_of(1, 5).to("meta")), InvalidArgument, "on cpu like the model"),
+        (lambda net: attention_of(net)(torch.zeros(1, 5, 16)), InvalidType, "torch.float64 like"),
+        (
+            lambda net: attention_of(net)(
+                torch.zeros(1, 5, 16, dtype=torch.float64, device="meta")
+            ),
+            InvalidArgument,
+            "on cpu like the layer",
+        ),
         (lambda net: net(bytes_of(1, 0)), InvalidArgument, "S at least 1"),
         (lambda net: net(bytes_of(1, 30)), InvalidArgument, "max_positions = 20"),
-        (lambda net: net.blocks[0].attention(torch.zeros(1, 5, 8)), InvalidArgument, "dim = 16"),
+        (lambda net: attention_of(net)(torch.zeros(1, 5, 8)), InvalidArgument, "dim = 16"),
         (lambda net: next_token_loss(net(bytes_of(1, 1)), bytes_of(1, 1)), InvalidArgument, "2"),
         (lambda net: ByteLanguageModel(net.config, ["none"]), InvalidArgument, "nsa, full, window"),
         (lambda net: ByteLanguageModel(net.config, 0), InvalidArgument, "at least one"),

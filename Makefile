@@ -90,11 +90,23 @@ bench: $(STAMP) ## measure on this machine: call overhead, reference NSA, the si
 mutants: $(STAMP) ## plant faults in a copy and count those that no test notices (about two hours)
 	$(BIN)/python -m tools.mutants
 
+BENCH_CPU := $(BIN)/nsa bench --target cpu --out $(CPU_RESULTS) --part
+
 .PHONY: bench-cpu
-bench-cpu: $(STAMP) ## the whole table of docs/performance.md for the CPU backend, 14 minutes, idle
-	$(BIN)/nsa bench --target cpu --part native --tokens 4096 8192 16384 65536 --out $(CPU_RESULTS)
-	$(BIN)/nsa bench --target cpu --part native --tokens 4096 16384 --shape 4/1/64/float32 --out $(CPU_RESULTS)
-	$(BIN)/nsa bench --target cpu --part native --tokens 16384 --shape 16/1/128/bfloat16 --out $(CPU_RESULTS)
+bench-cpu: bench-cpu-dense bench-cpu-parts ## all of docs/performance.md's rows of the CPU backend, 25 minutes, idle
+
+.PHONY: bench-cpu-dense
+bench-cpu-dense: $(STAMP) ## of these, NSA beside dense attention, and decoding
+	$(BENCH_CPU) native --tokens 4096 8192 16384 65536 131072 262144
+	$(BENCH_CPU) native --tokens 4096 16384 --shape 4/1/64/float32
+	$(BENCH_CPU) native --tokens 4096 16384 --shape 16/1/128/bfloat16
+
+.PHONY: bench-cpu-parts
+bench-cpu-parts: $(STAMP) ## of these, what bounds each kernel, peers, the cost of a call, memory
+	$(BENCH_CPU) stages
+	$(BENCH_CPU) peers
+	$(BENCH_CPU) overhead
+	$(BENCH_CPU) memory
 
 MODEL_RESULTS ?= benchmarks/results/model-cpu.jsonl
 .PHONY: bench-model

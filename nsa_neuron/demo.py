@@ -28,6 +28,7 @@ from nsa_neuron.conformance import text
 from nsa_neuron.nn import ByteLanguageModel, Sampling, stream
 from nsa_neuron.nn.checkpoint import RECALL, SHIPPED, load_checkpoint
 from nsa_neuron.records import recording
+from nsa_neuron.registry import use_backend
 from nsa_neuron.show import Look, html, look
 from nsa_neuron.simulator import cost
 from nsa_neuron.training.corpus import HELD_OUT, help_topics
@@ -36,12 +37,15 @@ PROMPT = 8192  # tokens of prefill
 SIMULATED_PROMPT = 1024  # where kernels are simulated or interpreted
 DECODE = 160  # tokens decoded
 SAMPLING = Sampling(temperature=0.6, top_p=0.9)  # greedy, so small a model repeats itself
+COMPARED = 4096  # bytes that the reference reads as well, where the kernels ran on a CPU
+REFERENCE = "reference"
 FACTS, MIN_FACTS = 8, 1024  # planted in a document of so many bytes at least
 MEANING = """
 What the lines mean
   lowering   which kernels run NSA's operations here, and what compiles everything between them
   compile    torch.compile of one block, for reading and for writing, once for all lengths
   prefill    reading the document; decode: writing, a byte at a time, from the cache
+  beside     the start of it read again, not compiled, by these kernels and by the plain reference
   wrote      what the model believes comes next; it is small and spells better than it thinks
   planted    facts hidden in the document: a capital and another one behind it; each first one is
              asked for at the end, farther away than the sliding windows of all layers reach
@@ -122,6 +126,7 @@ class DemoResult:
         selected, look: what its last query selected and looked at.
         facts: planted ones, and the answers of the recall model, which has `parameters`.
         lowerings, modelled: see `nsa_neuron.explain` and `Modelled`.
+        compared: tokens per second of the same prefill by target, see `compare`.
     """
 
     document: str
@@ -135,6 +140,7 @@ class DemoResult:
     parameters: int
     lowerings: dict[str, Any] = field(default_factory=dict)
     modelled: dict[str, Modelled] = field(default_factory=dict)
+    compared: dict[str, float] = field(default_factory=dict)
 
     @property
     def prefill_rate(self) -> float:
@@ -154,6 +160,7 @@ class DemoResult:
             "prefill": {"tokens": self.tokens, "seconds": self.timings.prefill},
             "decode": {"tokens": DECODE, "seconds": self.timings.decode},
             "compile_seconds": self.timings.compile,
+            "compared": self.compared,
             "written": self.written,
             "selected": [vars(block) for block in self.selected],
             "facts": [answer.to_json() for answer in self.facts.answers],
@@ -188,6 +195,7 @@ def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResu
             written = write(fast, prompt_text, DECODE, timings, records)
         looked = look(model, prompt_text + written, [-1])
     recall, _ = load_checkpoint(RECALL)
+    lowerings = nsa_neuron.explain(compiled).to_json()
     return DemoResult(
         document=f"Python's help topics, {len(prompt_text):,} bytes that training left out",
         model=describe(model, notes),
@@ -198,9 +206,32 @@ def run(prompt: int = PROMPT, options: dict[str, Any] | None = None) -> DemoResu
         look=looked,
         facts=planted.plant(recall, document()[: max(prompt, MIN_FACTS)], FACTS),
         parameters=sum(p.numel() for p in recall.parameters()),
-        lowerings=nsa_neuron.explain(compiled).to_json(),
+        lowerings=lowerings,
         modelled=modelled_stages(records, timings.launches),
+        compared=compare(model, prompt_text[:COMPARED], lowerings),
     )
+
+
+def compare(
+    model: ByteLanguageModel, prompt_text: bytes, lowerings: dict[str, Any]
+) -> dict[str, float]:
+    """Tokens per second of reading a text by the kernels that ran here and by the reference.
+
+    Both run the model as it is, not compiled, after a short text. Nothing is compared where
+    kernels are simulated, or run on an accelerator.
+    """
+    targets = {choice["target"] for choice in lowerings["choices"]}
+    if not all(target.startswith("cpu:") for target in targets):
+        return {}
+    rates = {}
+    with torch.no_grad():
+        for target in (*sorted(targets), REFERENCE):
+            with use_backend(target):
+                write(model, prompt_text[:WARM_UP], 1, Timings())
+                taken = Timings()
+                write(model, prompt_text, 1, taken)
+            rates[target] = len(prompt_text) / taken.prefill
+    return rates
 
 
 def describe(model: ByteLanguageModel, notes: dict[str, Any]) -> str:
@@ -276,6 +307,7 @@ def report(result: DemoResult) -> str:
         f"prefill    {result.tokens} tokens in {t.prefill:.2f} s = "
         f"{result.prefill_rate:,.0f} tokens/s",
         f"decode     {DECODE} tokens in {t.decode:.2f} s = {result.decode_rate:,.1f} tokens/s",
+        *([beside(result)] if result.compared else []),
         f"read       … {printable(result.look.text[: result.tokens][-160:])}",
         f"wrote      {result.written!r}",
     ]
@@ -283,6 +315,17 @@ def report(result: DemoResult) -> str:
     for stage, model in result.modelled.items():
         lines.append(f"modelled   nsa ops of {stage}, one simulated NeuronCore: {model}")
     return "\n".join(lines)
+
+
+def beside(result: DemoResult) -> str:
+    """How fast the start of the document was read by whom."""
+    count, slow = min(result.tokens, COMPARED), result.compared[REFERENCE]
+    rates = [
+        f"{target} {rate:,.0f} tokens/s ({rate / slow:.1f} times {REFERENCE})"
+        for target, rate in result.compared.items() if target != REFERENCE
+    ]  # fmt: skip
+    told = ", ".join([*rates, f"{REFERENCE} {slow:,.0f}"])
+    return f"beside     {count} tokens, not compiled: {told}"
 
 
 def selection_report(result: DemoResult) -> str:

@@ -1,9 +1,12 @@
-"""Benchmark rows (JSON lines of `tools/h200.sh`) as tables and plots in `docs/performance.md`.
+"""Benchmark rows (JSON lines) as tables and plots in `docs/performance.md`.
 
     python -m tools.plot_results benchmarks/results/2026-12-01-h200.jsonl
+    python -m tools.plot_results benchmarks/results/cpu-native-2026-11-28.jsonl
 
-Replaces what stands between `<!-- results -->` and `<!-- /results -->`, and writes the plots beside
-the page. Rows that were not measured on a GPU are refused: interpreted kernels have no speed.
+Rows of `tools/h200.sh` replace what stands between `<!-- results -->` and `<!-- /results -->`;
+those that were not measured on a GPU are refused, since interpreted kernels have no speed. Rows of
+`nsa bench --target cpu` replace what stands between `<!-- cpu -->` and `<!-- /cpu -->`
+(`plot_cpu.py`). Plots are written beside the page.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tools import plot_cpu
 from tools.floors import floor_of, table
 
 ROOT = Path(__file__).resolve().parents[1]
+
 Row = dict[str, Any]
 OWN = "nsa-neuron"
 DENSE = {"nsa": "dense", "decode": "dense_decode"}
@@ -35,12 +40,18 @@ def load(paths: Iterable[Path], allow_cpu: bool = False) -> list[Row]:
     for path in paths:
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            if row.get("stage") in (None, "import"):
+            if "bench" in row or row.get("stage") in (None, "import"):
                 continue
             if row["device"] == "cpu" and not allow_cpu:
                 raise ValueError(f"{path} holds rows of a CPU: they say nothing about speed")
             found[json.dumps([*row["key"], row["direction"]])] = row
     return list(found.values())
+
+
+def load_cpu(paths: Iterable[Path]) -> list[Row]:
+    """The rows of `nsa bench --target cpu` in some files, in their order."""
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [row for row in rows if row.get("bench") in plot_cpu.BENCHES]
 
 
 def best_dense(rows: list[Row], row: Row) -> float | None:
@@ -169,11 +180,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allow-cpu", action="store_true", help="for tests of this tool")
     args = parser.parse_args(argv)
     text = replace_between(args.page.read_text(), "floors", table())
-    if args.results:
-        rows = load(args.results, args.allow_cpu)
-        figures = plot(rows, args.page.parent / "figures")
-        names = [str(path.relative_to(args.page.parent)) for path in figures]
-        text = replace_between(text, "results", render(rows, names))
+    folder = args.page.parent / "figures"
+    for marker, rows, draw, write in (
+        ("results", load(args.results, args.allow_cpu), plot, render),
+        ("cpu", load_cpu(args.results), plot_cpu.plot, plot_cpu.render),
+    ):
+        if rows:
+            names = [str(path.relative_to(args.page.parent)) for path in draw(rows, folder)]
+            text = replace_between(text, marker, write(rows, names))
     args.page.write_text(text)
     return 0
 

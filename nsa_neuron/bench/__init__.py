@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from nsa_neuron.bench.record import Modelled, Record
+from nsa_neuron.bench.record import Absent, Modelled, Record
 
-__all__ = ["Modelled", "Record", "head", "to_lines"]
+__all__ = ["Absent", "Modelled", "Record", "head", "to_lines"]
 
 
-def to_lines(records: Sequence[Record | Modelled], here: Mapping[str, Any]) -> list[str]:
+def to_lines(records: Sequence[Record | Modelled | Absent], here: Mapping[str, Any]) -> list[str]:
     """Records as JSON lines, each complete in itself.
 
     Args:
-        records: what was measured or modelled.
+        records: what was measured or modelled, or could not be.
         here: `environment.describe()` from before, so that its load is that of other work.
     """
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")

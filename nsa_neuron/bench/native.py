@@ -73,7 +73,9 @@ class Problem:
         return *(x.requires_grad_(grad) for x in (q, k, v, gates)), grad_o
 
 
-def measure(tokens: Sequence[int], heads: tuple[int, int], dim: int, dtype: str) -> list[Record]:
+def measure(
+    tokens: Sequence[int], heads: tuple[int, int], dim: int, dtype: str, gradients: bool = True
+) -> list[Record]:
     """Times every length, forward and then with gradients, and decode steps.
 
     Args:
@@ -82,9 +84,11 @@ def measure(tokens: Sequence[int], heads: tuple[int, int], dim: int, dtype: str)
         heads: Hq, Hkv.
         dim: Dk = Dv.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+        gradients: whether passes with gradients are timed, too.
     """
     kind: torch.dtype = getattr(torch, dtype)
-    ways = [(way, length) for way in (FORWARD, BACKWARD) for length in tokens]
+    passes = (FORWARD, BACKWARD) if gradients else (FORWARD,)
+    ways = [(way, length) for way in passes for length in tokens]
     ways = [(way, x) for way, x in ways if way == FORWARD or x <= BACKWARD_LIMIT]
     records = rates()
     with progress("native", len(ways) + len(tokens)) as advance:
@@ -103,8 +107,8 @@ def rates() -> list[Record]:
     x = torch.randn(GEMM_SIZE, GEMM_SIZE)
     data = torch.ones(COPY_BYTES // 4)
     facts = {"threads": torch.get_num_threads(), "dtype": "float32"}
-    flops = [2 * GEMM_SIZE**3 / _seconds(lambda: x @ x)[0] / 1e9 for _ in range(5)]
-    read = [COPY_BYTES / _seconds(lambda: data.sum())[0] / 1e9 for _ in range(5)]
+    flops = [2 * GEMM_SIZE**3 / seconds(lambda: x @ x)[0] / 1e9 for _ in range(5)]
+    read = [COPY_BYTES / seconds(lambda: data.sum())[0] / 1e9 for _ in range(5)]
     return [
         Record.of(BENCH, GEMM, "GFLOP/s", flops, **facts, size=GEMM_SIZE),
         Record.of(BENCH, "read", "GB/s", read, **facts, bytes=COPY_BYTES),
@@ -137,7 +141,7 @@ def _timed(
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            taken[name].append(_seconds(partial(step, problem, values)))
+            taken[name].append(seconds(partial(step, problem, values)))
     return [
         Record.of(
             BENCH, name, "ms", [1e3 * wall for wall, _ in runs], **problem.facts(),
@@ -148,7 +152,7 @@ def _timed(
     ]  # fmt: skip
 
 
-def _seconds(step: Callable[[], Any]) -> tuple[float, float]:
+def seconds(step: Callable[[], Any]) -> tuple[float, float]:
     """Wall and CPU seconds of a call."""
     wall, cpu = time.perf_counter(), time.process_time()
     step()
@@ -180,6 +184,23 @@ def sdpa(problem: Problem, values: Sequence[Tensor]) -> Any:
 
 def decode(problem: Problem, steps: int = 30) -> list[Record]:
     """One new token against paged caches of `tokens`, and torch's dense attention of it."""
+    compressed, hkv = max(0, (problem.tokens - 32) // 16 + 1), problem.heads[1]
+    seen = compressed + min(problem.tokens, 16 * 64) + min(problem.tokens, 512)
+    facts = {**problem.facts(), "bytes": seen * hkv * 2 * problem.dim * problem.dtype.itemsize}
+    records = []
+    with torch.inference_mode(), use_backend("cpu"):
+        for name, step in decode_steps(problem).items():
+            step()
+            runs = [seconds(step) for _ in range(steps)]
+            cpu = round(1e3 * statistics.median(c for _, c in runs), 4)
+            load = round(os.getloadavg()[0], 2)
+            wall = [1e3 * w for w, _ in runs]
+            records.append(Record.of(BENCH, name, "ms", wall, **facts, cpu_ms=cpu, load=load))
+    return records
+
+
+def decode_steps(problem: Problem) -> dict[str, Callable[[], Tensor]]:
+    """Steps that decode one token against caches that are made here: NSA's and a dense one."""
     q, k, v, gates, _ = problem.tensors()
     q, gates = q[:, -1:], gates[:, -1:]
     k_cmp, v_cmp = nsa_neuron.compress(k), nsa_neuron.compress(v)
@@ -200,19 +221,7 @@ def decode(problem: Problem, steps: int = 30) -> list[Record]:
     def dense() -> Tensor:
         return F.scaled_dot_product_attention(queries, keys, channels, enable_gqa=True)
 
-    seen = k_cmp.shape[1] + min(problem.tokens, 16 * 64) + min(problem.tokens, 512)
-    row = k.shape[2] * 2 * problem.dim * problem.dtype.itemsize
-    facts = {**problem.facts(), "bytes": seen * row}
-    records = []
-    with torch.inference_mode(), use_backend("cpu"):
-        for name, step in ((STEP, sparse), (DENSE_STEP, dense)):
-            step()
-            runs = [_seconds(step) for _ in range(steps)]
-            cpu = round(1e3 * statistics.median(c for _, c in runs), 4)
-            load = round(os.getloadavg()[0], 2)
-            wall = [1e3 * w for w, _ in runs]
-            records.append(Record.of(BENCH, name, "ms", wall, **facts, cpu_ms=cpu, load=load))
-    return records
+    return {STEP: sparse, DENSE_STEP: dense}
 
 
 def paged(x: Tensor, order: Tensor) -> Tensor:

@@ -35,22 +35,28 @@ NUMBER = 100
 neighbouring runs to find the machine in the same state."""
 FORWARD, GRAD, BACKWARD = "forward", "forward, grad", "forward + backward"
 NEW_IDS = "forward, new ids"
+KERNEL_CHECKS = "forward, new ids, checked by the kernel"
+"""As `cpu:native` does: ids are read where they are used, so the router does not read them."""
 NAMESPACE = "nsa_bench"
 
 
 class NullBackend:
-    """Takes every call and returns results made beforehand."""
+    """Takes every call and returns results made beforehand.
+
+    Args:
+        checks: whether it says that its kernels check required ids themselves.
+    """
 
     name = "null"
 
-    def __init__(self) -> None:
-        self._results: dict[str, Any] = {}
+    def __init__(self, checks: bool) -> None:
+        self._checks = checks
 
     def modes(self) -> Mapping[str, str]:
         return {"none": ""}
 
     def supports(self, bound: Bound, mode: str) -> Verdict:
-        return Supported()
+        return Supported(None, required_ids(bound.spec) if self._checks else ())
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
         results = made_results(bound)
@@ -63,10 +69,15 @@ def made_results(bound: Bound) -> Any:
     return made[0] if len(made) == 1 else made
 
 
+def required_ids(spec: OpSpec) -> tuple[str, ...]:
+    """Names of the ids that an op must be given."""
+    return tuple(arg.name for arg in spec.tensors if arg.dtype == "i32" and not arg.optional)
+
+
 @contextmanager
-def null_backend() -> Iterator[None]:
+def null_backend(checks: bool = False) -> Iterator[None]:
     """Registers the null backend and uses it."""
-    REGISTRY.register(NullBackend())
+    REGISTRY.register(NullBackend(checks))
     try:
         with use_backend("null"):
             yield
@@ -135,7 +146,7 @@ def measure(ops: Sequence[str] = OPS, rounds: int = 150, number: int = NUMBER) -
     """
     records = []
     library = Library(NAMESPACE, "FRAGMENT")
-    with null_backend(), progress("overhead", sum(len(modes(get(x))) for x in ops)) as advance:
+    with progress("overhead", sum(len(modes(get(x))) for x in ops)) as advance:
         for name in ops:
             spec = get(name)
             case = next(case for case in spec.cases if case.name == CASE)
@@ -144,16 +155,17 @@ def measure(ops: Sequence[str] = OPS, rounds: int = 150, number: int = NUMBER) -
             empty = empty_op(library, spec, values)
             for mode in modes(spec):
                 advance(f"{name}, {mode}")
-                mine, other = _pair(ours, empty, spec, values, mode, rounds, number)
+                with null_backend(mode == KERNEL_CHECKS):
+                    mine, other = _pair(ours, empty, spec, values, mode, rounds, number)
                 records += _records(name, mode, number, mine, other)
     return records
 
 
 def modes(spec: OpSpec) -> tuple[str, ...]:
     """How an op is called. One that is given ids (they are checked on the CPU, once while they stay
-    the same) is also called with other ids each time."""
-    ids = any(arg.dtype == "i32" and not arg.optional for arg in spec.tensors)
-    return (FORWARD, GRAD, BACKWARD, *((NEW_IDS,) if ids else ()))
+    the same) is also called with other ids each time, checked by the router or by the kernel."""
+    more = (NEW_IDS, KERNEL_CHECKS) if required_ids(spec) else ()
+    return (FORWARD, GRAD, BACKWARD, *more)
 
 
 def _pair(
@@ -173,7 +185,7 @@ def _pair(
         for x, arg in zip(args, spec.tensors, strict=False)
     ]
     timers = [_timer(op, args, mode) for op in (ours, empty)]
-    calls = 2 if mode == NEW_IDS else 1
+    calls = 2 if mode in (NEW_IDS, KERNEL_CHECKS) else 1
     for timer in timers:
         timer.timeit(number)
     taken: tuple[list[float], list[float]] = ([], [])
@@ -186,7 +198,7 @@ def _pair(
 
 def _timer(op: Callable[..., Any], args: Sequence[Tensor], mode: str) -> Timer:
     values: dict[str, Any] = {"op": op, "args": args}
-    if mode == NEW_IDS:
+    if mode in (NEW_IDS, KERNEL_CHECKS):
         values["other"] = [x if x.is_floating_point() else x.clone() for x in args]
         return Timer("op(*args); op(*other)", globals=values)
     if mode != BACKWARD:

@@ -70,6 +70,26 @@ class Modelled:
         return f"{self.central:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A quantity that could not be measured.
+
+    Attributes:
+        bench: which benchmark.
+        name: what was to be measured.
+        reason: why it was not.
+        facts: shape, dtype, threads.
+    """
+
+    bench: str
+    name: str
+    reason: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "kind": "absent"}
+
+
 def _percentile(values: Sequence[float], share: float) -> float:
     """The value below which a share of the runs lies, interpolated."""
     ordered = sorted(values)

@@ -2,23 +2,25 @@
 
 `--target cpu` measures what one call of torch.ops.nsa costs beyond an empty op, and the reference
 NSA against scaled_dot_product_attention; with `--part native`, both modes of the `cpu` backend
-against it, and decode; with `--part model`, whole models' decoding and training steps beside full
-attention's, transformers' own cache included. `--simulator` measures the simulator's own time and
-memory against NumPy doing the same arithmetic on the same tiles, and what profiling adds. All of
-these measure on this computer. `--target trn2` measures nothing: it models the time of the NKI
-kernels on one NeuronCore or more, per stage and against dense attention, from simulated runs of
-some queries (minutes per length), or of a decode step; nothing of it has run on hardware. One
-kernel's time: `nsa profile`.
+against it, and decode; with `--part stages`, `memory` or `peers`, what bounds each of its kernels,
+how much memory a pass takes, and others' sparse attention; with `--part model`, whole models'
+decoding and training steps beside full attention's, transformers' own cache included. `--simulator`
+measures the simulator's own time and memory against NumPy doing the same arithmetic on the same
+tiles, and what profiling adds. All of these measure on this computer. `--target trn2`
+measures nothing: it models the time of the NKI kernels on one NeuronCore or more, per stage and
+against dense attention, from simulated runs of some queries (minutes per length), or of a decode
+step; nothing of it has run on hardware. One kernel's time: `nsa profile`.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsa_neuron import bench, environment
-from nsa_neuron.bench.record import Modelled, Record
+from nsa_neuron.bench.record import Absent, Modelled, Record
 from nsa_neuron.cli import need_torch
 from nsa_neuron.errors import NsaError
 
@@ -26,7 +28,14 @@ if TYPE_CHECKING:
     import argparse
 
 # What was measured or modelled, and what prints it.
-Part = tuple[Sequence[Record | Modelled], Callable[[Any], str]]
+Part = tuple[Sequence[Record | Modelled | Absent], Callable[[Any], str]]
+# Parts of --target cpu about the `cpu` backend: their modules, and lengths if none are given.
+NATIVE_PARTS = {
+    "native": ("native", [4096, 8192, 16384]),
+    "stages": ("native_stages", [4096, 16384]),
+    "memory": ("native_memory", [4096, 8192, 16384, 65536]),
+    "peers": ("native_peers", [4096]),
+}
 
 STAGES = (
     "compress", "compressed_attention", "select_blocks", "selected_attention",
@@ -45,16 +54,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--part",
-        choices=("overhead", "attention", "native", "model"),
-        help="one part of --target cpu only; `native` (the cpu backend against SDPA) and `model` "
-        "(decoding and training beside full attention) take minutes, so they have to be asked for",
+        choices=("overhead", "attention", *NATIVE_PARTS, "model"),
+        help="one part of --target cpu only; `native` (the cpu backend against SDPA), its `stages` "
+        "(what bounds each kernel), its `memory` and its `peers`, and `model` (decoding and "
+        "training beside full attention) take minutes, so they have to be asked for",
     )
     parser.add_argument(
         "--shape",
         default="16/1/128/float32",
         metavar="HQ/HKV/D/DTYPE",
-        help="of --part native",
+        help="of --part native, stages, memory and peers",
     )
+    parser.add_argument("--forward", action="store_true", help="no gradients, of --part native")
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="default 2048 8192 16384, on trn2 65536"
     )
@@ -120,11 +131,12 @@ def _cpu(args: argparse.Namespace) -> list[Part]:
     if args.part in (None, "attention"):
         lengths = args.tokens or [2048, 8192, 16384]
         parts.append((attention.measure(lengths), attention.to_text))
-    if args.part == "native":
-        from nsa_neuron.bench import native
-
-        shape = _shape(args.shape)
-        parts.append((native.measure(args.tokens or [4096, 8192, 16384], *shape), native.to_text))
+    if args.part in NATIVE_PARTS:
+        name, lengths = NATIVE_PARTS[args.part]
+        module = importlib.import_module(f"nsa_neuron.bench.{name}")
+        more = {"gradients": False} if args.forward and args.part == "native" else {}
+        measured = module.measure(args.tokens or lengths, *_shape(args.shape), **more)
+        parts.append((measured, module.to_text))
     if args.part == "model":
         from nsa_neuron import model_bench
 

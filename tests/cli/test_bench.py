@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nsa_neuron import model_bench
-from nsa_neuron.bench import attention, native, overhead
+from nsa_neuron.bench import attention, native, native_memory, native_peers, native_stages, overhead
 from nsa_neuron.bench.record import Record
 from nsa_neuron.cli import UNUSABLE, main
+from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.ops import get
 from nsa_neuron.registry import REGISTRY
 
@@ -106,6 +110,125 @@ def test_bench_of_the_cpu_backend_names_every_contestant(tmp_path, capsys) -> No
         assert row["kind"] == "measured" and row["median"] > 0
         assert "pass" not in row["facts"] or {"cpu_ms", "load"} <= set(row["facts"])
     assert "its bytes" in capsys.readouterr().out
+
+
+def test_ids_that_the_kernel_checks_are_not_read_by_the_router() -> None:
+    spec = get("selected_attention")
+    case = next(case for case in spec.cases if case.name == overhead.CASE)
+    good = spec.arguments(case, torch.float32)
+    bad = {**good, "block_indices": torch.full_like(good["block_indices"], 10**6)}
+    for checks in (False, True):
+        with overhead.null_backend(checks):
+            torch.ops.nsa.selected_attention(**good)  # the first call of a size reads them always
+            if checks:
+                torch.ops.nsa.selected_attention(**bad)
+            else:
+                with pytest.raises(InvalidArgument, match="block_indices"):
+                    torch.ops.nsa.selected_attention(**bad)
+    names = overhead.modes(spec)
+    assert overhead.KERNEL_CHECKS in names and overhead.KERNEL_CHECKS not in overhead.modes(
+        get("attention")
+    )
+
+
+NATIVE = pytest.mark.skipif("cpu:native" not in native.usable(), reason="no C++ kernels here")
+
+
+@NATIVE
+def test_stages_are_the_kernels_of_a_pass_and_add_up_to_it(tmp_path, capsys) -> None:
+    out = tmp_path / "stages.jsonl"
+    words = ["bench", "--target", "cpu", "--part", "stages", "--tokens", "1200"]
+    assert main([*words, "--shape", "2/1/16/float32", "--out", str(out)]) == 0
+    rows = [row for row in map(json.loads, out.read_text().splitlines()) if row["unit"] == "ms"]
+    ahead = {"compress", "compressed + select", "selected", "window"}
+    back = {f"{name}, backward" for name in ("compressed", "selected", "window")}
+    for way, stages in (
+        (native.FORWARD, ahead),
+        (native.BACKWARD, ahead | back | {"gated sum", "gated sum backward"}),
+    ):
+        for made in (native_stages.RANDOM, native_stages.CORRELATED):
+            mine = {
+                r["name"]: r
+                for r in rows
+                if r["facts"]["pass"] == way and r["facts"]["input"] == made
+            }
+            assert set(mine) == stages | {native_stages.REST, native_stages.WHOLE}
+            assert all(
+                mine[name]["facts"]["gflops"] > 0
+                for name in stages - {"compress", "gated sum", "gated sum backward"}
+            )
+    new = {r["facts"]["input"]: r["facts"]["replaced"] for r in rows}
+    assert 0 <= new[native_stages.CORRELATED] < new[native_stages.RANDOM] < 1
+    assert "of GEMM" in capsys.readouterr().out
+
+
+def test_a_peak_is_what_a_pass_holds_beyond_its_results(monkeypatch) -> None:
+    def large(name: str, problem: native.Problem) -> Callable[[], torch.Tensor]:
+        numbers = problem.tokens * 2**12  # 32 MiB that go, 16 that stay, at 2048 tokens
+        return lambda: torch.ones(numbers)[:1] + torch.ones(numbers // 2)
+
+    monkeypatch.setattr(native_memory, "_pass", large)
+    problem = native.Problem(2048, (2, 1), 16, torch.float32, native.FORWARD)
+    found = native_memory.peak("cpu:torch", problem)
+    assert found["outputs"] == 2**24 and 31 * 2**20 < found["above"] < 70 * 2**20
+
+
+def test_memory_is_measured_in_processes_of_their_own(monkeypatch) -> None:
+    problem = native.Problem(128, (2, 1), 16, torch.float32, native_memory.DECODE)
+    record = native_memory._in_a_process("cpu:torch", problem)
+    assert record.unit == "MiB" and record.facts["outputs"] == 2 * 16 * 4
+    asked = []
+    monkeypatch.setattr(native_memory, "_in_a_process", lambda *a: asked.append(a) or record)
+    native_memory.measure([128, 2**17], (2, 1), 16, "float32")
+    tried = {(name, p.way, p.tokens) for name, p in asked}
+    assert ("sdpa", native.BACKWARD, 128) in tried and ("sdpa", "decode", 128) not in tried
+    assert not {x for x in tried if x[2] > 128 and x[0] == "cpu:torch"}
+    assert "KiB per token" in native_memory.to_text([record])
+
+
+@NATIVE
+def test_peers_are_checked_before_they_are_timed_and_missed_by_name(
+    monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setitem(sys.modules, native_peers.MODULE, None)
+    out = tmp_path / "peers.jsonl"
+    words = ["bench", "--target", "cpu", "--part", "peers", "--tokens", "256"]
+    assert main([*words, "--shape", "4/2/16/float32", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    by_kind = {
+        (r["facts"]["attention"], r["name"]): r["kind"] for r in rows if "attention" in r["facts"]
+    }
+    assert by_kind == {
+        ("causal", "sdpa"): "measured", ("causal", "cpu:native"): "measured",
+        ("causal", "FlexAttention"): "measured", ("window", "cpu:native"): "measured",
+        ("window", "FlexAttention"): "measured", ("selected", "cpu:native"): "measured",
+        ("selected", "FlexAttention"): "measured", ("nsa", "cpu:native"): "measured",
+        ("nsa", "lucidrains"): "absent",
+    }  # fmt: skip
+    assert "cannot be imported" in capsys.readouterr().out
+
+
+@NATIVE
+def test_a_peer_that_differs_has_no_time(monkeypatch) -> None:
+    class Module(torch.nn.Module):
+        def __init__(self, **sizes: object) -> None:
+            super().__init__()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / 0
+
+    monkeypatch.setitem(sys.modules, native_peers.MODULE, SimpleNamespace(SparseAttention=Module))
+    problem = native.Problem(64, (2, 1), 16, torch.float32, native.FORWARD)
+    zeros = torch.zeros(1, 64, 2, 16)
+    steps = {
+        "cpu:native": lambda: zeros, "FlexAttention": lambda: zeros + 1,
+        "lucidrains": native_peers.lucidrains(problem),
+    }  # fmt: skip
+    found = {r.name: r for r in native_peers._timed(problem, "nsa", steps)}
+    assert found["FlexAttention"].reason == "differs from ours by 1"
+    assert found["lucidrains"].reason == "its result is not finite"
+    assert found["cpu:native"].unit == "ms"
 
 
 def test_bench_refuses_a_shape_that_is_none(capsys) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chosen_blocks import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,25 @@ def test_selected_attention_block_by_block(problem, monkeypatch):
     monkeypatch.setattr(selected_attention, "FEW_ELEMENTS", 0)
     monkeypatch.setattr(selected_attention, "READERS", 3)
     settle(try_problem(problem, find_targets(["cpu:torch"])[0]))
+
+
+def test_neighbours_are_read_where_they_lie_and_every_pair_once(monkeypatch):
+    """Readings partition the visible (query, block) pairs; long runs of queries are slices."""
+    monkeypatch.setattr(selected_attention, "READERS", 5)
+    ids = random_ids(60, 70, 2, 4, 8)
+    ids[:, :, :, 0] = 0  # everybody reads the first block
+    for row in ids.flatten(0, 2):
+        row[1:].masked_fill_(row[1:] == 0, -1)
+    found, slices = [], 0
+    for part in selected_attention.readings(ids, 8, 70, (None, None)):
+        rows = part.rows
+        slices += isinstance(rows, slice)
+        listed = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
+        assert 0 < len(listed) <= 5
+        found += [(part.lane, row, part.keys.start // 8) for row in listed]
+    expected = {(h, s, x) for s in range(60) for h in range(2) for x in ids[0, s, h].tolist()}
+    assert len(found) == len(set(found)) and set(found) == {x for x in expected if x[2] >= 0}
+    assert slices >= 2 * 60 // 5
 
 
 ATTENTIONS = [p for p in CUT if "attention" in p.op or p.op == "select_blocks"]

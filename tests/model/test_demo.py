@@ -47,6 +47,14 @@ def test_reports(result):
     assert f"planted    {demo.FACTS} facts" in text and "farthest" in text
 
 
+def test_the_reference_reads_the_same_beside_what_ran_here(result):
+    ran = {choice["target"] for choice in result.lowerings["choices"]}
+    assert set(result.compared) == {*ran, demo.REFERENCE}
+    assert all(rate > 0 for rate in result.compared.values())
+    assert "beside     700 tokens" in demo.report(result)
+    assert demo.compare(None, b"", {"choices": [{"target": "neuron:sim"}]}) == {}
+
+
 def test_the_shipped_model_has_learnt():
     """Far below the 2.9 nats a byte that the frequencies of bytes alone give on this text."""
     model, notes = load_checkpoint(SHIPPED)

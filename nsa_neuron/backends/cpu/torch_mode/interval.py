@@ -104,22 +104,30 @@ def _span(seen: Visibility, first: int, last: int, available: int) -> tuple[int,
     return min(low, high), high
 
 
-def logits_of(q: Tensor, k: Tensor, tile: Tile, seen: Visibility) -> Tensor:
-    """`[lanes, C, G, K]` logits of a tile, -inf where invisible; q is scaled already."""
+def logits_of(q: Tensor, k: Tensor, tile: Tile, seen: Visibility, scale: float) -> Tensor:
+    """`[lanes, C, G, K]` logits of a tile, -inf where invisible."""
     rows = q[tile.lanes, tile.rows]
-    product = rows.flatten(1, 2) @ k[tile.lanes, tile.keys].transpose(1, 2)
-    logits = product.view(*rows.shape[:3], -1)
+    logits = product(rows.flatten(1, 2), k[tile.lanes, tile.keys].transpose(1, 2), scale)
+    logits = logits.view(*rows.shape[:3], -1)
     tile.hide(logits, seen)
     return logits
 
 
+def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale * a @ b` of `[L, M, K]` and `[L, K, N]`: the product scales at no cost."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
 def normalise(logits: Tensor) -> Tensor:
     """Softmax over the last axis in place, 0 on dead rows; returns lse, -inf on those."""
-    top = logits.amax(-1, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0.0)
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    lse = top.add_(total.log())[..., 0]
-    logits.div_(total.masked_fill_(total == 0, 1.0))
+    top = logits.amax(-1)
+    torch.softmax(logits, -1, out=logits)  # one pass where max, exp, sum and quotient make five
+    lse = top - logits.amax(-1).log_()  # the largest probability is exp(0) over the sum
+    dead = top == -torch.inf
+    if dead.any():
+        logits.masked_fill_(dead[..., None], 0.0)
+        lse.masked_fill_(dead, -torch.inf)
     return lse
 
 
@@ -148,16 +156,18 @@ def forward(
     """
     hkv, group = k.shape[2], q.shape[2] // k.shape[2]
     base = first_key(sequences, seen)
-    queries = layout.by_query(q, hkv) * scale
+    queries = layout.by_query(q, hkv)
     keys, values = layout.by_key(k[:, base:]), layout.by_key(v[:, base:])
-    o = queries.new_zeros(*queries.shape[:3], v.shape[3])
+    o = queries.new_empty(*queries.shape[:3], v.shape[3])
     lse = queries.new_full(queries.shape[:3], -torch.inf)
     for tile in tiles(len(queries), group, sequences, seen, base):
-        p = logits_of(queries, keys, tile, seen)
+        p = logits_of(queries, keys, tile, seen, scale)
+        results = o[tile.lanes, tile.rows]
         if tile.keys.start < tile.keys.stop:
             lse[tile.lanes, tile.rows] = normalise(p)
-            result = p.flatten(1, 2) @ values[tile.lanes, tile.keys]
-            o[tile.lanes, tile.rows] = result.view(*p.shape[:3], -1)
+            torch.bmm(p.flatten(1, 2), values[tile.lanes, tile.keys], out=results.flatten(1, 2))
+        else:
+            results.zero_()
         if watch is not None:
             watch(tile, p)
     return layout.query_like(o, q), layout.statistic_like(lse, q.shape[0])
@@ -178,7 +188,7 @@ def backward(
     """Gradients of `forward` by recomputation: dS = P * (dP - rowsum(dO * O) + dlse)."""
     hkv, group = k.shape[2], q.shape[2] // k.shape[2]
     base = first_key(sequences, seen)
-    queries = layout.by_query(q, hkv) * scale
+    queries = layout.by_query(q, hkv)
     keys, values = layout.by_key(k[:, base:]), layout.by_key(v[:, base:])
     do = layout.by_query(grad_o, hkv)
     shift = layout.statistic(row_shift(grad_o, o, lse, grad_lse), hkv)[..., None]
@@ -188,12 +198,11 @@ def backward(
         if tile.keys.start == tile.keys.stop:
             continue
         rows, run = (tile.lanes, tile.rows), (tile.lanes, tile.keys)
-        p = logits_of(queries, keys, tile, seen).sub_(safe[rows]).exp_()
+        p = logits_of(queries, keys, tile, seen, scale).sub_(safe[rows]).exp_()
         flat, g = p.flatten(1, 2), do[rows].flatten(1, 2)
-        dv[run] += flat.transpose(1, 2) @ g
+        dv[run].baddbmm_(flat.transpose(1, 2), g)
         ds = (g @ values[run].transpose(1, 2)).view(p.shape).sub_(shift[rows]).mul_(p).flatten(1, 2)
-        dq[rows] = (ds @ keys[run]).view(*p.shape[:3], -1)
-        dk[run] += ds.transpose(1, 2) @ queries[rows].flatten(1, 2)
-    dq.mul_(scale)
+        dq[rows] = product(ds, keys[run], scale).view(*p.shape[:3], -1)
+        dk[run].baddbmm_(ds.transpose(1, 2), queries[rows].flatten(1, 2), alpha=scale)
     dk, dv = (F.pad(layout.key_like(x, q), (0, 0, 0, 0, base, 0)) for x in (dk, dv))
     return layout.query_like(dq, q), dk, dv

@@ -92,11 +92,12 @@ def select_blocks(
     geometry, hkv = Geometry(**scalars), k_cmp.shape[2]
     segs = list(common.segments(q.shape[1], kv_len, cu_seqlens_q, cu_seqlens_k))
     sequences, seen = compressed_sequences(segs, geometry.block, geometry.stride)
-    queries, keys = layout.by_query(q, hkv) * common.default_scale(scale, q), layout.by_key(k_cmp)
+    queries, keys = layout.by_query(q, hkv), layout.by_key(k_cmp)
+    factor = common.default_scale(scale, q)
     safe = layout.statistic(lse.masked_fill(lse == -torch.inf, 0.0), hkv)[..., None]
     chooser = Chooser(len(queries), q.shape[1], geometry)
     for tile in interval.tiles(len(queries), q.shape[2] // hkv, sequences, seen):
-        p = interval.logits_of(queries, keys, tile, seen)
+        p = interval.logits_of(queries, keys, tile, seen, factor)
         chooser(tile, p.sub_(safe[tile.lanes, tile.rows]).exp_())
     return ids_like(chooser.ids, q.shape[0])
 

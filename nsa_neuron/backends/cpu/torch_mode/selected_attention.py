@@ -19,8 +19,9 @@ from nsa_neuron.backends.cpu.torch_mode.interval import normalise
 from nsa_neuron.ops import common
 from nsa_neuron.ops.softmax import row_shift
 
-READERS = 512
-"""Readers of a block taken at once: with 16 heads and 64 keys, 2 MiB of logits."""
+READERS = 128
+"""Readers of a block taken at once: with 16 heads of 128, 1 MiB of queries, so that what a product
+reads and writes stays in a core's cache."""
 FEW_ELEMENTS = 2**22
 """Keys and values of the chosen blocks up to which they are gathered: 16 MiB in float32."""
 
@@ -31,21 +32,34 @@ class Reading:
 
     Attributes:
         lane: batch times kv head.
-        rows: `[R]` their rows of the query axis, ascending.
+        rows: their rows of the query axis, ascending: `[R]`, or a slice of neighbours.
         keys: the block's slice of the key axis.
         hidden: `[h, 1, K]` of the first h of them, which stand inside the block, the keys that they
             must not see; None if there is none.
     """
 
     lane: int
-    rows: Tensor
+    rows: Tensor | slice
     keys: slice
     hidden: Tensor | None
 
-    def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """`[R, G, K]` logits of the scaled queries, -inf where hidden."""
-        rows = q[self.lane].index_select(0, self.rows)
-        logits = (rows.flatten(0, 1) @ k[self.lane, self.keys].T).view(*rows.shape[:2], -1)
+    def take(self, x: Tensor) -> Tensor:
+        """The readers' rows of `[lanes, S, ...]`: copied, or where they lie if neighbours."""
+        lane: Tensor = x[self.lane]
+        return lane[self.rows] if isinstance(self.rows, slice) else lane.index_select(0, self.rows)
+
+    def keep(self, x: Tensor, rows: Tensor) -> None:
+        """Puts back rows that `take` may have copied."""
+        if not isinstance(self.rows, slice):
+            x[self.lane].index_copy_(0, self.rows, rows)
+
+    def logits(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """`[R, G, K]` logits, -inf where hidden."""
+        rows = self.take(q)
+        keys = k[self.lane, self.keys].T
+        logits = q.new_empty(rows.shape[0] * rows.shape[1], keys.shape[1])
+        torch.addmm(logits, rows.flatten(0, 1), keys, beta=0, alpha=scale, out=logits)
+        logits = logits.view(*rows.shape[:2], -1)
         if self.hidden is not None:
             logits[: len(self.hidden)].masked_fill_(self.hidden, -torch.inf)
         return logits
@@ -54,34 +68,71 @@ class Reading:
 def readings(
     block_indices: Tensor, m: int, kv_len: int, offsets: tuple[Tensor | None, Tensor | None]
 ) -> Iterator[Reading]:
-    """Every (query, block) pair with a visible key once, by sequence, lane and block."""
-    b, s, hkv, n = block_indices.shape
-    for seg in common.segments(s, kv_len, *offsets):
+    """Every (query, block) pair with a visible key once, by sequence, run of queries, lane, block.
+
+    A run is short enough for its queries and results to stay in a cache from block to block, and
+    long enough for a block to have `READERS` of them on average.
+    """
+    n = block_indices.shape[3]
+    for seg in common.segments(block_indices.shape[1], kv_len, *offsets):
         count, blocks = seg.queries.stop - seg.queries.start, -(-seg.tokens // m)
-        t = torch.arange(seg.offset, seg.offset + count)
-        ids = block_indices[:, seg.queries].transpose(1, 2).reshape(b * hkv, count, n).long()
-        past = (ids < 0) | (ids * m > t[:, None])
-        lane = torch.arange(b * hkv)[:, None, None] * (blocks + 1)
-        key = (ids.masked_fill(past, blocks) + lane).flatten()
-        order = key.argsort(stable=True)
-        readers = order.div_(n, rounding_mode="floor").remainder_(count)
-        ends = key.bincount(minlength=b * hkv * (blocks + 1)).cumsum(0).tolist()
-        for at, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
-            which, block = divmod(at, blocks + 1)
-            if block == blocks:
-                continue
-            keys = range(block * m, min((block + 1) * m, seg.tokens))
-            for first in range(start, stop, READERS):
-                yield _reading(readers[first : min(first + READERS, stop)], which, keys, seg)
+        step = max(READERS, READERS * blocks // n)
+        for first in range(0, count, step):
+            run = range(first, min(first + step, count))
+            yield from _readings(block_indices, m, seg, run)
 
 
-def _reading(rows: Tensor, lane: int, keys: range, seg: common.Segment) -> Reading:
+def _readings(block_indices: Tensor, m: int, seg: common.Segment, run: range) -> Iterator[Reading]:
+    """Those of one run of a sequence's queries."""
+    b, _, hkv, n = block_indices.shape
+    blocks = -(-seg.tokens // m)
+    base = seg.queries.start + run.start
+    t = torch.arange(seg.offset + run.start, seg.offset + run.stop)
+    chosen = block_indices[:, base : base + len(run)].transpose(1, 2)
+    ids = chosen.reshape(b * hkv, len(run), n).long()
+    past = (ids < 0) | (ids * m > t[:, None])
+    lane = torch.arange(b * hkv)[:, None, None] * (blocks + 1)
+    key = (ids.masked_fill(past, blocks) + lane).flatten()
+    order = key.argsort(stable=True)
+    readers = order.div_(n, rounding_mode="floor").remainder_(len(run))
+    ends = key.bincount(minlength=b * hkv * (blocks + 1)).cumsum(0)
+    starts = [0, *ends.tolist()]
+    for at, (stop, first) in enumerate(zip(starts[1:], neighbours(readers, ends), strict=True)):
+        which, block = divmod(at, blocks + 1)
+        if block == blocks:
+            continue
+        keys = range(block * m, min((block + 1) * m, seg.tokens))
+        for start, end in cuts(starts[at], min(first, stop), stop):
+            rows = readers[start:end] + run.start
+            yield _reading(rows, end <= first, which, keys, seg)
+
+
+def neighbours(readers: Tensor, ends: Tensor) -> list[int]:
+    """Of each block's readers, where the first are no longer each other's neighbours: a block is
+    read by all queries that stand in it, and the first ones by everybody."""
+    breaks = torch.cat([(readers.diff() != 1).nonzero().flatten() + 1, ends[-1:]])
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    places = torch.searchsorted(breaks, starts, right=True).clamp_(max=len(breaks) - 1)
+    return breaks[places].tolist()
+
+
+def cuts(start: int, middle: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Pieces of at most `READERS` that end at `middle`, then those up to `stop`."""
+    for low, high in ((start, middle), (middle, stop)):
+        for first in range(low, high, READERS):
+            yield first, min(first + READERS, high)
+
+
+def _reading(rows: Tensor, together: bool, lane: int, keys: range, seg: common.Segment) -> Reading:
     t = rows + seg.offset
     inside = int((t < keys.stop - 1).sum())
     hidden = None
     if inside:
         hidden = (torch.arange(keys.start, keys.stop) > t[:inside, None])[:, None]
     place = slice(seg.keys.start + keys.start, seg.keys.start + keys.stop)
+    if together:
+        first = seg.queries.start + int(rows[0])
+        return Reading(lane, slice(first, first + len(rows)), place, hidden)
     return Reading(lane, rows + seg.queries.start, place, hidden)
 
 
@@ -103,24 +154,22 @@ def selected_attention(
     if chosen <= FEW_ELEMENTS:
         return _gathered(q, k, v, block_indices, offsets, select_block, factor)
     hkv = k.shape[2]
-    queries, keys, values = layout.by_query(q, hkv) * factor, layout.by_key(k), layout.by_key(v)
+    queries, keys, values = layout.by_query(q, hkv), layout.by_key(k), layout.by_key(v)
     o = queries.new_zeros(*queries.shape[:3], v.shape[3])
     total = queries.new_zeros(queries.shape[:3])
     # The lowest number instead of -inf: differences stay defined where nothing is seen yet.
     top = queries.new_full(queries.shape[:3], torch.finfo(queries.dtype).min)
     for part in readings(block_indices, select_block, k.shape[1], offsets):
-        lane, rows = part.lane, part.rows
-        p = part.logits(queries, keys)
-        old = top[lane].index_select(0, rows)
+        p = part.logits(queries, keys, factor)
+        old = part.take(top)
         new = torch.maximum(old, p.amax(-1))
         p.sub_(new[..., None]).exp_()
-        fade = old.sub_(new).exp_()
-        top[lane].index_copy_(0, rows, new)
-        mass = total[lane].index_select(0, rows).mul_(fade).add_(p.sum(-1))
-        total[lane].index_copy_(0, rows, mass)
-        sums = o[lane].index_select(0, rows).mul_(fade[..., None])
-        sums.flatten(0, 1).addmm_(p.flatten(0, 1), values[lane, part.keys])
-        o[lane].index_copy_(0, rows, sums)
+        fade = (old - new).exp_()
+        part.keep(top, old.copy_(new))
+        part.keep(total, part.take(total).mul_(fade).add_(p.sum(-1)))
+        sums = part.take(o).mul_(fade[..., None])
+        sums.flatten(0, 1).addmm_(p.flatten(0, 1), values[part.lane, part.keys])
+        part.keep(o, sums)
     lse = top.add_(total.log())
     o.div_(total.masked_fill_(total == 0, 1.0)[..., None])
     return layout.query_like(o, q), layout.statistic_like(lse, q.shape[0])
@@ -143,23 +192,24 @@ def selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `nsa_neuron.ops.selected_attention.selected_attention_backward`."""
     factor, hkv = common.default_scale(scale, q), k.shape[2]
-    queries, keys, values = layout.by_query(q, hkv) * factor, layout.by_key(k), layout.by_key(v)
+    queries, keys, values = layout.by_query(q, hkv), layout.by_key(k), layout.by_key(v)
     do = layout.by_query(grad_o, hkv)
     shift = layout.statistic(row_shift(grad_o, o, lse, grad_lse), hkv)
     safe = layout.statistic(lse.masked_fill(lse == -torch.inf, 0.0), hkv)
     dq, dk, dv = (torch.zeros_like(x) for x in (queries, keys, values))
     for part in readings(block_indices, select_block, k.shape[1], (cu_seqlens_q, cu_seqlens_k)):
-        lane, rows, run = part.lane, part.rows, (part.lane, part.keys)
-        p = part.logits(queries, keys).sub_(safe[lane].index_select(0, rows)[..., None]).exp_()
-        g = do[lane].index_select(0, rows).flatten(0, 1)
+        run = (part.lane, part.keys)
+        p = part.logits(queries, keys, factor).sub_(part.take(safe)[..., None]).exp_()
+        g = part.take(do).flatten(0, 1)
         flat = p.flatten(0, 1)
         dv[run].addmm_(flat.T, g)
-        ds = (g @ values[run].T).sub_(shift[lane].index_select(0, rows).flatten()[:, None])
+        ds = (g @ values[run].T).sub_(part.take(shift).flatten()[:, None])
         ds.mul_(flat)
         # A query reads a block once, so no row is added to twice and the order is fixed.
-        dq[lane].index_add_(0, rows, (ds @ keys[run]).view(*p.shape[:2], -1))
-        dk[run].addmm_(ds.T, queries[lane].index_select(0, rows).flatten(0, 1))
-    dq.mul_(factor)
+        sums = part.take(dq)
+        sums.flatten(0, 1).addmm_(ds, keys[run], alpha=factor)
+        part.keep(dq, sums)
+        dk[run].addmm_(ds.T, part.take(queries).flatten(0, 1), alpha=factor)
     return layout.query_like(dq, q), layout.key_like(dk, k), layout.key_like(dv, v)
 
 

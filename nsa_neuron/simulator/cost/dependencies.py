@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..memory.allocation import access_at
 from ..run.coverage import Coverage
 from .loops import allocated_once, gates
 from .storage import NOBODY, Region, Relations, Space, Storage
@@ -54,9 +55,7 @@ class Tracker:
         self.pair = pair
         self.relations = Relations()
         self.first: dict[Allocation, Region] = {}  # of each tensor that is ever written
-        self.regions: dict[Allocation, dict[object, Region]] = {}  # of those with several
-        self.storages: dict[Allocation, Storage] = {}  # likewise, without addressed ones
-        self.arenas = {buffer: Storage({}, self.relations) for buffer in ("sbuf", "psum")}
+        self.arenas = {buffer: Storage(self.relations) for buffer in ("sbuf", "psum")}
         self.spaces = {
             "sbuf": Space(_shared_out(trace, "sbuf", machine), 1, machine),
             "psum": Space(_shared_out(trace, "psum", machine), machine.psum_bank_bytes, machine),
@@ -69,15 +68,10 @@ class Tracker:
 
     def run(self) -> list[list[int]]:
         """Dependencies of each instruction, as `producer << SHIFT | cause`."""
-        first, regions, lanes, in_order = self.first, self.regions, self.lanes, self.in_order
+        first, lanes, in_order = self.first, self.lanes, self.in_order
         dead, sync = self._dead, self.in_order - 1
         once = allocated_once(self.trace)
         accesses, self.indexed = once or (None, self.trace.indexed)
-        written = (
-            {a.allocation for i in self.trace.instructions for a in i.writes}
-            if accesses is None
-            else {a.allocation for writes, _ in accesses for a in writes}
-        )
         gated = gates(self.trace, lanes)
         loads: dict[int, list[int]] = {}  # what waits for a register waits for its source
         result: list[list[int]] = []
@@ -92,13 +86,12 @@ class Tracker:
             for access in reads:
                 allocation = access.allocation
                 region = first.get(allocation)
-                if region is None or region.place is not access.place:
-                    known = regions.get(allocation)
-                    region = known.get(access.place) if known is not None else None
-                    if region is None:
-                        if allocation not in written:
-                            continue  # an input nobody writes
-                        region = self._region(access, lane, deps)
+                if region is None:
+                    if not allocation.written:
+                        continue  # an input nobody writes
+                    region = self._new_tensor(access, lane, deps)
+                elif region.place is not access.place:
+                    region = self._pattern(region, access)
                 if region.writer >= 0:
                     deps.append(region.writer << SHIFT | RAW)
                 for other in region.near:
@@ -112,17 +105,18 @@ class Tracker:
                 else:
                     self._note(readers, me, lane)
                 if allocation.last_use == me:
-                    self._release(allocation)
+                    dead.append(allocation)
             for access in writes:
                 allocation = access.allocation
                 region = first.get(allocation)
-                if region is None or region.place is not access.place:
-                    known = regions.get(allocation)
-                    region = known.get(access.place) if known is not None else None
-                    if region is None:
-                        region = self._region(access, lane, deps)
+                if region is None:
+                    region = self._new_tensor(access, lane, deps)
+                elif region.place is not access.place:
+                    region = self._pattern(region, access)
                 if not region.written:
-                    self._first_write(region)
+                    region.written = True
+                    if region.storage is not None:
+                        region.storage.write(region)
                 if region.writer >= 0 or region.readers or region.near:
                     # A queue runs its transfers in order: where a run-time address only may be
                     # that of an earlier one, it does not wait for that to be complete.
@@ -140,9 +134,9 @@ class Tracker:
                 else:
                     region.writer = me
                 if allocation.last_use == me:
-                    self._release(allocation)
-            while dead:
-                self._forget(dead.pop())
+                    dead.append(allocation)
+            if dead:
+                self._release()
             if me in gated:
                 for load in gated[me]:
                     deps += loads.get(load, ())
@@ -168,14 +162,12 @@ class Tracker:
         if region is None:
             return deps  # an input nobody writes
         if region.place is not access.place:
-            region = self.regions.get(allocation, {}).get(access.place)
-            region = region or self._region(access, lane, deps)
+            region = self._pattern(region, access)
         writers = (region.writer, *(other.writer for other in region.near))
         deps += [writer << SHIFT | RAW for writer in writers if writer >= 0]
         if allocation.last_use == me:
-            self._release(allocation)
-            while self._dead:
-                self._forget(self._dead.pop())
+            self._dead.append(allocation)
+            self._release()
         return deps
 
     def _latest(self, deps: list[int]) -> list[int]:
@@ -209,37 +201,50 @@ class Tracker:
             r.writer = -1
             r.readers = NOBODY
 
-    def _region(self, access: Access, lane: int, deps: list[int]) -> Region:
-        """The region of an access that was not found at once; places new tensors."""
-        allocation, place = access.allocation, access.place
-        first = self.first.get(allocation)
-        region = Region(access, place)
-        if place.dynamic:
+    def _new_tensor(self, access: Access, lane: int, deps: list[int]) -> Region:
+        """The region of the first access to a tensor, which takes its room."""
+        allocation = access.allocation
+        region = Region(access, access.place)
+        if access.place.dynamic:
             region.access = self._anywhere(access)
         if allocation.address is not None:
-            arena = self.arenas[allocation.buffer]
-            key = allocation.address, allocation.shape, place.layout, place.start, place.dynamic
-            region = arena.regions.get(key) or arena.add(key, region)
-            if first is not None:
-                self.regions.setdefault(allocation, {})[place] = region
-        elif first is not None:
-            storage = self.storages.get(allocation)
-            if storage is None:
-                known: dict[object, Region] = {first.place: first}
-                self.regions[allocation] = known
-                storage = self.storages[allocation] = Storage(known, self.relations)
-            storage.add(place, region)
+            region = self._addressed(region)
         elif allocation.on_chip:
             space = self.spaces[allocation.buffer]
-            space.free -= space.size(allocation)
+            space.free -= space.size[allocation.form]
             if space.free < 0:
                 own = lane if lane < self.in_order else -1
                 for user in space.reclaim():
                     if self.lanes[user] != own:
                         deps.append(user << SHIFT | SPACE)
-        if first is None:
-            self.first[allocation] = region
+        self.first[allocation] = region
         return region
+
+    def _pattern(self, first: Region, access: Access) -> Region:
+        """The region of an access to a tensor that was first accessed by another pattern."""
+        place = access.place
+        known = first.others
+        if known is not None:
+            region = known.get(place)
+            if region is not None:
+                return region
+        region = Region(access, place)
+        if place.dynamic:
+            region.access = self._anywhere(access)
+        if access.allocation.address is not None:
+            if first.others is None:
+                first.others = {}
+            region = first.others[place] = self._addressed(region)
+            return region
+        storage = first.storage or Storage.of_tensor(first, self.relations)
+        return storage.add(place, region)
+
+    def _addressed(self, region: Region) -> Region:
+        """The region of these bytes of a memory, whichever tensor's they are."""
+        allocation, place = region.access.allocation, region.place
+        arena = self.arenas[allocation.buffer]
+        key = allocation.address, allocation.shape, place.layout, place.start, place.dynamic
+        return arena.regions.get(key) or arena.add(key, region)
 
     def _anywhere(self, access: Access) -> Access:
         """A run-time index may touch all of the tensor: the compiler must assume it does."""
@@ -247,33 +252,29 @@ class Tracker:
         whole = self._everywhere.get(place)
         if whole is None:
             whole = self._everywhere[place] = place.anywhere(allocation.form)
-        return type(access).at(allocation, whole)
+        return access_at(allocation, whole)
 
-    def _first_write(self, region: Region) -> None:
-        """Note that a region is written for the first time."""
-        allocation = region.access.allocation
-        region.written = True
-        if allocation.address is not None:
-            self.arenas[allocation.buffer].write(region)
-        elif allocation in self.storages:
-            self.storages[allocation].write(region)
+    def _release(self) -> None:
+        """Tensors were used for the last time: others may have their room.
 
-    def _release(self, allocation: Allocation) -> None:
-        """A tensor is used for the last time: others may have its room."""
-        first = self.first[allocation]
-        if allocation.on_chip and allocation.address is None and not first.released:
-            first.released = True
-            regions = self.regions.get(allocation)
-            users = (first,) if regions is None else regions.values()
-            self.spaces[allocation.buffer].release(allocation, users)
+        What is known of them is dropped, so that memory stays small, but for those that addresses
+        are still read from.
+        """
+        for allocation in self._dead:
+            if not allocation.on_chip or allocation.address is not None:
+                continue
+            first = self.first.pop(allocation, None)
+            if first is None:
+                continue  # twice an operand of its last instruction
+            space = self.spaces[allocation.buffer]
             if allocation not in self.indexed:
-                self._dead.append(allocation)
-
-    def _forget(self, allocation: Allocation) -> None:
-        """Drop what is known of a tensor nobody uses any more, so that memory stays small."""
-        del self.first[allocation]
-        if self.regions.pop(allocation, None) is not None:
-            del self.storages[allocation]
+                space.release(allocation, first)
+                continue
+            self.first[allocation] = first
+            if not first.released:
+                first.released = True
+                space.lend(allocation, first)
+        self._dead.clear()
 
     def _note(self, readers: list[int], me: int, lane: int) -> None:
         """Add a reader; in-order lanes need only their latest."""

@@ -13,6 +13,8 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..memory.allocation import access_at
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -39,6 +41,7 @@ def allocated_once(trace: CoreTrace) -> tuple[Accesses, set[Allocation]] | None:
         shadow = shadows.get(original)
         if shadow is None:
             shadow = shadows[original] = copy(original)
+        shadow.written |= made.written
         for use in (made.first_use, made.last_use):
             if use >= 0:
                 shadow.first_use = use if shadow.first_use < 0 else min(shadow.first_use, use)
@@ -61,7 +64,7 @@ def _moved(
     key = (shadows[a.allocation], a.place)
     found = known.get(key)
     if found is None:
-        found = known[key] = type(a).at(*key)
+        found = known[key] = access_at(*key)
     return found
 
 

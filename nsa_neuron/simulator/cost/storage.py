@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..run.coverage import QUARTERS, quarters
 from .overlap import may_overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from ..machine.trn2 import Machine
     from ..memory.allocation import Access, Allocation
@@ -29,14 +29,28 @@ class Region:
         access: the pattern.
         place: what the regions of one tensor are told apart by.
         writer: index of the last instruction that wrote it, -1 before.
-        readers: who read it since, at most the latest per lane; `_NOBODY` where none did.
+        readers: who read it since, at most the latest per lane; `NOBODY` where none did.
         near: other patterns that may touch the same bytes, of which one of the two was written.
         inside: those of them that a write here overwrites as a whole.
-        released: of the first region of a tensor: True once the tensor's room was given back.
+        others: of the first region of a tensor: all of the tensor's, by place, once it has several.
+        released: of the first region of a tensor that addresses are read from: True once its room
+            was given back.
+        storage: what the patterns of its bytes are in, once there are several.
         written: True once an instruction wrote it.
     """
 
-    __slots__ = ("access", "inside", "near", "place", "readers", "released", "writer", "written")
+    __slots__ = (
+        "access",
+        "inside",
+        "near",
+        "others",
+        "place",
+        "readers",
+        "released",
+        "storage",
+        "writer",
+        "written",
+    )
 
     def __init__(self, access: Access, place: Place) -> None:
         self.access = access
@@ -44,6 +58,8 @@ class Region:
         self.writer = -1
         self.readers = NOBODY
         self.near = self.inside = _NONE
+        self.others: dict[Place, Region] | None = None
+        self.storage: Storage | None = None
         self.written = self.released = False
 
     def meets(self, other: Region, relation: int) -> None:
@@ -65,10 +81,19 @@ class Region:
 class Relations:
     """How access patterns lie to each other: equal ones meet in tensor after tensor."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("_known", "_starts")
 
     def __init__(self) -> None:
         self._known: dict[tuple[Place, Place], int] = {}
+        self._starts: dict[tuple[Place, bool], Stage] = {}
+
+    def start(self, first: Region) -> Stage:
+        """The stage of tensors of which one pattern was used, this one."""
+        key = (first.place, first.written)
+        found = self._starts.get(key)
+        if found is None:
+            found = self._starts[key] = Stage()
+        return found
 
     def of(self, a: Access, b: Access) -> int:
         """0 where two patterns of a storage are apart, else bits: meet, covers, covered."""
@@ -138,49 +163,84 @@ class Index:
         return self.wide + list(dict.fromkeys(r for found in lists for r in found))
 
 
+class Stage:
+    """What was done with a tensor so far: which patterns appeared, and which of them were written.
+
+    A loop uses tensor after tensor in the same way, so what a new pattern meets is looked up by the
+    stage of the tensor instead of being found again among its patterns.
+
+    Attributes:
+        added, wrote: by place, the stage that comes next and the patterns, by number, that a new
+            one meets or that one written for the first time does.
+    """
+
+    __slots__ = ("added", "wrote")
+
+    def __init__(self) -> None:
+        self.added: dict[Place, Step] = {}
+        self.wrote: dict[Place, Step] = {}
+
+
+# The next stage; patterns that are met, those of them covered, those of them that cover.
+Step = tuple[Stage, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
 class Storage:
     """The patterns used in one allocation, or in all addressed tensors of one memory.
 
     Args:
-        regions: by what stands for pattern and place; may be filled further by others.
         relations: of patterns.
 
     Attributes:
-        regions, relations: as above.
-        all, written: regions by place; made once there are several, as most tensors have few.
+        regions: by what stands for pattern and place.
+        patterns, stage: the same in order, and what was done with them, while a tensor has few.
+        all, written: regions by their bytes, once there are many.
     """
 
-    __slots__ = ("all", "regions", "relations", "written")
+    __slots__ = ("all", "patterns", "regions", "relations", "stage", "written")
 
-    def __init__(self, regions: dict[object, Region], relations: Relations) -> None:
-        self.regions = regions
+    def __init__(self, relations: Relations) -> None:
+        self.regions: dict[Any, Region] = {}
+        self.patterns: list[Region] = []
+        self.stage: Stage | None = None
         self.relations = relations
         self.all: Index | None = None
         self.written: Index | None = None
 
-    def add(self, key: object, region: Region) -> Region:
+    @classmethod
+    def of_tensor(cls, first: Region, relations: Relations) -> Storage:
+        """The storage of a tensor of which a second pattern is about to appear."""
+        new = cls(relations)
+        new.regions[first.place] = first
+        new.patterns.append(first)
+        new.stage = relations.start(first)
+        first.others, first.storage = new.regions, new
+        return new
+
+    def add(self, key: Any, region: Region) -> Region:
         """Take in the region of a new pattern; find the written regions it meets."""
-        access = region.access
-        regions = self.regions
-        if regions:
-            if self.all is None and len(regions) >= _FEW:
-                self._make_indices()
-            if self.all is not None and self.written is not None:
-                others = self.written.around(region)
-                self.all.insert(region)
-            else:
-                others = [r for r in regions.values() if r.written]
-            relation_of = self.relations.of
-            for other in others:
-                relation = relation_of(access, other.access)
-                if relation:
-                    region.meets(other, relation)
-        regions[key] = region
+        stage = self.stage
+        if stage is not None and len(self.patterns) < _FEW:
+            step = stage.added.get(key)
+            if step is None:
+                step = stage.added[key] = self._step(region, True)
+            self._follow(region, step)
+            self.patterns.append(region)
+        else:
+            self._look_around(region)
+        self.regions[key] = region
+        region.storage = self
         return region
 
     def write(self, region: Region) -> None:
         """Note that a region is written for the first time; find those only read that it meets."""
-        region.written = True
+        stage = self.stage
+        if stage is not None:
+            step = stage.wrote.get(region.place)
+            if step is None:
+                step = stage.wrote[region.place] = self._step(region, False)
+            self._follow(region, step)
+            return
         others = self.regions.values() if self.all is None else self.all.around(region)
         for other in others:
             if not other.written:
@@ -189,6 +249,54 @@ class Storage:
                     region.meets(other, relation)
         if self.written is not None:
             self.written.insert(region)
+
+    def _step(self, region: Region, written: bool) -> Step:
+        """What a region meets among those that were written, or among those that were not."""
+        relation_of = self.relations.of
+        met = {
+            k: relation_of(region.access, other.access)
+            for k, other in enumerate(self.patterns)
+            if other is not region and other.written is written
+        }
+        near, covered, covers = (
+            tuple([k for k, relation in met.items() if relation & bit])
+            for bit in (_MEETS, _COVERS, _COVERED)
+        )
+        return Stage(), near, covered, covers
+
+    def _follow(self, region: Region, step: Step) -> None:
+        """Make neighbours of a region and those that it meets."""
+        self.stage, near, covered, covers = step
+        if near:
+            patterns = self.patterns
+            met = [patterns[k] for k in near]
+            for other in met:
+                if other.near:
+                    other.near.append(region)
+                else:
+                    other.near = [region]
+            region.near = region.near + met if region.near else met
+            if covered:
+                region.inside = region.inside + [patterns[k] for k in covered]
+            for k in covers:
+                patterns[k].inside = [*patterns[k].inside, region]
+
+    def _look_around(self, region: Region) -> None:
+        """Find the written regions that one meets among many, or among those of other tensors."""
+        self.stage = None
+        regions = self.regions
+        if self.all is None and len(regions) >= _FEW:
+            self._make_indices()
+        if self.all is not None and self.written is not None:
+            others = self.written.around(region)
+            self.all.insert(region)
+        else:
+            others = [r for r in regions.values() if r.written]
+        relation_of = self.relations.of
+        for other in others:
+            relation = relation_of(region.access, other.access)
+            if relation:
+                region.meets(other, relation)
 
     def _make_indices(self) -> None:
         lo, hi = _bytes(next(iter(self.regions.values())).access)
@@ -206,6 +314,20 @@ def _bytes(access: Access) -> tuple[int, int]:
     return place.lo + base, place.hi + base
 
 
+class Sizes(dict["Form", int]):
+    """Bytes in whole granules by form; less where a tile leaves quarters of the partitions free."""
+
+    def __init__(self, granule: int, machine: Machine) -> None:
+        super().__init__()
+        self.granule = granule
+        self.machine = machine
+
+    def __missing__(self, form: Form) -> int:
+        bytes_ = -(-form.pitch_bytes // self.granule) * self.granule
+        size = self[form] = -(-bytes_ * quarters(form, self.machine) // QUARTERS)
+        return size
+
+
 class Space:
     """Bytes per partition of one memory that the compiler shares out, on average over partitions.
 
@@ -217,37 +339,51 @@ class Space:
 
     def __init__(self, limit: int, granule: int, machine: Machine) -> None:
         self.free = limit
-        self.granule = granule
-        self.machine = machine
-        self._sizes: dict[Form, int] = {}
-        self.released: deque[tuple[int, Iterable[Region]]] = deque()
-
-    def size(self, a: Allocation) -> int:
-        """Bytes in whole granules; less where a tile leaves quarters of the partitions free."""
-        size = self._sizes.get(a.form)
-        if size is None:
-            bytes_ = -(-a.pitch_bytes // self.granule) * self.granule
-            size = self._sizes[a.form] = -(-bytes_ * quarters(a, self.machine) // QUARTERS)
-        return size
+        self.size = Sizes(granule, machine)
+        # Bytes, their last users, and regions that may yet get others.
+        self.released: deque[tuple[int, Sequence[int], Collection[Region]]] = deque()
 
     def reclaim(self) -> list[int]:
         """Make up for taking more than there was; return the instructions that must have ended."""
         users: list[int] = []
         free, released = self.free, self.released
         while free < 0 and released:
-            size, regions = released.popleft()
+            size, known, regions = released.popleft()
             free += size
             if free > 0:  # the rest can be had once the same instructions have ended
-                released.appendleft((free, regions))
+                released.appendleft((free, known, regions))
                 free = 0
-            for region in regions:
-                if region.readers:
-                    users += region.readers
-                elif region.writer >= 0:
-                    users.append(region.writer)
+            users += known
+            if regions:
+                users += _users(regions)
         self.free = free
         return users
 
-    def release(self, a: Allocation, regions: Iterable[Region]) -> None:
-        """Note that a tensor was used for the last time."""
-        self.released.append((self.size(a), regions))
+    def release(self, a: Allocation, first: Region) -> None:
+        """Note that a tensor was used for the last time, by instructions that are found now.
+
+        When its room is taken, they have long left the cache.
+        """
+        if first.others is not None:
+            users: Sequence[int] = _users(first.others.values())
+        elif first.readers:
+            users = first.readers
+        else:
+            users = (first.writer,) if first.writer >= 0 else ()
+        self.released.append((self.size[a.form], users, ()))
+
+    def lend(self, a: Allocation, first: Region) -> None:
+        """The same of a tensor that addresses are still read from."""
+        regions = (first,) if first.others is None else first.others.values()
+        self.released.append((self.size[a.form], (), regions))
+
+
+def _users(regions: Iterable[Region]) -> list[int]:
+    """Who must have ended before the bytes of a tensor can be another's."""
+    users: list[int] = []
+    for region in regions:
+        if region.readers:
+            users += region.readers
+        elif region.writer >= 0:
+            users.append(region.writer)
+    return users

@@ -130,7 +130,7 @@ class NeuronCore:
         if not form.on_chip:
             faults.check_fits_hbm(allocation, self.machine)
         trace.allocations.append(allocation)
-        memory = self._memory(allocation)
+        memory = self._memory(allocation) if self.data else AbsentMemory(allocation, self._precise)
         if buffer == "shared_hbm":
             launch.add_shared(self.index, memory)
         if self._fill and self.data:
@@ -178,8 +178,6 @@ class NeuronCore:
 
     def _memory(self, allocation: Allocation) -> Memory:
         precise = self._precise
-        if not self.data:
-            return AbsentMemory(allocation, precise)
         width = allocation.pitch_bytes
         if not precise:
             itemsize = allocation.dtype.itemsize
@@ -220,6 +218,8 @@ class NeuronCore:
             extra: run-time facts for the record.
             indices: tensors that were read for the addresses of the operands.
         """
+        if name is not None and type(name) is not str:
+            faults.check_name(spec, name)
         trace = self.trace.instructions
         index = len(trace)
         key: list[Any] = [spec, params]
@@ -259,8 +259,16 @@ class NeuronCore:
             if self.pending:
                 self.settle(accesses)
             self._execute(spec, plan, writes, reads, params)
-        written = 1 if len(writes) == 1 else len(writes) - writes.count(None)
-        outs, ins = tuple(accesses[:written]), tuple(accesses[written:])
+        if len(writes) == 1:
+            first = accesses[0]
+            first.allocation.written = True
+            outs: tuple[Access, ...] = (first,)
+            ins = tuple(accesses[1:])
+        else:
+            count = len([t for t in writes if t is not None])
+            outs, ins = tuple(accesses[:count]), tuple(accesses[count:])
+            for access in outs:
+                access.allocation.written = True
         if indices:
             ins += indices
             self.trace.indexed.update([a.allocation for a in indices])

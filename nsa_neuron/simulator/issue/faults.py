@@ -49,6 +49,19 @@ def check_shape(shape: Any, buffer: str, machine: Machine) -> tuple[int, ...]:
     return dims
 
 
+def check_name(spec: Spec, name: Any) -> None:
+    """Refuse a `name=` that is no string."""
+    if not isinstance(name, str):
+        raise violation(
+            "usage",
+            "name= is a string",
+            instruction=spec.opcode,
+            operand="name",
+            value=name,
+            limit="str",
+        )
+
+
 def check_address(allocation: Allocation, machine: Machine) -> None:
     """Refuse an explicit address that leaves the memory or starts inside a PSUM bank."""
     if not allocation.on_chip:

@@ -31,6 +31,7 @@ class Allocation:
         closed: True after the hardware loop in whose body it was made.
         site: code object and instruction offset of the kernel line that made it.
         role: "input", "output" (handed back; known at the end of the run) or "scratch".
+        written: True once an instruction writes it.
         pitch_bytes: bytes per partition on chip; of the whole tensor in HBM.
         form: what it shares with tensors made alike.
     """
@@ -53,6 +54,7 @@ class Allocation:
         "role",
         "shape",
         "site",
+        "written",
     )
 
     def __init__(
@@ -84,7 +86,7 @@ class Allocation:
         self.name = name
         self.created = created
         self.first_use = self.last_use = -1
-        self.closed = False
+        self.closed = self.written = False
         self.site = site
         self.role = role
 
@@ -115,14 +117,6 @@ class Access:
     def __init__(self, allocation: Allocation, layout: Layout, start: int, dynamic: bool) -> None:
         self.allocation = allocation
         self.place = allocation.form.place(layout, start, dynamic)
-
-    @classmethod
-    def at(cls, allocation: Allocation, place: Place) -> Access:
-        """The access of a known place."""
-        new = object.__new__(cls)
-        new.allocation = allocation
-        new.place = place
-        return new
 
     @property
     def layout(self) -> Layout:
@@ -192,3 +186,14 @@ class Access:
             and p.lo + fa < q.hi + fb
             and q.lo + fb < p.hi + fa
         )
+
+
+_new = object.__new__
+
+
+def access_at(allocation: Allocation, place: Place) -> Access:
+    """The access of a known place; a function, since a run makes more of them than of all else."""
+    new = _new(Access)
+    new.allocation = allocation
+    new.place = place
+    return new

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import copy
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .views import row_major
 
@@ -103,14 +103,27 @@ class Place:
         inside: True when the access stays in its tensor.
         signature: stands for what cached checks depend on; equal ones are one object, so that a
             lookup hashes it at once.
+        views: shape, strides, offset and place of the slices that were taken of it.
     """
 
-    __slots__ = ("dynamic", "hi", "inside", "layout", "lo", "p0", "p1", "signature", "start")
+    __slots__ = (
+        "dynamic",
+        "hi",
+        "inside",
+        "layout",
+        "lo",
+        "p0",
+        "p1",
+        "signature",
+        "start",
+        "views",
+    )
 
     def __init__(self, form: Form, layout: Layout, start: int, dynamic: bool) -> None:
         self.layout = layout
         self.start = start
         self.dynamic = dynamic
+        self.views: dict[tuple[Any, ...], tuple[Shape, Shape, int, Place]] = {}
         itemsize = layout.dtype.itemsize
         if layout.pitch:
             p0, column = divmod(start, layout.pitch)
@@ -144,6 +157,7 @@ class Form:
         buffer, shape, dtype, address, on_chip, partitions, pitch_bytes: as of `Allocation`.
         strides: of the whole tensor, in elements.
         places: places of operands, by layout or by view, as they are first met.
+        whole: the place of the tensor as it was made, once it was met.
     """
 
     __slots__ = (
@@ -156,6 +170,7 @@ class Form:
         "places",
         "shape",
         "strides",
+        "whole",
     )
 
     def __init__(
@@ -170,6 +185,7 @@ class Form:
         self.partitions = shape[0] if on_chip else 1
         self.pitch_bytes = prod(shape[1:] if on_chip else shape) * dtype.itemsize
         self.places: dict[object, Place] = {}
+        self.whole: Place | None = None
 
     def place(self, layout: Layout, start: int, dynamic: bool) -> Place:
         """The place of a layout at an element offset."""

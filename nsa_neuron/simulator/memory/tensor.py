@@ -9,12 +9,16 @@ from ..rules.registers import NkiScalar, RunTimeScalar
 from ..rules.session import current_session
 from ..rules.versions import require
 from . import views
+from .allocation import access_at
 from .nki_object import NKIObject
 from .tensor_base import BaseTensor, Dynamic, same_width
 from .views import ViewError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_new = object.__new__
+_INDEX = object()  # after an index, where a slice has its end
 
 __all__ = ["Dynamic", "DynamicSlice", "NKIObject", "NkiTensor", "resolved"]
 
@@ -48,32 +52,71 @@ class NkiTensor(BaseTensor):
         return index
 
     def __getitem__(self, key: Any) -> NkiTensor:
-        """Every dim as `:`, `first:stop` inside it or an index: here; all else: `_getitem`."""
-        shape = self.shape
-        if type(key) is not tuple or len(key) != len(shape) or self.dynamic is not None:
+        """Every dim as `:`, `first:stop` or an index: looked up; all else: `_general`.
+
+        Kernels slice for nearly every operand, and tensors made alike in the same few ways, so
+        what comes of a slice is kept with the place that it is taken of.
+        """
+        if type(key) is not tuple or self.dynamic is not None:
             return self._general(key)
+        asked: list[Any] = []
+        for item in key:
+            if type(item) is slice:
+                first, stop = item.start, item.stop
+                # True and 1.0 would be found as 1.
+                plain = type(first) is int and type(stop) is int
+                if item.step is not None or not (plain or (first is None and stop is None)):
+                    return self._general(key)
+                asked += (first, stop)
+            elif type(item) is int:
+                asked += (item, _INDEX)
+            else:
+                return self._general(key)
+        access = self._access
+        if access is None:
+            if 0 in self.shape:
+                return self._general(key)
+            access = self.access()
+        known = tuple(asked)
+        found = access.place.views.get(known)
+        if found is None:
+            found = self._sliced(key)
+            if found is None:
+                return self._general(key)
+            access.place.views[known] = found
+        new = _new(NkiTensor)
+        new.shape, new.strides, new.offset, place = found
+        new.dtype = self.dtype
+        new.memory = self.memory
+        new.name = self.name
+        new._access = access_at(access.allocation, place)
+        new.dynamic = new._array = None
+        return new
+
+    def _sliced(self, key: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Shape, strides, offset and place of a slice inside the tensor; None for all others."""
+        shape = self.shape
+        if len(key) != len(shape):
+            return None
         offset = self.offset
         out_shape: list[int] = []
         out_strides: list[int] = []
-        for item, size, stride in zip(key, shape, self.strides):  # noqa: B905  same length
+        for item, size, stride in zip(key, shape, self.strides, strict=True):
             if type(item) is slice:
-                first, stop = item.start, item.stop
-                if item.step is not None:
-                    return self._general(key)
-                if type(first) is int and type(stop) is int and 0 <= first < stop <= size:
-                    offset += first * stride
-                    size = stop - first
-                elif first is not None or stop is not None:
-                    return self._general(key)
-                out_shape.append(size)
+                first, stop = (0, size) if item.start is None else (item.start, item.stop)
+                if not 0 <= first < stop <= size:
+                    return None
+                offset += first * stride
+                out_shape.append(stop - first)
                 out_strides.append(stride)
-            elif type(item) is int and 0 <= item < size and (out_shape or not self.on_chip):
+            elif 0 <= item < size and (out_shape or not self.on_chip):
                 offset += item * stride
             else:
-                return self._general(key)
+                return None
         if len(out_shape) < 2 and (not out_shape or self.on_chip):
-            return self._general(key)
-        return self._view(tuple(out_shape), tuple(out_strides), offset)
+            return None
+        view = self._view(tuple(out_shape), tuple(out_strides), offset)
+        return view.shape, view.strides, offset, view.access().place
 
     def _general(self, key: Any) -> NkiTensor:
         keys = key if type(key) is tuple else (key,)

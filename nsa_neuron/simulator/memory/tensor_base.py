@@ -11,7 +11,7 @@ import numpy as np
 from ..rules.registers import RunTimeScalar
 from ..rules.session import current_session, violate, violation
 from . import views
-from .allocation import Access
+from .allocation import Access, access_at
 from .layout import layout_of
 from .nki_object import NKIObject
 from .views import ViewError
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..machine.dtypes import DType
+    from .layout import Place
     from .storage import Memory
 
 
 # Python's and NumPy's numbers and arrays: what a tensor's elements might be compared with.
-_VALUES = numbers.Number | np.generic | np.ndarray
+_VALUES = (RunTimeScalar, numbers.Number, np.generic, np.ndarray)
 
 
 class Dynamic:
@@ -106,7 +107,8 @@ class BaseTensor(NKIObject):
     @classmethod
     def whole(cls, memory: Memory, name: str) -> Self:
         """The view of all of a memory, in the shape it was made with."""
-        form = memory.allocation.form
+        allocation = memory.allocation
+        form = allocation.form
         new = object.__new__(cls)
         new.shape = form.shape
         new.strides = form.strides
@@ -115,7 +117,7 @@ class BaseTensor(NKIObject):
         new.memory = memory
         new.name = name
         new.dynamic = None
-        new._access = None
+        new._access = None if form.whole is None else access_at(allocation, form.whole)
         new._array = None
         return new
 
@@ -186,7 +188,7 @@ class BaseTensor(NKIObject):
         Raises:
             SimulationError: rule "legacy-api": the other is a number, array, register or tensor.
         """
-        if isinstance(other, BaseTensor | RunTimeScalar | _VALUES):
+        if other is not None and isinstance(other, (BaseTensor, *_VALUES)):
             raise violation(
                 "legacy-api",
                 "Python cannot compare a tensor's elements (== and != see only the objects)",
@@ -208,17 +210,26 @@ class BaseTensor(NKIObject):
         found = self._access
         if found is None:
             allocation = self.memory.allocation
-            form = allocation.form
             key = (self.shape, self.strides, self.offset, self.dtype)
-            place = form.places.get(key)
+            place = allocation.form.places.get(key)
             if place is None:
-                if 0 in self.shape:
-                    raise self._error(ViewError("index", "an empty view is used", self.shape))
-                pitch = form.pitch_bytes // self.dtype.itemsize if form.on_chip else 0
-                layout = layout_of(self.shape, self.strides, self.dtype, pitch)
-                place = form.places[key] = form.place(layout, self.offset, False)
-            found = self._access = Access.at(allocation, place)
+                place = self._place()
+            found = self._access = access_at(allocation, place)
         return found
+
+    def _place(self) -> Place:
+        """What of the tensor this view is, when it is asked for the first time."""
+        form = self.memory.allocation.form
+        if 0 in self.shape:
+            raise self._error(ViewError("index", "an empty view is used", self.shape))
+        pitch = form.pitch_bytes // self.dtype.itemsize if form.on_chip else 0
+        layout = layout_of(self.shape, self.strides, self.dtype, pitch)
+        place = form.place(layout, self.offset, False)
+        key = (self.shape, self.strides, self.offset, self.dtype)
+        form.places[key] = place
+        if key == (form.shape, form.strides, 0, form.dtype):
+            form.whole = place
+        return place
 
     def array(self) -> NDArray[Any]:
         """The elements as a NumPy view of the storage; never a copy. Static views only."""

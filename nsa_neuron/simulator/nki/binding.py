@@ -1,17 +1,15 @@
-"""From the vendor's calls to specs: usage errors, operators, enums, loads and stores."""
+"""From the vendor's calls to specs: operators, enums, loads and stores."""
 
-import functools
-import inspect
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from ..issue.current import require_core
 from ..machine.dtypes import bool_, load_f32, round_tf32, store, tfloat32
 from ..memory.tensor import NkiTensor
-from ..rules.legacy import KEYWORDS
 from ..rules.registers import VirtualRegister
 from ..rules.session import STATE, violate, violation
-from .remedies import signature_of
 
 
 class Operator:
@@ -28,54 +26,18 @@ MAXIMUM = Operator("maximum")
 EQUAL = Operator("equal")
 
 
+# The functions of `nki.isa` by name; `misuse` explains calls that do not fit them.
+INSTRUCTIONS: dict[str, Callable[..., Any]] = {}
+
+
 def instruction(function):
-    """Decorate a `nisa` function: a call that does not fit its signature says what to write."""
+    """Decorate a `nisa` function: Python's errors name it, so that `misuse` knows it from others.
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        if "name" in kwargs and not isinstance(kwargs["name"], str | None):
-            raise violation(
-                "usage",
-                "name= is a string",
-                instruction=function.__name__,
-                operand="name",
-                value=kwargs["name"],
-                limit="str",
-            )
-        try:
-            return function(*args, **kwargs)
-        except TypeError as error:
-            trace = error.__traceback__
-            if trace is None or trace.tb_next is not None:
-                raise
-            reason = str(error)
-        raise _misuse(function, args, kwargs, reason)
-
-    return call
-
-
-def _misuse(function, args, kwargs, reason):
-    signature = inspect.signature(function)
-    name = function.__name__
-    for key in kwargs:
-        if key not in signature.parameters and key in KEYWORDS:
-            return violation(
-                "legacy-api",
-                f"{key}= no longer exists",
-                instruction=name,
-                operand=key,
-                hint=KEYWORDS[key],
-            )
-    hint = f"nisa.{name}{signature_of(function)}"
-    if "dst" in signature.parameters and "dst" not in kwargs and "'dst'" in reason:
-        return violation(
-            "legacy-api",
-            "instructions write into dst= since NKI 0.2 and return no tile",
-            instruction=name,
-            operand="dst",
-            hint=hint,
-        )
-    return violation("usage", reason, instruction=name, hint=hint)
+    No wrapper: every instruction of a run would pay for it.
+    """
+    INSTRUCTIONS[function.__name__] = function
+    function.__qualname__ = f"nisa.{function.__name__}"
+    return function
 
 
 def core_of(name):

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..issue.current import current_core
 from ..machine.dtypes import UnknownDTypeError
 from ..rules.errors import Location, SimulationError
-from ..rules.legacy import TENSOR_ATTRIBUTES
+from ..rules.legacy import KEYWORDS, TENSOR_ATTRIBUTES
 from ..rules.session import PACKAGE, violation
+from .binding import INSTRUCTIONS
 from .remedies import missing_name, signature_of
 
 if TYPE_CHECKING:
@@ -80,14 +81,16 @@ def _inside(error: Exception, entry: FrameType, where: Location) -> SimulationEr
     relaxed = _just_relaxed(where)
     if relaxed is not None:
         return relaxed
-    function = entry.f_locals.get("function") if entry.f_code.co_name == "call" else None
-    name = function.__name__ if function is not None else entry.f_code.co_name
+    code = entry.f_code
+    name = code.co_name
+    function = INSTRUCTIONS.get(name)
+    if getattr(function, "__code__", None) is not code:
+        function = None
     if isinstance(error, UnknownDTypeError):
         return violation(
             "dtype", str(error), instruction=name, operand="dtype", location=where,
             hint="dtype=nl.bfloat16, nl.float32, ...",
         )  # fmt: skip
-    code = entry.f_code
     given = ", ".join(code.co_varnames[: code.co_argcount])
     signature = signature_of(function) if function is not None else f"({given})"
     return violation(
@@ -134,7 +137,10 @@ def _in_kernel(text: str, where: Location) -> SimulationError | None:
         )
     found = re.match(r"([\w.]+)\(\) (?:missing|got|takes)", text)
     if found:
-        return _wrong_call(found[1].rpartition(".")[2], text, where)
+        home, _, name = found[1].rpartition(".")
+        if home == "nisa":
+            return _wrong_instruction(INSTRUCTIONS[name], text, where)
+        return _wrong_call(name, text, where)
     return None
 
 
@@ -151,6 +157,24 @@ def _missing_attribute(name: str, where: Location) -> SimulationError:
         limit=", ".join(known),
         hint=TENSOR_ATTRIBUTES.get(name) or ", ".join(f".{n}" for n in close),
     )
+
+
+def _wrong_instruction(function: Any, text: str, where: Location) -> SimulationError:
+    """A call of an instruction that does not fit its signature, often one of an older NKI."""
+    name = function.__name__
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unexpected and unexpected[1] in KEYWORDS:
+        return violation(
+            "legacy-api", f"{unexpected[1]}= no longer exists", instruction=name,
+            operand=unexpected[1], hint=KEYWORDS[unexpected[1]], location=where,
+        )  # fmt: skip
+    hint = f"nisa.{name}{signature_of(function)}"
+    if "missing" in text and "'dst'" in text:
+        return violation(
+            "legacy-api", "instructions write into dst= since NKI 0.2 and return no tile",
+            instruction=name, operand="dst", hint=hint, location=where,
+        )  # fmt: skip
+    return violation("usage", text, instruction=name, hint=hint, location=where)
 
 
 def _wrong_call(name: str, text: str, where: Location) -> SimulationError | None:

@@ -6,7 +6,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from ..cost.instructions import cost_of
-from ..memory.allocation import Access
+from ..memory.allocation import Access, access_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,11 +145,11 @@ def as_dtype(a: Access, dtype: DType) -> Access:
     layout.dtype = dtype
     place = copy(a.place)
     place.layout = layout
-    return Access.at(a.allocation, place)
+    return access_at(a.allocation, place)
 
 
 def as_static(a: Access) -> Access:
     """An operand as if its place were known at build time."""
     place = copy(a.place)
     place.dynamic = False
-    return Access.at(a.allocation, place)
+    return access_at(a.allocation, place)

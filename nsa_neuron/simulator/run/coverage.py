@@ -10,11 +10,12 @@ if TYPE_CHECKING:
 
     from ..machine.trn2 import Machine
     from ..memory.allocation import Allocation
+    from ..memory.layout import Form
 
 QUARTERS = 4
 
 
-def quarters(a: Allocation, machine: Machine) -> int:
+def quarters(a: Allocation | Form, machine: Machine) -> int:
     """Quarters of the partitions that a tensor takes: 1, 2 or 4; all of a PSUM bank."""
     if a.buffer != "sbuf" or a.partitions > 2 * machine.quadrant:
         return QUARTERS

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...memory.allocation import Access
+from ...memory.allocation import access_at
 from ...memory.tensor import NkiTensor
 from ...rules.session import violate, violation
 from ...semantics.dma import in_bounds
@@ -21,7 +21,7 @@ def anywhere(view):
     stand_in.dynamic = None
     allocation = view.memory.allocation
     place = allocation.form.place(view.access().layout, 0, True)
-    stand_in._access = Access.at(allocation, place.anywhere(allocation.form))
+    stand_in._access = access_at(allocation, place.anywhere(allocation.form))
     return stand_in
 
 

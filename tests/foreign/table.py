@@ -33,6 +33,16 @@ TITLES = {
     "nkipy": "aws-neuron/nkipy",
     "nxdi": "aws-neuron/neuronx-distributed-inference, contrib",
 }
+# Whole layers and blocks of a model, which are looked for by name.
+KERNELS = (
+    "moe_tkg",
+    "moe_block_tkg",
+    "transformer_tkg",
+    "mlp_tkg",
+    "qkv_tkg",
+    "cross_entropy_forward",
+    "attention_block_tkg",
+)
 # Outcome of a case -> column.
 COLUMNS = {
     "agrees": "agree",
@@ -128,6 +138,7 @@ def library_section(record: dict[str, Any]) -> Iterator[str]:
         + "."
     )
     yield ""
+    yield from _kernel_table(functions)
     yield from _function_table(functions)
     yield from _refusals(cases)
     yield from _others(cases)
@@ -136,6 +147,23 @@ def library_section(record: dict[str, Any]) -> Iterator[str]:
 def _all_agree(facts: dict[str, Any]) -> bool:
     found = [outcome_of(e) for e in facts["tried"].values()]
     return bool(found) and all(o in ("agrees", "relaxed") for o in found)
+
+
+def _kernel_table(functions: dict[str, Any]) -> Iterator[str]:
+    """The kernels of `KERNELS`, all of their test functions together."""
+    yield "| Kernel | tried | " + " | ".join(COLUMNS.values()) + " |"
+    yield "|---|--:|" + "--:|" * len(COLUMNS)
+    for kernel in KERNELS:
+        entries = [
+            entry
+            for name, facts in functions.items()
+            if name.partition("::")[0].endswith(f"/test_{kernel}")
+            for entry in facts["tried"].values()
+        ]
+        found = Counter(map(outcome_of, entries))
+        counts = " | ".join(str(found[key] or "") for key in COLUMNS)
+        yield f"| {kernel} | {len(entries)} | {counts} |"
+    yield ""
 
 
 def _function_table(functions: dict[str, Any]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The `neuron` backend: NKI kernels on a Trainium2 (`hw`), or on our simulator of one (`sim`).
 
 Launchers (`launch/<op>.py`) lay tensors out and start kernels; `run.py` says how a kernel is
-started; constants (`plans/`) are data; this file decides only whether a call can be taken. Nothing
-here has been run on hardware yet.
+started, `buckets.py` which few shapes hardware sees; constants (`plans/`) are data; this file
+decides only whether a call can be taken. Nothing here has been run on hardware yet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from nsa_neuron.backends import composite
 from nsa_neuron.backends.launching import with_scale
-from nsa_neuron.backends.neuron import hardware, limits, plans, run, whole
+from nsa_neuron.backends.neuron import buckets, hardware, limits, plans, run, whole
 from nsa_neuron.errors import NsaError
 from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 
@@ -95,7 +95,10 @@ def _launcher(bound: Bound, mode: str) -> Lowered:
     stem = bound.spec.stem
     module = importlib.import_module(f"{LAUNCHERS}.{stem}")
     kernels = {"hw": run.on_hardware, "sim": run.simulated}[mode](stem, logical_cores(mode))
-    launch = functools.partial(getattr(module, bound.spec.direction), kernels, plans.load(stem))
+    run_one = getattr(module, bound.spec.direction)
+    launch: Lowered = functools.partial(run_one, kernels, plans.load(stem))
+    if mode == "hw":
+        launch = buckets.bucketed(bound.spec, launch)
     return with_scale(bound.spec, launch)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from nsa_neuron.backends.neuron import plans
+from nsa_neuron.backends.neuron import buckets, plans
 from nsa_neuron.backends.neuron.launch import groups, reach
 from nsa_neuron.backends.neuron.launch.selected_attention.sizes import (
     MOST_ROWS,
     page_of,
     queries_of,
 )
+from nsa_neuron.ops.common import compressed_blocks
 from nsa_neuron.registry import Unsupported
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _range_refusal(bound: Bound, mode: str) -> Unsupported | None:
     keys = bound["Nc"] if "Nc" in bound.sizes else bound["T"]
     if keys >= EXACT:
         return Unsupported("length", f"{keys} keys >= {EXACT}, exact in float32")
-    count = range_instructions(bound)
+    count = range_instructions(bound, buckets.padding(bound) if mode == "hw" else 0)
     if mode == "hw" and count > MOST_INSTRUCTIONS:
         reason = (
             f"its program has about {count:,} instructions > {MOST_INSTRUCTIONS:,}, what AWS's "
@@ -72,19 +73,23 @@ def _range_refusal(bound: Bound, mode: str) -> Unsupported | None:
     return None
 
 
-def range_instructions(bound: Bound) -> int:
-    """About how many instructions the largest kernel of a range attention has, on one core."""
+def range_instructions(bound: Bound, more: int = 0) -> int:
+    """About how many instructions the largest kernel of a range attention has, on one core, if
+    the call is filled up with `more` tokens."""
     stem = bound.spec.name.removesuffix("_backward")
     direction = "forward" if stem == bound.spec.name else "backward"
-    keys, hi_add, lo_add, step = bound["T"], bound["T"] - bound["S"] + 1, reach.UNLIMITED, 1
+    keys, step = bound["T"] + more, 1
+    hi_add, lo_add = bound["T"] - bound["S"] + 1, reach.UNLIMITED
     if "Nc" in bound.sizes:
-        keys, step = bound["Nc"], bound["d"]
+        step = bound["d"]
+        filled = compressed_blocks(bound["T"] + more, bound["l"], step)
+        keys = filled if more else bound["Nc"]  # packed sequences have other numbers of blocks
         hi_add += step - bound["l"]
     if "w" in bound.sizes:
         lo_add = hi_add - bound["w"]
     packed = "N1" in bound.sizes
     of_tiles = (hi_add, lo_add, step, not packed)
-    shape = (bound["B"], bound["S"], bound["Hkv"])
+    shape = (bound["B"], bound["S"] + more, bound["Hkv"])
     count = groups.unrolled_instructions(direction, shape, bound.group, keys, of_tiles)
     if not groups.loops(count, plans.load(stem)["looped"], packed):
         return count

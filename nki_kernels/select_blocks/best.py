@@ -60,7 +60,9 @@ def best_positions(scores, count):
         nisa.memset(keys, 0.0)
     reversed_into(keys[:, 0:count], found[:, 0:count], width)
     positions = nl.ndarray((parts, count), dtype=nl.uint32, buffer=nl.sbuf)
-    reversed_into(positions, descending(keys, count)[:, 0:count], width)
+    reversed_into(keys[:, 0:count], descending(keys, count)[:, 0:count], width)
+    # A row of NaN matches nothing: its positions are any, but must be some.
+    nisa.tensor_scalar(positions, keys[:, 0:count], nl.minimum, float(width - 1))
     return positions
 
 

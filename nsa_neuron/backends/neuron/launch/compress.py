@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from nsa_neuron.backends.neuron.launch import finite
 from nsa_neuron.backends.neuron.launch.packed import Aligned, block_counts, take
 
 if TYPE_CHECKING:
@@ -58,6 +60,11 @@ class _Packed:
         """grad_y [B, Nc, H, D] as the gradient of the padded blocks."""
         return take(grad_y, self.blocks.clamp(max=grad_y.shape[1] - 1), self.real)
 
+    def windows(self, x: Tensor, block: int, stride: int) -> finite.Spans:
+        """Which padded tokens each padded block reads."""
+        first = torch.arange(len(self.blocks), device=x.device) * stride
+        return finite.Spans.of(first, first + block, x.shape[0], x.shape[2], x.shape[1])
+
     def gather(self, y: Tensor) -> Tensor:
         """The compressed rows of the padded blocks y; zero behind the last."""
         return take(y, self.rows.clamp(max=y.shape[1] - 1), self.valid)
@@ -83,17 +90,31 @@ def forward(
     batch, tokens, heads, _ = x.shape
     if tokens < block:
         return x.new_zeros(batch, 0, heads, x.shape[-1])
-    packed = None
-    if cu_seqlens_k is not None:
-        packed = _Packed.of(cu_seqlens_k, tokens, block, stride)
-        x = take(x, packed.tokens)
+    weights = (w1, b1, w2, b2, pe)
+    if cu_seqlens_k is None:
+        return _forward(kernels, plan, x, weights, method, block, stride)
+    packed = _Packed.of(cu_seqlens_k, tokens, block, stride)
+    x = take(x, packed.tokens)
+    bad = finite.spoiled(x)
+    y = _forward(kernels, plan, finite.cleaned(x, bad), weights, method, block, stride)
+    return packed.gather(finite.marked(y, packed.windows(x, block, stride).seeing(bad)))
+
+
+_Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""w1, b1, w2, b2, pe."""
+
+
+def _forward(
+    kernels: Kernels, plan: Plan, x: Tensor, weights: _Weights, method: str, block: int, stride: int
+) -> Tensor:
+    """Blocks of one sequence."""
+    w1, b1, w2, b2, pe = weights
     if method == "mean":
+        y: Tensor
         (y,) = kernels.mean_forward(x, _dense(pe), block=block, stride=stride)
-    else:
-        y = _layer(kernels, plan, x, w1, b1, pe, block, stride, gelu=method == "mlp")
-        if method == "mlp":
-            y = _layer(kernels, plan, y, w2, b2, None, 1, 1)
-    return y if packed is None else packed.gather(y)
+        return y
+    y = _layer(kernels, plan, x, w1, b1, pe, block, stride, gelu=method == "mlp")
+    return _layer(kernels, plan, y, w2, b2, None, 1, 1) if method == "mlp" else y
 
 
 def backward(
@@ -116,30 +137,52 @@ def backward(
     given = (w1, b1, w2, b2, pe)
     x, grad_y = x.contiguous(), grad_y.contiguous()
     tokens = x.shape[1]
-    grads: dict[str, Tensor] = {}
     if tokens < block:
         dx = x.new_zeros(x.shape)
         rest = [x.new_empty(0) if w is None else w.new_zeros(w.shape) for w in given]
         return dx, rest[0], rest[1], rest[2], rest[3], rest[4]
-    packed = None
-    if cu_seqlens_k is not None:
+    if cu_seqlens_k is None:
+        dx, grads = _backward(kernels, plan, grad_y, x, given, method, block, stride)
+    else:
         packed = _Packed.of(cu_seqlens_k, tokens, block, stride)
         x, grad_y = take(x, packed.tokens), packed.spread(grad_y)
+        windows, bad_x, bad_y = packed.windows(x, block, stride), *map(finite.spoiled, (x, grad_y))
+        bad = (bad_y | windows.seeing(bad_x)) & packed.real[None, :, None]
+        dx, grads = _backward(
+            kernels, plan, finite.cleaned(grad_y, bad_y), finite.cleaned(x, bad_x), given, method,
+            block, stride,
+        )  # fmt: skip
+        dx = take(finite.marked(dx, windows.seen(bad)), packed.places)
+        # Weights are everybody's.
+        grads = {name: g.masked_fill(bad.any(), torch.nan) for name, g in grads.items()}
+    names = ("w1", "b1", "w2", "b2", "pe")
+    rest = [grads.get(name, x.new_empty(0)) for name in names]
+    return dx, rest[0], rest[1], rest[2], rest[3], rest[4]
+
+
+def _backward(
+    kernels: Kernels,
+    plan: Plan,
+    grad_y: Tensor,
+    x: Tensor,
+    weights: _Weights,
+    method: str,
+    block: int,
+    stride: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """dx of one sequence, and the gradients of weights by name."""
+    w1, b1, w2, b2, pe = weights
+    grads: dict[str, Tensor] = {}
     if method == "mean":
         (dx,) = kernels.mean_backward(grad_y, tokens=x.shape[1], block=block, stride=stride)
         if pe is not None:
             (sums,) = kernels.column_sum(grad_y)
             rows = (sums / block)[:, None].expand(-1, block, -1)
             grads["pe"] = _like(rows, pe, 2)
-    else:
-        if method == "mlp":
-            grad_y = _hidden(kernels, plan, grads, grad_y, x, w1, b1, w2, b2, pe, block, stride)
-        dx = _input_layer(kernels, plan, grads, grad_y, x, w1, b1, pe, block, stride)
-    if packed is not None:
-        dx = take(dx, packed.places)
-    names = ("w1", "b1", "w2", "b2", "pe")
-    rest = [grads.get(name, x.new_empty(0)) for name in names]
-    return dx, rest[0], rest[1], rest[2], rest[3], rest[4]
+        return dx, grads
+    if method == "mlp":
+        grad_y = _hidden(kernels, plan, grads, grad_y, x, w1, b1, w2, b2, pe, block, stride)
+    return _input_layer(kernels, plan, grads, grad_y, x, w1, b1, pe, block, stride), grads
 
 
 def _layer(

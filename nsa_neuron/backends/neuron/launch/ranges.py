@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nsa_neuron.backends.neuron.launch import finite
 from nsa_neuron.backends.neuron.launch.groups import Groups, loops, unrolled_instructions
 from nsa_neuron.backends.neuron.launch.reach import UNLIMITED, Ranges
 from nsa_neuron.ops.softmax import row_shift
@@ -72,6 +73,33 @@ def forward(
         q: [B, S, Hq, Dk]; k, v: [B, T, Hkv, D].
         scale: of the logits, any sign.
     """
+    if not ranges.reach[3]:
+        spans, bad_k, bad_v = _spoiled(k, v, ranges)
+        clean = (finite.cleaned(k, bad_k), finite.cleaned(v, bad_v))
+        o, lse = _forward(kernels, plan, q, *clean, ranges, scale)
+        in_keys = spans.seeing(bad_k)
+        o = finite.marked(o, in_keys | spans.seeing(bad_v))
+        return o, finite.marked(lse, in_keys)
+    return _forward(kernels, plan, q, k, v, ranges, scale)
+
+
+def _spoiled(k: Tensor, v: Tensor, ranges: Ranges) -> tuple[finite.Spans, Tensor, Tensor]:
+    """What queries of a packed call see, and which keys and values are not finite."""
+    first, end = ranges.bounds.unbind(-1)
+    spans = finite.Spans.of(first, end, k.shape[0], k.shape[2], k.shape[1])
+    return spans, finite.spoiled(k), finite.spoiled(v)
+
+
+def _forward(
+    kernels: Kernels,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Ranges,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same of finite keys and values."""
     q, scale = positive_scale(q, scale)
     largest_key = k.float().norm(dim=-1).amax(1)
     constants = {"reach": ranges.reach, "scale": scale, **plan["forward"]}
@@ -124,9 +152,36 @@ def backward(
         grad_o: [B, S, Hq, Dv]; grad_lse: [B, S, Hq] float32, None: zero.
         o, lse: what `forward` returned for q, k, v, ranges and scale.
     """
-    positive_q, positive = positive_scale(q, scale)
     delta = row_shift(grad_o, o, lse, grad_lse)
     shift = -lse.masked_fill(lse == -torch.inf, 0.0)
+    if ranges.reach[3]:
+        return _backward(kernels, plan, grad_o, q, k, v, shift, delta, ranges, scale)
+    spans, bad_k, bad_v = _spoiled(k, v, ranges)
+    kv_heads = k.shape[2]
+    bad = finite.spoiled(q, grad_o, torch.stack((shift, delta), -1))
+    grad_o, q, shift, delta = (finite.cleaned(x, bad) for x in (grad_o, q, shift, delta))
+    k, v = finite.cleaned(k, bad_k), finite.cleaned(v, bad_v)
+    dq, dk, dv = _backward(kernels, plan, grad_o, q, k, v, shift, delta, ranges, scale)
+    reached = spans.seeing(bad_k | bad_v)
+    seen = spans.seen(reached | finite.by_kv_head(bad, kv_heads))
+    dq = finite.marked(finite.marked(dq, reached), bad)
+    return dq, finite.marked(dk, seen), finite.marked(dv, seen)
+
+
+def _backward(
+    kernels: Kernels,
+    plan: Plan,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    delta: Tensor,
+    ranges: Ranges,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of -lse [B, S, Hq], finite, and delta = rowsum(dO * O) - dlse."""
+    positive_q, positive = positive_scale(q, scale)
     rows, keys = q.shape[1], k.shape[1]
     bounds, trips, bases, sections = ranges.bounds, None, None, None
     groups = looped("backward", plan, q, k, ranges)

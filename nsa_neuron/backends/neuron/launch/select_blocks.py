@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_neuron.backends.neuron.launch import finite
 from nsa_neuron.backends.neuron.launch.packed import Aligned, block_counts, take
 from nsa_neuron.backends.neuron.launch.ranges import positive_scale
 
@@ -142,6 +143,12 @@ def forward(
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Ids of the selected blocks, [B, S, Hkv, n] int32; arguments as of the op."""
+    if cu_seqlens_q is not None:
+        # What NaN chooses is of no use; it must not choose for others, too.
+        dead = lse == -torch.inf
+        rows = finite.spoiled(q, lse.masked_fill(dead, 0.0)[..., None])
+        q, lse = finite.cleaned(q, rows), finite.cleaned(lse, rows)
+        k_cmp = finite.cleaned(k_cmp, finite.spoiled(k_cmp))
     constants = plan["forward"]
     queries, heads, dim = q.shape[1], k_cmp.shape[2], q.shape[3]
     group = q.shape[2] // heads

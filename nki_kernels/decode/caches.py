@@ -1,109 +1,79 @@
-"""Keys and values of a branch, gathered from pages.
+"""Keys and values gathered from pools, some tokens of a page at a time.
 
-A pool is [units, unit, Hkv, D]: a unit is a page, an equal part of a page, or a selection block,
-of at most 128 tokens. One DMA with a run-time address fetches one unit.
+A pool is cut in rows of `t` neighbouring tokens, as its layout has them in memory:
+
+- tokens first: [rows, t, Hkv, D]; a row holds all kv heads.
+- heads first: [rows, t, D]; the rows of a page's kv heads lie `apart` rows from each other.
+
+One DMA puts a row on each of up to 128 partitions. Its row numbers are data, which GpSimd makes
+descriptors of, 14 ns for each row; so rows are long.
 """
 
+import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import sbuf
-from nki_kernels.common.queues import fetch
-from nki_kernels.common.spans import spans
-
-QUEUES = "yga"
-"""All three, see `queues.fetch`: ScalarE and GpSimd have little else to do."""
-
-BANK = 512
-"""float32 columns of a PSUM bank: most keys of a group."""
 
 
-class Branch(nl.NKIObject):
-    """The units that a branch reads for some kv heads of a sequence.
+class Tile(nl.NKIObject):
+    """Keys and values of up to 128 rows.
+
+    Column j * rows + r of logits is token j of row r: of keys that PE has turned, each token of all
+    rows is contiguous.
 
     Attributes:
-        k, v: pools [units, unit, Hkv, D].
-        numbers: [1, units] int32; where heads choose for themselves, one head's after another's.
-        count: units of a head.
+        first: number of the first row in its sequence. rows, tokens: of the tile; t.
+        k, v: [rows, t, heads, D] once loaded.
+        kept: [rows, t] or [rows, heads, t], all bits of a token that may be used, none of others.
     """
 
-    def __init__(self, k, v, numbers, first_head, heads, shared):
-        self.k, self.v, self.numbers = k, v, numbers
-        self.ahead, self.keys_ahead = [], []  # tiles that have been asked for already
-        self.first_head, self.heads, self.shared = first_head, heads, shared
-        self.unit = k.shape[1]
-        self.count = numbers.shape[1] // (1 if shared else heads)
-        self.keys = self.count * self.unit
-        per_tile = max(1, nl.tile_size.pmax // self.unit)
-        self.tile = min(per_tile, self.count) * self.unit
-        self.group = max(1, BANK // self.tile) * self.tile
+    def __init__(self, first, index, tokens, kept):
+        self.first, self.index, self.tokens, self.kept = first, index, tokens, kept
+        self.rows = index.shape[0]
+        self.columns = self.rows * tokens
+        self.k, self.v = None, None
 
-    def tiles(self):
-        """(first key, keys) of tiles of at most 128 keys."""
-        return spans(self.keys, self.tile)
 
-    def groups(self):
-        """(first key, keys) of groups of whole tiles of at most 512 keys."""
-        return spans(self.keys, self.group)
+class Cache(nl.NKIObject):
+    """A branch's pools, and the kv heads that one program serves."""
 
-    def ask(self, pool, most_bytes):
-        """Tiles of all keys or values, asked for now; none if they take too much of a partition."""
-        item = 4 if pool.dtype == nl.float32 else 2
-        found = []
-        if len(self.tiles()) * self.heads * pool.shape[3] * item <= most_bytes:
-            for first, length in self.tiles():
-                found.append(self.load(pool, first, length))
-        return found
+    def __init__(self, k, v, apart, first_head, heads):
+        self.k, self.v, self.apart = k, v, apart
+        self.first_head, self.heads = first_head, heads
+        self.tokens = k.shape[1]
 
-    def ask_values(self, most_bytes):
-        self.ahead = self.ask(self.v, most_bytes)
+    def bytes(self, pool):
+        """Of a partition, what `gather` takes."""
+        heads = pool.shape[2] if self.apart == 0 else self.heads
+        return self.tokens * heads * pool.shape[-1] * (4 if pool.dtype == nl.float32 else 2)
 
-    def ask_keys(self, most_bytes):
-        self.keys_ahead = self.ask(self.k, most_bytes)
+    def gather(self, pool, index):
+        """Rows for all heads: [rows, t, heads, D]."""
+        first, heads = self.first_head, self.heads
+        if self.apart == 0:
+            found = sbuf((index.shape[0], self.tokens, pool.shape[2], pool.shape[3]), pool.dtype)
+            nisa.dma_copy(found, pool.vector_select(0, index))
+            return found[:, :, first : first + heads, :]
+        found = sbuf((index.shape[0], heads, self.tokens, pool.shape[2]), pool.dtype)
+        for h in range(heads):
+            own = pool[(first + h) * self.apart :]
+            nisa.dma_copy(found[:, h], own.vector_select(0, index))
+        return found.permute((0, 2, 1, 3))
 
-    def values(self, first, length):
-        """Values of a tile: [keys, heads, DV]."""
-        if len(self.ahead) > 0:
-            return self.ahead[first // self.tile]
-        return self.load(self.v, first, length)
-
-    def load(self, pool, first, length):
-        """Keys first .. first + length of k or v: [keys, heads, D]."""
-        tile = sbuf((length, self.heads, pool.shape[3]), pool.dtype)
-        own = slice(self.first_head, self.first_head + self.heads)
-        for start, size in spans(length, self.unit):
-            number = (first + start) // self.unit
-            target = tile[start : start + size, :, :]
-            if self.shared:
-                unit = self.numbers[0:1, number : number + 1]
-                fetch(target, pool[:, :, own, :].select(0, unit), QUEUES[number % len(QUEUES)])
+    def gather_by_head(self, pool, index):
+        """The same where each head has rows of its own, a column of `index` [rows, heads]."""
+        views, rows = [], index.shape[0]
+        whole = None
+        if self.apart > 0:
+            whole = sbuf((rows, self.heads, self.tokens, pool.shape[2]), pool.dtype)
+        for h in range(self.heads):
+            column, head = index[:, h : h + 1], self.first_head + h
+            if self.apart == 0:  # all heads of a row come along
+                found = sbuf((rows, self.tokens, pool.shape[2], pool.shape[3]), pool.dtype)
+                nisa.dma_copy(found, pool.vector_select(0, column))
+                views.append(found[:, :, head, :])
             else:
-                for h in range(self.heads):
-                    place = h * self.count + number
-                    unit = self.numbers[0:1, place : place + 1]
-                    source = pool[:, :, self.first_head + h, :].select(0, unit)
-                    fetch(target[:, h, :], source, QUEUES[(number + h) % len(QUEUES)])
-        return tile
-
-    def load_keys(self, first, length):
-        """Tiles [keys, heads, DK] of the keys of a group."""
-        found = []
-        for start, size in spans(length, self.tile):
-            if len(self.keys_ahead) > 0:
-                found.append(self.keys_ahead[(first + start) // self.tile])
-            else:
-                found.append(self.load(self.k, first + start, size))
-        return found
-
-
-def load_numbers(row):
-    """A row of an int32 table [units] as [1, units]."""
-    numbers = sbuf((1, row.shape[0]), nl.int32)
-    fetch(numbers, row.expand_dim(0))
-    return numbers
-
-
-def load_table(row, pairs):
-    """A row of an int32 table [blocks] on each pair's partition, [pairs, blocks]."""
-    table = sbuf((pairs, row.shape[0]), nl.int32)
-    fetch(table, row.expand_dim(0).broadcast(0, pairs))
-    return table
+                own = pool[head * self.apart :]
+                nisa.dma_copy(whole[:, h], own.vector_select(0, column))
+                views.append(whole[:, h])
+        return views

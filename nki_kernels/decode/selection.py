@@ -1,4 +1,4 @@
-"""Block choice: importance of blocks, forced ones, the n best, and where they lie.
+"""Block choice: importance of blocks, forced ones, the n best, and where their rows lie.
 
 Rows here are (kv head, query) pairs, one per partition, blocks along the free axis, all float32.
 """
@@ -19,62 +19,70 @@ NONE = -3.0e38
 """Below every importance; a value that is nowhere is its opposite."""
 
 
-def importance(scores, owners, length: int, ratio: int, blocks: int):
-    """p_slc [pairs, blocks] of the exponentials of the compressed branch.
+def preference(place, blocks: int, initial: int):
+    """`FORCED` for blocks that are chosen anyway, else 0: [pairs, blocks].
 
-    Args:
-        owners: [rows, pairs] float32, 1 where a row is one of the pair's heads.
-        length, ratio: l / d and m / d: compressed block i covers the strides i .. i + length - 1,
-            selection block j the strides ratio * j .. ratio * (j + 1) - 1.
+    place: as of `choose`.
     """
-    rows, pairs = owners.shape
-    keys, before = scores.values.shape[1], length - 1
-    weights, found = sbuf((rows, pairs), nl.float32), sbuf((pairs, blocks), nl.float32)
-    nisa.tensor_scalar(weights, owners, nl.multiply, scores.inverse)
-    nisa.memset(found, 0.0)
-    for block, count in spans(blocks, max(1, (BANK - before) // ratio)):
-        for low, width in spans(before + ratio * count, BANK):
-            # Compressed blocks first .. last - 1, as far as there are any.
-            first = max(0, ratio * block - before + low)
-            last = min(keys, ratio * block - before + low + width)
-            if last > first:
-                bank = psum((pairs, last - first))
-                nisa.nc_matmul(bank, weights, scores.values[:, first:last], accumulate=False)
-                share_out(found, bank, block, count, first, last, length, ratio)
+    found = sbuf((place.shape[0], blocks), nl.float32)
+    nisa.iota(found, [[1, blocks]], offset=0, channel_multiplier=0)
+    nisa.tensor_scalar(found, found, nl.greater, place[:, 1:2], op1=nl.multiply, operand1=FORCED)
+    if initial > 0:
+        nisa.memset(found[:, 0 : min(initial, blocks)], FORCED)
     return found
 
 
-def share_out(found, bank, block, count, first, last, length, ratio):
-    """Adds compressed blocks first .. last - 1, in `bank`, to selection blocks from `block` on."""
+def shared_weights(owners, inverse, length: int, ratio: int):
+    """For each place of a compressed block beside a selection block what sums p_slc [rows, pairs].
+
+    Args:
+        owners: [rows, pairs] float32, 1 where a row is one of the pair's heads.
+        inverse: [rows, 1], see `lanes.Scores`.
+        length, ratio: l / d and m / d: compressed block i covers the strides i .. i + length - 1,
+            selection block j the strides ratio * j .. ratio * (j + 1) - 1.
+    """
+    by_count, found = {}, []
     for offset in range(1 - length, ratio):
         # Compressed block ratio * j + offset shares so many strides with selection block j.
-        shared = float(min(offset + length, ratio) - max(offset, 0))
-        low = max(block, -((offset - first) // ratio))
-        high = min(block + count - 1, (last - 1 - offset) // ratio)
-        if high >= low:
-            start = ratio * low + offset - first
-            part = bank[:, start : start + ratio * (high - low) + 1 : ratio]
-            into = found[:, low : high + 1]
-            nisa.scalar_tensor_tensor(into, part, nl.multiply, shared, nl.add, into)
+        count = min(offset + length, ratio) - max(offset, 0)
+        if count not in by_count:
+            weights = sbuf(owners.shape, nl.float32)
+            nisa.tensor_scalar(
+                weights, owners, nl.multiply, inverse, op1=nl.multiply, operand1=float(count)
+            )
+            by_count[count] = weights
+        found.append(by_count[count])
+    return found
 
 
-def choose(scores, place, chosen: int, initial: int):
+def importance(shares, exponentials, base: int, first: int, count: int, ratio: int):
+    """p_slc [pairs, count] in PSUM of `count` selection blocks from `first` on.
+
+    Args:
+        shares: from `shared_weights`.
+        exponentials: [rows, ...] float32 of compressed blocks from number `base` on, in order;
+            zeros before the first and behind the last.
+    """
+    found = psum((shares[0].shape[1], count))
+    for i in range(len(shares)):
+        start = ratio * (first + 1) + i - len(shares) - base
+        moving = exponentials[:, start : start + ratio * (count - 1) + 1 : ratio]
+        nisa.nc_matmul(found, shares[i], moving, accumulate=i > 0)
+    return found
+
+
+def choose(ranked, place, chosen: int):
     """The best blocks: numbers [pairs, n] uint32, and 1.0 where there is one, else 0.0.
 
     Args:
-        scores: [pairs, blocks], blocks >= 8; overwritten.
-        place: [pairs, 2]: own block of the query (negative: none), last block before the local
-            ones.
+        ranked: [pairs, blocks], blocks >= 8; overwritten.
+        place: [pairs, 4]: own block of the query (negative: none), last block before the local
+            ones, 1 + the query's position, first row of the sequence's table.
     """
-    pairs, blocks = scores.shape
-    ranked, spare = sbuf((pairs, blocks), nl.float32), scores
+    pairs, blocks = ranked.shape
+    spare = sbuf((pairs, blocks), nl.float32)
     zero = sbuf((pairs, 1), nl.float32)
     nisa.memset(zero, 0.0)
-    nisa.iota(ranked, [[1, blocks]], offset=0, channel_multiplier=0)
-    nisa.tensor_scalar(ranked, ranked, nl.greater, place[:, 1:2])
-    if initial > 0:
-        nisa.memset(ranked[:, 0 : min(initial, blocks)], 1.0)
-    nisa.scalar_tensor_tensor(ranked, ranked, nl.multiply, FORCED, nl.add, scores)
     nisa.range_select(
         ranked, ranked, nl.greater_equal, nl.less_equal, zero, place[:, 0:1],
         reduce_cmd=nisa.reduce_cmd.idle,
@@ -94,63 +102,70 @@ def choose(scores, place, chosen: int, initial: int):
     return numbers[:, 0:chosen], real
 
 
-def units_of(numbers, real, table, parts: int):
-    """Units of the chosen blocks: addresses [1, pairs * n * parts], and what they are.
+def seen_tokens(numbers, real, place, size: int):
+    """How many tokens of each chosen block its query sees: [pairs, n] float32.
 
-    Args:
-        numbers, real: [pairs, n], from `choose`.
-        table: [pairs, blocks] int32, a block's place in the pool, counted in blocks.
-        parts: units of a block.
+    size: tokens of a block.
+    """
+    seen = sbuf(real.shape, nl.float32)
+    nisa.tensor_scalar(seen, numbers, nl.multiply, -float(size), op1=nl.add, operand1=place[:, 2:3])
+    nisa.tensor_scalar(seen, seen, nl.minimum, float(size), op1=nl.maximum, operand1=0.0)
+    nisa.tensor_tensor(seen, seen, real, nl.multiply)
+    return seen
+
+
+def look_up(numbers, seen, place, table, blocks: int):
+    """Asks for the first row of each chosen block in its pool, by `table` [B * blocks, 1] in HBM.
 
     Returns:
-        addresses int32, and 1 + the unit's number in its sequence [pairs, n * parts], 0 for none.
+        For each 128 places: these rows, int32 [places, pairs], and `seen` turned alike.
     """
-    pairs, chosen = numbers.shape
-    at = sbuf((pairs, chosen), nl.int32)
-    index = sbuf((pairs, chosen), nl.uint32)
-    nisa.tensor_copy(index, numbers)
-    nisa.nc_n_gather(at, table, index)
-    places = sbuf((pairs, chosen, parts), nl.int32)
-    names = sbuf((pairs, chosen, parts), nl.float32)
-    for part in range(parts):
-        nisa.tensor_scalar(places[:, :, part], at, nl.multiply, parts, op1=nl.add, operand1=part)
-        nisa.tensor_scalar(
-            names[:, :, part], numbers, nl.multiply, float(parts), op1=nl.add,
-            operand1=float(part + 1),
-        )  # fmt: skip
-        nisa.tensor_tensor(names[:, :, part], names[:, :, part], real, nl.multiply)
-    addresses = sbuf((1, pairs * chosen * parts), nl.int32)
-    nisa.dma_copy(addresses, places)
-    return addresses, names.reshape((pairs, chosen * parts))
+    pairs, chosen = seen.shape
+    at = sbuf((pairs, chosen), nl.float32)
+    # A row of NaN matches nothing: its numbers are any, but must be some block's.
+    nisa.tensor_scalar(
+        at, numbers, nl.minimum, float(blocks - 1), op1=nl.add, operand1=place[:, 3:4]
+    )
+    found = []
+    for first, count in spans(chosen, nl.tile_size.pmax):
+        bank = psum((count, 2, pairs))
+        for i, source in ((0, at), (1, seen)):
+            part = source[:, first : first + count]
+            nisa.nc_transpose(bank[:, i, :], part, engine=nisa.engine.tensor)
+        index, rows = sbuf((count, pairs), nl.int32), sbuf((count, pairs), nl.int32)
+        turned = sbuf((count, pairs), nl.float32)
+        nisa.tensor_copy(index, bank[:, 0, :])
+        for p in range(pairs):
+            nisa.dma_copy(rows[:, p : p + 1], table.vector_select(0, index[:, p : p + 1]))
+        nisa.tensor_copy(turned, bank[:, 1, :])
+        found.append((rows, turned))
+    return found
 
 
-def visible(names, rows_of, position, unit: int):
-    """How many tokens of each unit each row sees, [rows, queries, units of a pair] float32.
+def placed(found):
+    """What `look_up` asked for, [places, 2, pairs] float32 for each 128 places."""
+    columns = []
+    for rows, turned in found:
+        both = sbuf((rows.shape[0], 2, rows.shape[1]), nl.float32)
+        nisa.tensor_copy(both[:, 0, :], rows)
+        nisa.tensor_copy(both[:, 1, :], turned)
+        columns.append(both)
+    return columns
 
-    Args:
-        names: [pairs, units], from `units_of`.
-        rows_of: [pairs, queries, rows] float32: 1 where a row is one of a pair's, and the pair has
-            that query.
-        position: [rows, 2]: 1 + the row's own unit; tokens of it up to the row's query.
+
+def by_lane(seen, rows_of):
+    """`seen` of the pair of each row and query: [rows, queries, n] float32, 0 where a row is no row
+    of that query.
+
+    rows_of: [pairs, queries, rows] float32: 1 where a row is one of a pair's, and the pair has that
+        query.
     """
-    units, (_, queries, rows) = names.shape[1], rows_of.shape
-    seen = sbuf((rows, queries, units), nl.float32)
+    places, (_, queries, rows) = seen.shape[1], rows_of.shape
+    found = sbuf((rows, queries, places), nl.float32)
     for s in range(queries):
-        for first, count in spans(units, BANK):
+        for first, count in spans(places, BANK):
             bank = psum((rows, count))
-            nisa.nc_matmul(
-                bank, rows_of[:, s, :], names[:, first : first + count], accumulate=False
-            )
-            own = sbuf((rows, count), nl.float32)
-            nisa.tensor_copy(own, bank)
-            part = seen[:, s, first : first + count]
-            # (own unit - unit) * tokens + tokens of the own one, between 0 and all of them.
-            nisa.tensor_scalar(
-                part, own, nl.subtract, position[:, 0:1], op1=nl.multiply, operand1=-float(unit)
-            )
-            nisa.tensor_scalar(
-                part, part, nl.add, position[:, 1:2], op1=nl.minimum, operand1=float(unit)
-            )
-            nisa.tensor_scalar(own, own, nl.greater, 0.0)
-            nisa.scalar_tensor_tensor(part, part, nl.maximum, 0.0, nl.multiply, own)
-    return seen
+            part = seen[:, first : first + count]
+            nisa.nc_matmul(bank, rows_of[:, s, :], part, accumulate=False)
+            nisa.tensor_copy(found[:, s, first : first + count], bank)
+    return found

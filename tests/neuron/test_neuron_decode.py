@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.sim
 SPEC = get("decode")
+ZEROS = torch.zeros(1, 9000, dtype=torch.int32)
 
 
 def launched(values: dict, lnc: int = 1) -> torch.Tensor:
@@ -54,6 +56,44 @@ def close(values: dict, o: torch.Tensor) -> None:
 def test_any_case(case: Case) -> None:
     values = SPEC.arguments(case, torch.float32)
     close(values, launched(values))
+
+
+@pytest.mark.parametrize(("block", "select_block"), [(3, 70), (4, 5), (1, 3)])
+def test_logits_that_do_not_fit_go_to_memory(
+    block: int, select_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tiles of 128 blocks, at whose edges selection blocks do not end."""
+    case = next(case for case in SPEC.cases if case.name == "stride_one")
+    scalars = {**case.scalars, "block": block, "select_block": select_block}
+    case = replace(case, scalars=scalars, options={**case.options, "tokens": (300, 131)})
+    values = SPEC.arguments(case, torch.float32)
+    monkeypatch.setattr(launch, "ROW_BYTES", 1)
+    within = launched(values)
+    monkeypatch.setattr(launch, "HELD_BYTES", 0)
+    o = launched(values)
+    close(values, within)
+    close(values, o)
+    assert not o.equal(within)  # sums are made in another order
+
+
+@pytest.mark.parametrize("name", ["two_sequences", "several_queries", "odd_pages"])
+def test_heads_first_caches_give_the_same_bits(name: str) -> None:
+    """A page holds one kv head's tokens after another's."""
+    values = a_named(name, torch.bfloat16)
+    turned = dict(values)
+    for branch in ("cmp", "slc", "win"):
+        for side in "kv":
+            pool = values[f"{side}_{branch}"]
+            turned[f"{side}_{branch}"] = pool.transpose(1, 2).contiguous().transpose(1, 2)
+    assert launched(turned).equal(launched(values))
+
+
+def test_a_sequence_of_nan_leaves_the_others_alone() -> None:
+    values = a_named("two_sequences")
+    good = launched(values)
+    values["q"][0] = float("nan")
+    o = launched(values)
+    assert o[1:].equal(good[1:]) and o[0].isnan().all()
 
 
 def test_golden() -> None:
@@ -102,8 +142,23 @@ def test_impossible_pages_are_refused_by_name() -> None:
         nsa.decode(**values)
 
 
-def test_lengths_that_do_not_fit_are_refused_by_rule() -> None:
-    values = a_named("one_token")
-    values["cmp_table"] = torch.zeros(1, 6000, dtype=torch.int32)
-    with use_backend("neuron", "sim"), pytest.raises(NsaError, match="rule 'length'"):
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("blocks", {"slc_table": ZEROS}),
+        ("selected", {"num_selected": 600, "slc_table": ZEROS[:, :900]}),
+        ("window", {"window": 9000, "slc_table": ZEROS[:, :900], "win_table": ZEROS}),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_rule(rule: str, change: dict) -> None:
+    values = a_named("one_token") | change
+    with use_backend("neuron", "sim"), pytest.raises(NsaError, match=f"rule '{rule}'"):
         nsa.decode(**values)
+
+
+def test_rows_of_many_heads_are_read_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = a_named("two_sequences", torch.bfloat16)
+    o = launched(values)
+    monkeypatch.setattr(launch, "ROW_BYTES", 64)
+    monkeypatch.setattr(launch, "BLOCK_BYTES", 64)
+    assert launched(values).isclose(o, rtol=0.02, atol=0.01).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def window(q, k, v):
 def chosen() -> torch.Tensor:
     """The first block of each sequence and the query's own."""
     ids = torch.full((1, EDGES[-1], 2, 3), -1, dtype=torch.int32)
-    for first, end in zip(EDGES, EDGES[1:], strict=False):
+    for first, end in pairwise(EDGES):
         own = torch.arange(end - first) // 4
         ids[0, first:end, :, 0] = 0
         ids[0, first:end, :, 1] = torch.where(own > 0, own, -1)[:, None]
@@ -106,7 +108,7 @@ def test_compression(method: str) -> None:
     """Blocks, and gradients of tokens; those of weights are everybody's."""
     k, edges = given()["k"], packed()["cu_seqlens_k"]
     weights = {"w1": normal(8 * 16, 16, seed=4)} if method == "linear" else {}
-    counts = [(end - first - 8) // 4 + 1 for first, end in zip(EDGES, EDGES[1:], strict=False)]
+    counts = [(end - first - 8) // 4 + 1 for first, end in pairwise(EDGES)]
     mine = slice(counts[0], counts[0] + counts[1])
     found = []
     for value, grad_value in ((None, None), (float("nan"), None), (None, float("nan"))):
@@ -150,9 +152,7 @@ def test_selection() -> None:
     for keys, shift in ((k, lse), (dirty_k, dirty_lse)):
         with nsa.use_backend("neuron:sim"):
             found.append(
-                nsa.select_blocks(
-                    values["q"], keys, shift, **place, select_block=8, num_selected=3
-                )
+                nsa.select_blocks(values["q"], keys, shift, **place, select_block=8, num_selected=3)
             )
     for part in OTHERS:
         assert found[1][:, part].equal(found[0][:, part])

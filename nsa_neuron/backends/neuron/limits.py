@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nsa_neuron.backends.neuron import buckets, plans
 from nsa_neuron.backends.neuron.launch import groups, reach
+from nsa_neuron.backends.neuron.launch.decode import reads_single_tokens, row_of_block
 from nsa_neuron.backends.neuron.launch.selected_attention.sizes import (
     MOST_ROWS,
     page_of,
@@ -35,9 +36,10 @@ MOST_RANKED = 16_384
 MOST_IDS = 40_000
 """float32 ids on a partition while the union of a tile is listed."""
 
-DECODE_BYTES = 160_000
-"""Of 212,984 bytes per partition, what decode's logits and its blocks' scores may take."""
+QUADRANTS = 4  # kv heads of a program, at most
 
+DECODED_KEYS = 8192
+"""Of a kv head, how many chosen keys or keys of windows decode takes at a time."""
 
 MOST_INSTRUCTIONS = 5_000_000
 """Of one program, as AWS's compiler's error NCC_EBVF030 gives it (docs/nki_0_7.md, part 3)."""
@@ -138,16 +140,22 @@ def _decode_refusal(bound: Bound) -> Unsupported | None:
     if blocks > MOST_RANKED:
         reason = f"tables of {blocks} selection blocks > {MOST_RANKED}, what VectorE ranks at once"
         return Unsupported("blocks", reason)
-    need = 4 * bound["most_cmp"] * bound["page_cmp"] + 12 * blocks
-    if need > DECODE_BYTES:
-        reason = (
-            f"logits of the compressed blocks and scores of the selection blocks need {need} "
-            f"bytes per partition > {DECODE_BYTES}"
-        )
-        return Unsupported("length", reason)
-    tokens = bound["pages_slc"] * bound["page_slc"]
-    if tokens >= EXACT:
-        return Unsupported("pool", f"a pool of {tokens} tokens >= {EXACT}, exact in float32")
+    queries = min(bound["S"], PARTITIONS // bound.group)
+    for symbol, what, keys in (
+        ("n", "selected", min(bound["n"], blocks) * bound["m"] * queries),
+        ("w", "window", min(bound["w"] + queries, bound["most_win"] * bound["page_win"])),
+    ):  # fmt: skip
+        if keys > DECODED_KEYS:
+            reason = f"{keys} keys of a kv head by {symbol} > {DECODED_KEYS}, what SBUF holds"
+            return Unsupported(what, reason)
+    tokens, heads = bound["pages_slc"] * bound["page_slc"], bound["Hkv"]
+    of_row = row_of_block(bound["m"], bound["n"])
+    size = max(bound["Dk"], bound["Dv"]) * bound.dtype.itemsize
+    if reads_single_tokens(of_row, heads, min(heads, QUADRANTS), size):
+        of_row = 1
+    rows = tokens * math.ceil(heads / of_row)
+    if rows >= EXACT:
+        return Unsupported("pool", f"a pool of {rows} rows of keys >= {EXACT}, exact in float32")
     return None
 
 

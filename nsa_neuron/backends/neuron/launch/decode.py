@@ -19,6 +19,18 @@ PARTITIONS = 128
 MIN_BLOCKS = 8
 """What VectorE's search for the largest wants at least."""
 
+ROW_BYTES = 12_288
+"""Of the keys of a row on a partition: long rows need few descriptors, several tiles overlap."""
+
+HELD_BYTES = 100_000
+"""Of 212,984 bytes per partition, what logits and ranks of one sequence may take."""
+
+OVERLAP_BYTES = 72_000
+"""The same where two sequences overlap, whose keys and values fill the rest."""
+
+BLOCK_BYTES = 50_000
+"""Of a partition for the keys that all kv heads of a program have in 128 rows of chosen blocks."""
+
 
 def forward(
     kernels: Kernels,
@@ -53,85 +65,210 @@ def forward(
     queries, heads = q.shape[1:3]
     kv_heads = k_cmp.shape[2]
     step = PARTITIONS // (heads // kv_heads)
-    compressed = Units.of(k_cmp, v_cmp, cmp_table)
-    near = Units.of(k_win, v_win, win_table)
-    blocks = Units.of(k_slc, v_slc, slc_table, select_block)
-    parts = select_block // _unit(select_block)
-    slc_k, slc_v = (x.reshape(-1, select_block // parts, *x.shape[2:]) for x in (k_slc, v_slc))
     found = []
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         rows = Rows.of(q[:, start:stop], kv_heads, kernels.cores)
+        far = Cache.of(k_cmp, v_cmp, cmp_table, rows.per_group)
+        near = Cache.of(k_win, v_win, win_table, rows.per_group)
+        blocks = Cache.of_blocks(
+            k_slc, v_slc, slc_table, select_block, num_selected, rows.per_group
+        )
         position = seqlens.long()[:, None] + torch.arange(
             start - queries, stop - queries, device=q.device
         )
-        win_units, win_bounds = near.of_window(position, window)
         last_block = torch.div(position + 1 - block, stride, rounding_mode="floor")
-        unit = select_block // parts
-        own_unit = torch.div(position, unit, rounding_mode="floor")
-        bounds = (
-            torch.zeros_like(position), last_block, *win_bounds,
-            own_unit + 1, position - own_unit * unit + 1,
-        )  # fmt: skip
+        compressed = far.seen(far.numbers, torch.zeros_like(position), last_block)
+        window_rows = near.of_window(position, window)
         own = torch.div(position, select_block, rounding_mode="floor")
+        table = blocks.at_least(MIN_BLOCKS)
+        base = torch.arange(len(table), device=q.device)[:, None] * table.shape[1]
+        base = base.expand_as(position)
+        gates_of_rows = rows.by_group(gates[:, start:stop].float())
+        bounds = rows.per_row(torch.cat((compressed.bounds, window_rows.bounds), -1))
+        bounds = bounds[:, None].expand(-1, gates_of_rows.shape[1], -1, -1)
+        taken = min(num_selected, blocks.numbers.shape[1])
+        parts = select_block // blocks.tokens
         (o,) = kernels.decode(
-            rows.columns(q[:, start:stop]), rows.by_group(gates[:, start:stop].float()),
-            rows.per_row(torch.stack(bounds, -1)),
-            rows.per_pair(torch.stack((own, own - num_local), -1)),
-            compressed.numbers, blocks.at_least(MIN_BLOCKS), win_units,
-            rows.owners.to(q.device), rows.rows_of.to(q.device),
-            compressed.k, compressed.v, slc_k, slc_v, near.k, near.v,
-            length=block // stride, ratio=select_block // stride, parts=parts,
-            chosen=min(num_selected, blocks.numbers.shape[1]), initial=num_initial, scale=scale,
+            rows.columns(q[:, start:stop]),
+            torch.cat((compressed.index, window_rows.index), -1),
+            torch.cat((compressed.kept, window_rows.kept), -1),
+            torch.cat((gates_of_rows, bounds), -1).contiguous(),
+            rows.per_pair(torch.stack((own, own - num_local, position + 1, base), -1)),
+            table.view(-1, 1), rows.owners.to(q.device), rows.rows_of.to(q.device),
+            torch.eye(taken, device=q.device).repeat_interleave(parts, 1),
+            (torch.arange(PARTITIONS, device=q.device) % parts)[:, None].float(),
+            far.k, far.v, blocks.k, blocks.v, near.k, near.v, step=blocks.step,
+            apart=(far.apart, blocks.apart, near.apart), rows=(compressed.rows, window_rows.rows),
+            length=block // stride, ratio=select_block // stride, chosen=taken,
+            initial=num_initial, scale=scale,
+            per_body=sequences_at_once(compressed.rows * far.tokens, table.shape[1], q),
         )  # fmt: skip
         found.append(rows.heads(o))
     return torch.cat(found, 1)
 
 
-def _unit(page: int) -> int:
-    """The largest divisor of `page` that fits the partitions."""
-    return next(size for size in range(PARTITIONS, 0, -1) if page % size == 0)
+def sequences_at_once(keys: int, blocks: int, q: Tensor) -> int:
+    """Sequences that overlap in one program: what SBUF has room for; 0: not even for the logits of
+    one.
+
+    Args:
+        keys: of the compressed branch. blocks: that are ranked.
+    """
+    # Logits, exponentials in two forms, and ranks twice; the next one's logits.
+    one = keys * (8 + q.element_size()) + 8 * blocks
+    if one > HELD_BYTES:
+        return 0
+    return 4 if one + 4 * keys <= OVERLAP_BYTES // (2 if q.element_size() == 4 else 1) else 1
 
 
 @dataclass(frozen=True)
-class Units:
-    """A cache as units of at most 128 rows, or of any given divisor of a page.
+class Seen:
+    """Rows of a sequence that a branch reads, and what of them its queries see.
 
     Attributes:
-        k, v: [units, unit, Hkv, D].
-        numbers: int32 [B, units of a sequence]; entries that may hold anything are some unit.
+        index: int32 [B, 128, tiles], row of the pool on each partition, 128 rows a tile.
+        kept: [B, 128, tiles * t], -1 for tokens that some query sees, else 0.
+        bounds: [B, S, 2 t]: for token j of a row the first and last row that shows it.
+        rows: how many.
+    """
+
+    index: Tensor
+    kept: Tensor
+    bounds: Tensor
+    rows: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache cut in rows of some neighbouring tokens; see `nki_kernels/decode/caches.py`.
+
+    Caches whose pages hold a kv head's tokens together (the transpose of a contiguous
+    [pages, Hkv, page, D]) are taken as they are, so that a chosen block of one head is one piece;
+    of contiguous ones the chosen blocks of all heads are read, or single tokens of one head if
+    that would be too much. Others are copied.
+
+    Attributes:
+        k, v: [rows, tokens, Hkv, D], or [rows, tokens, D] if a head's tokens lie together.
+        apart: rows from a kv head to the next of a page; 0: a row holds all of them.
+        tokens: of a row.
+        numbers: int32 [B, rows of a sequence], of kv head 0; entries that may hold anything are
+            some row. Of selection blocks: [B, blocks], the first row of each.
+        step: from a row to the next of the same head.
     """
 
     k: Tensor
     v: Tensor
+    apart: int
+    tokens: int
     numbers: Tensor
+    step: int
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, table: Tensor, unit: int = 0) -> Units:
-        """Pools [pages, page, Hkv, D] and a table of pages [B, most pages]."""
-        pages, page = k.shape[:2]
-        unit = unit or _unit(page)
-        parts = torch.arange(page // unit, device=table.device)
-        numbers = table.clamp(0, pages - 1)[..., None] * len(parts) + parts
-        k, v = (x.reshape(-1, unit, *x.shape[2:]) for x in (k, v))
-        return cls(k, v, numbers.flatten(1).int())
+    def of(cls, k: Tensor, v: Tensor, table: Tensor, heads: int) -> Cache:
+        """Pools [pages, page, Hkv, D] and a table of pages [B, most pages].
+
+        Args:
+            heads: kv heads that a program serves.
+        """
+        together = _heads_first(k) and _heads_first(v)
+        size = max(k.shape[3], v.shape[3]) * k.element_size()
+        at_once = size * (heads if together else k.shape[2])
+        if at_once > ROW_BYTES and not together:
+            return cls._cut(k, v, table, 1, k.shape[1], 1, single=True)
+        tokens = _divisor(k.shape[1], max(1, ROW_BYTES // at_once))
+        return cls._cut(k, v, table, tokens, k.shape[1] // tokens, 1)
+
+    @classmethod
+    def of_blocks(
+        cls, k: Tensor, v: Tensor, table: Tensor, block: int, chosen: int, heads: int
+    ) -> Cache:
+        """The same for selection blocks: the rows of all that a query chooses fill 128 partitions,
+        if that is possible."""
+        tokens = row_of_block(block, chosen)
+        if not (_heads_first(k) and _heads_first(v)):
+            size = max(k.shape[3], v.shape[3]) * k.element_size()
+            if reads_single_tokens(tokens, k.shape[2], heads, size):
+                return cls._cut(k, v, table, 1, k.shape[1] // block, block, single=True)
+        return cls._cut(k, v, table, tokens, k.shape[1] // block, block // tokens)
+
+    @classmethod
+    def _cut(
+        cls, k: Tensor, v: Tensor, table: Tensor, tokens: int, steps: int, rows: int,
+        *, single: bool = False,
+    ) -> Cache:  # fmt: skip
+        """`steps` numbers for each page, `rows` rows from each to the next.
+
+        single: a row is a token of one head, and a token's heads lie one after the other.
+        """
+        pages, page, kv_heads = k.shape[:3]
+        per_page = page // tokens
+        together = _heads_first(k) and _heads_first(v) and not single
+        apart = 1 if single else per_page if together else 0
+        at = torch.arange(steps, device=table.device) * rows * (kv_heads if single else 1)
+        first = table.clamp(0, pages - 1).long() * per_page * (kv_heads if apart else 1)
+        numbers = (first[..., None] + at).flatten(1).int()
+        if apart:
+            k, v = (x.transpose(1, 2) if together else x for x in (k, v))
+            k, v = (x.reshape(-1, tokens, x.shape[3]) for x in (k, v))
+        else:
+            k, v = (x.reshape(-1, tokens, *x.shape[2:]) for x in (k, v))
+        return cls(k, v, apart, tokens, numbers, kv_heads if single else 1)
 
     def at_least(self, count: int) -> Tensor:
         """`numbers` with at least `count` columns."""
         return F.pad(self.numbers, (0, max(0, count - self.numbers.shape[1])))
 
-    def of_window(self, position: Tensor, window: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Units that hold the windows of queries at `position` [B, S], and each one's keys.
+    def seen(self, numbers: Tensor, low: Tensor, high: Tensor) -> Seen:
+        """Rows `numbers` [B, rows], of whose tokens queries see `low` .. `high` [B, S]."""
+        batch, rows = numbers.shape
+        token = torch.arange(self.tokens, device=low.device)
+        bounds = torch.cat((
+            torch.div(low[..., None] - token + self.tokens - 1, self.tokens, rounding_mode="floor"),
+            torch.div(high[..., None] - token, self.tokens, rounding_mode="floor"),
+        ), -1)  # fmt: skip
+        tiles = -(-rows // PARTITIONS)
+        place = torch.arange(tiles * PARTITIONS * self.tokens, device=low.device)
+        kept = (place >= low[:, :1]) & (place <= high[:, -1:])
+        whole = torch.int32 if self.k.element_size() == 4 else torch.int16
+        bits = -kept.to(whole).view(batch, tiles, PARTITIONS, self.tokens).transpose(1, 2)
+        index = F.pad(numbers, (0, tiles * PARTITIONS - rows)).view(batch, tiles, PARTITIONS)
+        return Seen(index.mT.contiguous(), bits.flatten(2).contiguous(), bounds, rows)
 
-        Returns:
-            int32 [B, units], and first and last visible key [B, S], counted from the first unit.
-        """
-        unit, total = self.k.shape[1], self.numbers.shape[1]
-        count = min((window + position.shape[1] - 3) // unit + 2, total)
+    def of_window(self, position: Tensor, window: int) -> Seen:
+        """Rows that hold the windows of queries at `position` [B, S]."""
+        tokens, total = self.tokens, self.numbers.shape[1]
+        count = min((window + position.shape[1] - 3) // tokens + 2, total)
         low = (position - window + 1).clamp(min=0)
-        first = torch.div(low[:, :1], unit, rounding_mode="floor")
+        first = torch.div(low[:, :1], tokens, rounding_mode="floor")
         index = (first + torch.arange(count, device=first.device)).clamp(max=total - 1)
-        return self.numbers.gather(1, index), (low - first * unit, position - first * unit)
+        rows = self.numbers.gather(1, index)
+        return self.seen(rows, low - first * tokens, position - first * tokens)
+
+
+def row_of_block(block: int, chosen: int) -> int:
+    """Tokens of a row of a selection block: the fewest with which the rows of all chosen blocks fit
+    128 partitions."""
+    least = -(-min(chosen, PARTITIONS) * block // PARTITIONS)
+    return next(size for size in range(min(least, block), block + 1) if block % size == 0)
+
+
+def reads_single_tokens(tokens: int, kv_heads: int, heads: int, size: int) -> bool:
+    """Whether rows of so many tokens of all kv heads are too much to read for each of `heads`.
+
+    size: bytes of a key or value.
+    """
+    return heads * tokens * kv_heads * size > BLOCK_BYTES
+
+
+def _heads_first(x: Tensor) -> bool:
+    """Whether a pool [pages, page, Hkv, D] has the tokens of a page's kv head together."""
+    return x.shape[2] > 1 and x.shape[1] > 1 and x.transpose(1, 2).is_contiguous()
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest divisor of `count` that is no larger than `most`."""
+    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def marked(x: Tensor, rows: Tensor) -> Tensor:
 
 def by_kv_head(rows: Tensor, kv_heads: int) -> Tensor:
     """Where some query head of a kv head is marked: [B, S, Hq] as [B, S, Hkv]."""
-    return rows.unflatten(2, (kv_heads, -1)).any(-1)
+    grouped: Tensor = rows.unflatten(2, (kv_heads, -1))
+    return grouped.any(-1)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,8 @@ def backward(
     dead = lse == -torch.inf
     lse = lse.masked_fill(dead, 0.0)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(dead, 0.0)
-    given, packed = (grad_o, q, k, v, o, lse, grad_lse), (cu_seqlens_q, cu_seqlens_k)
+    packed = (cu_seqlens_q, cu_seqlens_k)
+    given: tuple[Tensor, ...] = (grad_o, q, k, v, o, lse, grad_lse)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _backward(kernels, plan, given, dead, block_indices, select_block, scale, packed)
     spans = _spans(block_indices, k.shape[1], select_block, cu_seqlens_q, cu_seqlens_k)

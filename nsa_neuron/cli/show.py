@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn import generate
-from nsa_neuron.nn.checkpoint import load_checkpoint
+from nsa_neuron.nn.checkpoint import SHIPPED, load_checkpoint
 from nsa_neuron.show import html, look, picture
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ ANSWER = 48  # bytes that are written behind a question
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help=f"a text, up to {MOST:,} bytes")
-    parser.add_argument("checkpoint", type=Path, help="model.safetensors of `nsa train`")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", default=SHIPPED,
+        help="model.safetensors of `nsa train`; default: the text model that ships with this",
+    )  # fmt: skip
     parser.add_argument(
         "--ask", action="append", default=[], metavar="POSITION_OR_TEXT",
         help="may be repeated, but for one question; default: the last byte",
@@ -34,6 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for option, path in (("--out", args.out), ("--png", args.png)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            expected = "a file in a folder that exists"
+            raise InvalidArgument("nsa show", option, repr(str(path)), expected)
     model, _ = load_checkpoint(args.checkpoint)
     try:
         text = args.file.read_bytes()
@@ -44,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if len(text) > MOST:
         raise InvalidArgument("nsa show", "file", f"{len(text)} bytes long", f"at most {MOST}")
     positions, questions = _asked(args.ask)
-    about = f"{args.file}, {len(text):,} bytes, read by {args.checkpoint}."
+    about = f"{args.file}, {len(text):,} bytes, read by {args.checkpoint.name}."
     if questions:
         text += b"\n\n" + questions[0].encode()
         (answer,) = generate(model, [text], ANSWER)

@@ -123,7 +123,8 @@ def test_a_static_cache_writes_the_same_and_never_grows():
     assert torch.equal(static, want)
     cache = transformers.StaticCache(config=NET.config, max_cache_len=24)
     whole = NET(ids_of(1, 24), use_cache=False).logits
-    NET(ids_of(1, 24)[:, :20], cache=cache)
+    NET(ids_of(1, 24)[:, :1], cache=cache)
+    NET(ids_of(1, 24)[:, 1:20], cache=cache)
     torch.testing.assert_close(NET(ids_of(1, 24)[:, 20:], cache=cache).logits, whole[:, 20:])
     assert {layer.store.capacity for layer in cache.layers} == {24} == {cache.get_max_length()}
     with pytest.raises(CacheExhausted, match="capacity is 24"):

@@ -147,6 +147,8 @@ def test_pools_of_what_is_given_back_are_small_and_large_enough():
     assert pages == {"cmp": 10, "slc": 10, "win": 2, "raw": 2}
     assert cache.nbytes < net.new_cache(1, 640).nbytes * 0.6
     close(fed(net, tokens[:1], [500, 40, 1, 39, 1, 1, 2], cache), want[:1, :584])
+    with pytest.raises(InvalidArgument, match="at most longest_step = 40"):
+        enter(cache, 41)
     cache.truncate([582])
     with pytest.raises(InvalidArgument, match="at least 582"):
         cache.resize([0, 0], 581, 70)

@@ -154,6 +154,10 @@ def test_the_command(tmp_path, capsys):
     assert "most important passage" in capsys.readouterr().out
     assert "Where?" in (tmp_path / "p.html").read_text()
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    shipped = ["show", words[1], "--ask", "150", "--out", str(tmp_path / "own.html")]
+    assert main(shipped) == 0
+    assert "read by bytes-small.safetensors" in (tmp_path / "own.html").read_text()
+    assert main([*shipped[:-1], str(tmp_path / "no" / "such" / "folder.html")]) == 2
     assert main([*words, "--ask", "500"]) == 2
     assert main([*words, "--ask", "a?", "--ask", "b?"]) == 2
     assert main(["show", str(tmp_path / "none"), words[2]]) == 2

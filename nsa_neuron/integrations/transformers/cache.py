@@ -58,7 +58,7 @@ class NsaCacheLayer(CacheLayerMixin):
             capacity = min(self._capacity(max(counts)), config.max_positions)
             self.store = PagedCache(
                 config, (kind,), batch, capacity, dtype=dtype, device=x.device,
-                slack=SLACK if self.grows else None, longest_step=longest,
+                slack=SLACK if self.grows else None, longest_step=longest if self.grows else None,
             )  # fmt: skip
         if self.store.batch != batch:
             found, expected = f"of {batch} rows", f"of {self.store.batch} like the cache"

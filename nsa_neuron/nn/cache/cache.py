@@ -92,7 +92,7 @@ class KvCache:
             counts: how many of them each sequence has, at the end of its row; None: all.
 
         Raises:
-            InvalidArgument: bad counts.
+            InvalidArgument: bad counts, or more tokens than `longest_step`.
             CacheExhausted: they do not fit; nothing has changed.
         """
         given = self._counts(tokens, counts)
@@ -105,8 +105,12 @@ class KvCache:
                 f"sequence {b} has {old[b]} tokens and gets {given[b]} more; the cache's capacity "
                 f"is {self.capacity} tokens"
             )
+        whole = not old.any() and bool((given == tokens).all())
+        if not whole and self.longest_step is not None and tokens > self.longest_step:
+            expected = f"at most longest_step = {self.longest_step}, but for a first step of all"
+            raise InvalidArgument("cache step", "tokens", tokens, expected)
         for name, table in books.tables.items():
-            first = self._first_written(name, old, books.lengths, tokens)
+            first = self._first_written(name, books.lengths) if whole else old
             for i in np.nonzero(given)[0].tolist():
                 table.grow(i, self._rows(name, first[i]), self._rows(name, books.lengths[i]))
         self._copy_pages(books)
@@ -219,11 +223,11 @@ class KvCache:
         least: Ints = np.minimum.reduce(needs)
         return least
 
-    def _first_written(self, name: str, old: Ints, lengths: Ints, tokens: int) -> Ints:
-        """First token of each sequence that a step has to write: its first new one, or, in a step
-        that reads nothing cached, the first that will be needed afterwards."""
-        if self.slack is None or old.any() or (lengths != tokens).any():
-            return old
+    def _first_written(self, name: str, lengths: Ints) -> Ints:
+        """First token that a step has to write which reads nothing cached: the first that will be
+        needed afterwards."""
+        if self.slack is None:
+            return np.zeros_like(lengths)
         return self._needed(name, np.maximum(0, lengths - self.slack))
 
     def _release(self, books: Books) -> None:

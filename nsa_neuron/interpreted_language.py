@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,47 @@ def _interpreted_members() -> list[tuple[Any, str, Any]]:
         members = [(owner, name, vars(owner)[name]) for owner, name in changed.values()]
     finally:
         scope.restore()
-    return [*members, (interpreter, "_get_np_dtype", _remembering(interpreter._get_np_dtype))]
+    builder = interpreter.interpreter_builder
+    return [
+        *members,
+        (interpreter, "_get_np_dtype", _remembering(interpreter._get_np_dtype)),
+        (builder, "options", _without_idle_checks(builder.options)),
+        (tl.tensor, "__init__", _quick_tensor(tl.tensor.__init__)),
+        (tl.block_type, "__init__", _quick_block_type(tl.block_type.__init__)),
+    ]
+
+
+def _without_idle_checks(options: Any) -> Any:
+    """No check of every integer's overflow: without `debug` its verdict is thrown away."""
+    return replace(options, sanitize_overflow=options.sanitize_overflow and options.debug)
+
+
+def _quick_tensor(shipped: Callable[..., None]) -> Callable[..., None]:
+    """`tensor.__init__`, which builds its shape of constants; once per shape is enough."""
+    known: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else ()
+        if shape not in known:
+            shipped(self, handle, type)
+            known[shape] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(known[shape], handle=handle, type=type, dtype=type.scalar)
+
+    return init
+
+
+def _quick_block_type(shipped: Callable[..., None]) -> Callable[..., None]:
+    """`block_type.__init__`, which checks its shape and spells its name; once is enough."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if key not in known:
+            shipped(self, element_ty, shape)
+            known[key] = {name: getattr(self, name) for name in ("shape", "numel", "name")}
+        vars(self).update(known[key], element_ty=element_ty)
+
+    return init
 
 
 def _remembering(shipped: Callable[[Any], np.dtype[Any]]) -> Callable[[Any], np.dtype[Any]]:

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 import racing_kernels as KERNELS
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from nsa_neuron.conformance import Problem, Status, find_targets, try_problem
@@ -175,18 +176,24 @@ def test_triton_still_has_what_the_rules_stand_on():
         assert callable(getattr(interpreter.InterpreterBuilder, name)), triton.__version__
     for name in ("_patch_lang", "_implicit_cvt", "_get_np_dtype"):
         assert callable(getattr(interpreter, name)), triton.__version__
+    assert {"sanitize_overflow", "debug"} <= set(vars(interpreter.interpreter_builder.options))
+    # What the interpreted language sets of these, and no more.
+    block = tl.block_type(tl.float32, [8])
+    assert set(vars(block)) == {"element_ty", "shape", "numel", "name"}, triton.__version__
+    names = {"handle", "type", "dtype", "shape", "numel"}
+    assert set(vars(tl.tensor(None, block))) == names, triton.__version__
 
 
 def test_the_language_is_interpreted_within_a_launch_only():
-    """Also behind a kernel that failed; and its dtypes are numpy's."""
-    import triton.language as tl
+    """Also behind a kernel that failed; and its dtypes and types are the shipped ones."""
     from triton.runtime import interpreter
 
     members = {
         (owner, name): vars(owner).get(name)
         for owner, names in (
             (tl, ("load", "range", "reduce")), (tl.core, ("load", "reduce")),
-            (tl.tensor, ("__add__", "__bool__", "T")), (interpreter, ("_get_np_dtype",)),
+            (tl.tensor, ("__add__", "__bool__", "__init__", "T")),
+            (tl.block_type, ("__init__",)), (interpreter, ("_get_np_dtype",)),
         )
         for name in names
     }  # fmt: skip
@@ -197,7 +204,13 @@ def test_the_language_is_interpreted_within_a_launch_only():
         with suppress(InterpreterError):
             launch(kernel, 0)
         assert all(vars(owner).get(name) is x for (owner, name), x in members.items())
+    blocks = [kind for kind in kinds if kind.is_block()]
+    made = [[*map(vars, (kind, tl.tensor(None, kind)))] for kind in blocks]
     with INTERPRETED_LANGUAGE, INTERPRETED_LANGUAGE:
         assert tl.load is not members[tl, "load"]
         assert [interpreter._get_np_dtype(kind) for kind in kinds] == wanted
+        for _ in range(2):
+            again = [tl.block_type(kind.element_ty, list(kind.shape)) for kind in blocks]
+            quick = [[*map(vars, (kind, tl.tensor(None, kind)))] for kind in again]
+            assert quick == made
     assert tl.load is members[tl, "load"]

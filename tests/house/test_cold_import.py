@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
@@ -65,27 +66,29 @@ NEEDED = {
 }  # fmt: skip
 
 
-def test_a_call_imports_the_ops_and_nothing_else() -> None:
-    """What an import costs is what it loads: no backend but the one that runs, no toolchain, no
-    simulator, no compiler. (Measured: `nsa bench`; a test of time would fail on a busy machine.)
-    """
-    loaded = python(
+@cache
+def loaded_by_a_call() -> list[str]:
+    """Modules that looking up a public function imports, beside torch and what that needs."""
+    found: list[str] = python(
         "import json, sys, torch, numpy, ml_dtypes\nbefore = set(sys.modules)\n"
         "import nsa_neuron; nsa_neuron.attention\n"
         "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
+    return found
+
+
+def test_a_call_imports_the_ops_and_nothing_else() -> None:
+    """What an import costs is what it loads: no backend but the one that runs, no toolchain, no
+    simulator, no compiler. (Measured: `nsa bench`; a test of time would fail on a busy machine.)
+    """
+    loaded = loaded_by_a_call()
     ours = {name.split(".")[1] for name in loaded if name.startswith("nsa_neuron.")}
     assert ours == NEEDED
     assert len(loaded) < 40, loaded
 
 
 def test_only_its_dependencies_are_imported() -> None:
-    loaded = python(
-        "import json, sys, torch, numpy, ml_dtypes\nbefore = set(sys.modules)\n"
-        "import nsa_neuron; nsa_neuron.attention\n"
-        "print(json.dumps(sorted({n.split('.')[0] for n in set(sys.modules) - before})))"
-    )
-    foreign = {name for name in loaded if name not in sys.stdlib_module_names}
+    foreign = {name.split(".")[0] for name in loaded_by_a_call()} - sys.stdlib_module_names
     assert foreign <= {"nsa_neuron", "torch", "numpy", "ml_dtypes"}
 
 

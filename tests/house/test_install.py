@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def requirements(extra: str) -> list[Requirement]:
     return [Requirement(line) for line in project()["optional-dependencies"][extra]]
 
 
+@cache
 def imported() -> set[str]:
     """Top-level names that any file of this repository imports."""
     names: set[str] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -231,12 +232,27 @@ def ranked(view):
     return sorted(view.picked, key=lambda p: (p.why != "importance", -p.importance))
 
 
+def lengthened(found, text):
+    """The views of a longer text: as many blocks and probabilities, picks spread over it."""
+    times = len(text) // len(found.text)
+    views = []
+    for view in found.views:
+        picked = tuple(
+            replace(p, block=p.block * times, first=p.first * times, last=p.first * times + 15)
+            for p in view.picked
+        )
+        more = {"importance": view.importance * times, "compressed": view.compressed * times}
+        views.append(replace(view, query=len(text) - 1, picked=picked, **more))
+    return replace(found, text=text, queries=(len(text) - 1,), views=tuple(views))
+
+
 @needs_chromium
 @pytest.mark.slow
 def test_a_page_of_128_kilobytes_in_a_browser(tmp_path):
-    net, text = model(("nsa",), torch.float32), os.urandom(128 * 1024)
+    """What a model looked at in the last kilobyte, as if the text before it were as long."""
+    text = os.urandom(128 * 1024)
     page = tmp_path / "p.html"
-    page.write_text(html(look(net, text, [-1]), "long"))
+    page.write_text(html(lengthened(look(NET, text[-1024:], [-1]), text), "long"))
     blocks = 128 * 1024 // 16
     assert page.stat().st_size < 4 * 2**20
     with Browser() as browser:

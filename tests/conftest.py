@@ -1,7 +1,8 @@
-"""Settings of the whole suite: one torch thread, and property tests that repeat themselves."""
+"""Settings of the whole suite: one torch thread, repeatable property tests, slow files first."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -19,3 +20,9 @@ except ImportError:  # the simulator's tests run without torch
     pass
 else:
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: one that began last would keep the other workers waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

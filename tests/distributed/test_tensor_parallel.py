@@ -14,13 +14,20 @@ from nsa_neuron.distributed import context_parallel, shard_tokens, sharded_loss,
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn import ByteLanguageModel, NsaConfig
 
-GEOMETRY = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 12}
+# 64 tokens have 8 blocks, of which 3 are forced: one is chosen among the others.
+GEOMETRY = {"block": 8, "stride": 4, "select_block": 8, "num_selected": 4, "window": 12}
 SIZES = {"dim": 16, "heads": 8, "kv_heads": 4, "dk": 8, "dv": 6, **GEOMETRY}
 
 
 def model(kinds=("nsa", "window", "full"), **changes):
+    """In which heads differ enough for each to have its say in which blocks are selected."""
     torch.manual_seed(0)
-    return ByteLanguageModel(NsaConfig(**{**SIZES, **changes}), kinds).double()
+    net = ByteLanguageModel(NsaConfig(**{**SIZES, **changes}), kinds).double()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith("q.weight"):
+                p.mul_(torch.linspace(1, 30, len(p))[:, None])
+    return net
 
 
 def bytes_of(*shape):

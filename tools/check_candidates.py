@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nsa_neuron import compile_check
 from nsa_neuron.backends.cuda import plans
@@ -36,7 +36,7 @@ def jobs(units: Iterable[Unit]) -> Iterator[compile_check.Job]:
     for unit in units:
         entry = entries[unit.op, unit.kernel]
         for dk, dv in DIMS:
-            wanted = {"dk": dk, "dv": dv, "dtype": DTYPE, "group": GROUP}
+            wanted: dict[str, Any] = {"dk": dk, "dv": dv, "dtype": DTYPE, "group": GROUP}
             shipped = plans.find("h200", unit.op, **wanted)[unit.kernel]
             accepts = plans.accepted("h200", unit.op, unit.kernel, **wanted) | {"narrow": "a trade"}
             for change in unit.candidates:

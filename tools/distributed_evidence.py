@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from nsa_neuron.distributed import counting, shard_tokens, sharded_loss
 from nsa_neuron.distributed.exchange import WAITING
@@ -55,7 +55,7 @@ TOKENS = 65536
 def on_ranks(count: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What a function returns on each of so many fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (count, folder, work, args), count)
+        spawn(_rank, (count, folder, work, args), count)
         return [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(count)]
 
 

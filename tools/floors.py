@@ -8,6 +8,7 @@ though half of the query's own one is hidden. Modelled numbers: nothing here was
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 MATRIX_RATE = 989e12
 """Dense bf16 FLOP/s of an H200 SXM (NVIDIA's datasheet); a large product reaches about 790e12."""
@@ -83,7 +84,7 @@ class Shape:
         return 1e3 * batch * keys * self.hkv * (self.dk + self.dv) * ELEMENT / BANDWIDTH
 
 
-def floor_of(row: dict) -> float | None:
+def floor_of(row: dict[str, Any]) -> float | None:
     """The floor in ms of a row of the benchmark; None where none is defined."""
     shape = Shape(*map(int, row["heads"].split("/")))
     if row["stage"].endswith("decode"):

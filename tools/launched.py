@@ -19,9 +19,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_neuron.backends import cuda
-from nsa_neuron.backends.composite import PART_SPECS, PARTS, WHOLE
+from nsa_neuron.backends.composite import WHOLE
 from nsa_neuron.backends.cuda import plans
 from nsa_neuron.ops import get
+from nsa_neuron.ops.nsa_attention import PART_SPECS, PARTS
 from nsa_neuron.toolchain import KernelPackage
 from tools.peers.problem import Geometry, Heads
 
@@ -85,10 +86,12 @@ class Pass:
 
 class _Operations(TorchDispatchMode):
     def __init__(self, counted: Counter[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counted = counted
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.counted[function.__name__.split(".")[0]] += 1
         return function(*args, **(kwargs or {}))
 
@@ -135,7 +138,7 @@ def standing_in(started: Started) -> Iterator[None]:
     """All launches of the backend go to `started` inside."""
     package = cuda.kernel_package
     stand = Stand(started)
-    cuda.kernel_package = lambda mode: stand
+    cuda.kernel_package = lambda mode: stand  # type: ignore[assignment]
     try:
         yield
     finally:

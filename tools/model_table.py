@@ -1,6 +1,6 @@
 """The tables of `nsa bench --target cpu --part model` in docs/performance.md, from its rows.
 
-    python tools/model_table.py benchmarks/results/model-cpu.jsonl
+    python -m tools.model_table benchmarks/results/model-cpu.jsonl
 
 The last row of each name and length counts. `make bench-model` measures, then calls this.
 """
@@ -20,6 +20,11 @@ MARK = "<!-- whole models, measured: tools/model_table.py -->"
 FIELDS = ("bench", "name", "unit", "median", "p20", "p80", "runs", "facts")
 
 
+def _record(row: dict[str, Any]) -> Record:
+    known: dict[str, Any] = {name: row[name] for name in FIELDS if name in row}
+    return Record(**known)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Tables, and on what they were measured."""
     latest = {(row["name"], row["facts"]["tokens"]): row for row in rows}
@@ -29,7 +34,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"Measured on {machine['cpu']}, {machine['cores']} cores, {facts['threads']} threads of "
         f"torch; revision {machine['revision']}. Times in ms."
     ]
-    for title, headers, cells in tables([Record(*map(row.get, FIELDS)) for row in latest.values()]):
+    for title, headers, cells in tables([_record(row) for row in latest.values()]):
         head = f"| {' | '.join(headers)} |\n|{'--:|' * len(headers)}"
         body = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"{title[0].upper()}{title[1:]}:\n\n{head}\n{body}")

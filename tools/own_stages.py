@@ -85,7 +85,7 @@ def nsa(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, geom: Any) -> Tens
         )  # fmt: skip
 
 
-def _selection(geom: Any) -> dict[str, int]:
+def _selection(geom: Any) -> dict[str, Any]:
     return {
         "select_block": geom.m, "num_selected": geom.n, "num_initial": geom.init,
         "num_local": geom.local,

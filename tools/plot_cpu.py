@@ -102,8 +102,10 @@ def against_dense(rows: list[Row]) -> str:
                 ratios = []
                 for x in lengths:
                     dense, ours = cells.get(("sdpa", way, x)), cells.get((name, way, x))
-                    both = dense is not None and ours is not None
-                    ratios.append(f"**{dense['median'] / ours['median']:.2f}**" if both else "")
+                    if dense is None or ours is None:
+                        ratios.append("")
+                    else:
+                        ratios.append(f"**{dense['median'] / ours['median']:.2f}**")
                 if any(ratios):
                     lines.append([f"SDPA / `{name}`, {way}", *ratios])
         hq, hkv, dim, dtype = kind

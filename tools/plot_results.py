@@ -102,13 +102,13 @@ def line(rows: list[Row], cells: dict[str, Row], peers: list[str]) -> list[str]:
     """The cells of one stage and pass, the floor, and how ours stands to it and to dense."""
     floor = floor_of(next(iter(cells.values())))
     own = cells.get(OWN)
-    right = own is not None and own["status"] == "ok"
-    dense = best_dense(rows, own) if right else None
+    ours = own["median_ms"] if own is not None and own["status"] == "ok" else None
+    dense = best_dense(rows, own) if own is not None and ours else None
     return [
         *(entry(cells.get(name)) for name in peers),
         "" if floor is None else f"{floor:.3f}",
-        f"{own['median_ms'] / floor:.1f}x" if right and floor else "",
-        f"{dense / own['median_ms']:.1f}x" if right and dense else "",
+        f"{ours / floor:.1f}x" if ours and floor else "",
+        f"{dense / ours:.1f}x" if ours and dense else "",
     ]
 
 

@@ -66,7 +66,7 @@ def single_ops(heads: Heads, tokens: int, device: str) -> Iterator[launched.Laun
 
 def decode_step(heads: Heads, batch: int, tokens: int, device: str) -> Iterator[launched.Launch]:
     """A decode step of `batch` sequences."""
-    like = {"dtype": torch.bfloat16, "device": "meta"}
+    like: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     page, geom = 128, Geometry()
     pages = -(-tokens // page)
 
@@ -84,7 +84,12 @@ def decode_step(heads: Heads, batch: int, tokens: int, device: str) -> Iterator[
         block=geom.l, stride=geom.d, select_block=geom.m, num_selected=geom.n,
         num_initial=geom.init, num_local=geom.local, window=geom.w, scale=heads.dk**-0.5,
     )  # fmt: skip
-    shape = {"dk": heads.dk, "dv": heads.dv, "dtype": "bfloat16", "group": heads.q // heads.kv}
+    shape: dict[str, Any] = {
+        "dk": heads.dk,
+        "dv": heads.dv,
+        "dtype": "bfloat16",
+        "group": heads.q // heads.kv,
+    }
     q = torch.empty(batch, 1, heads.q, heads.dk, **like)
     gates = torch.empty(batch, 1, heads.q, 3, **like)
     found: list[launched.Launch] = []

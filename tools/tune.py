@@ -35,7 +35,7 @@ from nsa_neuron.registry import REGISTRY
 from tools import plan_files, tune_overlap
 from tools.peers.adapters import Own
 from tools.peers.measure import check_backward, check_forward
-from tools.peers.problem import GRADS, Geometry, Heads, make_decode, make_problem
+from tools.peers.problem import GRADS, AnyProblem, Geometry, Heads, make_decode, make_problem
 from tools.runs import describe, listed, read_rows, replace_process
 from tools.tune_units import Crossover, Unit
 
@@ -54,7 +54,7 @@ def override(op: str, kernel: str, constants: dict[str, Any]) -> Iterator[None]:
         found = shipped(device, name, **wanted)
         return {**found, kernel: constants} if name == op else found
 
-    plans.find = find
+    plans.find = find  # type: ignore[assignment]
     REGISTRY.forget()
     try:
         yield
@@ -146,7 +146,12 @@ class Tuner:
         return plan_files.Point(heads.dk, heads.dv, heads.q // heads.kv, self.args.dtype_name)
 
     def shipped(self, unit: Unit, point: plan_files.Point) -> dict[str, Any]:
-        wanted = {"dk": point.dk, "dv": point.dv, "dtype": point.dtype, "group": point.group}
+        wanted: dict[str, Any] = {
+            "dk": point.dk,
+            "dv": point.dv,
+            "dtype": point.dtype,
+            "group": point.group,
+        }
         return plans.find(self.args.device_plans, unit.op, **wanted)[unit.kernel]
 
     def measure(self, key: list[Any], unit: Unit, heads: Heads, constants: dict[str, Any]) -> None:
@@ -170,15 +175,15 @@ class Tuner:
             out = call(*leaves)
             grad = torch.randn_like(out).contiguous()
 
-            def run() -> object:
+            def again() -> Any:
                 return torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-            return run, lambda: check_backward(unit.stage, p, leaves, out, grad)
+            return again, lambda: check_backward(unit.stage, p, leaves, out, grad)
         if unit.stage == "decode":  # the plan is read when the caches are set up
             with override(unit.op, unit.kernel, constants):
                 call = self.own.stages()["decode"](p)
 
-        def run() -> object:
+        def run() -> Any:
             return call(*leaves)
 
         return run, lambda: check_forward(unit.stage, p, run().detach())
@@ -190,6 +195,7 @@ class Tuner:
         if self.current is None or self.current[0] != (heads, decode, rho):
             self.current = None  # free its memory first
             like = (args.dtype, args.device)
+            p: AnyProblem
             if decode:
                 p = make_decode(heads, args.geom, args.decode_batch, args.decode_tokens, *like)
             else:
@@ -291,8 +297,8 @@ class Tuner:
             constants = {**self.shipped(unit, self.point(heads)), **change}
             # the measuring process records what fails
             with contextlib.suppress(Exception), torch.set_grad_enabled(unit.stage in GRADS):
-                _, call, leaves = self.prepare(unit, heads)
-                run, _ = self.judged(unit, self.current[1], call, leaves, constants)
+                p, call, leaves = self.prepare(unit, heads)
+                run, _ = self.judged(unit, p, call, leaves, constants)
                 with override(unit.op, unit.kernel, constants):
                     run()
 
@@ -346,7 +352,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data = json.loads(args.candidates.read_text())
     units = [Unit.of(item) for item in data["dry_run" if args.dry_run else "units"]]
     every = [Crossover(**item) for item in data.get("crossovers", ())]
-    wanted = set(args.only or [unit.op for unit in (*units, *every)])
+    wanted = set(args.only or [*(u.op for u in units), *(c.op for c in every)])
     args.units = [u for u in units if {u.op, f"{u.op}.{u.kernel}"} & wanted]
     args.crossovers = [c for c in every if {c.op, f"{c.op}.dispatch"} & wanted]
     return args

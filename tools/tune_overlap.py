@@ -107,16 +107,18 @@ def sharing(tuner: Tuner, crossover: Crossover, unit: Unit, heads: Any) -> float
     """Pairs per union entry, as the kernel counts them on the device; kept as a row."""
     for row in tuner.measured(unit, heads):
         if row["status"] == "counted":
-            return row["sharing"]
+            return float(row["sharing"])
     p, _, _ = tuner.prepare(unit, heads)
     point = tuner.point(heads)
-    shape = {"dk": point.dk, "dv": point.dv, "dtype": point.dtype, "group": point.group}
+    shape: dict[str, Any] = {
+        "dk": point.dk, "dv": point.dv, "dtype": point.dtype, "group": point.group,
+    }  # fmt: skip
     plan = plans.find(tuner.args.device_plans, crossover.op, **shape)
     kernels = kernel_package("hw" if p.q.is_cuda else "sim").load(crossover.op)
-    inputs = (x[None] for x in (p.q, p.k, p.v, p.ids))
-    call = Call(kernels, plan, *inputs, p.geom.m, p.scale, (None, None))
+    q, k, v, ids = (x[None] for x in (p.q, p.k, p.v, p.ids))
+    call = Call(kernels, plan, q, k, v, ids, p.geom.m, p.scale, (None, None))
     union = by_query.list_union(call, crossover.kernel)
-    counted = (union.pairs.sum() / union.counts.sum()).item()
+    counted = float(union.pairs.sum() / union.counts.sum())
     tuner.emit(tuner.key(unit, heads), {}, status="counted", sharing=counted)
     return counted
 

@@ -25,8 +25,7 @@ class Unit:
 
     @staticmethod
     def of(data: dict[str, Any]) -> Unit:
-        names = ("stage", "pass", "op", "kernel")
-        return Unit(*(data[name] for name in names), tuple(data["try"]))
+        return Unit(data["stage"], data["pass"], data["op"], data["kernel"], tuple(data["try"]))
 
 
 @dataclass(frozen=True)

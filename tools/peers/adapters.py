@@ -102,7 +102,8 @@ def window(q: Tensor, k: Tensor, v: Tensor, w: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     cu = torch.arange(2, dtype=torch.int32, device=q.device) * seq
-    return varlen_attn(q, k, v, cu, cu, seq, seq, window_size=(w - 1, 0))
+    o: Tensor = varlen_attn(q, k, v, cu, cu, seq, seq, window_size=(w - 1, 0))  # type: ignore[assignment]  # lse only if asked for
+    return o
 
 
 class FlashWindow(Peer):
@@ -126,7 +127,8 @@ class Sdpa(Peer):
 
     def dense(self, p: Problem) -> Call:
         def call(*x: Tensor) -> Tensor:
-            return heads_first(self._attend(*map(heads_first, x), causal=True))
+            q, k, v = map(heads_first, x)
+            return heads_first(self._attend(q, k, v, causal=True))
 
         return equal_dims(call) if self.backend is SDPBackend.FLASH_ATTENTION else call
 
@@ -155,8 +157,11 @@ def causal_blocks(
     lists = []
     for blocks in (some & ~full, full):
         order = blocks.int().argsort(dim=1, descending=True, stable=True)
-        lists += [blocks.sum(1).int()[None, None], order.int()[None, None]]
-    return BlockMask.from_kv_blocks(*lists, size, mask_mod, (tokens, tokens))
+        lists.append((blocks.sum(1).int()[None, None], order.int()[None, None]))
+    (count, ids), (full_count, full_ids) = lists
+    return BlockMask.from_kv_blocks(
+        count, ids, full_count, full_ids, size, mask_mod, (tokens, tokens)
+    )
 
 
 class Flex(Peer):
@@ -174,8 +179,8 @@ class Flex(Peer):
         mask = causal_blocks(len(p.q), window, mask_mod, p.q.device)
 
         def call(*x: Tensor) -> Tensor:
-            o = self.attend(*map(heads_first, x), block_mask=mask, enable_gqa=True)
-            return heads_first(o)
+            q, k, v = map(heads_first, x)
+            return heads_first(self.attend(q, k, v, block_mask=mask, enable_gqa=True))
 
         return call
 
@@ -218,7 +223,10 @@ class Fla(Peer):
 
     def _cmp(self, p: Problem, *x: Tensor) -> tuple[Tensor, Tensor]:
         q, k_cmp, v_cmp = (t[None] for t in x)
-        return self.ops.parallel_nsa_compression(q, k_cmp, v_cmp, len(p.k), p.geom.m, p.scale)
+        made: tuple[Tensor, Tensor] = self.ops.parallel_nsa_compression(
+            q, k_cmp, v_cmp, len(p.k), p.geom.m, p.scale
+        )
+        return made
 
     def cmp(self, p: Problem) -> Call:
         return lambda *x: self._cmp(p, *x)[0][0]
@@ -230,13 +238,14 @@ class Fla(Peer):
 
     def slc(self, p: Problem) -> Call:
         attend, fixed = self.ops.ParallelNSAFunction.apply, (p.geom.n, p.geom.m, p.scale, None)
-        return lambda q, k, v: attend(q[None], k[None], v[None], p.ids[None], *fixed)[0]
+        return lambda q, k, v: attend(q[None], k[None], v[None], p.chosen[None], *fixed)[0]
 
     def _nsa(self, p: AnyProblem, *x: Tensor, **lengths: object) -> Tensor:
         q, k, v, gates = (t[None] for t in x)
         g_cmp, g_slc, _ = gates.sigmoid().unbind(-1)
         fixed = {"block_counts": p.geom.n, "block_size": p.geom.m, "scale": p.scale}
-        return self.ops.parallel_nsa(q, k, v, g_cmp, g_slc, **fixed, **lengths)[0]
+        o: Tensor = self.ops.parallel_nsa(q, k, v, g_cmp, g_slc, **fixed, **lengths)[0]
+        return o
 
     def nsa(self, p: Problem) -> Call:
         def call(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
@@ -249,11 +258,11 @@ class Fla(Peer):
         steps = torch.arange(len(c.q) + 1, dtype=torch.int32, device=c.q.device)
         cu_seqlens = (steps, steps * c.k.shape[1])
         k, v = c.k.flatten(0, 1), c.v.flatten(0, 1)
-        recent = [t[:, -c.geom.w :].transpose(1, 2) for t in (c.k, c.v)]
+        k_win, v_win = (t[:, -c.geom.w :].transpose(1, 2) for t in (c.k, c.v))
 
         def call() -> Tensor:
             o = self._nsa(c, c.q, k, v, c.gates, cu_seqlens=cu_seqlens)
-            o_win = F.scaled_dot_product_attention(c.q[:, :, None], *recent, enable_gqa=True)
+            o_win = F.scaled_dot_product_attention(c.q[:, :, None], k_win, v_win, enable_gqa=True)
             return torch.addcmul(o, o_win[:, :, 0], c.gates[..., 2:].sigmoid())
 
         return call
@@ -288,14 +297,15 @@ class Sfnsa(Peer):
 
     def _select(self, p: Problem, q: Tensor, k_cmp: Tensor, lse: Tensor) -> Tensor:
         options = {"maybe_efficient_version": True, "scale_slc_p": True}
-        return self.topk(q, k_cmp, lse, p.scale, **options)[0]
+        ids: Tensor = self.topk(q, k_cmp, lse, p.scale, **options)[0]
+        return ids
 
     def select(self, p: Problem) -> Call:
         lse = self.attend_cmp(p.q, p.k_cmp, p.v_cmp, p.scale)[1]
         return lambda: self._select(p, p.q, p.k_cmp, lse).transpose(0, 1)
 
     def slc(self, p: Problem) -> Call:
-        ids = ids_to_hsn(p.ids, filler=p.blocks)
+        ids = ids_to_hsn(p.chosen, filler=p.blocks)
         return lambda *x: self.attend_slc(*x, ids, p.scale)
 
     def nsa(self, p: Problem) -> Call:
@@ -303,7 +313,8 @@ class Sfnsa(Peer):
             k_cmp, v_cmp = self.pool(k), self.pool(v)
             o_cmp, lse = self.attend_cmp(q, k_cmp, v_cmp, p.scale)
             o_slc = self.attend_slc(q, k, v, self._select(p, q, k_cmp, lse), p.scale)
-            return self.combine(o_cmp, o_slc, window(q, k, v, p.geom.w).contiguous(), gates)
+            o: Tensor = self.combine(o_cmp, o_slc, window(q, k, v, p.geom.w).contiguous(), gates)
+            return o
 
         return call
 
@@ -324,7 +335,8 @@ def provide_pkg_resources() -> None:
         importlib.import_module("pkg_resources")
     except ModuleNotFoundError:
         stand_in = types.ModuleType("pkg_resources")
-        stand_in.parse_version = importlib.import_module("packaging.version").parse
+        parse = importlib.import_module("packaging.version").parse
+        vars(stand_in)["parse_version"] = parse
         sys.modules["pkg_resources"] = stand_in
 
 
@@ -355,7 +367,7 @@ class Xunhao(Peer):
         return self._slc(p, self.ops.topk_sparse_attention)
 
     def _slc(self, p: Problem, attend: Call) -> Call:
-        fixed = ids_to_hsn(p.ids), p.geom.m, cumulative(p, len(p.k)), p.scale
+        fixed = ids_to_hsn(p.chosen), p.geom.m, cumulative(p, len(p.k)), p.scale
         return equal_dims(lambda *x: attend(*x, *fixed))
 
     def nsa(self, p: Problem) -> Call:
@@ -413,8 +425,9 @@ class Lucidrains(Peer):
     def indices(p: Problem) -> tuple[Tensor, Tensor]:
         """Ids and mask [1, Hkv, S, n] without the query's own block."""
         own = (torch.arange(len(p.q), device=p.q.device) // p.geom.m)[:, None, None]
-        keep = (p.ids >= 0) & (p.ids != own)
-        return tuple(heads_first(t).contiguous() for t in (p.ids.long() * keep, keep))
+        keep = (p.chosen >= 0) & (p.chosen != own)
+        ids = p.chosen.long() * keep
+        return heads_first(ids).contiguous(), heads_first(keep).contiguous()
 
     def slc(self, p: Problem) -> Call:
         fixed = (p.geom.m, *self.indices(p))
@@ -451,7 +464,8 @@ class Own(Peer):
 
         def call(*leaves: Tensor) -> Tensor:
             result = function(*(t[None] for t in leaves), *fixed, p.geom)
-            return (result[wanted] if isinstance(result, tuple) else result)[0]
+            one: Tensor = (result[wanted] if isinstance(result, tuple) else result)[0]
+            return one
 
         return call
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend
 
 from tools.peers.adapters import NOTES, PEERS, Call, FlashWindow, Flex, Own, Peer, Sdpa
 from tools.peers.measure import Timer, check_backward, check_forward, graphed
-from tools.peers.problem import GRADS, AnyProblem, Heads, make_decode, make_problem
+from tools.peers.problem import GRADS, AnyProblem, Heads, Problem, make_decode, make_problem
 from tools.peers.report import progress
 from tools.runs import Row, describe, read_rows, replace_process, write_rows
 
@@ -52,15 +52,16 @@ class Cell(NamedTuple):
 
 def plan(args: argparse.Namespace, peers: dict[str, Peer]) -> Iterator[Cell]:
     """Most important first: every stage at the first length, decode, then the other lengths."""
-    problems = []
+    problems: list[tuple[tuple[Heads, int, str, int], tuple[str, ...]]] = []
     for tokens in args.lengths:
         for heads in args.heads:
             for dist in args.dists:
-                stages = PREFILL if dist == args.dists[0] else DATA_DEPENDENT
+                stages: tuple[str, ...] = PREFILL if dist == args.dists[0] else DATA_DEPENDENT
                 problems.append(((heads, tokens, dist, 1), stages))
-    decode = [((h, args.decode_tokens, "random", args.decode_batch), DECODE) for h in args.heads]
     first = len(args.dists) * len(args.heads)
-    problems[first:first] = decode
+    problems[first:first] = [
+        ((h, args.decode_tokens, "random", args.decode_batch), DECODE) for h in args.heads
+    ]
     for problem, stages in problems:
         for stage in stages:
             for name, peer in peers.items():
@@ -111,6 +112,7 @@ class Bench:
         if self.current is None or self.current[0][:4] != cell[:4]:
             self.current = None  # free its memory first
             args, like = self.args, (self.args.dtype, self.args.device)
+            p: AnyProblem
             if cell.batch > 1:
                 p = make_decode(cell.heads, args.geom, cell.batch, cell.tokens, *like)
             else:
@@ -156,16 +158,21 @@ class Bench:
             note = NOTES.get(cell.peer, {}).get(cell.stage, "")
             self.record(cell, direction, **result, note=note, unions=getattr(p, "unions", {}))
 
-    def forward(self, stage: str, p: AnyProblem, run: Call, out: Tensor | None = None) -> Row:
+    def forward(
+        self, stage: str, p: AnyProblem, run: Callable[[], Tensor | None], out: Tensor | None = None
+    ) -> Row:
         """Checks, then times; `out` is where `run` leaves its result if it returns none."""
         result = run()
-        right, errors = check_forward(stage, p, (result if out is None else out).detach())
-        del result
+        found = result if out is None else out
+        assert found is not None
+        right, errors = check_forward(stage, p, found.detach())
+        del result, found
         return {"status": status(right), "errors": errors} | self.timer(run)
 
     def backward(self, stage: str, p: AnyProblem, call: Call, leaves: list[Tensor]) -> Row:
         out = call(*leaves)
         grad_out = torch.randn_like(out).contiguous()
+        assert isinstance(p, Problem)
         right, errors = check_backward(stage, p, leaves, out, grad_out)
 
         def run() -> object:

@@ -110,12 +110,12 @@ def check_selection(p: Problem) -> None:
                         score[token // g.m] += prob / g.d
             free = sorted(set(range(own + 1)) - forced, key=lambda j: (-score[j], j))
             wanted = sorted(forced | set(free[: g.n - len(forced)]))
-            assert p.ids[t, h].tolist() == wanted + [-1] * (g.n - len(wanted)), (t, h, wanted)
+            assert p.chosen[t, h].tolist() == wanted + [-1] * (g.n - len(wanted)), (t, h, wanted)
 
 
 def check_reference(p: Problem) -> None:
     """Outputs and gradients against torch's attention with explicit masks, all rows at once."""
-    rows, x = torch.arange(len(p.q)), {"k": p.k, "k_cmp": p.k_cmp, "ids": p.ids}
+    rows, x = torch.arange(len(p.q)), {"k": p.k, "k_cmp": p.k_cmp, "ids": p.chosen}
     for stage, names in GRADS.items():
         if stage == "nsa":
             continue
@@ -124,9 +124,9 @@ def check_reference(p: Problem) -> None:
         mask = mask.repeat_interleave(p.q.shape[1] // len(mask), 0)
         dead = ~mask[0].any(-1)
         mask = mask | dead[None, :, None]  # torch has no rows without keys
-        whole = heads_first(
-            F.scaled_dot_product_attention(*map(heads_first, leaves), mask, enable_gqa=True)
-        ).masked_fill(dead[:, None, None], 0)
+        q, k, v = map(heads_first, leaves)
+        whole = heads_first(F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
+        whole = whole.masked_fill(dead[:, None, None], 0)
         grad_out = torch.zeros_like(whole)
         grad_out[p.rows] = torch.randn_like(grad_out[p.rows])
         out, grads = expected(stage, p, grad_out[p.rows])
@@ -136,21 +136,22 @@ def check_reference(p: Problem) -> None:
             wanted = wanted[p.rows] if name == "q" else wanted
             torch.testing.assert_close(grads[name], wanted, rtol=1e-4, atol=1e-5)
         assert dead.sum() == (p.geom.l - 1 if stage == "cmp" else 0)
+    assert p.lse is not None
     assert p.lse[: p.geom.l - 1].eq(-math.inf).all() and p.lse[p.geom.l - 1 :].isfinite().all()
 
 
 def check_indices(p: Problem) -> None:
     """Every index convention covers the same tokens, and views and padding come back."""
-    rows, tokens = torch.arange(len(p.q)), {"k": p.k, "ids": p.ids}
+    rows, tokens = torch.arange(len(p.q)), {"k": p.k, "ids": p.chosen}
     for filler in (-1, p.blocks):
-        packed = ids_to_hsn(p.ids, filler)
+        packed = ids_to_hsn(p.chosen, filler)
         back = packed.masked_fill(packed == filler, -1).transpose(0, 1)
-        assert packed.is_contiguous() and back.equal(p.ids)
+        assert packed.is_contiguous() and back.equal(p.chosen)
     ids, keep = map(heads_first, Lucidrains.indices(p))
     own = (rows // p.geom.m)[:, None, None]
     assert not (keep & (ids == own)).any() and ids.min() >= 0
     with_own = torch.cat([ids.masked_fill(~keep, -1), own.expand(-1, ids.shape[1], -1)], -1)
-    covered = (visible("slc", tokens | {"ids": i}, rows, p.geom) for i in (with_own, p.ids))
+    covered = (visible("slc", tokens | {"ids": i}, rows, p.geom) for i in (with_own, p.chosen))
     assert next(covered).equal(next(covered))
     assert heads_first(heads_first(p.v)).equal(p.v)
     assert equal_dims(lambda q, k, v: v)(p.q, p.k, p.v).equal(p.v)
@@ -190,14 +191,14 @@ def check_refusals(p: Problem) -> None:
     out, _ = expected("slc", p)
     assert compare(out, out)["rel_l2"] == 0 and compare(out.roll(1, 0), out)["rel_l2"] > 0.1
     assert compare(out.index_fill(0, torch.tensor([1]), math.nan), out)["nonfinite"] > 0
-    assert compare_selection(p.ids, p) == {"mass": 1.0, "same": 1.0, "illegal": 0}
+    assert compare_selection(p.chosen, p) == {"mass": 1.0, "same": 1.0, "illegal": 0}
     for slot, change in ((-1, p.blocks - 1), (0, -1), (1, 0)):  # future, forced missing, repeated
-        wrong = p.ids.clone()
+        wrong = p.chosen.clone()
         wrong[..., slot] = change
         assert compare_selection(wrong, p)["illegal"] > 0
     clear = decided(p)
     assert clear[p.rows < p.geom.n * p.geom.m].all() and not clear.all()
-    worse = p.ids.clone()
+    worse = p.chosen.clone()
     worse[..., 1] = -1
     assert compare_selection(worse, p)["mass"] < 0.9
 

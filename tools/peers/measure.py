@@ -124,7 +124,7 @@ def decided(p: Problem) -> Tensor:
 
 def check_forward(stage: str, p: AnyProblem, out: Tensor) -> Verdict:
     """Compares a stage's output with the reference at the sampled rows (or sequences)."""
-    if stage in ("select", "cmp_select"):
+    if isinstance(p, Problem) and stage in ("select", "cmp_select"):
         errors = compare_selection(out, p)
         return errors["illegal"] == 0 and errors["mass"] > LEAST_MASS, errors
     if isinstance(p, Decode):
@@ -151,7 +151,8 @@ def check_backward(
         sparse[p.rows] *= decided(p)[..., None]
     refs = expected(stage, p, sparse[p.rows].float())[1]
     grads = torch.autograd.grad(out, leaves, sparse, retain_graph=True)
-    errors, worst = {"nonfinite": 0}, 0.0
+    errors: dict[str, float] = {"nonfinite": 0}
+    worst = 0.0
     for name, grad in zip(GRADS[stage], grads, strict=True):
         one = compare(grad[p.rows] if name in ROW_INPUTS else grad, refs[name])
         errors |= {f"max_abs_d{name}": one["max_abs"], f"rel_l2_d{name}": one["rel_l2"]}

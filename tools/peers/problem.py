@@ -83,11 +83,17 @@ class Problem:
 
     @property
     def scale(self) -> float:
-        return self.q.shape[-1] ** -0.5
+        return float(self.q.shape[-1] ** -0.5)
 
     @property
     def blocks(self) -> int:
         return self.geom.num_slc(len(self.k))
+
+    @property
+    def chosen(self) -> Tensor:
+        """`ids`, which every problem has but a decode step's."""
+        assert self.ids is not None
+        return self.ids
 
     def recompressed(self, **change: int) -> Problem:
         """The same problem with another compression geometry (and no lse for it)."""
@@ -175,7 +181,8 @@ def select_all(q: Tensor, k_cmp: Tensor, geom: Geometry) -> tuple[Tensor, Tensor
         blocks = geom.num_slc(len(q))
         scores, lse = importance(q[rows].float(), k_cmp[:reach], rows, blocks, geom)
         parts.append((select(scores, rows, geom), lse))
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
+    ids, statistics = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(statistics)
 
 
 def output(stage: str, x: dict[str, Tensor], rows: Tensor, geom: Geometry) -> Tensor:
@@ -196,7 +203,9 @@ def chunk_rows(heads: int, keys: int) -> int:
     return max(1, CHUNK_ELEMENTS // (heads * max(keys, 1)))
 
 
-def expected(stage: str, p: Problem, grad_out: Tensor | None = None) -> tuple[Tensor, dict]:
+def expected(
+    stage: str, p: Problem, grad_out: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Reference output [R, Hq, Dv] at p.rows, and gradients for grad_out [R, Hq, Dv] there.
 
     Gradients of row inputs are given at those rows only; the others are complete when the real
@@ -260,7 +269,8 @@ def sample_rows(seq: int, geom: Geometry, count: int, gen: torch.Generator) -> T
         edges |= {edge - 1, edge}
     kept = torch.tensor([e for e in edges if e < seq], device=gen.device)
     drawn = torch.randperm(seq, generator=gen, device=gen.device)[: max(0, count - len(kept))]
-    return torch.cat([kept, drawn]).unique()
+    rows: Tensor = torch.cat([kept, drawn]).unique()
+    return rows
 
 
 def random_ids(seq: int, kv_heads: int, geom: Geometry, gen: torch.Generator) -> Tensor:
@@ -292,7 +302,7 @@ def make_problem(
     sizes = ((heads.q, heads.dk), (heads.kv, heads.dk), (heads.kv, heads.dv), (heads.q, 3))
     tensors = [torch.randn(seq, *size, generator=gen, device=device) for size in sizes]
     if rho > 0:
-        correlate(*tensors[:2], rho, gen)
+        correlate(tensors[0], tensors[1], rho, gen)
     q, k, v, gates = (t.to(dtype) for t in tensors)
     k_cmp, v_cmp = (pool(x.float(), geom).to(dtype) for x in (k, v))
     ids, lse = (
@@ -321,13 +331,13 @@ class Decode:
 
     @property
     def scale(self) -> float:
-        return self.q.shape[-1] ** -0.5
+        return float(self.q.shape[-1] ** -0.5)
 
     def sequence(self, b: int) -> Problem:
         """One of the sequences as a problem with a single query."""
         rows = torch.tensor([self.k.shape[1] - 1], device=self.q.device)
-        caches = (t[b] for t in (self.k, self.v, self.k_cmp, self.v_cmp))
-        return Problem(self.geom, self.q[b, None], *caches, self.gates[b, None], rows)
+        k, v, k_cmp, v_cmp = (t[b] for t in (self.k, self.v, self.k_cmp, self.v_cmp))
+        return Problem(self.geom, self.q[b, None], k, v, k_cmp, v_cmp, self.gates[b, None], rows)
 
     def recompressed(self, **change: int) -> Decode:
         return replace(self, geom=replace(self.geom, **change))  # raw caches only

@@ -52,7 +52,7 @@ def table(rows: list[Row]) -> str:
         every = [row for cells in lines.values() for row in cells.values()]
         peers = list(dict.fromkeys(row["peer"] for row in every))
         text.append(f"\n{label:32}" + "".join(f"{name[:14]:>15}" for name in peers))
-        unions = next((row["unions"] for row in every if row.get("unions")), {})
+        unions: dict[str, float] = next((row["unions"] for row in every if row.get("unions")), {})
         text += [f"  blocks of {n} neighbours: {count:.1f}" for n, count in unions.items()]
         for line, cells in lines.items():
             text.append(f"  {line:30}" + "".join(f"{entry(cells.get(n)):>15}" for n in peers))

@@ -18,32 +18,42 @@ bound of the logits (norms of queries and keys), so that nothing overflows.
         for each two blocks:       S^T, what hides them added by PE; P^T; o += P @ [v | 1]
         for each 128 keys of w:    the same, masks only where a query's window begins or ends
         o = sum over branches of gate / row sum * o, written once
+    for each tile with a row whose sum is too small beside the bound, or with more blocks than its
+    list has places:                                                       hardware loops, `again`
+        all of it, with each row's exact maximum, whatever the union
 
 Modules: `geometry` (tiles, plain integers), `work` (a tile on its way), `compressed`, `selected`,
-`window` (the branches), `choose`, `pipeline` (the order of everything), `constants`.
+`window` (the branches), `choose`, `unite`, `pipeline` (the order of everything), `constants`,
+`flags`, `again` with `running` (what the pipeline could not do).
 
 What must be right does not hang on luck: block scores are float32 (P's upper and lower halves are
 two bfloat16, 16 of 24 bits; the row sum comes from the same); forced blocks have fixed places;
-equal scores go to the lowest block. `redo` says which tiles hold a row whose sum is too small
-beside its tile's bound, or more blocks than a list has places: other kernels must do them.
+equal scores go to the lowest block; the device itself finds which tiles it must do again.
 
-Program: unrolled, 540 to 1,600 instructions per tile of queries between 8K and 128K tokens.
+Program: unrolled, 550 to 2,800 instructions per tile of queries between 8K and 256K tokens, and
+1,600 to 2,400 per kv head for `again`. SBUF keeps all compressed keys up to 8,192 (128K tokens);
+beyond, they are loaded ahead, eight tiles at a time, for each tile of queries. What ends at 256K
+tokens is the room for shares, which stay for all 512 rows until the rows' sums are known: 64 KB per
+partition.
 
-Modelled with G = 16, 192/128, n = 16, 48 places per list, bfloat16, ns per (query, kv head) at the
-end of a sequence, and what is busy (central value of the cycle model; not run on hardware):
+Modelled with G = 16, 192/128, n = 16, 48 places per list, bfloat16, ns per (query, kv head) at a
+position, and what is busy (central value of the cycle model; not run on hardware):
 
-| tokens | time | PE | VectorE | ScalarE | queues of sync, ScalarE, GpSimd |
+| position | time | PE | VectorE | ScalarE | queues of sync, ScalarE, GpSimd |
 |---|---|---|---|---|---|
-| 8K | 1101 | 663 | 394 | 508 | 1019, 412, 1100 |
-| 32K | 1144 | 981 | 748 | 733 | 1044, 369, 1124 |
-| 64K | 1505 | 1409 | 1229 | 1032 | 1225, 406, 838 |
-| 128K | 2595 | 2288 | 2194 | 1633 | 1200, 500, 748 |
+| 6.5K | 1080 | 640 | 463 | 491 | 1025, 406, 1100 |
+| 52K | 1381 | 1240 | 981 | 918 | 1250, 350, 879 |
+| 207K | 3518 | 3225 | 2805 | 2326 | 1150, 500, 814 with ScalarE's queue; it was 3788 then |
 
-Bound by the run-time DMA of 45 pages up to 32K, then by PE: 0.80 us per 128 compressed keys (S^T
-0.33, P V 0.23, shares 0.23), 0.62 us per two blocks. ScalarE gives time to DMA only beside
-compressed branches. Weighed:
+Bound by the run-time DMA of 45 pages up to 32K, then by PE: 0.84 us per 128 compressed keys (S^T
+0.33, P V 0.23, shares 0.23, sum over heads 0.05), 0.62 us per two blocks. ScalarE gives time to DMA
+only beside compressed branches of up to 47 tiles of keys. A tile done again takes 0.36 ms at 6.5K
+and 0.56 ms at 52K, ten times what it takes otherwise: one in a hundred would cost a tenth.
+Weighed:
+- Ranking with a query per lane, and unions with a tile per lane, take VectorE 25 and 14 us per tile
+  of queries at the end of 256K; in four chunks, and by pieces of 128 blocks, 9 and 5.
 - Shares as a float32 product of P: PE 0.45 us instead of 0.23, but without VectorE's 0.6 us for P's
-  lower halves: PE 1603 ns instead of 1390 at 64K, with lists of 40.
+  lower halves: PE bound since VectorE ranks in chunks.
 - Shares with W stationary, blocks on partitions: 0.42 us of PE with the row sums, and two more
   passes of VectorE, as the sum over heads is then along the free dim.
 - Shares of bfloat16 P alone are cheaper by 0.12 us, but choose another block in 4 %
@@ -51,15 +61,18 @@ compressed branches. Weighed:
 - Lists of 40 places: about 130 ns less where DMA bounds, but a fifth of the tiles must be done
   again when 5 % of a query's blocks are new; with 48, one in a hundred if they come independently.
 - Masks of selected blocks multiplied by VectorE instead of added by PE: 12 us of VectorE per tile.
+- The statistics of `again` before the pipeline, for shifts that are always safe: all logits twice.
 """
 
 import nki
 import nki.language as nl
 
 from nki_kernels.common.cores import share, this_core
+from nki_kernels.nsa_attention.again import Scratch, Tables, do_again
 from nki_kernels.nsa_attention.constants import Constants
 from nki_kernels.nsa_attention.geometry import Geometry, tiles_of
 from nki_kernels.nsa_attention.pipeline import Pipeline
+from nki_kernels.nsa_attention.running import CHUNK
 
 
 class Lane(nl.NKIObject):
@@ -74,20 +87,22 @@ class Lane(nl.NKIObject):
 
 @nki.jit
 def forward(
-    q_t, k_cmp_t, v_cmp, pages, k_win_t, v_win, gates, shifts, weights, heads, same, slot_keys,
+    q_t, k_cmp_t, v_cmp, pages, k_win_t, v_win, gates, shifts, marks, trips, weights, heads, same,
+    slot_keys,
     batch: int, group: int, block: int, count: int, initial: int, local: int, window: int,
     past: int, tokens: int, ahead: int, kept: int, paired: bool, queues: tuple, scale: float,
 ):  # fmt: skip
-    """o [B, 32 * tiles, Hq, DV] and redo [LANES, tiles] float32, 1 where a tile is not right.
+    """o [B, 32 * (tiles + 1), Hq, DV] in q's dtype; what the last 32 rows hold means nothing.
 
     Args:
         q_t: [LANES, tiles, DK, C], a lane per batch row and kv head; column = query * G + head. The
             first tile begins at the last multiple of 32 up to `past`.
-        k_cmp_t: [LANES, DK, keys], a multiple of 128. v_cmp: [LANES, keys, DV + 1], last column 1.
+        k_cmp_t: [LANES, DK, keys], a multiple of 512. v_cmp: [LANES, keys, DV + 1], last column 1.
         pages: [LANES, 2, blocks, 128, columns], see `selected`.
-        k_win_t, v_win: as k_cmp_t and v_cmp.
+        k_win_t, v_win: as k_cmp_t and v_cmp, a multiple of 128.
         gates: [LANES, tiles, rows, parts, 3] float32; row of C = part * rows + row.
         shifts: [LANES, tiles, 3] float32, what is added to the scaled logits of a branch.
+        marks, trips: see `again.Tables`.
         weights, heads, same, slot_keys: see `constants`.
         batch: B. group: G. block: l. count: n. initial, local: forced blocks. window: w.
         past: position of the first query. tokens: T.
@@ -103,23 +118,30 @@ def forward(
     dv = v_cmp.shape[2] - 1
     slots = slot_keys.shape[0]
     geometry = Geometry(group, block, count, initial, local, window, slots, past, tokens)
-    o = nl.ndarray((batch, 32 * tiles, kv_heads * group, dv), dtype=q_t.dtype, buffer=nl.shared_hbm)
-    redo = nl.ndarray((lanes, tiles), dtype=nl.float32, buffer=nl.shared_hbm)
+    o = nl.ndarray(
+        (batch, 32 * (tiles + 1), kv_heads * group, dv), dtype=q_t.dtype, buffer=nl.shared_hbm
+    )
+    flags = nl.ndarray((lanes, tiles), dtype=nl.float32, buffer=nl.private_hbm)
     core, cores = this_core()
     turned = nl.ndarray((cores, kept, geometry.padded, 32), dtype=q_t.dtype, buffer=nl.private_hbm)
     lists = nl.ndarray((cores, tiles, slots), dtype=nl.int32, buffer=nl.private_hbm)
     constants = Constants(weights, heads, same, slot_keys)
     first, number = share(lanes)
+    done = []
     for lane in range(first, first + number):
         b, head = divmod(lane, kv_heads)
         tensors = Lane(
             q_t[lane], k_cmp_t[lane], v_cmp[lane], pages[lane], k_win_t[lane], v_win[lane],
             gates[lane], shifts[lane], o[b, :, head * group : (head + 1) * group, :],
-            redo[lane : lane + 1, :],
+            flags[lane : lane + 1, :],
         )  # fmt: skip
         pipeline = Pipeline(
             geometry, constants, tensors, turned[core], lists[core], scale, queues,
             tiles_of(geometry, paired), ahead,
         )  # fmt: skip
         pipeline.run()
-    return o, redo
+        done.append(tensors)
+    scratch = Scratch(k_cmp_t.shape[2] // CHUNK, q_t.dtype)
+    for tensors in done:
+        do_again(geometry, constants, tensors, Tables(marks, trips), scratch, scale)
+    return o

@@ -6,8 +6,10 @@ import functools
 import sys
 from dataclasses import replace
 
+import judged
 import pytest
 import torch
+from test_neuron_nsa_attention import problem
 from torch._dynamo.backends.registry import register_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vendor import StandIn
@@ -92,6 +94,18 @@ def test_lengths_of_a_bucket_share_the_programs(vendor):
         del vendor.wrap_nki
     names = [name for name, _ in shapes]
     assert sorted(names) == sorted(set(names)) and len(names) == 3
+
+
+def test_nsa_attention_is_one_launch_also_where_tiles_are_done_again(vendor):
+    """What is not safe is found and done again on the device: the host is never asked."""
+    op, values = torch.ops.nsa.nsa_attention.default, problem(128, 300, (8, 2), sharp=60.0)
+    got = results(op, values, "neuron:hw")
+    assert vendor.launches == [("nki_kernels.nsa_attention", "forward", 2)]
+    with judged.cores(2):
+        assert got[0].equal(results(op, values, "neuron:sim")[0])
+    vendor.launches.clear()
+    results(op, problem(128, 200, (3, 1)), "neuron:hw")  # three heads a group: its parts
+    assert len(vendor.launches) >= 5
 
 
 @pytest.mark.parametrize("name", neuron.OPS)

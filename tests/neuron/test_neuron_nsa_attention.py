@@ -98,18 +98,46 @@ def widened(x: Any) -> Any:
     return x.double() if isinstance(x, torch.Tensor) else x
 
 
+def done_again(run: Any) -> list[int]:
+    """How many tiles each kv head of a launch does again: turns of its outermost loop."""
+    return [len(trips) for trips in outermost(run.cores[0].loops)]
+
+
+def outermost(marks: list[Any]) -> list[list[Any]]:
+    """The iterations of each loop that is in no other, inner ones come before outer ones."""
+    found: list[list[Any]] = []
+    for mark in marks:
+        while found and found[-1][0].first >= mark.first:
+            found.pop()
+        if found and found[-1][0].loop == mark.loop:
+            found[-1].append(mark)
+        else:
+            found.append([mark])
+    return found
+
+
 @pytest.mark.parametrize(
-    "values",
+    ("values", "again"),
     [
-        problem(40, 700, num_selected=4, sharp=60.0),  # rows far below the bound of their tile
-        problem(80, 3600, (8, 2), alike=0.0),  # unions of more blocks than a list has
+        (problem(40, 700, num_selected=4, sharp=60.0), [2]),  # rows far below their tile's bound
+        (problem(80, 3600, (8, 2), alike=0.0), [3, 3]),  # unions of more blocks than a list has
+        (problem(33, 700, (16, 1), (192, 128), num_selected=6, sharp=30.0), [2]),
+        (problem(40, 400, (8, 1), (80, 33), batch=2, block=64, sharp=90.0), [2, 2]),
     ],
-    ids=["sharp", "long_lists"],
+    ids=["sharp", "long_lists", "paper", "short"],
 )
-def test_tiles_that_the_kernel_cannot_do_are_done_by_the_parts(values):
+def test_tiles_that_the_pipeline_cannot_do_are_done_again_on_the_device(values, again):
     judged.judge("nsa_attention", values, torch.bfloat16)
-    _, runs = launched(values)
-    assert runs[0].kernel == KERNEL and len(runs) > 4
+    for lnc in (1, 2):
+        _, runs = launched(values, lnc)
+        assert [run.kernel for run in runs] == [KERNEL]
+        assert done_again(runs[0]) == (again if lnc == 1 else again[:1])
+        if lnc == 2:
+            assert_equal_programs(*runs[0].cores)
+        for core in runs[0].cores:
+            assert core.relaxed == []
+            for instruction in core.instructions:
+                assert_static(instruction)
 
 
 def test_calls_for_which_there_is_no_one_kernel():
@@ -127,22 +155,32 @@ def test_calls_for_which_there_is_no_one_kernel():
     assert rule(window=4097) == "window"
 
 
-def test_only_tiles_that_need_it_are_done_again(monkeypatch):
-    """One sharp query among 70 at position 130: its tile, the second, of its kv head."""
+def test_only_tiles_that_need_it_are_done_again():
+    """One sharp query among 70 at position 130: its tile, the second, of its kv head, 1. Of two
+    cores the other one does as many, so that their programs are equal."""
     values = problem(70, 200, (8, 2))
     values["q"][0, 40, 5] *= 100.0
-    asked = []
-
-    def noted(o, parts, given, lane, tiles):
-        asked.append((lane, tiles))
-        again(o, parts, given, lane, tiles)
-
-    again = whole.again
-    monkeypatch.setattr(whole, "again", noted)
     judged.judge("nsa_attention", values, torch.bfloat16)
-    assert asked == [(1, (1, 2))] * 3
+    assert done_again(launched(values)[1][0]) == [1]
+    (run,) = launched(values, 2)[1]
+    assert [len(outermost(core.loops)) for core in run.cores] == [1, 1]
 
 
-def test_runs():
-    marks = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()
-    assert whole.runs(marks) == [(0, 0, 2), (0, 3, 4), (2, 1, 3)]
+def test_how_long_the_program_is():
+    """What decides whether AWS's compiler takes it."""
+    counts = []
+    for queries in (32, 96):
+        values = problem(queries, 26_000, (16, 1), (192, 128), alike=1.0)
+        bound = get("nsa_attention").bind(values)
+        (run,) = launched(values)[1]
+        counts.append((len(run.instructions), whole.instructions(bound, 1)))
+    (few, told_few), (many, told_many) = counts
+    assert 0.9 < (told_many - told_few) / (many - few) < 1.15
+
+
+def test_a_program_that_no_compiler_takes_is_refused_on_hardware_only(monkeypatch):
+    monkeypatch.setitem(neuron.DEVICES_OF_MODE, "hw", ("cpu",))
+    monkeypatch.setattr(whole, "MOST_INSTRUCTIONS", 4_000)
+    bound = get("nsa_attention").bind(problem(96, 300))
+    found = [whole.hindrance(bound, mode, 2) for mode in ("hw", "sim")]
+    assert found[0].rule == "program" and "about" in found[0].reason and found[1] is None

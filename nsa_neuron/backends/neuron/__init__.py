@@ -22,7 +22,7 @@ from nsa_neuron.registry import Supported, Unsupported, Verdict, same_device
 
 if TYPE_CHECKING:
     from nsa_neuron.registry import Lowered
-    from nsa_neuron.spec import Bound
+    from nsa_neuron.spec import Bound, OpSpec
 
 LAUNCHERS = "nsa_neuron.backends.neuron.launch"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,7 +63,8 @@ class NeuronBackend:
         if name in composite.WHOLE:
             verdict = composite.supports(bound, lambda part: self.supports(part, mode))
             if name == whole.FUSED and isinstance(verdict, Supported):
-                return Supported(whole.Whole(verdict.plan, whole.hindrance(bound, mode)))
+                apart = whole.hindrance(bound, mode, logical_cores(mode))
+                return Supported(whole.Whole(verdict.plan, apart))
             return verdict
         if name not in OPS:
             return Unsupported("kernel", f"there is no NKI kernel for {name} yet")
@@ -79,15 +80,31 @@ class NeuronBackend:
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
         if isinstance(plan, whole.Whole):
-            launch, mode = composite.lower(bound, plan.parts, self.lower), plan.mode
-            if plan.apart is None:
-                launch = whole.with_parts(_launcher(bound, mode), launch)
+            launch, mode = self._whole(bound, plan), plan.mode
+            if mode == "hw":  # one operator, for calls of any shape
+                launch = self._of_any_shape(bound.spec)
         elif bound.spec.name in composite.WHOLE:
             launch = composite.lower(bound, plan, self.lower)
             mode = next(iter(plan.values()))  # every part has the same
         else:
             launch, mode = _launcher(bound, plan), plan
         return hardware.operation(bound.spec, launch) if mode == "hw" else launch
+
+    def _whole(self, bound: Bound, plan: whole.Whole) -> Lowered:
+        if plan.apart is None:
+            return _launcher(bound, plan.mode)
+        return composite.lower(bound, plan.parts, self.lower)
+
+    def _of_any_shape(self, spec: OpSpec) -> Lowered:
+        """Each call in one kernel or as parts, as its own shape allows."""
+
+        def call(**values: Any) -> Any:
+            bound = spec.bind(values)
+            verdict = self.supports(bound, "hw")
+            assert isinstance(verdict, Supported), verdict
+            return self._whole(bound, verdict.plan)(**values)
+
+        return call
 
 
 def _launcher(bound: Bound, mode: str) -> Lowered:

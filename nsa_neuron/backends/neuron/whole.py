@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from nsa_neuron.backends.neuron.limits import MOST_INSTRUCTIONS
 from nsa_neuron.registry import Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from nsa_neuron.registry import Lowered
     from nsa_neuron.spec import Bound
-
-log = logging.getLogger("nsa_neuron")
 
 FUSED = "nsa_attention"
 GROUPS = (1, 2, 4, 8, 16)
@@ -31,6 +26,9 @@ MOST_TAKEN = 32
 """Selected blocks of a query; a list for 32 queries has 48 places."""
 
 QUERIES = 32  # of a tile
+
+OF_LANE, OF_TILE, OF_KEYS = 3_000, 420, 19
+"""Instructions of a kv head, of a tile of 32 queries, and of one against 128 keys."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,8 @@ class Whole:
         return mode
 
 
-def hindrance(bound: Bound, mode: str) -> Unsupported | None:
-    """Why one kernel cannot do a call, or need not."""
-    if mode != "sim":
-        return Unsupported("host", "the host decides which tiles are done again")
+def hindrance(bound: Bound, mode: str, cores: int) -> Unsupported | None:
+    """Why one kernel cannot do a call on so many cores a launch."""
     if bound.dtype != torch.bfloat16:
         return Unsupported("dtype", f"{bound.dtype} is not bfloat16")
     if bound.packed:
@@ -66,7 +62,7 @@ def hindrance(bound: Bound, mode: str) -> Unsupported | None:
         return Unsupported("group", f"Hq / Hkv = {bound.group} is not one of {GROUPS}")
     if bound["Dk"] > 192 or bound["Dv"] > 128:
         return Unsupported("head_dim", f"Dk, Dv = {bound['Dk']}, {bound['Dv']} > 192, 128")
-    return _selection(bound)
+    return _selection(bound) or _program(bound, mode, cores)
 
 
 def _selection(bound: Bound) -> Unsupported | None:
@@ -82,43 +78,23 @@ def _selection(bound: Bound) -> Unsupported | None:
     return None
 
 
-def with_parts(fused: Lowered, parts: Lowered) -> Lowered:
-    """One kernel; tiles in which a row's logits or the union ask for more, again by the parts."""
-
-    def call(**values: Any) -> Any:
-        o, redo = fused(**values)
-        for lane, first, end in runs(redo.bool()):
-            again(o, parts, values, lane, (first, end))
-        return o
-
-    return call
-
-
-def runs(marks: Tensor) -> list[tuple[int, int, int]]:
-    """(row, first column, last + 1) of neighbouring marks in bool [rows, columns]."""
-    edges = torch.nn.functional.pad(marks.int(), (1, 1)).diff()
-    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
-    return [(row, first, end) for (row, first), (_, end) in zip(starts, ends, strict=True)]
+def _program(bound: Bound, mode: str, cores: int) -> Unsupported | None:
+    """The simulator takes any program, in time."""
+    count = instructions(bound, cores)
+    if mode == "sim" or count <= MOST_INSTRUCTIONS:
+        return None
+    reason = (
+        f"its program has about {count:,} instructions > {MOST_INSTRUCTIONS:,}, what AWS's "
+        "compiler takes"
+    )
+    return Unsupported("program", reason)
 
 
-def again(
-    o: Tensor, parts: Lowered, values: Mapping[str, Any], lane: int, tiles: tuple[int, int]
-) -> None:
-    """Overwrites some tiles of a kv head by what the parts make of the tokens up to their last."""
-    q, tokens = values["q"], values["k_slc"].shape[1]
-    b, head = divmod(lane, values["k_slc"].shape[2])
-    group, past = q.shape[2] // values["k_slc"].shape[2], tokens - q.shape[1]
-    first, end = (max(0, QUERIES * n - past % QUERIES) for n in tiles)
-    end = min(end, q.shape[1])
-    kept = past + end
-    log.info("nsa_attention: queries %d to %d of kv head %d by parts", first, end - 1, head)
-    given = dict(values)
-    of_group = slice(head * group, (head + 1) * group)
-    for name in ("q", "gates"):
-        given[name] = values[name][b : b + 1, first:end, of_group]
-    for name in ("k_slc", "v_slc", "k_win", "v_win"):
-        given[name] = values[name][b : b + 1, :kept, head : head + 1]
-    for name in ("k_cmp", "v_cmp"):
-        count = max(0, (kept - values["block"]) // values["stride"] + 1)
-        given[name] = values[name][b : b + 1, :count, head : head + 1]
-    o[b, first:end, of_group] = parts(**given)[0]
+def instructions(bound: Bound, cores: int) -> int:
+    """About how many instructions the kernel has on a core: it is unrolled over tiles of queries
+    and of compressed keys (`tests/neuron/test_neuron_nsa_attention.py` counts them)."""
+    tiles = bound["S"] / QUERIES + 1
+    keys = (bound["T"] - bound["S"] / 2) / bound["d"] / 128  # tiles of them, on average
+    near = bound["w"] / 128 + 1
+    lanes = math.ceil(bound["B"] * bound["Hkv"] / cores)
+    return int(lanes * (OF_LANE + tiles * (OF_TILE + OF_KEYS * (keys + near))))

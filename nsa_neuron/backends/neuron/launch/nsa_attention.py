@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 QUERIES = 32  # of a tile
 KEYS = 128  # of a tile of keys
+RUN = 512  # compressed keys that are visited together where a tile is done again
 BLOCK, STRIDE = 64, 16  # of selection and of compression, what the kernel is made for
 LARGEST = 30.0
 """The largest exponent: row sums and products with values stay far below float32's largest."""
@@ -43,13 +44,8 @@ def forward(
     num_local: int,
     window: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The op's result, and where it is not one; arguments as of the op.
-
-    Returns:
-        o: [B, S, Hq, Dv] in q's dtype.
-        redo: float32 [B * Hkv, tiles], 1 for tiles of 32 queries that the kernel could not do.
-    """
+) -> Tensor:
+    """Arguments and result as of the op: [B, S, Hq, Dv] in q's dtype."""
     constants = dict(plan["forward"])
     slots, queues = constants.pop("slots"), tuple(map(tuple, constants.pop("queues")))
     batch, queries, heads, _ = q.shape
@@ -65,17 +61,19 @@ def forward(
     largest = torch.stack([x.float().norm(dim=-1).amax(1).flatten() for x in keys], -1)
     norm = q_tiles.float().norm(dim=-1).amax((2, 3))
     shifts = LARGEST - scale * norm[..., None] * largest[:, None]
+    seen = (max(0, (tokens - block) // STRIDE + 1), block)
     rows = min(KEYS, QUERIES * group)
     by_row = _tiles(gates, before, kv_heads).float().reshape(*q_tiles.shape[:2], -1, rows, 3)
-    o, redo = kernels.forward(
+    (o,) = kernels.forward(
         q_tiles.flatten(2, 3).mT.contiguous(),
-        _keys(k_cmp),
-        _values(v_cmp),
+        _keys(k_cmp, RUN),
+        _values(v_cmp, RUN),
         _pages(k_slc, v_slc),
-        _keys(k_win),
-        _values(v_win),
+        _keys(k_win, KEYS),
+        _values(v_win, KEYS),
         by_row.transpose(2, 3).contiguous(),
         shifts,
+        *_positions(past - before, tiles, seen, (num_local, window), q.device),
         _weights(block, q.device),
         torch.eye(rows // group, device=q.device).repeat_interleave(group, 0),
         torch.eye(QUERIES, device=q.device).repeat(KEYS // QUERIES, 1),
@@ -84,7 +82,7 @@ def forward(
         local=num_local, window=window, past=past, tokens=tokens, scale=scale,
         paired=tiles > 1, queues=queues, **constants,
     )  # fmt: skip
-    return o[:, before : before + queries].contiguous(), redo
+    return o[:, before : before + queries].contiguous()
 
 
 def _tiles(x: Tensor, before: int, kv_heads: int) -> Tensor:
@@ -96,14 +94,14 @@ def _tiles(x: Tensor, before: int, kv_heads: int) -> Tensor:
     return tiles
 
 
-def _keys(k: Tensor) -> Tensor:
-    """[B, T, Hkv, D] -> [B * Hkv, D, T up to a multiple of 128]."""
-    return F.pad(k.permute(0, 2, 3, 1).flatten(0, 1), (0, -k.shape[1] % KEYS)).contiguous()
+def _keys(k: Tensor, run: int) -> Tensor:
+    """[B, T, Hkv, D] -> [B * Hkv, D, T up to a multiple of `run`]."""
+    return F.pad(k.permute(0, 2, 3, 1).flatten(0, 1), (0, -k.shape[1] % run)).contiguous()
 
 
-def _values(v: Tensor) -> Tensor:
-    """[B, T, Hkv, D] -> [B * Hkv, T up to a multiple of 128, D + 1], the last column 1."""
-    rows = F.pad(v.transpose(1, 2).flatten(0, 1), (0, 0, 0, -v.shape[1] % KEYS))
+def _values(v: Tensor, run: int) -> Tensor:
+    """[B, T, Hkv, D] -> [B * Hkv, T up to a multiple of `run`, D + 1], the last column 1."""
+    rows = F.pad(v.transpose(1, 2).flatten(0, 1), (0, 0, 0, -v.shape[1] % run))
     return F.pad(rows, (0, 1), value=1.0).contiguous()
 
 
@@ -127,6 +125,30 @@ def _pages(k: Tensor, v: Tensor) -> Tensor:
             other = BLOCK * (1 - half)
             table[:, :, other : other + dk - low, BLOCK : 2 * BLOCK] = k_t[:, :, low:]
     return pages
+
+
+def _positions(
+    first: int, tiles: int, seen: tuple[int, int], near: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`marks` and `trips` of the kernel's `again.Tables`.
+
+    Args:
+        first: position of the first tile's first query. seen: compressed keys, and l. near:
+            num_local, w.
+    """
+    (keys, block), (local, window) = seen, near
+    t = first + torch.arange(QUERIES * tiles, device=device)
+    start = (t - t % QUERIES - window + 1).clamp(min=0) // KEYS
+    visible = ((t + 1 - block).div(STRIDE, rounding_mode="floor") + 1).clamp(0, keys)
+    own = t // BLOCK
+    marks = (
+        visible, own, own - local, t - own * BLOCK + 1, (t - window + 1).clamp(min=0), t + 1,
+        start * KEYS, torch.zeros_like(t),
+    )  # fmt: skip
+    last = slice(QUERIES - 1, None, QUERIES)
+    runs = (visible[last] + RUN - 1) // RUN
+    trips = torch.stack((runs, start[last], t[last] // KEYS + 1, own[last]), 1).int()
+    return torch.stack(marks, 1).float(), trips
 
 
 def _weights(block: int, device: torch.device) -> Tensor:

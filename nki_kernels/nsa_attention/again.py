@@ -1,0 +1,405 @@
+"""Tiles of queries once more that the pipeline could not do, right for any logits and any union.
+
+Rows (query, head) are on partitions, so that each row has its exact maximum so far (`running`); the
+choice is made of probabilities that are already divided by their sum; a union of any length is
+gathered eight blocks at a time. What hangs on positions is data, and so are turns of loops:
+
+    count = how many tiles ask for it                              0 as a rule: nothing happens
+    for each of them:                                              hardware loop
+        for each 512 compressed keys:                              hardware loop
+            top, sum, acc with S = q^T.T @ K^T                     PE, VectorE, ScalarE
+        for each 512 compressed keys:                              hardware loop
+            p = exp(scale S - lse); sum over heads; shares         PE, float32
+        the best n of all blocks, in one search of each query      VectorE
+        the own block; for each eight others of the union:         hardware loop
+            S with what hides them added by PE, top, sum, acc
+        for each 128 keys of the window:                           hardware loop
+        o = sum over branches of gate / sum * acc
+
+Two cores do the same tiles, each for its kv head, with as many turns: of their flags and of the
+lengths of their unions the larger counts. What only the other core asked for goes nowhere: a place
+behind the last tile.
+"""
+
+import nki.isa as nisa
+import nki.language as nl
+
+from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.common.queues import fetch
+from nki_kernels.nsa_attention.choose import HIDDEN, LANES, NOTHING, TAKEN
+from nki_kernels.nsa_attention.geometry import BLOCK, BLOCKS_OF_KEYS, KEYS, PIECE, QUERIES
+from nki_kernels.nsa_attention.running import CHUNK, Branch, KeyRun, Queries, larger, of_tile
+
+SEEN, OWN, NEAR, WITHIN, LOW, HIGH, START = 0, 1, 2, 3, 4, 5, 6
+"""Columns of `marks`: compressed keys that a query sees; its own block; the block before the local
+ones; tokens of its own block that it sees; first key of its window, and the one behind the last;
+first key of its tile's window tiles."""
+FORCED_SCORE = 1e30
+SHARES = BLOCKS_OF_KEYS + 2
+
+
+class Tables(nl.NKIObject):
+    """What hangs on positions, in HBM.
+
+    Attributes:
+        marks: [32 * tiles, 8] float32, see above.
+        trips: [tiles, 4] int32: runs of 512 compressed keys; first tile of keys of the window, and
+            the one behind the last; own block.
+    """
+
+    def __init__(self, marks, trips):
+        self.marks, self.trips = marks, trips
+
+
+class Scratch(nl.NKIObject):
+    """HBM of a core: `shares` [runs, 128, 4, 34] float32, `masks` [blocks, 128]."""
+
+    def __init__(self, runs, dtype):
+        shape = (runs, 128, CHUNK // KEYS, SHARES)
+        self.shares = nl.ndarray(shape, dtype=nl.float32, buffer=nl.private_hbm)
+        blocks = runs * CHUNK // KEYS * BLOCKS_OF_KEYS
+        self.masks = nl.ndarray((blocks, 128), dtype=dtype, buffer=nl.private_hbm)
+
+
+def do_again(geometry, constants, lane, tables, scratch, scale):
+    """Does the tiles of a kv head whose flags say so."""
+    names = sbuf((1, geometry.tiles), nl.float32)
+    flags = sbuf((1, geometry.tiles), nl.float32)
+    nisa.dma_copy(flags, lane.flags)
+    nisa.iota(names, [[1, geometry.tiles]], offset=1, channel_multiplier=0)
+    own = sbuf((1, geometry.tiles), nl.float32)
+    nisa.tensor_tensor(own, names, flags, nl.multiply)
+    flags = larger(flags)
+    nisa.tensor_tensor(names, names, flags, nl.multiply)
+    count, times = sbuf((1, 1), nl.float32), sbuf((1, 1), nl.int32)
+    nisa.tensor_reduce(count, nl.add, flags, axis=1)
+    nisa.tensor_copy(times, count)
+    many = nisa.register_alloc()
+    nisa.register_load(many, times)
+    last = lane.o[QUERIES * geometry.tiles :]
+    nothing = sbuf(last.shape, last.dtype)
+    nisa.memset(nothing, 0.0)
+    nisa.dma_copy(last, nothing)
+    once = Again(geometry, constants, lane, tables, scratch, scale)
+
+    def one(_):
+        top, number = sbuf((1, 1), nl.float32), sbuf((1, 1), nl.int32)
+        nisa.tensor_reduce(top, nl.maximum, names, axis=1)
+        nisa.tensor_scalar(number, top, nl.subtract, 1.0)
+        nisa.scalar_tensor_tensor(names, names, nl.less, top, nl.multiply, names)
+        # Where it goes: number if it is one of `own`, else geometry.tiles.
+        same, mine = sbuf(own.shape, nl.float32), sbuf((1, 1), nl.float32)
+        nisa.tensor_scalar(same, own, nl.equal, top)
+        nisa.tensor_reduce(mine, nl.maximum, same, axis=1)
+        place = sbuf((1, 1), nl.int32)
+        behind = float(geometry.tiles)
+        nisa.tensor_scalar(top, top, nl.subtract, 1.0 + behind, op1=nl.multiply, operand1=mine)
+        nisa.tensor_scalar(place, top, nl.add, behind)
+        once.tile(number, place)
+
+    nl.fori_loop(0, many, one)
+
+
+class Again(nl.NKIObject):
+    """Tiles of one kv head, by their number in SBUF."""
+
+    def __init__(self, geometry, constants, lane, tables, scratch, scale):
+        self.geometry, self.constants, self.lane = geometry, constants, lane
+        self.tables, self.scratch, self.scale = tables, scratch, scale
+        self.dv = lane.v_win.shape[1] - 1
+        self.blocks = scratch.masks.shape[0]
+        self.weights = sbuf(constants.weights.shape, nl.float32)
+        nisa.tensor_copy(self.weights, constants.weights)
+
+    def tile(self, number, place):
+        """Writes o of a tile to the place of a tile."""
+        g = self.geometry
+        self.queries = Queries(g, self.lane, self.tables.marks, number)
+        self.trips = sbuf((1, 4), nl.int32)
+        fetch(self.trips, self.tables.trips.select(0, number).expand_dim(0))
+        near = self.compressed()
+        self.rank()
+        branches = [near, self.selected(), self.window()]
+        result = sbuf((g.rows, g.parts, self.dv), self.lane.o.dtype)
+        for p in range(g.parts):
+            total = sbuf((g.rows, self.dv), nl.float32)
+            nisa.memset(total, 0.0)
+            for b in range(len(branches)):
+                factor = branches[b].inverse(p)
+                gate = self.queries.gates[:, p, b : b + 1]
+                nisa.tensor_tensor(factor, factor, gate, nl.multiply)
+                into = result[:, p, :] if b == len(branches) - 1 else total
+                acc = branches[b].parts[p].acc
+                nisa.scalar_tensor_tensor(into, acc, nl.multiply, factor, nl.add, total)
+        target = of_tile(self.lane.o, QUERIES, place)
+        target = target.reshape_dim(0, (g.parts, g.per_part)).permute((1, 2, 0, 3))
+        fetch(target, result)
+
+    def turns(self, which):
+        """A register with a column of the tile's `trips`."""
+        found = nisa.register_alloc()
+        nisa.register_load(found, self.trips[0:1, which : which + 1])
+        return found
+
+    def compressed(self):
+        """The compressed branch; then the shares of all blocks, in HBM."""
+        g, lane, scale = self.geometry, self.lane, self.scale
+        branch = Branch(g, self.dv, scale)
+        runs = lane.k_cmp_t.shape[1] // CHUNK
+        k_t, v = (
+            lane.k_cmp_t.reshape_dim(1, (runs, CHUNK)),
+            lane.v_cmp.reshape_dim(0, (runs, CHUNK)),
+        )
+        base = sbuf((128, 1), nl.float32)
+
+        shifts = []
+
+        def visible(keys, p):
+            """Scaled by nothing, float32 [rows, 512], very small where not seen."""
+            scores = keys.scores(self.queries, p)
+            limit = sbuf((g.rows, 1), nl.float32)
+            own = self.queries.marks[:, p, SEEN : SEEN + 1]
+            nisa.tensor_scalar(limit, own, nl.subtract, base[0 : g.rows, :])
+            return branch.within(scores, self.queries.zero, limit)
+
+        def add(j):
+            keys = KeyRun(k_t.select(1, j), v.select(0, j))
+            for p in range(g.parts):
+                branch.add(p, visible(keys, p), keys)
+            nisa.tensor_scalar(base, base, nl.add, float(CHUNK))
+
+        def share(j):
+            keys = KeyRun(k_t.select(1, j), v.select(0, j))
+            shares = sbuf((128, CHUNK // KEYS, SHARES), nl.float32)
+            nisa.memset(shares, 0.0)
+            for p in range(g.parts):
+                self.add_shares(shares, p, visible(keys, p), shifts[p])
+            nisa.tensor_scalar(base, base, nl.add, float(CHUNK))
+            fetch(self.scratch.shares.select(0, j), shares)
+
+        many = self.turns(0)
+        nisa.memset(base, 0.0)
+        nl.fori_loop(0, many, add)
+        for p in range(g.parts):
+            shifts.append(branch.negative_lse(p))
+        nisa.memset(base, 0.0)
+        nothing = sbuf((128, runs, CHUNK // KEYS * SHARES), nl.float32)
+        nisa.memset(nothing, 0.0)
+        nisa.dma_copy(self.scratch.shares.flatten_dims(2, 3).permute((1, 0, 2)), nothing)
+        nl.fori_loop(0, many, share)
+        return branch
+
+    def add_shares(self, shares, p, seen, shift):
+        """Probabilities of a part's rows, summed over heads and shared out to blocks."""
+        g = self.geometry
+        weights = sbuf(seen.shape, nl.float32)
+        nisa.activation(weights, nl.exp, seen, bias=shift, scale=self.scale)
+        lanes = slice(QUERIES * p, QUERIES * p + g.per_part)
+        for t in range(CHUNK // KEYS):
+            by_key = psum((KEYS, g.per_part))
+            keys = weights[:, t * KEYS : (t + 1) * KEYS]
+            nisa.nc_matmul(by_key, keys, self.constants.heads, accumulate=False)
+            summed = sbuf((KEYS, g.per_part), nl.float32)
+            nisa.tensor_copy(summed, by_key, engine=nisa.engine.vector)
+            bank = psum((128, SHARES))
+            nisa.nc_matmul(
+                bank[lanes, :], summed, self.weights, accumulate=False,
+                tile_position=(0, QUERIES * p), tile_size=(KEYS, QUERIES),
+            )  # fmt: skip
+            nisa.tensor_copy(shares[lanes, t, :], bank[lanes, :], engine=nisa.engine.vector)
+
+    def rank(self):
+        """`mask` [128, blocks] of the chosen blocks but the own one; lane 32 * p + i is query i of
+        part p. A block per row of it goes to HBM."""
+        g, blocks = self.geometry, self.blocks
+        tiles = blocks // BLOCKS_OF_KEYS
+        scores = sbuf((128, tiles, BLOCKS_OF_KEYS), nl.float32)
+        extra = sbuf((128, tiles, 2), nl.float32)
+        shares = self.scratch.shares.permute((1, 0, 2, 3))
+        shape = shares.shape[1:3]
+        nisa.dma_copy(scores.reshape_dim(1, shape), shares[:, :, :, 0:BLOCKS_OF_KEYS])
+        nisa.dma_copy(extra.reshape_dim(1, shape), shares[:, :, :, BLOCKS_OF_KEYS:])
+        if tiles > 1:
+            first = scores[:, 1:tiles, 0]
+            nisa.tensor_tensor(first, first, extra[:, 0 : tiles - 1, 0], nl.add)
+        scores = scores.reshape((128, blocks))
+        names, marked = sbuf((128, blocks), nl.float32), sbuf((128, blocks), nl.float32)
+        nisa.iota(names, [[1, blocks]], offset=0, channel_multiplier=0)
+        ranks = self.queries.ranks
+        near, own = ranks[:, NEAR : NEAR + 1], ranks[:, OWN : OWN + 1]
+        nisa.memset(scores[:, 0 : g.initial], FORCED_SCORE)
+        nisa.tensor_scalar(marked, names, nl.greater, near, op1=nl.multiply, operand1=FORCED_SCORE)
+        nisa.tensor_tensor(scores, scores, marked, nl.maximum)
+        nisa.tensor_scalar(
+            marked, names, nl.greater, own, op1=nl.multiply, operand1=-4.0 * FORCED_SCORE
+        )
+        nisa.tensor_tensor(scores, scores, marked, nl.add)
+        current = scores
+        for found in range(0, g.count, LANES):
+            top, following = sbuf((128, LANES), nl.float32), sbuf((128, blocks), nl.float32)
+            nisa.max8(top, current)
+            if g.count - found < LANES:
+                nisa.memset(top[:, g.count - found : LANES], NOTHING)
+            nisa.nc_match_replace8(following, current, top, TAKEN)
+            current = following
+        chosen = sbuf((128, blocks), nl.bfloat16)
+        nisa.tensor_scalar(marked, current, nl.equal, TAKEN)
+        nisa.scalar_tensor_tensor(marked, scores, nl.greater_equal, 0.0, nl.multiply, marked)
+        nisa.scalar_tensor_tensor(chosen, names, nl.less, own, nl.multiply, marked)
+        self.mask = chosen
+        for start in range(0, blocks, PIECE):
+            turned = psum((PIECE, 128), nl.bfloat16)
+            nisa.nc_transpose(turned, chosen[:, start : start + PIECE], engine=nisa.engine.tensor)
+            rows = sbuf((PIECE, 128), nl.bfloat16)
+            nisa.tensor_copy(rows, turned, engine=nisa.engine.vector)
+            nisa.dma_copy(self.scratch.masks[start : start + PIECE, :], rows)
+
+    def union(self):
+        """1 + block where some query chose it, else 0, [1, blocks], and a register with how often
+        eight of them must be taken."""
+        names, some = sbuf((1, self.blocks), nl.float32), sbuf((1, self.blocks), nl.float32)
+        nisa.iota(names, [[1, self.blocks]], offset=1, channel_multiplier=0)
+        ones = sbuf((128, 1), nl.bfloat16)
+        nisa.memset(ones, 1.0)
+        for start in range(0, self.blocks, CHUNK):
+            part = slice(start, min(start + CHUNK, self.blocks))
+            counts = psum((1, part.stop - part.start))
+            nisa.nc_matmul(counts, ones, self.mask[:, part], accumulate=False)
+            nisa.tensor_scalar(some[:, part], counts, nl.greater, 0.0)
+        nisa.tensor_tensor(names, names, some, nl.multiply)
+        count, turns = sbuf((1, 1), nl.float32), sbuf((1, 1), nl.int32)
+        nisa.tensor_reduce(count, nl.add, some, axis=1)
+        count = larger(count)
+        # However it is rounded, there are enough; what is too much finds nothing.
+        nisa.tensor_scalar(
+            turns, count, nl.multiply, 1.0 / LANES, op1=nl.add, operand1=1.0 - 0.5 / LANES
+        )
+        many = nisa.register_alloc()
+        nisa.register_load(many, turns)
+        return names, many
+
+    def selected(self):
+        """The selected branch."""
+        g, lane = self.geometry, self.lane
+        branch = Branch(g, self.dv, self.scale)
+        own = sbuf((128, 1, lane.pages.shape[3]), lane.pages.dtype)
+        fetch(own[:, 0, :], lane.pages[0].select(0, self.trips[0:1, 3:4]))
+        page = Pages(own, self.dv, [])
+        for p in range(g.parts):
+            within = self.queries.marks[:, p, WITHIN : WITHIN + 1]
+            scores = page.scores(self.queries, p)
+            branch.add(p, branch.within(scores, self.queries.zero, within), page)
+        names, many = self.union()
+
+        def eight(_):
+            top, following = sbuf((1, LANES), nl.float32), sbuf(names.shape, nl.float32)
+            nisa.max8(top, names)
+            nisa.nc_match_replace8(following, names, top, 0.0)
+            nisa.tensor_copy(names, following, engine=nisa.engine.vector)
+            numbers = sbuf((1, LANES), nl.int32)
+            nisa.tensor_scalar(numbers, top, nl.subtract, 1.0, op1=nl.maximum, operand1=0.0)
+            buffer = sbuf((128, LANES, lane.pages.shape[3]), lane.pages.dtype)
+            for n in range(LANES):
+                source = lane.pages[n % 2].select(0, numbers[0:1, n : n + 1])
+                fetch(buffer[:, n, :], source, ("y", "g")[n % 2])
+            pages = Pages(buffer, self.dv, [self.hidden(top), self.constants.slot_keys])
+            for p in range(g.parts):
+                branch.add(p, pages.scores(self.queries, p), pages)
+
+        nl.fori_loop(0, many, eight)
+        return branch
+
+    def hidden(self, top):
+        """What hides blocks, given by 1 + number [1, 8], from each query, [8, 128]; and what stands
+        for no block, from all."""
+        turned, column = psum((LANES, 1)), sbuf((LANES, 1), nl.float32)
+        nisa.nc_transpose(turned, top, engine=nisa.engine.tensor)
+        nisa.tensor_copy(column, turned, engine=nisa.engine.vector)
+        places, valid = sbuf((LANES, 1), nl.int32), sbuf((LANES, 1), nl.float32)
+        nisa.tensor_scalar(places, column, nl.subtract, 1.0, op1=nl.maximum, operand1=0.0)
+        nisa.tensor_scalar(valid, column, nl.greater, 0.0)
+        found = sbuf((LANES, 128), nl.bfloat16)
+        nisa.dma_copy(found, self.scratch.masks.vector_select(0, places))
+        nisa.tensor_scalar(found, found, nl.multiply, valid, op1=nl.subtract, operand1=1.0)
+        nisa.tensor_scalar(found, found, nl.multiply, HIDDEN)
+        return found
+
+    def window(self):
+        """The window branch."""
+        g, lane = self.geometry, self.lane
+        branch = Branch(g, self.dv, self.scale)
+        tiles = lane.k_win_t.shape[1] // KEYS
+        k_t, v = (
+            lane.k_win_t.reshape_dim(1, (tiles, KEYS)),
+            lane.v_win.reshape_dim(0, (tiles, KEYS)),
+        )
+        start = sbuf((g.rows, 1), nl.float32)
+        nisa.tensor_copy(start, self.queries.marks[:, 0, START : START + 1])
+
+        def add(j):
+            keys = KeyRun(k_t.select(1, j), v.select(0, j))
+            for p in range(g.parts):
+                low, high = sbuf((g.rows, 1), nl.float32), sbuf((g.rows, 1), nl.float32)
+                marks = self.queries.marks[:, p, :]
+                nisa.tensor_scalar(low, marks[:, LOW : LOW + 1], nl.subtract, start)
+                nisa.tensor_scalar(high, marks[:, HIGH : HIGH + 1], nl.subtract, start)
+                branch.add(p, branch.within(keys.scores(self.queries, p), low, high), keys)
+            nisa.tensor_scalar(start, start, nl.add, float(KEYS))
+
+        nl.fori_loop(self.turns(1), self.turns(2), add)
+        return branch
+
+
+class Pages(nl.NKIObject):
+    """Gathered pages as keys and values, see `selected`.
+
+    Attributes:
+        buffer: [128, blocks, columns]; blocks of even places have V on the lower partitions.
+        hidden: [] or what hides them from lanes [blocks, 128], and `slot_keys`.
+    """
+
+    def __init__(self, buffer, dv, hidden):
+        self.buffer, self.dv, self.hidden = buffer, dv, hidden
+        self.size = buffer.shape[1] * BLOCK
+
+    def scores(self, queries, p):
+        """S [rows, keys] float32 in PSUM."""
+        blocks, rows = self.buffer.shape[1], queries.geometry.rows
+        scores = psum((rows, self.size))
+        q = queries.of_part(p)
+        masked = len(self.hidden) > 0
+        if masked:
+            hidden, slot_keys = self.hidden
+            g = queries.geometry
+            lanes = hidden[:, QUERIES * p : QUERIES * p + g.per_part]
+            by_row = sbuf((blocks, g.per_part, g.group), hidden.dtype)
+            nisa.tensor_copy(by_row, lanes.expand_dim(2).broadcast(2, g.group))
+            keys = slot_keys[0:blocks, 0 : (blocks + 1) // 2, :]
+            nisa.nc_matmul(
+                scores, by_row.reshape((blocks, rows)), keys, accumulate=False,
+                tile_position=(0, 0), tile_size=(32, 128),
+            )  # fmt: skip
+        low = q[0].shape[0]
+        nisa.nc_matmul(scores, q[0], self.buffer[0:low, :, 0:BLOCK], accumulate=masked)
+        by_block = scores.reshape((rows, blocks, BLOCK))
+        for rest in q[1:]:
+            for half in range(min(2, blocks)):
+                p0 = BLOCK * (1 - half)
+                channels = slice(p0, p0 + queries.rest)
+                nisa.nc_matmul(
+                    by_block[:, half::2, :], rest[channels, :],
+                    self.buffer[channels, half::2, BLOCK : 2 * BLOCK], accumulate=True,
+                    tile_position=(p0, 0), tile_size=(BLOCK, 128),
+                )  # fmt: skip
+        return scores
+
+    def add_values(self, out, turned):
+        """out = P @ V with P^T [keys of two blocks, pairs, rows]."""
+        blocks = self.buffer.shape[1]
+        for n in range(blocks):
+            p0 = BLOCK * (n % 2)
+            nisa.nc_matmul(
+                out, turned[p0 : p0 + BLOCK, n // 2, :],
+                self.buffer[p0 : p0 + BLOCK, n, BLOCK : BLOCK + self.dv], accumulate=n > 0,
+                tile_position=(p0, 0), tile_size=(BLOCK, 128),
+            )  # fmt: skip

@@ -57,6 +57,14 @@ def profile_main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _trips(text: str) -> cost.trips.TripCounts:
+    """`cost.trips.parse`, whose own words argparse would leave out."""
+    try:
+        return cost.trips.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The options; a kernel is asked for only where one is profiled."""
     parser = argparse.ArgumentParser(
@@ -86,7 +94,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--trips",
-        type=cost.trips.parse,
+        type=_trips,
         metavar="N|N,N,..|draw:N,N,..",
         help="without data, values of registers that data would set (loop bounds): one for all, a "
         "trace, or a sample to draw from",

@@ -92,6 +92,8 @@ def parse(text: str) -> TripCounts:
         values = []
     if not values or kind not in ("", "draw"):
         raise ValueError(f"trip counts {text!r}: write 8, a trace 3,5,4 or draw:3,5,4")
+    if min(values) < 0:
+        raise ValueError(f"trip counts {text!r}: {min(values)} is less than none")
     if kind == "draw":
         return drawn(values)
     return constant(values[0]) if len(values) == 1 else trace(values)

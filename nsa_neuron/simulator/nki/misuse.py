@@ -186,7 +186,7 @@ def _wrong_call(name: str, text: str, where: Location) -> SimulationError | None
         ("nl.", language), ("nisa.", isa), ("ncc.", collectives), (".", NkiTensor)
     ):  # fmt: skip
         function: Any = getattr(home, name, None)
-        if inspect.isroutine(function):
+        if inspect.isroutine(function) and INSTRUCTIONS.get(name) is not function:
             return violation(
                 "usage", text, instruction=f"{prefix}{name}", location=where,
                 hint=f"{prefix}{name}{signature_of(function)}",

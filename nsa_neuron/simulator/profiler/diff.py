@@ -24,7 +24,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(facts, dict) or "time_us" not in facts or "critical_path" not in facts:
-        raise ValueError(f"{path} is no saved profile; write one with nsa profile ... --json")
+        raise ValueError(f"{path} is no saved profile; write one with nsa profile ... --save")
     return facts
 
 

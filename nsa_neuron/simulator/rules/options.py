@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ..machine.trn2 import Machine, machine_for
@@ -59,4 +60,6 @@ class Options:
             raise ValueError(f"iterations is 0 or a positive integer, not {self.iterations!r}")
         unknown = sorted(self.relax - RULES.keys())
         if unknown:
-            raise ValueError(f"no rule is named {unknown[0]!r}; rules: {', '.join(sorted(RULES))}")
+            close = get_close_matches(unknown[0], RULES, 3)
+            known = f"close: {', '.join(close)}" if close else f"rules: {', '.join(sorted(RULES))}"
+            raise ValueError(f"no rule is named {unknown[0]!r}; {known}")

@@ -165,7 +165,11 @@ def test_an_exception_in_the_kernel_shows_the_kernels_frames_only(folder, capsys
         (["user_kernels.py::scaled", "--arg", "a=randn:3x"], "cannot read 'randn:3x'"),
         (["user_kernels.py::scaled", "--arg", "a=full:3x3"], "full cannot use ()"),
         (["user_kernels.py::scaled", "--arg", "a=no.npy"], "no file no.npy"),
-        (["user_kernels.py::scaled", "--relax", "bonds"], "no rule is named 'bonds'"),
+        (
+            ["user_kernels.py::scaled", "--relax", "bonds"],
+            "no rule is named 'bonds'; close: bounds",
+        ),
+        (["user_kernels.py::scaled", "--relax", "xyz"], "no rule is named 'xyz'; rules: address"),
         (["user_kernels.py::scaled", "--target", "trn9"], "'trn9' is not modelled"),
         (
             ["user_kernels.py::scaled", "--nki", "0.9"],

@@ -235,3 +235,30 @@ def test_an_empty_share_may_be_made_but_not_used():
     with pytest.raises(SimulationError) as error:
         none.access()
     assert error.value.rule == "index"
+
+
+def test_slices_are_looked_up_by_what_was_asked_for_not_by_what_equals_it() -> None:
+    tensor = numbered(CORE, (8, 4, 4), "sbuf")
+    keys = [
+        (slice(0, 8), slice(1, 2), slice(0, 1)),
+        (slice(0, 8), 1, slice(0, 1)),
+        (slice(0, 8), slice(1, 2), 0),
+        (slice(0, 1), slice(1, 2), slice(0, 1)),
+        (slice(None), slice(None), 1),
+    ]
+    shown = np.arange(128, dtype=np.float32).reshape(8, 4, 4)
+    for _ in range(2):  # the second time from what was kept
+        for key in keys:
+            view = tensor[key]
+            np.testing.assert_array_equal(view.array(), shown[key].reshape(view.shape))
+            again = numbered(CORE, (8, 4, 4), "sbuf")[key]
+            assert again.access().place is view.access().place
+            assert again.memory is not view.memory
+    for wrong in (1.0, np.float64(1), "1"):
+        with pytest.raises(SimulationError):
+            tensor[0:8, wrong:2, 0:1]
+        with pytest.raises(SimulationError):
+            tensor[0:8, wrong, 0:1]
+    bytes_ = tensor.view("uint8")
+    assert bytes_[0:8, 1:2, 0:1].access().place is not tensor[0:8, 1:2, 0:1].access().place
+    assert bytes_[0:8, 1:2, 0:1].dtype == "uint8"

@@ -428,3 +428,30 @@ def test_a_pattern_on_a_slice_counts_the_storage():
     error = call(steps(32), X)
     assert error.rule == "partition-step" and error.hint.startswith("[[64, 128], ...]")
     np.testing.assert_array_equal(simulator.simulate(steps(64))(X), X[:, 0:32])
+
+
+def test_a_kernels_own_function_of_an_instructions_name_is_not_taken_for_it():
+    def tensor_copy(a, b):
+        """Not `nisa.tensor_copy`."""
+
+    tensor_copy.__qualname__ = "tensor_copy"  # as at the top of a module
+
+    def own(x):
+        tensor_copy(x)
+
+    def theirs(x):
+        nisa.tensor_copy(x)
+
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'b'"):
+        simulator.simulate(own)(X)
+    with pytest.raises(SimulationError, match=r"missing 1(.|\n)*nisa\.tensor_copy\(dst, src, "):
+        simulator.simulate(theirs)(X)
+
+
+def test_a_name_is_a_string():
+    def numbered(x):
+        nisa.tensor_copy(tile(x), tile(x), name=3)
+
+    with pytest.raises(SimulationError, match="name= is a string") as caught:
+        simulator.simulate(numbered)(X)
+    assert caught.value.location.function == "numbered"

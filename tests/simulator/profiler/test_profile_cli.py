@@ -223,12 +223,30 @@ def test_a_file_that_is_no_profile_is_refused(nsa, folder):
     assert "is no saved profile" in nsa("--diff", "other.json", "other.json")[2]
 
 
-@pytest.mark.parametrize("words", [("--trips", "x"), ("--params", "guess")])
-def test_bad_options_end_with_usage(nsa, words, capsys):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--trips", "x"), "'x': write 8, a trace 3,5,4 or draw:3,5,4"),
+        (("--trips", "3,"), "'3,': write 8, a trace 3,5,4"),
+        (("--trips=-3",), "'-3': -3 is less than none"),
+        (("--params", "guess"), "'measured-3p'"),
+    ],
+)
+def test_bad_options_end_with_usage(nsa, words, said, capsys):
     with pytest.raises(SystemExit) as stop:
         nsa(*SCALED, *words)
     assert stop.value.code == 2
-    assert "usage: nsa profile" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: nsa profile" in err and said in err
+
+
+@pytest.mark.parametrize("bytes_", [1, 40, 400])
+def test_a_saved_profile_that_is_cut_is_refused_in_one_line(nsa, folder, bytes_):
+    assert nsa(*SCALED, "--save", "whole.json")[0] == 0
+    (folder / "cut.json").write_text((folder / "whole.json").read_text()[:bytes_])
+    code, out, err = nsa("--diff", "whole.json", "cut.json")
+    assert (code, out) == (profile_cli.UNUSABLE, "")
+    assert "cut.json is no JSON" in err and err.count("\n") == 1
 
 
 def test_constants_can_be_set_and_the_report_says_so(nsa):

@@ -26,8 +26,8 @@ from nsa_neuron.terminal import progress, table
 BENCH = "native memory"
 DECODE = "decode"
 SMALL = 512
-TORCH_LIMIT = 16384
-"""Tokens up to which `cpu:torch` is tried."""
+LIMITS = {native.SDPA: 8192, "cpu:torch": 16384}
+"""Tokens up to which the slow ones are tried."""
 
 
 def measure(tokens: Sequence[int], heads: tuple[int, int], dim: int, dtype: str) -> list[Record]:
@@ -41,12 +41,12 @@ def measure(tokens: Sequence[int], heads: tuple[int, int], dim: int, dtype: str)
     """
     work = [
         (name, way, length)
-        for name in (native.SDPA, *native.usable())
+        for name in (*native.usable(), native.SDPA)
         for way in (FORWARD, BACKWARD, DECODE)
         for length in tokens
         if (way != DECODE or name != native.SDPA)
         and (way != BACKWARD or length <= native.BACKWARD_LIMIT)
-        and length <= {"cpu:torch": TORCH_LIMIT, native.SDPA: TORCH_LIMIT}.get(name, length)
+        and length <= LIMITS.get(name, length)
     ]
     records = []
     with progress("memory", len(work)) as advance:

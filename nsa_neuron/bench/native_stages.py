@@ -29,7 +29,7 @@ from nsa_neuron.terminal import progress, table
 BENCH = "native stages"
 MODE = "cpu:native"
 RANDOM, CORRELATED = "random", "correlated"
-KEPT = 0.998
+KEPT = 0.995
 """Share of a query in the next one of correlated input, which then replaces about 5 % of its
 blocks; each row says how many it was (`replaced`)."""
 SELECTED_BLOCKS = 16

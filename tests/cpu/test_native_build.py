@@ -124,3 +124,19 @@ def test_a_library_is_named_by_all_that_it_depends_on(fresh, monkeypatch):
     monkeypatch.setattr(build, "instruction_set", lambda: "AVX2")
     build.library_name.cache_clear()
     assert "avx2" in build.library_name()
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "value", "said"),
+    [
+        (build.platform, "machine", lambda: "aarch64", "not linux on aarch64"),
+        (build.sys, "platform", "darwin", "not darwin on"),
+        (build, "instruction_set", lambda: "DEFAULT", "neither AVX2 nor AVX-512"),
+        (build, "_torch_header", lambda: "", "brgemm"),
+    ],
+    ids=["arm", "mac", "old cpu", "unknown torch"],
+)
+def test_a_machine_that_cannot_run_them_is_refused_by_name(monkeypatch, what, name, value, said):
+    monkeypatch.setattr(what, name, value)
+    modes = REGISTRY.get("cpu").modes()
+    assert next(iter(modes)) == "torch" and said in modes["native"]

@@ -110,6 +110,10 @@ def test_bench_of_the_cpu_backend_names_every_contestant(tmp_path, capsys) -> No
         assert row["kind"] == "measured" and row["median"] > 0
         assert "pass" not in row["facts"] or {"cpu_ms", "load"} <= set(row["facts"])
     assert "its bytes" in capsys.readouterr().out
+    ahead = tmp_path / "forward.jsonl"
+    assert main([*words, "--shape", "2/1/16/float32", "--forward", "--out", str(ahead)]) == 0
+    passes = {json.loads(line)["facts"].get("pass") for line in ahead.read_text().splitlines()}
+    assert passes == {None, native.FORWARD, "decode"}
 
 
 def test_ids_that_the_kernel_checks_are_not_read_by_the_router() -> None:

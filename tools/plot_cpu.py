@@ -5,8 +5,10 @@ Of rows that measure the same, the last one counts; a row says nothing about ano
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Row = dict[str, Any]
 BENCHES = ("native", "native stages", "native memory", "native peers", "overhead")
@@ -55,7 +57,7 @@ def of(rows: list[Row], bench: str, **facts: Any) -> list[Row]:
 def render(rows: list[Row], figures: list[str]) -> str:
     """Everything between the page's markers."""
     kept = latest(rows)
-    parts = [about(kept), *(f"![{Path(name).stem}]({name})" for name in figures)]
+    parts = [about(kept), *(f"![time and memory against length]({name})" for name in figures)]
     for made in (against_dense, decoding, stages, memory, peers, overhead):
         if text := made(kept):
             parts.append(text)
@@ -228,9 +230,10 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         ("native", "decode", "one new token", "ms"),
         ("native memory", "forward + backward", "peak memory, forward + backward", "MiB"),
     ]
+    panels = [panel for panel in panels if of(kept, panel[0], **{"pass": panel[1]})]
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nsa"})  # small, reproducible
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 3.6))
-    for axis, (bench, way, title, unit) in zip(axes, panels, strict=True):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.75 * len(panels), 3.6), squeeze=False)
+    for axis, (bench, way, title, unit) in zip(axes[0], panels, strict=True):
         mine = of(kept, bench, **{"pass": way})
         for name in dict.fromkeys(row["name"] for row in mine):
             points = sorted((r["facts"]["tokens"], r["median"]) for r in mine if r["name"] == name)
@@ -239,8 +242,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.grid(visible=True, which="both", alpha=0.3)
-        if mine:
-            axis.legend(fontsize=7)
+        axis.legend(fontsize=7)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "cpu.svg"
     figure.tight_layout()

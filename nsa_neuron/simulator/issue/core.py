@@ -10,7 +10,7 @@ import numpy as np
 from ..machine.dtypes import DType, int64, resolve
 from ..memory.allocation import Access, Allocation
 from ..memory.layout import ON_CHIP, Form
-from ..memory.storage import AbsentMemory, Arena, Memory, Pool, PooledMemory
+from ..memory.storage import AbsentMemory, Arena, Memory, Pool
 from ..memory.tensor import NkiTensor, resolved
 from ..rules.errors import SimulationWarning
 from ..rules.registers import RunTimeScalar
@@ -183,9 +183,8 @@ class NeuronCore:
             itemsize = allocation.dtype.itemsize
             width = width // itemsize * allocation.dtype.storage(False).itemsize
         if allocation.address is None:
-            pool = self._pool
-            buffer = pool.take(allocation.partitions * width)
-            return PooledMemory(allocation, buffer, width, precise, pool)
+            buffer = self._pool.take(allocation.partitions * width)
+            return Memory(allocation, buffer, 0, width, precise)
         arena = self._arenas[allocation.buffer]
         scale = 1 if precise else 4
         row = arena.limit * scale

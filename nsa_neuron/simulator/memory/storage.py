@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,28 +132,6 @@ class AbsentMemory(Memory):
         return getattr(self, name)
 
 
-class PooledMemory(Memory):
-    """Memory that gives its bytes back to a pool once no view of it is left."""
-
-    __slots__ = ("_pool",)
-
-    def __init__(
-        self,
-        allocation: Allocation,
-        buffer: NDArray[np.uint8],
-        pitch: int,
-        precise: bool,
-        pool: Pool,
-    ) -> None:
-        super().__init__(allocation, buffer, 0, pitch, precise)
-        self._pool = pool
-
-    def __del__(self) -> None:
-        buffer, self.buffer = self.buffer, None
-        if buffer is not None:
-            self._pool.give(buffer)
-
-
 def _mark_alias(mask: NDArray[np.bool_], access: Access, other: Memory) -> None:
     """Set in `mask` the elements of `access` that another memory of the arena has written."""
     here, there = access.allocation.address, other.allocation.address
@@ -184,27 +162,54 @@ def _mark_alias(mask: NDArray[np.bool_], access: Access, other: Memory) -> None:
 
 
 class Pool:
-    """Freed byte buffers by size: a kernel makes the same few tile sizes thousands of times."""
+    """Byte buffers by size: a kernel makes the same few tile sizes thousands of times.
+
+    A buffer comes back when the last array that sees it is gone: by a weak reference, since how
+    many references an object has at some line is another number in another Python.
+    """
 
     def __init__(self, keep_bytes: int = 64 << 20) -> None:
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self._free: dict[int, list[_Bytes]] = {}
         self._kept = 0
         self._limit = keep_bytes
+        self._lent: dict[int, _Lent] = {}
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """Return a buffer of exactly `nbytes` bytes with undefined contents."""
         bucket = self._free.get(nbytes)
         if bucket:
             self._kept -= nbytes
-            return bucket.pop()
-        return np.empty(nbytes, np.uint8)
+            owner = bucket.pop()
+        else:
+            owner = _Bytes(nbytes, np.uint8)
+        buffer: NDArray[np.uint8] = np.ndarray(nbytes, np.uint8, owner)
+        lent = _Lent(buffer, self._returned)
+        lent.owner = owner
+        self._lent[id(lent)] = lent
+        return buffer
 
-    def give(self, buffer: NDArray[np.uint8]) -> None:
-        """Take a buffer back, unless somebody still sees it or enough is kept."""
-        # References: the caller's local, this argument, getrefcount's own argument.
-        if sys.getrefcount(buffer) <= 3 and self._kept + buffer.nbytes <= self._limit:
-            self._free.setdefault(buffer.nbytes, []).append(buffer)
-            self._kept += buffer.nbytes
+    def _returned(self, lent: _Lent) -> None:
+        """Takes bytes back that nobody sees any more, unless enough is kept."""
+        del self._lent[id(lent)]
+        nbytes = lent.owner.nbytes
+        if self._kept + nbytes <= self._limit:
+            self._free.setdefault(nbytes, []).append(lent.owner)
+            self._kept += nbytes
+
+
+class _Bytes(np.ndarray[Any, np.dtype[np.uint8]]):
+    """Bytes that a pool owns; uninitialised.
+
+    NumPy makes the owner of the bytes the base of every view, past the views between them, but
+    stops where an array is of another class: so every view of a buffer keeps the buffer.
+    """
+
+
+class _Lent(weakref.ref["NDArray[np.uint8]"]):
+    """A buffer that somebody sees, and the bytes behind it."""
+
+    __slots__ = ("owner",)
+    owner: _Bytes
 
 
 class Arena:

@@ -218,7 +218,7 @@ def tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[list[st
     made = []
     for title, ours, theirs, says in TABLES:
         rows = []
-        for tokens in sorted(t for name, t in by if name == ours):
+        for tokens in sorted(t for name, t in by if name == ours and (theirs, t) in by):
             a, b = by[ours, tokens], by[theirs, tokens]
             cpu = a.facts["cpu_ms"] / max(b.facts["cpu_ms"], 1e-9)
             row = [str(tokens), str(a), str(b), f"{a.median / b.median:.2f}", f"{cpu:.2f}"]

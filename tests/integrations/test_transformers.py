@@ -179,8 +179,9 @@ def test_old_rows_of_several_heads_are_refused_and_can_be_turned(tmp_path):
     path.write_text(json.dumps(saved))
     with pytest.raises(StateMismatch, match=r"rows_by_head\(weight, 3, 2\)"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    path.write_text(json.dumps({**saved, "shared_kv": True}))
-    transformers.AutoConfig.from_pretrained(tmp_path)
+    for harmless in ({"shared_kv": True}, {"attention_kinds": ["full"] * 3}):
+        path.write_text(json.dumps({**saved, **harmless}))
+        transformers.AutoConfig.from_pretrained(tmp_path)
     state = NET.state_dict()
     for data in state._metadata.values():
         data["version"] = 1

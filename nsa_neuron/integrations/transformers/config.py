@@ -104,7 +104,9 @@ class NsaLmConfig(PreTrainedConfig):
         """
         heads = config_dict.get("num_key_value_heads", cls.num_key_value_heads)
         known = config_dict.get("attention_layout", 0) >= ROWS_BY_HEAD
-        if not known and heads > 1 and not config_dict.get("shared_kv", False):
+        one_set = config_dict.get("shared_kv", False)
+        one_set = one_set or "nsa" not in (config_dict.get("attention_kinds") or ["nsa"])
+        if not known and heads > 1 and not one_set:
             raise StateMismatch(
                 "the saved configuration has no attention_layout = 2: its weights may have the "
                 "rows of kv.weight in another order of heads. If they were saved before revision "

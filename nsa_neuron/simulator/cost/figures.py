@@ -35,7 +35,7 @@ _TUTORIAL = "SDK nki/guides/tutorials/kernel-optimization.rst"
 _OVERVIEW = "SDK nki/get-started/about/nki-dma-overview.rst"
 _TRACES = "chenhzhu/ and chengli2003/asst4-trainium2, part1, part2/profile"
 _LISTED = "reecedantin/vllm-omni-neuron docs/design/block_sparse_attention_trn2.md (LNC2, NKI 0.6)"
-_CLONE = "third party, trn2, both cores of a pair (project issue 10)"
+_CLONE = "third party, trn2, both cores of a pair (issue 10; no public address known)"
 _QWEN = "third party, trn2.3xlarge, nki 0.5, neuronx-cc 2.26: device time of a chain of four"
 _WRITE_UP = "xaviergonzalez/asst4-trainium2 writeup.md"
 

@@ -46,11 +46,11 @@ class Choice(nl.NKIObject):
         """(name, jobs to wait before) of the steps that mark what a tile's queries chose."""
         rounds = (work.tile.chosen + LANES - 1) // LANES
         long = passes(work.tile.width)
-        found = [("weigh", 1), ("sum", 2)]
+        found = [("weigh", 1), ("sum", 2 + long)]
         for r in range(rounds):
             found.append(("best", 1 + (2 * long if r > 0 else long)))
         found.append(("gather", 1 + long))
-        for name, wait in (("merge", 1), ("spread", 1), ("mark", 1)):
+        for name, wait in (("merge", 1), ("spread", 1 + long), ("mark", 1)):
             found.append((name, wait))
         found.append(("turn", 2 + (rounds + 1) * long))
         return found

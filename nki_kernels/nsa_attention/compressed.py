@@ -153,7 +153,7 @@ class Compressed(nl.NKIObject):
         into = section[:, :, at : at + end - first, :]
         nisa.tensor_copy(into, some[:, :, :, 0:blocks], engine=nisa.engine.scalar)
         nisa.tensor_copy(
-            work.extra[:, :, first:end, :], some[:, :, :, blocks:], engine=nisa.engine.vector
+            work.extra[:, :, first:end, :], some[:, :, :, blocks:], engine=nisa.engine.scalar
         )
         if end % SECTION == 0 or end == work.tile.key_tiles:
             # What keys before a block share in it.

@@ -2,7 +2,7 @@
 
 Rows (query, head) are on partitions, so that each row has its exact maximum so far (`running`); the
 choice is made of probabilities that are already divided by their sum; a union of any length is
-gathered eight blocks at a time. What hangs on positions is data, and so are turns of loops:
+gathered sixteen blocks at a time. What hangs on positions is data, and so are turns of loops:
 
     count = how many tiles ask for it                              0 as a rule: nothing happens
     for each of them:                                              hardware loop
@@ -11,7 +11,7 @@ gathered eight blocks at a time. What hangs on positions is data, and so are tur
         for each 512 compressed keys:                              hardware loop
             p = exp(scale S - lse); sum over heads; shares         PE, float32
         the best n of all blocks, in one search of each query      VectorE
-        the own block; for each eight others of the union:         hardware loop
+        the own block; for each sixteen others of the union:       hardware loop
             S with what hides them added by PE, top, sum, acc
         for each 128 keys of the window:                           hardware loop
         o = sum over branches of gate / sum * acc
@@ -36,6 +36,7 @@ ones; tokens of its own block that it sees; first key of its window, and the one
 first key of its tile's window tiles."""
 FORCED_SCORE = 1e30
 SHARES = BLOCKS_OF_KEYS + 2
+AT_ONCE = 2 * LANES  # blocks gathered before they are used
 
 
 class Tables(nl.NKIObject):
@@ -164,8 +165,11 @@ class Again(nl.NKIObject):
 
         def add(j):
             keys = KeyRun(k_t.select(1, j), v.select(0, j))
-            for p in range(g.parts):
-                branch.add(p, visible(keys, p), keys)
+
+            def of_part(p):
+                return visible(keys, p)
+
+            branch.add(of_part, keys)
             nisa.tensor_scalar(base, base, nl.add, float(CHUNK))
 
         def share(j):
@@ -256,7 +260,7 @@ class Again(nl.NKIObject):
 
     def union(self):
         """1 + block where some query chose it, else 0, [1, blocks], and a register with how often
-        eight of them must be taken."""
+        AT_ONCE of them must be taken."""
         names, some = sbuf((1, self.blocks), nl.float32), sbuf((1, self.blocks), nl.float32)
         nisa.iota(names, [[1, self.blocks]], offset=1, channel_multiplier=0)
         ones = sbuf((128, 1), nl.bfloat16)
@@ -272,7 +276,7 @@ class Again(nl.NKIObject):
         count = larger(count)
         # However it is rounded, there are enough; what is too much finds nothing.
         nisa.tensor_scalar(
-            turns, count, nl.multiply, 1.0 / LANES, op1=nl.add, operand1=1.0 - 0.5 / LANES
+            turns, count, nl.multiply, 1.0 / AT_ONCE, op1=nl.add, operand1=1.0 - 0.5 / AT_ONCE
         )
         many = nisa.register_alloc()
         nisa.register_load(many, turns)
@@ -285,29 +289,42 @@ class Again(nl.NKIObject):
         own = sbuf((128, 1, lane.pages.shape[3]), lane.pages.dtype)
         fetch(own[:, 0, :], lane.pages[0].select(0, self.trips[0:1, 3:4]))
         page = Pages(own, self.dv, [])
-        for p in range(g.parts):
-            within = self.queries.marks[:, p, WITHIN : WITHIN + 1]
-            scores = page.scores(self.queries, p)
-            branch.add(p, branch.within(scores, self.queries.zero, within), page)
+
+        def within(p):
+            limit = self.queries.marks[:, p, WITHIN : WITHIN + 1]
+            return branch.within(page.scores(self.queries, p), self.queries.zero, limit)
+
+        branch.add(within, page)
         names, many = self.union()
 
-        def eight(_):
-            top, following = sbuf((1, LANES), nl.float32), sbuf(names.shape, nl.float32)
-            nisa.max8(top, names)
-            nisa.nc_match_replace8(following, names, top, 0.0)
-            nisa.tensor_copy(names, following, engine=nisa.engine.vector)
-            numbers = sbuf((1, LANES), nl.int32)
-            nisa.tensor_scalar(numbers, top, nl.subtract, 1.0, op1=nl.maximum, operand1=0.0)
-            buffer = sbuf((128, LANES, lane.pages.shape[3]), lane.pages.dtype)
-            for n in range(LANES):
-                source = lane.pages[n % 2].select(0, numbers[0:1, n : n + 1])
-                fetch(buffer[:, n, :], source, ("y", "g")[n % 2])
-            pages = Pages(buffer, self.dv, [self.hidden(top), self.constants.slot_keys])
-            for p in range(g.parts):
-                branch.add(p, pages.scores(self.queries, p), pages)
+        def some(_):
+            gathered = [self.gather(names), self.gather(names)]
+            for pages in gathered:
+                branch.add(scores_of(pages), pages)
 
-        nl.fori_loop(0, many, eight)
+        def scores_of(pages):
+            def of_part(p):
+                return pages.scores(self.queries, p)
+
+            return of_part
+
+        nl.fori_loop(0, many, some)
         return branch
+
+    def gather(self, names):
+        """The next eight blocks of `union`, as `Pages`."""
+        lane = self.lane
+        top, following = sbuf((1, LANES), nl.float32), sbuf(names.shape, nl.float32)
+        nisa.max8(top, names)
+        nisa.nc_match_replace8(following, names, top, 0.0)
+        nisa.tensor_copy(names, following, engine=nisa.engine.vector)
+        numbers = sbuf((1, LANES), nl.int32)
+        nisa.tensor_scalar(numbers, top, nl.subtract, 1.0, op1=nl.maximum, operand1=0.0)
+        buffer = sbuf((128, LANES, lane.pages.shape[3]), lane.pages.dtype)
+        for n in range(LANES):
+            source = lane.pages[n % 2].select(0, numbers[0:1, n : n + 1])
+            fetch(buffer[:, n, :], source, ("y", "g")[n % 2])
+        return Pages(buffer, self.dv, [self.hidden(top), self.constants.slot_keys])
 
     def hidden(self, top):
         """What hides blocks, given by 1 + number [1, 8], from each query, [8, 128]; and what stands
@@ -338,12 +355,15 @@ class Again(nl.NKIObject):
 
         def add(j):
             keys = KeyRun(k_t.select(1, j), v.select(0, j))
-            for p in range(g.parts):
+
+            def of_part(p):
                 low, high = sbuf((g.rows, 1), nl.float32), sbuf((g.rows, 1), nl.float32)
                 marks = self.queries.marks[:, p, :]
                 nisa.tensor_scalar(low, marks[:, LOW : LOW + 1], nl.subtract, start)
                 nisa.tensor_scalar(high, marks[:, HIGH : HIGH + 1], nl.subtract, start)
-                branch.add(p, branch.within(keys.scores(self.queries, p), low, high), keys)
+                return branch.within(keys.scores(self.queries, p), low, high)
+
+            branch.add(of_part, keys)
             nisa.tensor_scalar(start, start, nl.add, float(KEYS))
 
         nl.fori_loop(self.turns(1), self.turns(2), add)

@@ -128,8 +128,28 @@ class Branch(nl.NKIObject):
         )
         return seen
 
-    def add(self, p, seen, keys):
-        """Adds keys' scores [rows, keys] and values to the sums of a part."""
+    def add(self, seen_of, keys):
+        """Adds keys to the sums of all parts.
+
+        Each stage is issued for all parts before the next one, so that no engine waits for a part
+        while another could go on.
+
+        Args:
+            seen_of: makes the scores [rows, keys] of a part. keys: have `add_values`.
+        """
+        weighed, turned, sums = [], [], []
+        for p in range(len(self.parts)):
+            weighed.append(self.weigh(p, seen_of(p)))
+        for p in range(len(self.parts)):
+            turned.append(self.turn(weighed[p][0]))
+        for p in range(len(self.parts)):
+            sums.append(psum((self.parts[p].length, self.parts[p].acc.shape[1])))
+            keys.add_values(sums[p], turned[p])
+            _, total, fade = weighed[p]
+            self.parts[p].add(sums[p], total, fade)
+
+    def weigh(self, p, seen):
+        """Exponentials [rows, keys], their sums, and what older sums fade by."""
         part = self.parts[p]
         rows, size = seen.shape
         fade = part.raise_top(seen.expand_dim(1), self.scale)
@@ -138,19 +158,19 @@ class Branch(nl.NKIObject):
             weights, nl.exp, seen, bias=part.shift, scale=self.scale, reduce_op=nl.add,
             reduce_res=total, reduce_cmd=nisa.reduce_cmd.reset_reduce,
         )  # fmt: skip
+        return weights, total, fade
+
+    def turn(self, weights):
+        """The transpose by tiles of keys, [keys of a tile, tiles, rows]."""
+        rows, size = weights.shape
         height = min(KEYS, size)
-        tiles = size // height
-        bank, turned = (
-            psum((height, tiles, rows), nl.bfloat16),
-            sbuf((height, tiles, rows), nl.bfloat16),
-        )
-        for t in range(tiles):
+        shape = (height, size // height, rows)
+        bank, turned = psum(shape, nl.bfloat16), sbuf(shape, nl.bfloat16)
+        for t in range(size // height):
             some = weights[:, t * height : (t + 1) * height]
             nisa.nc_transpose(bank[:, t, :], some, engine=nisa.engine.tensor)
         nisa.tensor_copy(turned, bank, engine=nisa.engine.vector)
-        out = psum((rows, part.acc.shape[1]))
-        keys.add_values(out, turned)
-        part.add(out, total, fade)
+        return turned
 
     def inverse(self, p):
         """1 / a row's sum, [rows, 1]; of a row that sees nothing any number."""

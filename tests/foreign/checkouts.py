@@ -38,6 +38,7 @@ VARIABLES = {
     "triton-viz": "TRITON_VIZ_PATH",
     "nkipy": "NKIPY_PATH",
     "nxdi": "NXDI_PATH",
+    "samples": "NKI_SAMPLES_PATH",
 }
 
 

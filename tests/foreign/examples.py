@@ -141,7 +141,25 @@ def _pooled(module: Any, x: Any, n: int) -> Any:
 
 
 _BF16 = 2.0**-7
-_MATMUL = "nki/examples/matrix_multiplication/matrix_multiplication_nki_kernels.py"
+_MATMUL = "matrix_multiplication/matrix_multiplication_nki_kernels.py"
+
+
+def matmuls(repository: str, folder: str) -> list[ExampleCase]:
+    """The kernels of the tutorial on matrix multiplication, which two repositories hold."""
+    return [
+        ExampleCase(
+            f"{folder}/{_MATMUL}", f"nki_matmul_{name}_", _matmul(*shape), _product, _BF16,
+            repository=repository,
+        )
+        for name, shape in (
+            ("basic", (64, 128, 512)),
+            ("tiled", (256, 256, 1024)),
+            ("hoist_load", (256, 256, 1024)),
+            ("block_free_dimension", (256, 256, 1024)),
+            ("fully_optimized", (2048, 1024, 1024)),
+        )
+    ]  # fmt: skip
+
 
 CASES: tuple[ExampleCase, ...] = (
     *(
@@ -197,16 +215,8 @@ CASES: tuple[ExampleCase, ...] = (
         lambda m, x, n: m.np_average_pool_2D(x, n),
         1e-6,
     ),
-    *(
-        ExampleCase(_MATMUL, f"nki_matmul_{name}_", _matmul(*shape), _product, _BF16)
-        for name, shape in (
-            ("basic", (64, 128, 512)),
-            ("tiled", (256, 256, 1024)),
-            ("hoist_load", (256, 256, 1024)),
-            ("block_free_dimension", (256, 256, 1024)),
-            ("fully_optimized", (2048, 1024, 1024)),
-        )
-    ),
+    *matmuls("sdk", "nki/examples"),
+    *matmuls("samples", "src/nki_samples/tutorials"),
     *(
         ExampleCase(
             "nki/examples/fused_mamba/mamba_nki_kernels.py",

@@ -32,6 +32,7 @@ TITLES = {
     "triton-viz": "Deep-Learning-Profiling-Tools/triton-viz, examples/nki_beta2",
     "nkipy": "aws-neuron/nkipy",
     "nxdi": "aws-neuron/neuronx-distributed-inference, contrib",
+    "samples": "aws-neuron/nki-samples, src/nki_samples/tutorials",
 }
 # Whole layers and blocks of a model, which are looked for by name.
 KERNELS = (

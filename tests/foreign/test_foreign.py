@@ -63,11 +63,13 @@ def example(case: ExampleCase) -> Any:
 
 
 EXAMPLES = [*examples.CASES, *elsewhere.CASES]
-KNOWN = {k["kernel"] for r in json.loads(table.EXAMPLES.read_text()).values() for k in r["kernels"]
-         if k["verdict"] == "agrees"}  # fmt: skip
+KNOWN = {(name, k["kernel"]) for name, r in json.loads(table.EXAMPLES.read_text()).items()
+         for k in r["kernels"] if k["verdict"] == "agrees"}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [example(c) for c in EXAMPLES if c.kernel in KNOWN])
+@pytest.mark.parametrize(
+    "case", [example(c) for c in EXAMPLES if (c.repository, c.kernel) in KNOWN]
+)
 def test_example(case: ExampleCase) -> None:
     with importable(case.repository):
         outcome = case.run()

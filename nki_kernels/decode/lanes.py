@@ -208,28 +208,52 @@ class Scores(nl.NKIObject):
         nisa.reciprocal(self.inverse, total)
 
 
-def add_values(out, lanes, weights, tile, views, opening):
-    """Adds a tile's weights times values to out [rows, DV] in PSUM.
+class Sum(nl.NKIObject):
+    """Weights times values, [rows, DV] in PSUM, over tiles.
 
-    weights: [rows, columns] of the tile. views: of each head [rows of the tile, t, DV]; what no row
-    gives weight must be finite.
+    PE turns the weights of a tile before it multiplies those of the last, so that it need not wait
+    for their copy.
     """
-    dtype = weights.dtype
-    item = 4 if dtype == nl.float32 else 2
-    for first, count in spans(tile.tokens, BANK // (item * lanes.rows)):
-        bank = psum((tile.rows, count, lanes.rows), dtype)
-        for i in range(count):
-            start = (first + i) * tile.rows
-            part = weights[:, start : start + tile.rows]
-            nisa.nc_transpose(bank[:, i, :], part, engine=nisa.engine.tensor)
-        turned = sbuf((tile.rows, count, lanes.rows), dtype)
-        nisa.tensor_copy(turned, bank, engine=nisa.engine.vector)
-        for i in range(count):
-            for h in range(lanes.heads):
-                lanes.matmul(
-                    out[lanes.of(h), :], turned[:, i, lanes.of(h)], views[h][:, first + i, :], h,
-                    not (opening and first + i == 0),
-                )  # fmt: skip
+
+    def __init__(self, lanes, width):
+        self.lanes, self.out = lanes, psum((lanes.rows, width))
+        self.waiting, self.open = [], False
+
+    def add(self, weights, tile, views):
+        """weights: [rows, columns] of the tile. views: of each head [rows of the tile, t, DV]; what
+        no row gives weight must be finite."""
+        lanes, dtype = self.lanes, weights.dtype
+        item = 4 if dtype == nl.float32 else 2
+        for first, count in spans(tile.tokens, BANK // (item * lanes.rows)):
+            bank = psum((tile.rows, count, lanes.rows), dtype)
+            for i in range(count):
+                start = (first + i) * tile.rows
+                part = weights[:, start : start + tile.rows]
+                nisa.nc_transpose(bank[:, i, :], part, engine=nisa.engine.tensor)
+            turned = sbuf((tile.rows, count, lanes.rows), dtype)
+            nisa.tensor_copy(turned, bank, engine=nisa.engine.scalar)
+            self.multiply()
+            self.waiting.append((turned, views, first, count))
+
+    def finish(self):
+        """The sum in SBUF, so that PSUM is free before VectorE has time for it."""
+        self.multiply()
+        total = sbuf(self.out.shape, nl.float32)
+        nisa.tensor_copy(total, self.out, engine=nisa.engine.scalar)
+        return total
+
+    def multiply(self):
+        """Adds what waits."""
+        for turned, views, first, count in self.waiting:
+            for i in range(count):
+                for h in range(self.lanes.heads):
+                    own = self.lanes.of(h)
+                    self.lanes.matmul(
+                        self.out[own, :], turned[:, i, own], views[h][:, first + i, :], h,
+                        self.open,
+                    )  # fmt: skip
+                self.open = True
+        self.waiting = []
 
 
 def clear_foreign(values, kept):

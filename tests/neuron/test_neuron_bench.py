@@ -150,8 +150,12 @@ def test_decode_of_a_chip(capsys) -> None:
     words = ["bench", "--target", "trn2", "--tokens", "2048", "--decode", "1", "16", "--dims"]
     assert main([*words, "192/128", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["name"] for line in lines] == ["decode", "dense, its bytes"] * 2
-    one, dense, many, _ = lines
+    assert [line["name"] for line in lines] == [
+        "decode", "decode, contiguous caches", "dense, its bytes"
+    ] * 2  # fmt: skip
+    one, _, dense, many, contiguous, _ = lines
+    # Of contiguous caches, chosen blocks are read with the other three heads'.
+    assert contiguous["facts"]["bytes of a core"] > 1.5 * many["facts"]["bytes of a core"]
     assert one["facts"]["of each core"] == "1 of 4 kv heads"
     assert many["facts"]["of each core"] == "2 sequences"
     assert dense["facts"]["bytes"] == 2048 * 4 * 320 * 2

@@ -1,7 +1,7 @@
 """How a kernel is started: on the simulator of a NeuronCore, or by TorchNeuron on a Trainium.
 
 A launcher gets `Kernels` and calls `kernels.<name>(*tensors, **constants)`, whatever is behind it.
-Every launch of the simulator is strict: nothing is relaxed.
+Every launch of the simulator is strict: nothing is relaxed, what it would only warn of is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def simulated(stem: str, lnc: int = 1) -> Kernels:
     """Kernels of `nki_kernels.<stem>` on `lnc` simulated cores (1 or 2)."""
 
     def start(kernel: Any, tensors: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-        launch = simulator.simulate(kernel[lnc], data=True, relax=())
+        launch = simulator.simulate(kernel[lnc], data=True, relax=(), strict=True)
         results = launch(*tensors, **constants)
         records.note(launch.runs)
         return results

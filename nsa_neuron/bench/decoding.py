@@ -67,7 +67,8 @@ def _of_batch(
     for name, heads_first in ((NSA, ALL_FIRST if by_heads else HEADS_FIRST), (CONTIGUOUS, ())):
         band, told = _step(tokens, sequences, hq // hkv, own, dims, heads_first)
         told |= {**facts, "heads first": heads_first, "bytes": needed}
-        found.append(Modelled(BENCH, name, "us", *(x / 1e3 for x in band), told))
+        low, central, high = (x / 1e3 for x in band)
+        found.append(Modelled(BENCH, name, "us", low, central, high, told))
     whole = batch * hkv * width * tokens
     low, central, high = (
         whole / (load("measured-3p", level).hbm_stack * STACKS) / 1e3 for level in LEVELS

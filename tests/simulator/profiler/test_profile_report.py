@@ -77,6 +77,7 @@ def test_engines_are_the_timeline_s(found):
             assert facts["stall_us"] == {c.name: ns / 1e3 for c, ns in stalls.items()}
             assert 0 <= facts["busy_share"] <= 1 + 1e-9
             assert 0 <= facts["stall_share"] <= 1 + 1e-9
+            assert facts["stall_share"] == pytest.approx(sum(stalls.values()) / t.total)
 
 
 def test_waits_name_their_cause_and_stay_within_the_stall(found):

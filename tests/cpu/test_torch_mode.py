@@ -13,8 +13,10 @@ from nsa_neuron.backends.cpu.torch_mode import interval, selected_attention
 from nsa_neuron.backends.cpu.torch_mode.select_blocks import best_ids
 from nsa_neuron.conformance import DTYPES, find_targets, problems, try_problem
 from nsa_neuron.conformance.pytest_suite import settle
+from nsa_neuron.library import pinned
+from nsa_neuron.ops import OPS
 from nsa_neuron.ops.select_blocks import top_ids
-from nsa_neuron.registry import use_backend
+from nsa_neuron.registry import Target, use_backend
 
 CUT = problems(dtypes=DTYPES[:1], tags=("edge",))
 BY_BLOCK = [p for p in CUT if p.op in ("selected_attention", "nsa_attention_forward")]
@@ -76,3 +78,19 @@ def test_a_window_at_the_end_of_many_keys_converts_only_what_it_sees():
         o, lse = nsa.sliding_window_attention(q, k, k, window=8)
     assert torch.equal(o, torch.ones_like(o))
     torch.testing.assert_close(lse, torch.full_like(lse, 8.0 + torch.tensor(8.0).log()))
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+def test_lowered_ops_take_tensors_that_want_a_gradient(spec):
+    """As graphs hand them over where nothing is recorded; the results are the same."""
+    values = spec.arguments(spec.cases[0], torch.float32)
+    wanting = {
+        name: x.clone().requires_grad_()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for name, x in values.items()
+    }
+    op = pinned(spec.name, Target("cpu", "torch"))
+    plain, other = op(**values), op(**wanting)
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (plain, other)), strict=True):
+        assert torch.equal(a, b.detach())

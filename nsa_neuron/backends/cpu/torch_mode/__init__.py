@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nsa_neuron.backends.cpu.torch_mode import (
@@ -69,10 +70,15 @@ def _whole(function: Implementation) -> Implementation:
     return lambda **values: function(PARTS, values)
 
 
+# Gradients are ops of their own. Products that write where they are told refuse tensors that want
+# one, which a lowered op is given where autograd has nothing to record.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    **PARTS,
-    "nsa_attention": _whole(nsa_attention.whole),
-    "nsa_attention_forward": _whole(nsa_attention.forward),
-    "nsa_attention_backward": _whole(nsa_attention.backward),
+    name: torch.no_grad()(function)
+    for name, function in {
+        **PARTS,
+        "nsa_attention": _whole(nsa_attention.whole),
+        "nsa_attention_forward": _whole(nsa_attention.forward),
+        "nsa_attention_backward": _whole(nsa_attention.backward),
+    }.items()
 }
 """By op; called with the op's arguments by name."""

@@ -77,7 +77,6 @@ def best_ids(scores: Tensor, count: int) -> Tensor:
     return ids
 
 
-@torch.no_grad()  # ids have no gradient, so autograd lets tensors through that want one
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,

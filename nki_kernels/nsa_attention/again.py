@@ -163,13 +163,15 @@ class Again(nl.NKIObject):
             nisa.tensor_scalar(limit, own, nl.subtract, base[0 : g.rows, :])
             return branch.within(scores, self.queries.zero, limit)
 
-        def add(j):
-            keys = KeyRun(k_t.select(1, j), v.select(0, j))
-
+        def visible_of(keys):
             def of_part(p):
                 return visible(keys, p)
 
-            branch.add(of_part, keys)
+            return of_part
+
+        def add(j):
+            keys = KeyRun(k_t.select(1, j), v.select(0, j))
+            branch.add(visible_of(keys), keys)
             nisa.tensor_scalar(base, base, nl.add, float(CHUNK))
 
         def share(j):
@@ -353,9 +355,7 @@ class Again(nl.NKIObject):
         start = sbuf((g.rows, 1), nl.float32)
         nisa.tensor_copy(start, self.queries.marks[:, 0, START : START + 1])
 
-        def add(j):
-            keys = KeyRun(k_t.select(1, j), v.select(0, j))
-
+        def within(keys):
             def of_part(p):
                 low, high = sbuf((g.rows, 1), nl.float32), sbuf((g.rows, 1), nl.float32)
                 marks = self.queries.marks[:, p, :]
@@ -363,7 +363,11 @@ class Again(nl.NKIObject):
                 nisa.tensor_scalar(high, marks[:, HIGH : HIGH + 1], nl.subtract, start)
                 return branch.within(keys.scores(self.queries, p), low, high)
 
-            branch.add(of_part, keys)
+            return of_part
+
+        def add(j):
+            keys = KeyRun(k_t.select(1, j), v.select(0, j))
+            branch.add(within(keys), keys)
             nisa.tensor_scalar(start, start, nl.add, float(KEYS))
 
         nl.fori_loop(self.turns(1), self.turns(2), add)

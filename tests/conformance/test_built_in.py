@@ -5,8 +5,9 @@ import torch
 
 from nsa_neuron.conformance import conformance_tests
 
+# Against itself, but for float64: poison, strides, determinism, which one low precision shows.
 test_reference = conformance_tests(
-    "reference:eager", dtypes=(torch.float32, torch.bfloat16, torch.float64), tags=("smoke", "edge")
+    "reference:eager", dtypes=(torch.bfloat16, torch.float64), tags=("smoke", "edge")
 )
 test_reference_realistic = conformance_tests(
     "reference:eager", dtypes=(torch.float16,), tags=("conform",)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_neuron.ops import BY_NAME, OPS
 
-ATTENTION = ("one_token", "group4_s40", "batch2_kv2", "prefill_tail", "packed_dead_rows")
+ATTENTION = ("one_token", "batch2_kv2", "prefill_tail", "packed_dead_rows")
 CASES = {
     "compress": (
         "mean", "linear", "mlp", "too_short", "linear_per_head", "mlp_kv2", "packed_mean",

@@ -158,6 +158,26 @@ def test_selection() -> None:
         assert found[1][:, part].equal(found[0][:, part])
 
 
+def test_one_kernel_keeps_batch_rows_apart() -> None:
+    """`nsa_attention` in one kernel takes no packed batch; its batch rows are as far apart."""
+    sizes = {"q": (320, 4, 192), "k_cmp": (19, 1, 192), "v_cmp": (19, 1, 128)}
+    sizes |= {"k": (320, 1, 192), "v": (320, 1, 128)}
+    clean = {
+        name: normal(2, *size, seed=i).bfloat16() for i, (name, size) in enumerate(sizes.items())
+    }
+    gates, found = torch.rand(2, 320, 4, 3).bfloat16(), []
+    for spoiled in ((), clean):
+        given = {name: x.clone() for name, x in clean.items()}
+        for name in spoiled:
+            given[name][1] = float("nan")
+        q, k_cmp, v_cmp, k, v = given.values()
+        with nsa.use_backend("neuron:sim"):
+            found.append(
+                nsa.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, num_selected=4, window=64)
+            )
+    assert found[1][0].equal(found[0][0]) and found[1][1].isnan().any()
+
+
 def test_hardware_loops_keep_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     values, grad = given(), normal(1, 40, 4, 8, seed=3)
     plan = plans.load("attention")

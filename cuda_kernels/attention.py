@@ -72,13 +72,15 @@ def _attend(
 ):  # fmt: skip
     """Adds the keys [start, start + BLOCK_N) to the running softmax of a query tile."""
     key = start + tl.arange(0, BLOCK_N)
-    k0, k1 = load_split(token_rows(k_head, start, stride_kt, BLOCK_N), key < T, DK, D0, D1, MASK)
+    # Not `token_rows`: its 64-bit offsets inside a tile are kept over both loops, and some spilled.
+    place = key.to(tl.int64)
+    k0, k1 = load_split(k_head + place * stride_kt, key < T, DK, D0, D1, MASK)
     logits = dot_split(q0, q1, k0, k1, D1, UPCAST, PRECISION) * scale_log2
     if MASK:
         seen = _visible(position[:, None], key[None, :], T, WINDOW)
         logits = tl.where(seen, logits, float("-inf"))
     p, factor, maximum, total = softmax_step(logits, maximum, total)
-    v0, v1 = load_split(token_rows(v_head, start, stride_vt, BLOCK_N), key < T, DV, V0, V1, MASK)
+    v0, v1 = load_split(v_head + place * stride_vt, key < T, DV, V0, V1, MASK)
     p = narrow(p, v0.dtype, UPCAST)
     acc0 = dot(p, v0, acc0 * factor[:, None], UPCAST, PRECISION)
     if V1 > 0:
@@ -294,8 +296,13 @@ def _dkv_step(
     row_delta = tl.load(delta_rows, mask=valid, other=0.0)
     logits = dot_split(k0, k1, q0, q1, D1, UPCAST, PRECISION) * scale_log2
     if MASK:
-        position = T - S + row // G
-        seen = _visible(position[None, :], key[:, None], T, WINDOW)
+        # Token row // G sees a key from row (key - past) * G on: a bound per key, of which a thread
+        # holds two, where a position per row would be eight registers more.
+        bound = (key - (T - S)) * G - first_row
+        inside = tl.arange(0, BLOCK_M)[None, :]
+        seen = inside >= bound[:, None]
+        if WINDOW > 0:
+            seen = seen & (inside < bound[:, None] + WINDOW * G)
         logits = tl.where(seen, logits, float("-inf"))
     p = tl.math.exp2(logits - lse2[None, :])
     p_low = narrow(p, g0.dtype, UPCAST)

@@ -298,8 +298,11 @@ def _add_dkv(
     logits = dot_split(k0, k1, q0, q1, D1, UPCAST, PRECISION) * scale_log2
     p = tl.math.exp2(logits - lse2[None, :])
     if MASK:
-        limit = visible_blocks(T - S + row // G, BLOCK, STRIDE)
-        p = tl.where(valid[None, :] & (key[:, None] < limit[None, :]), p, 0.0)
+        # Token row // G sees a block from the row of the block's last token on: a bound per block,
+        # of which a thread holds two, where a limit per row would be eight registers more.
+        bound = (key * STRIDE + BLOCK - 1 - (T - S)) * G - first_row
+        inside = tl.arange(0, BLOCK_M)[None, :]
+        p = tl.where((inside >= bound[:, None]) & (inside < S * G - first_row), p, 0.0)
     p_low = narrow(p, g0.dtype, UPCAST)
     dv0 = dot(p_low, g0, dv0, UPCAST, PRECISION)
     if V1 > 0:

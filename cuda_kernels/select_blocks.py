@@ -47,7 +47,8 @@ def _block_scores(
     second part is shifted by one block, and the last block's is carried to the next call.
 
     Args:
-        limit: [1, TOKENS * GP] compressed blocks visible to each column; end: the largest of them.
+        lse2: +inf in columns of no head, which then count nothing.
+        limit: [TOKENS] compressed blocks visible to each query; end: the largest of them.
         carry: float32 [TOKENS]. RATIO: r rounded up to a power of two.
     """
     R: tl.constexpr = SELECT // STRIDE
@@ -63,9 +64,9 @@ def _block_scores(
         k0, k1 = load_split(k_rows, inside, DK, D0, D1, False)
     logits = dot_split(k0, k1, q0, q1, D1, UPCAST, PRECISION) * scale_log2
     p = tl.math.exp2(logits - lse2[None, :])
-    if MASK:
-        p = tl.where(key[:, None] < limit, p, 0.0)
     p = tl.sum(tl.reshape(p, [BLOCKS * RATIO, TOKENS, GP]), 2)
+    if MASK:
+        p = tl.where(key[:, None] < limit[None, :], p, 0.0)
 
     place = index % RATIO
     own = tl.where(inside, tl.minimum(A, R - place), 0).to(tl.float32)
@@ -263,8 +264,8 @@ def forward(
             column = tl.arange(0, TOKENS * GP)
             column_token = first_token + column // GP
             valid = (column_token < S) & (column % GP < G)
-            limit = visible_blocks(T - S + column_token, BLOCK, STRIDE)
-            limit = tl.where(valid, limit, 0)
+            limit = visible_blocks(T - S + token, BLOCK, STRIDE)
+            limit = tl.where(token < S, limit, 0)
             least = visible_blocks(T - S + first_token, BLOCK, STRIDE)
             end = tl.max(limit, 0)
 
@@ -279,7 +280,7 @@ def forward(
             k_head += kv_head * stride_kh
             out = block_indices + (row_start * HKV + kv_head) * N
             _select_tile(
-                q0, q1, lse2, limit[None, :], least, end, tl.arange(0, TOKENS), token < S, own,
+                q0, q1, lse2, limit, least, end, tl.arange(0, TOKENS), token < S, own,
                 k_head, stride_kt, scores + program * (TOKENS * SLOTS),
                 carried_ids + program * (TOKENS * NP), out, HKV * N, scale_log2, GP, TOKENS,
                 DK, D0, D1, BLOCK, STRIDE, SELECT, N, NP, INITIAL, LOCAL, BLOCKS, RATIO, SLOTS,

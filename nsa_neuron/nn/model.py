@@ -155,7 +155,7 @@ class ByteLanguageModel(CheckedModule):
         if tokens.device != self.embedding.weight.device:
             expected = f"on {self.embedding.weight.device} like the model"
             raise InvalidArgument("forward", "tokens", f"on {tokens.device}", expected)
-        if step is not None and not isinstance(step, Step):
+        if step is not None and not hasattr(step, "layers"):  # `distributed` has steps of its own
             raise InvalidType("forward", "step", type(step).__name__, "a Step of a cache")
         if step is not None and len(step.layers) != len(self.kinds):
             found, expected = f"of a cache of {len(step.layers)} layers", f"of {len(self.kinds)}"

@@ -137,7 +137,7 @@ def _timed(
     small = Problem(512, problem.heads, problem.dim, problem.dtype, problem.way)
     for step in steps.values():
         step(small, small.tensors())
-    values, rounds = problem.tensors(), max(1, min(5, 32768 // problem.tokens))
+    values, rounds = problem.tensors(), max(1, min(5, 81920 // problem.tokens))
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -31,7 +31,8 @@ def test_selected_attention_block_by_block(problem, monkeypatch):
 
 
 def test_neighbours_are_read_where_they_lie_and_every_pair_once(monkeypatch):
-    """Readings partition the visible (query, block) pairs; long runs of queries are slices."""
+    """Readings partition the visible (query, block) pairs, up to half more than READERS at a time;
+    long runs of queries are slices."""
     monkeypatch.setattr(selected_attention, "READERS", 5)
     ids = random_ids(60, 70, 2, 4, 8)
     ids[:, :, :, 0] = 0  # everybody reads the first block
@@ -42,11 +43,11 @@ def test_neighbours_are_read_where_they_lie_and_every_pair_once(monkeypatch):
         rows = part.rows
         slices += isinstance(rows, slice)
         listed = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
-        assert 0 < len(listed) <= 5
+        assert 0 < len(listed) < 7.5
         found += [(part.lane, row, part.keys.start // 8) for row in listed]
     expected = {(h, s, x) for s in range(60) for h in range(2) for x in ids[0, s, h].tolist()}
     assert len(found) == len(set(found)) and set(found) == {x for x in expected if x[2] >= 0}
-    assert slices >= 2 * 60 // 5
+    assert slices >= 2 * 60 // 7
 
 
 ATTENTIONS = [p for p in CUT if "attention" in p.op or p.op == "select_blocks"]

@@ -43,7 +43,7 @@ def decode(
         blocks = int(common.compressed_blocks(tokens, geometry.block, geometry.stride))
         all_blocks = torch.arange(blocks)[None]
         k, v = (_gather(pool, cmp_table[b], all_blocks) for pool in (k_cmp, v_cmp))
-        o_cmp, _, ids = compressed_and_selected(q[rows], k, v, geometry, [seg], factor)
+        o_cmp, ids = compressed_and_selected(q[rows], k, v, geometry, [seg], factor)
         t = torch.arange(seg.offset, tokens)[:, None]
         chosen = block_tokens(ids[0], geometry.select_block)  # [S, Hkv, n*m]
         o_slc = _attend(q[rows], (k_slc, v_slc), slc_table[b], chosen, t[..., None], factor)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nsa_neuron.backends.cpu.torch_mode import layout
-from nsa_neuron.ops.softmax import row_shift
+from nsa_neuron.ops.softmax import row_shift, work_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,6 +131,18 @@ def normalise(logits: Tensor) -> Tensor:
     return lse
 
 
+def soften(logits: Tensor, seen_by_all: int) -> None:
+    """`normalise` without lse, which takes two passes less where no row is dead.
+
+    Args:
+        seen_by_all: a column that no row has masked: only a row with -inf there can be dead.
+    """
+    if (logits[..., seen_by_all] == -torch.inf).any():
+        normalise(logits)
+    else:
+        torch.softmax(logits, -1, out=logits)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -154,23 +166,51 @@ def forward(
     Returns:
         o `[B, S, Hq, Dv]` in q's dtype and lse `[B, S, Hq]` in the work dtype.
     """
+    lse = dead_statistic(q, k.shape[2])
+    o = output(q, k, v, sequences, seen, scale, watch, lse)
+    return o, layout.statistic_like(lse, q.shape[0])
+
+
+def dead_statistic(q: Tensor, kv_heads: int) -> Tensor:
+    """lse `[B * Hkv, S, G]` of rows that see nothing, in the work dtype."""
+    shape = q.shape[0] * kv_heads, q.shape[1], q.shape[2] // kv_heads
+    return q.new_full(shape, -torch.inf, dtype=work_dtype(q))
+
+
+def output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    seen: Visibility,
+    scale: float,
+    watch: Callable[[Tile, Tensor], None] | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """`forward` for o alone.
+
+    Args:
+        lse: `dead_statistic`, filled in if given; without it there is less to do.
+    """
     hkv, group = k.shape[2], q.shape[2] // k.shape[2]
     base = first_key(sequences, seen)
     queries = layout.by_query(q, hkv)
     keys, values = layout.by_key(k[:, base:]), layout.by_key(v[:, base:])
     o = queries.new_empty(*queries.shape[:3], v.shape[3])
-    lse = queries.new_full(queries.shape[:3], -torch.inf)
     for tile in tiles(len(queries), group, sequences, seen, base):
         p = logits_of(queries, keys, tile, seen, scale)
         results = o[tile.lanes, tile.rows]
-        if tile.keys.start < tile.keys.stop:
-            lse[tile.lanes, tile.rows] = normalise(p)
-            torch.bmm(p.flatten(1, 2), values[tile.lanes, tile.keys], out=results.flatten(1, 2))
-        else:
+        if tile.keys.start == tile.keys.stop:
             results.zero_()
+        else:
+            if lse is None:
+                soften(p, min(max(tile.inner[0] - tile.low, 0), p.shape[-1] - 1))
+            else:
+                lse[tile.lanes, tile.rows] = normalise(p)
+            torch.bmm(p.flatten(1, 2), values[tile.lanes, tile.keys], out=results.flatten(1, 2))
         if watch is not None:
             watch(tile, p)
-    return layout.query_like(o, q), layout.statistic_like(lse, q.shape[0])
+    return layout.query_like(o, q)
 
 
 def backward(

@@ -109,16 +109,20 @@ def compressed_and_selected(
     geometry: Geometry,
     segs: list[common.Segment],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Compressed attention and the selection that follows from it, with one q @ k_cmp.
 
+    Args:
+        lse: see `interval.output`.
+
     Returns:
-        o, lse, block_indices, as the two ops give them.
+        o, block_indices, as the two ops give them.
     """
     sequences, seen = compressed_sequences(segs, geometry.block, geometry.stride)
     chooser = Chooser(q.shape[0] * k_cmp.shape[2], q.shape[1], geometry)
-    o, lse = interval.forward(q, k_cmp, v_cmp, sequences, seen, scale, chooser)
-    return o, lse, ids_like(chooser.ids, q.shape[0])
+    o = interval.output(q, k_cmp, v_cmp, sequences, seen, scale, chooser, lse)
+    return o, ids_like(chooser.ids, q.shape[0])
 
 
 def compressed_sequences(

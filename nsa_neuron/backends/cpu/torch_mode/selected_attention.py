@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -93,18 +94,20 @@ def _readings(block_indices: Tensor, m: int, seg: common.Segment, run: range) ->
     past = (ids < 0) | (ids * m > t[:, None])
     lane = torch.arange(b * hkv)[:, None, None] * (blocks + 1)
     key = (ids.masked_fill(past, blocks) + lane).flatten()
+    inside = torch.where((ids + 1) * m - 1 > t[:, None], key.view_as(ids), len(lane) * (blocks + 1))
     order = key.argsort(stable=True)
-    readers = order.div_(n, rounding_mode="floor").remainder_(len(run))
+    readers = order.div_(n, rounding_mode="floor").remainder_(len(run)).add_(base)
     ends = key.bincount(minlength=b * hkv * (blocks + 1)).cumsum(0)
     starts = [0, *ends.tolist()]
+    standing = inside.flatten().bincount(minlength=len(ends) + 1).tolist()
     for at, (stop, first) in enumerate(zip(starts[1:], neighbours(readers, ends), strict=True)):
         which, block = divmod(at, blocks + 1)
         if block == blocks:
             continue
         keys = range(block * m, min((block + 1) * m, seg.tokens))
         for start, end in cuts(starts[at], min(first, stop), stop):
-            rows = readers[start:end] + run.start
-            yield _reading(rows, end <= first, which, keys, seg)
+            hides = standing[at] - (start - starts[at])
+            yield _reading(readers[start:end], end <= first, hides, which, keys, seg)
 
 
 def neighbours(readers: Tensor, ends: Tensor) -> list[int]:
@@ -117,23 +120,26 @@ def neighbours(readers: Tensor, ends: Tensor) -> list[int]:
 
 
 def cuts(start: int, middle: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Pieces of at most `READERS` that end at `middle`, then those up to `stop`."""
+    """Equal pieces of about `READERS` that end at `middle`, then those up to `stop`."""
     for low, high in ((start, middle), (middle, stop)):
-        for first in range(low, high, READERS):
-            yield first, min(first + READERS, high)
+        pieces = max(1, round((high - low) / READERS))
+        edges = [low + (high - low) * i // pieces for i in range(pieces + 1)]
+        yield from ((first, last) for first, last in pairwise(edges) if first < last)
 
 
-def _reading(rows: Tensor, together: bool, lane: int, keys: range, seg: common.Segment) -> Reading:
-    t = rows + seg.offset
-    inside = int((t < keys.stop - 1).sum())
+def _reading(
+    rows: Tensor, together: bool, hides: int, lane: int, keys: range, seg: common.Segment
+) -> Reading:
+    """The reading of `rows`, of which the first `hides` stand before the block's last key."""
     hidden = None
-    if inside:
-        hidden = (torch.arange(keys.start, keys.stop) > t[:inside, None])[:, None]
+    if hides > 0:
+        t = rows[:hides] - (seg.queries.start - seg.offset)
+        hidden = (torch.arange(keys.start, keys.stop) > t[:, None])[:, None]
     place = slice(seg.keys.start + keys.start, seg.keys.start + keys.stop)
     if together:
-        first = seg.queries.start + int(rows[0])
+        first = int(rows[0])
         return Reading(lane, slice(first, first + len(rows)), place, hidden)
-    return Reading(lane, rows + seg.queries.start, place, hidden)
+    return Reading(lane, rows, place, hidden)
 
 
 def selected_attention(

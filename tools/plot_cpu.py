@@ -16,16 +16,20 @@ MAIN = (16, 1, 128, "float32")
 """Heads, head dim and dtype of the first table and of the plots."""
 MODES = ("cpu:native", "cpu:torch")
 WAYS = ("forward", "forward + backward")
+RATES = ("gemm", "read")
+"""What the machine did in products and in reading memory, measured at each run's start."""
 SAME = ("tokens", "Hq", "Hkv", "Dk", "dtype", "pass", "input", "attention", "op", "mode")
 """Facts that tell one measurement of a benchmark from another."""
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """The last row of each measurement."""
+    """The last row of each measurement, and the machine's rates of the same runs."""
     found = {
-        (row["bench"], row["name"], *(row["facts"].get(name) for name in SAME)): row for row in rows
-    }
-    return list(found.values())
+        (row["bench"], row["name"], *(row["facts"].get(name) for name in SAME)): row
+        for row in rows if row["name"] not in RATES
+    }  # fmt: skip
+    runs = {row["when"] for row in found.values()}
+    return [row for row in rows if row["name"] in RATES and row["when"] in runs] + [*found.values()]
 
 
 def shape(row: Row) -> tuple[Any, ...]:
@@ -119,9 +123,9 @@ def against_dense(rows: list[Row]) -> str:
 def decoding(rows: list[Row]) -> str:
     """One new token, its floor of bytes, and dense attention."""
     steps = of(rows, "native", **{"pass": "decode"})
-    rate = median_of(rows, "read")
-    lines = []
+    lines, rates = [], set()
     for step in (row for row in steps if row["name"] == "decode"):
+        rates.add(rate := rate_beside(step, rows, "read"))
         same = {name: step["facts"][name] for name in ("tokens", "Hq", "Hkv", "Dk", "dtype")}
         (dense,) = (r for r in of(steps, "native", **same) if r["name"] == "sdpa decode")
         what = "{Hq}/{Hkv} D={Dk} {dtype}".format(**same)
@@ -133,21 +137,26 @@ def decoding(rows: list[Row]) -> str:
     if not lines:
         return ""
     head = ["one new token", "decode", "its bytes at the memory's rate", "SDPA", "SDPA / decode"]
-    return f"Decoding; this machine reads {rate:.1f} GB/s:\n\n" + grid(head, lines)
+    return f"Decoding; this machine read {span(rates)} GB/s in these runs:\n\n" + grid(head, lines)
 
 
-def median_of(rows: list[Row], name: str) -> float:
-    """The last measured rate of this name; NaN if there is none."""
-    found = [row["median"] for row in rows if row["name"] == name]
-    return float(found[-1]) if found else float("nan")
+def rate_beside(row: Row, rows: list[Row], name: str) -> float:
+    """The rate that was measured in the same run as a row; NaN if there is none."""
+    same = (r["median"] for r in rows if r["name"] == name and r["when"] == row["when"])
+    return float(next(same, "nan"))
+
+
+def span(values: set[float]) -> str:
+    """`10.6`, or `10.6 to 20.3`."""
+    return " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(values), max(values))))
 
 
 def stages(rows: list[Row]) -> str:
     """Where the time goes, and at which share of the machine's product rate."""
     mine = of(rows, "native stages")
-    rate = median_of(rows, "gemm")
-    lines = []
+    lines, machine = [], set()
     for row in mine:
+        machine.add(rate := rate_beside(row, rows, "gemm"))
         same = {name: row["facts"][name] for name in ("tokens", "pass", "input")}
         group = of(mine, "native stages", **same)
         whole = next(r["median"] for r in group if r["name"] == "whole")
@@ -161,7 +170,8 @@ def stages(rows: list[Row]) -> str:
     if not lines:
         return ""
     head = ["pass, input (blocks new per query)", "stage", "ms", "share", "GFLOP/s", "of a GEMM"]
-    return f"Stages of `cpu:native`, beside products at {rate:.0f} GFLOP/s:\n\n" + grid(head, lines)
+    title = f"Stages of `cpu:native`, beside products at {span(machine)} GFLOP/s"
+    return f"{title}:\n\n" + grid(head, lines)
 
 
 def memory(rows: list[Row]) -> str:

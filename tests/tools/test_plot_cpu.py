@@ -19,14 +19,16 @@ HERE = {
 def row(bench, name, value, kind="measured", **facts):
     shape = {"Hq": 16, "Hkv": 1, "Dk": 128, "dtype": "float32", "load": 1.0}
     shape |= {"tokens": 4096, "threads": 2}
-    found = {"bench": bench, "name": name, "facts": {**shape, **facts}, "kind": kind}
-    found |= {"when": "2026-01-02T03:04:05+00:00", "environment": HERE}
+    found = {"when": facts.pop("when", "2026-01-02T03:04:05+00:00"), "environment": HERE}
+    found |= {"bench": bench, "name": name, "facts": {**shape, **facts}, "kind": kind}
     return {**found, "reason": value} if kind == "absent" else {**found, "median": value}
 
 
 FORWARD = {"pass": "forward"}
+LATER = "2026-01-03T03:04:05+00:00"  # a run with nothing but rates: they are nobody's
 SAMPLE = [
     row("native", "gemm", 200.0), row("native", "read", 10.0),
+    row("native", "gemm", 1.0, when=LATER), row("native", "read", 1.0, when=LATER),
     row("native", "sdpa", 999.0, **FORWARD), row("native", "sdpa", 300.0, **FORWARD),
     row("native", "cpu:native", 200.0, **FORWARD),
     row("native", "cpu:native", 50.0, **FORWARD, Hq=4),

@@ -7,7 +7,7 @@ from typing import Any
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn.attention import KINDS
 from nsa_neuron.nn.config import NsaConfig
-from nsa_neuron.training.corpus import python_corpus
+from nsa_neuron.training.corpus import prose_corpus, python_corpus
 from nsa_neuron.training.loop import TrainConfig
 from nsa_neuron.training.tasks import MultiQueryRecall, Task, Text
 
@@ -36,6 +36,7 @@ CONFIGS = {
 LAYERS = {"tiny": 2, "recall": 2, "small": 4}
 SCHEDULES = {
     "text": TrainConfig(steps=400, batch=4, length=512, growth=((0.8, 4096),)),
+    "prose": TrainConfig(steps=3000, batch=8, length=512, growth=((0.9, 4096),)),
     "mqar": TrainConfig(
         steps=400, batch=32, length=128, rate=5e-3, muon=0.03,
         growth=((0.3, 512), (0.6, 2048), (0.85, 4096)),
@@ -49,9 +50,11 @@ TASKS = tuple(SCHEDULES)
 
 
 def task_of(name: str) -> Task:
-    """A task by name: `text`, `mqar`, or `needle`, which is mqar in real text."""
+    """A task by name: `text`, `prose`, `mqar`, or `needle`, which is mqar in real text."""
     if name == "mqar":
         return MultiQueryRecall()
+    if name == "prose":
+        return Text(prose_corpus())
     corpus = python_corpus()
     return MultiQueryRecall(corpus=corpus) if name == "needle" else Text(corpus)
 

@@ -238,6 +238,6 @@ def test_commands(tmp_path, capsysbinary):
 
 
 def test_presets():
-    assert set(TASKS) == set(SCHEDULES) == {"text", "mqar", "needle"}
+    assert set(TASKS) == set(SCHEDULES) == {"text", "prose", "mqar", "needle"}
     assert kinds_of("nsa,full", 2) == ("nsa", "full")
     assert task_of("mqar") == MultiQueryRecall()

@@ -211,6 +211,11 @@ class OpSpec:
         return self.name.removesuffix("_backward")
 
     @cached_property
+    def paged(self) -> bool:
+        """Whether keys and values lie in pages of caches, whose lengths are on the device."""
+        return any(arg.dims.startswith("pages_") for arg in self.tensors)
+
+    @cached_property
     def takes_scale(self) -> bool:
         """Whether logits are scaled, by an argument that may be left out."""
         return "scale" in self.defaults

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -42,6 +43,24 @@ def replace_process(command: list[str]) -> None:
     sys.stdout.flush()
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.execv(command[0], command)
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float, give_up: Callable[[], None]) -> Iterator[None]:
+    """Calls `give_up` where the block takes longer; nothing could interrupt a hanging kernel.
+
+    Args:
+        seconds: from the start of the block.
+        give_up: runs in another thread; it may replace the process.
+    """
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # a thread that is still there at exit may abort the process
 
 
 def describe(error: BaseException) -> str:

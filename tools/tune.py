@@ -20,9 +20,9 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tools import plan_files, tune_overlap
 from tools.peers.adapters import Own
 from tools.peers.measure import check_backward, check_forward
 from tools.peers.problem import GRADS, AnyProblem, Geometry, Heads, make_decode, make_problem
-from tools.runs import describe, listed, read_rows, replace_process
+from tools.runs import describe, listed, read_rows, replace_process, watchdog
 from tools.tune_units import Crossover, Unit
 
 OUT_OF_TIME = 3
@@ -266,23 +266,15 @@ class Tuner:
         resumed = ["--prewarm", "0", "--started", str(self.args.started)]
         replace_process([*COMMAND, *sys.argv[1:], *resumed])
 
-    @contextlib.contextmanager
-    def limit(self, key: list[Any], constants: dict[str, Any]) -> Iterator[None]:
-        """Gives up on a candidate that takes too long; nothing could interrupt a kernel."""
+    def limit(self, key: list[Any], constants: dict[str, Any]) -> AbstractContextManager[None]:
+        """Gives up on a candidate that takes too long."""
         seconds = self.args.candidate_limit
 
         def give_up() -> None:
             self.emit(key, constants, status="failed", reason=f"no result within {seconds:.0f} s")
             self.restart()
 
-        watchdog = threading.Timer(seconds, give_up)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            yield
-        finally:
-            watchdog.cancel()
-            watchdog.join()  # a thread that is still there at exit may abort the process
+        return watchdog(seconds, give_up)
 
     def warm(self) -> None:
         """One shard of all candidates, launched once each, so that they are compiled."""

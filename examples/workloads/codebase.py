@@ -11,7 +11,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lookup import Document, Entry, Occurrence, plain, whole_text
+from lookup import SPARE, Document, Entry, Occurrence, entries, plain, whole_text
 
 from nsa_neuron.training import python_corpus
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 DEFINITION = re.compile(r"(?<=\bdef )(\w{4,})\((?:(?:self|cls),\s*)?(?!self|cls)(?=[a-z])")
 CALL = re.compile(r"(?<!def )\b(\w{4,})\(")
-AROUND = 700  # bytes on both sides of an entry
-SPARE = 2000  # bytes that tokens may save
 
 
 class CodeBase:
@@ -31,11 +29,8 @@ class CodeBase:
 
     @cached_property
     def _entries(self) -> list[Entry]:
-        text = _text(python_corpus().parts["source"].numpy().tobytes())
-        return [
-            Entry(text[max(0, m.start() - AROUND) : m.start()], text[m.end() : m.end() + AROUND])
-            for m in DEFINITION.finditer(text)
-        ]
+        source = python_corpus().parts["source"].numpy().tobytes()
+        return entries(_text(source), DEFINITION)
 
     @cached_property
     def _held_out(self) -> str:

@@ -11,7 +11,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lookup import Document, Entry, Occurrence, plain, whole_text
+from lookup import SPARE, Document, Entry, Occurrence, entries, plain, whole_text
 
 from nsa_neuron.training.corpus import help_topics
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 TITLE = re.compile(
     r"^(\S[^\n]{2,70})\n[*=~^-]{4,}\n+(?:\s|the |a |an |[\"'*(\[>])*(?=[a-z])", re.MULTILINE
 )
-AROUND = 700  # bytes on both sides of an entry
-SPARE = 2000  # bytes that tokens may save
 
 
 class Documentation:
@@ -37,11 +35,7 @@ class Documentation:
 
     @cached_property
     def _entries(self) -> list[Entry]:
-        text = "".join(self.topics)
-        return [
-            Entry(text[max(0, m.start() - AROUND) : m.start()], text[m.end() : m.end() + AROUND])
-            for m in TITLE.finditer(text)
-        ]
+        return entries("".join(self.topics), TITLE)
 
     def entry(self, draw: random.Random) -> Entry:
         return draw.choice(self._entries)

@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +21,14 @@ from torch import Tensor
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.training import Batch
 
+if TYPE_CHECKING:
+    import re
+
 NAMES = "ABCDEFGHIJKLM"
 ASKED = 12  # names of a document
 LEAST = 512  # bytes of a document
+AROUND = 700  # bytes on both sides of an entry
+SPARE = 2000  # bytes that tokens may save
 MENTIONED = 0.5  # how many names of a training document are mentioned elsewhere, too
 
 
@@ -73,6 +78,14 @@ class Source(Protocol):
 def plain(text: str) -> str:
     """The text as the model reads it: ASCII without capitals."""
     return text.encode("ascii", "replace").decode().lower()
+
+
+def entries(text: str, definition: re.Pattern[str]) -> list[Entry]:
+    """What stands around each definition of a plain text."""
+    return [
+        Entry(text[max(0, m.start() - AROUND) : m.start()], text[m.end() : m.end() + AROUND])
+        for m in definition.finditer(text)
+    ]
 
 
 def bound(

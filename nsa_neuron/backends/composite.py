@@ -47,8 +47,8 @@ def lower(
 ) -> Lowered:
     """The whole, made of the parts' lowerings."""
     parts = lower_parts(bound, plans, lower_part)
-    if bound.spec.name == "nsa_attention_backward":
+    if bound.spec.direction == "backward":
         return lambda **values: compose_backward(parts.__getitem__, values)
-    if bound.spec.name == "nsa_attention_forward":
+    if len(bound.spec.returns) > 1:  # with what the backward pass needs
         return lambda **values: compose_forward(parts.__getitem__, values)
     return lambda **values: compose_forward(parts.__getitem__, values)[0]

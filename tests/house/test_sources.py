@@ -14,7 +14,7 @@ FOREIGN = re.compile(
     r"|nki-[\w-]+\.md"
 )
 FACTS = ("trainium2.md", "hopper.md", "nki_0_7.md")
-CITED = re.compile(r"(?:trainium2\.md`?|fact sheet) (\d[\d.]*(?:, \d[\d.]*)*)")
+CITED = re.compile(r"trainium2\.md`? (\d[\d.]*(?:, \d[\d.]*)*)")
 
 
 def texts() -> Iterator[tuple[Path, str]]:

@@ -1,6 +1,6 @@
 """What every kernel's record shows: what hardware takes, the same program on two cores, no waivers.
 
-The public rules come from the fact sheet: run-time addresses belong to DMA, and to tensor_copy on
+The public rules: run-time addresses belong to DMA, and to tensor_copy on
 the Scalar and Vector Engines (docs/nki_0_7.md, part 3); both cores of a logical one run equal
 programs (docs/trainium2.md 1.6).
 """

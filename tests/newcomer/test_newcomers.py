@@ -9,25 +9,38 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 BUILT_FROM = ("nsa_neuron", "cuda_kernels", "nki_kernels")
+BESIDE = ("benchmarks", "docs", "examples", "tests", "tools")
+FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md",
+         "constraints.txt", "pyproject.toml")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree, made in a copy of it."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in BUILT_FROM:
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist of this tree, made in a copy of it, and the wheel that it gives."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for name in (*BUILT_FROM, *BESIDE):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, tree)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    subprocess.run([*build, "--wheel-dir", str(out), str(tree)], check=True)
-    (found,) = out.glob("nsa_neuron-*.whl")
+    command = [sys.executable, "-m", "build", "--quiet", "--outdir", str(out), str(tree)]
+    if int(version("setuptools").split(".")[0]) >= 77:  # what pyproject.toml asks for
+        command.append("--no-isolation")  # saves installing it twice
+    subprocess.run(command, check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def wheel(dist: Path) -> Path:
+    (found,) = dist.glob("nsa_neuron-*.whl")
     return found
 
 
@@ -42,14 +55,29 @@ def run(name: str, wheel: Path) -> None:
 
 
 def test_the_wheel_carries_what_it_needs(wheel: Path) -> None:
-    import zipfile
-
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {*BUILT_FROM}
     data = [p for p in (ROOT / "nsa_neuron").rglob("*.json") if "__pycache__" not in p.parts]
     assert data and all(str(p.relative_to(ROOT)) in names for p in data)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "nsa_neuron/py.typed" in names
+
+
+def test_the_sdist_carries_enough_to_build_test_and_read(dist: Path) -> None:
+    (file,) = dist.glob("nsa_neuron-*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {*FILES, "docs/design.md", "tools/install.sh", "tests/newcomer/common.sh"} <= names
+    for folder in (*BUILT_FROM, *BESIDE):
+        ours = {p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"}
+        missing = {str(path.relative_to(ROOT)) for path in ours} - names
+        assert not missing, sorted(missing)[:5]
+
+
+def test_an_index_would_take_both(dist: Path) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, dist.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["kernel_engineer", "ci_user"])

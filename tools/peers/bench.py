@@ -8,9 +8,9 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from tools.peers.adapters import NOTES, PEERS, Call, FlashWindow, Flex, Own, Pee
 from tools.peers.measure import Timer, check_backward, check_forward, graphed
 from tools.peers.problem import GRADS, AnyProblem, Heads, Problem, make_decode, make_problem
 from tools.peers.report import progress
-from tools.runs import Row, describe, read_rows, replace_process, write_rows
+from tools.runs import Row, describe, read_rows, replace_process, watchdog, write_rows
 
 if TYPE_CHECKING:
     import argparse
@@ -194,9 +194,8 @@ class Bench:
                 self.restart()
         return None
 
-    @contextlib.contextmanager
-    def limit(self, cell: Cell) -> Iterator[None]:
-        """Gives up on a cell that takes too long; nothing could interrupt a hanging kernel."""
+    def limit(self, cell: Cell) -> AbstractContextManager[None]:
+        """Gives up on a cell that takes too long."""
 
         def give_up() -> None:
             reason = f"no result within {seconds:.0f} s"
@@ -206,14 +205,7 @@ class Bench:
 
         left = self.args.budget + self.args.grace - (time.time() - self.args.started)
         seconds = max(5.0, min(self.args.cell_limit, left))
-        watchdog = threading.Timer(seconds, give_up)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            yield
-        finally:
-            watchdog.cancel()
-            watchdog.join()  # a thread that is still there at exit may abort the process
+        return watchdog(seconds, give_up)
 
     def restart(self) -> None:
         """Replaces this process by one that goes on after the last recorded row."""

@@ -76,9 +76,9 @@ class CudaBackend:
         return Supported((mode, plan))
 
     def lower(self, bound: Bound, plan: Any) -> Lowered:
-        if bound.spec.name == "nsa_attention_backward":
-            return self._lower_whole_backward(bound, plan)
         if bound.spec.name in composite.WHOLE:
+            if bound.spec.direction == "backward":
+                return self._lower_whole_backward(bound, plan)
             return composite.lower(bound, plan, self.lower)
         mode, constants = plan
         stem = bound.spec.stem

@@ -39,7 +39,7 @@ def of(tokens: int) -> int:
 def padding(bound: Bound) -> int:
     """Tokens that a call is filled up with."""
     sizes = bound.sizes
-    if "N1" in sizes or bound.spec.stem == "decode":
+    if "N1" in sizes or bound.spec.paged:
         return 0
     tokens = int(sizes["S"] if "S" in sizes else sizes["T"])
     return of(tokens) - tokens

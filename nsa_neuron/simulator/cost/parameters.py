@@ -5,7 +5,7 @@ Trainium2. `measured-3p`, the default, replaces it where third parties published
 hardware, or where a published duration fixes a constant. Low is always the end that makes kernels
 faster. Nothing was measured by this project.
 
-Sources: "fact sheet n" is section n of docs/trainium2.md; SDK226 is the last
+Sources: "trainium2.md n" is section n of docs/trainium2.md; SDK226 is the last
 AWS documentation with costs per instruction (2.26); "traces" are the profiles in the public
 repositories chenhzhu/ and chengli2003/asst4-trainium2 (trn2.3xlarge, compiler 2.21);
 "kernel-optimization" is AWS's tutorial of that name.
@@ -199,7 +199,7 @@ class Parameters:
         "(kiln neuron-notes.md)", 50, 300, 1500, guess=True,
     )  # fmt: skip
     psum_bank_share: float = _constant(
-        "share of an overlap on one bank that serialises", "none; fact sheet 6.2", 0, 1, 1,
+        "share of an overlap on one bank that serialises", "none; trainium2.md 6.2", 0, 1, 1,
         guess=True,
     )  # fmt: skip
 
@@ -253,7 +253,7 @@ class Parameters:
     )  # fmt: skip
     dma_hbm_run: float = _constant(
         "ns per contiguous run in HBM and DMA engine",
-        "fit of packet time, 8.8 ns (fact sheet 6.5), less dma_descriptor", 3.4, 5.8, 8.8,
+        "fit of packet time, 8.8 ns (trainium2.md 6.5), less dma_descriptor", 3.4, 5.8, 8.8,
         documented=0, calibrated="matmul v2 and v3 packet time",
     )  # fmt: skip
     dma_rate: float = _constant(

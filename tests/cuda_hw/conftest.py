@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest_hw import ON_CPU, TARGET
+from conftest_hw import ON_CPU, TARGET, hindrance
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,13 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    hindrance = _hindrance()
+    reason = hindrance()
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             needs_cuda = item.get_closest_marker("gpu_only") or not ON_CPU
-            if hindrance and needs_cuda:
-                item.add_marker(pytest.mark.skip(reason=hindrance))
+            if reason and needs_cuda:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -50,17 +50,6 @@ def _record(row: dict[str, object]) -> None:
     if path and "PYTEST_XDIST_WORKER" not in os.environ:
         with Path(path).open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def _hindrance() -> str:
-    """Why the kernels cannot run on a GPU here."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "the package 'triton' is not installed"
-    from nsa_neuron.backends.cuda import BACKEND
-
-    return BACKEND.modes()["hw"]
 
 
 @pytest.fixture

@@ -116,7 +116,9 @@ def test_the_simulator() -> None:
     found = [measured(f"shape-only {kernel}, {level}") for level in levels for kernel in kernels]
     assert [round(speed) * 1000 for speed in found] == speeds
     least, most = said("Bookkeeping after a run takes # to # us per instruction")
-    each = [row["median"] for row in rows("simulator-*-quiet.jsonl") if "bookkeeping" in row["name"]]
+    each = [
+        row["median"] for row in rows("simulator-*-quiet.jsonl") if "bookkeeping" in row["name"]
+    ]
     assert (round(min(each), 1), round(max(each), 1)) == (least, most)
 
 

@@ -3,8 +3,9 @@
 #   NAME.sh PYTHON WHEEL ROOT
 #
 # PYTHON makes the environment, WHEEL is nsa-neuron's, ROOT this repository, whose documents and
-# examples are read. With NEWCOMER=full torch is installed too, from where pip looks; without it, torch
-# and what it needs are seen where PYTHON has them, which saves a minute.
+# examples are read. With NEWCOMER=full all is as a person does it: pip is installed, and torch, from
+# where pip looks. Without it PYTHON's own pip installs, nothing is compiled that is not imported, and
+# torch and what it needs are seen where PYTHON has them, which saves a minute and more.
 set -euo pipefail
 PYTHON=$1 WHEEL=$2 ROOT=$3
 HERE=$(mktemp -d)
@@ -16,7 +17,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 say() { echo "== $*"; }
 
 environment() {
-  "$PYTHON" -m venv env
+  if [ "${NEWCOMER:-}" = full ]; then
+    "$PYTHON" -m venv env
+  else
+    "$PYTHON" -m venv --without-pip env
+    export PIP_PYTHON=$HERE/env/bin/python PIP_NO_COMPILE=0 # 0: as told by pip's documentation
+    pip() { "$PYTHON" -m pip "$@"; }
+  fi
   PATH=$HERE/env/bin:$PATH
   [ "$(command -v python)" = "$HERE/env/bin/python" ] || fail "the environment is not the first on the path"
 }

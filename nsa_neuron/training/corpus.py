@@ -32,10 +32,13 @@ class Corpus:
     held_out: Tensor
 
     def sample(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
-        """Random pieces, `[batch, length]` int64, from the parts in turn."""
+        """Random pieces, `[batch, length]` int64, from the parts in turn; where there are fewer
+        pieces than parts, chance says with which they begin."""
         parts = list(self.parts.values())
+        few = batch < len(parts)
+        first = int(torch.randint(len(parts), (), generator=generator)) if few else 0
         return torch.stack(
-            [_piece(parts[i % len(parts)], length, generator) for i in range(batch)]
+            [_piece(parts[(first + i) % len(parts)], length, generator) for i in range(batch)]
         ).long()
 
     def held_out_pieces(self, count: int, length: int) -> Tensor:

@@ -21,7 +21,7 @@ from nsa_neuron.training import (
     evaluate,
     train,
 )
-from nsa_neuron.training.corpus import corpus_of, python_corpus
+from nsa_neuron.training.corpus import corpus_of, docstrings, prose_corpus, python_corpus
 from nsa_neuron.training.optimizers import optimizers_of
 from nsa_neuron.training.presets import SCHEDULES, TASKS, kinds_of, task_of
 
@@ -169,6 +169,33 @@ def test_held_out_texts_are_not_trained_on():
 def test_the_real_corpus():
     corpus = python_corpus()
     assert len(corpus.parts["topics"]) > 300_000 and len(corpus.parts["source"]) > 3_000_000
+
+
+def test_more_prose_without_what_is_held_out():
+    """Docstrings of files that are held out are not trained on either."""
+    usual, prose = python_corpus(), prose_corpus()
+    assert torch.equal(prose.held_out, usual.held_out)
+    assert prose.parts["source"] is usual.parts["source"]
+    known = bytes(prose.parts["docstrings"].tolist())
+    source = bytes(usual.parts["source"].tolist()).decode(errors="replace")
+    assert 10**6 < len(known) < len(source) / 4
+    held = bytes(usual.held_out.tolist()).decode(errors="replace")
+    samples = [text.splitlines()[0] for text in known.decode().split("\n\n")[:2000] if text]
+    assert sum(line in source for line in samples) > 0.95 * len(samples)
+    only_held = [line for line in samples if line in held and line not in source]
+    assert not only_held
+
+
+def test_docstrings_of_a_file():
+    source = f'"""{"m" * 60}"""\ndef f():\n    """{"a" * 59}\n    b"""\ndef g():\n    """short"""\n'
+    assert docstrings(source.encode()) == ["m" * 60, "a" * 59 + "\nb"]
+
+
+def test_a_batch_smaller_than_the_parts_begins_with_any():
+    corpus = corpus_of(a=[b"a" * 50] * 2, b=[b"b" * 50] * 2)
+    drawn = [corpus.sample(1, 4, generator(seed))[0, 0].item() for seed in range(20)]
+    assert set(drawn) == {ord("a"), ord("b")}
+    assert corpus.sample(3, 1, generator())[:, 0].tolist() == [97, 98, 97]
 
 
 def test_evaluation_counts_what_counts():

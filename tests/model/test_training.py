@@ -23,7 +23,7 @@ from nsa_neuron.training import (
 )
 from nsa_neuron.training.corpus import corpus_of, docstrings, prose_corpus, python_corpus
 from nsa_neuron.training.optimizers import optimizers_of
-from nsa_neuron.training.presets import SCHEDULES, TASKS, kinds_of, task_of
+from nsa_neuron.training.presets import CONFIGS, SCHEDULES, TASKS, kinds_of, task_of
 
 TEXTS = [f"text number {i} says that {i} is {i * i}. ".encode() * 30 for i in range(40)]
 CORPUS = corpus_of(plain=TEXTS[:30], other=TEXTS[30:])
@@ -249,6 +249,9 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+RUNS = ("run", "more")
+
+
 def test_commands(tmp_path, capsysbinary):
     words = [str(tmp_path / "run"), "--preset", "tiny", "--task", "mqar", "--steps", "2"]
     words += ["--batch", "2", "--length", "128"]
@@ -256,6 +259,11 @@ def test_commands(tmp_path, capsysbinary):
     found = json.loads(capsysbinary.readouterr().out)
     assert found["kinds"] == ["nsa", "nsa"] and 0 <= found["accuracy"] <= 1
     path = str(tmp_path / "run" / "model.safetensors")
+    more = [str(tmp_path / "more"), "--begin-with", path, *words[3:], "--json"]
+    assert main(["train", *more]) == 0
+    assert json.loads(capsysbinary.readouterr().out)["kinds"] == ["nsa", "nsa"]
+    first, second = (load_checkpoint(tmp_path / run / "model.safetensors")[0] for run in RUNS)
+    assert second.config == first.config == CONFIGS["tiny"]
     assert main(["generate", path, "abc", "--bytes", "7", "--temperature", "1"]) == 0
     assert len(capsysbinary.readouterr().out) == 8
     assert main(["generate", path, "", "--bytes", "7"]) == 2

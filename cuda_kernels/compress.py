@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .common import dot, packed_tile
+from .compressed_attention import count_compressed as count_compressed
 from .compressed_attention import reduce_splits as reduce_splits
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -37,15 +38,42 @@ def _gelu_slope(x):
 
 
 @triton.jit
-def _block_starts(block, starts, total, NC, STRIDE: tl.constexpr, PACKED: tl.constexpr):
-    """First tokens [M] of compressed blocks [M], and which of them exist."""
+def _block_starts(
+    block, starts, total, NC, BLOCK: tl.constexpr, STRIDE: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """First tokens [M] of compressed blocks [M], and which of them exist.
+
+    Blocks of one token lie back to back in a packed batch, too: their number is their token.
+    """
     if PACKED:
         valid = block < tl.load(total)
-        start = tl.load(starts + block, mask=valid, other=0).to(tl.int64)
     else:
         valid = block < NC
+    if PACKED and BLOCK > 1:
+        start = tl.load(starts + block, mask=valid, other=0).to(tl.int64)
+    else:
         start = block.to(tl.int64) * STRIDE
     return start, valid
+
+
+@triton.jit
+def first_tokens(
+    cu_k, cu_cmp, starts, num_seqs, STRIDE: tl.constexpr, BLOCK_I: tl.constexpr
+):  # fmt: skip
+    """The first token of each compressed block of a packed batch: starts. Grid: (tiles,).
+
+    Tiles of BLOCK_I blocks are counted as `packed_tile` counts them. Bound by its launch.
+
+    Args:
+        cu_k, cu_cmp: int32 [num_seqs + 1], offsets of tokens and of compressed blocks.
+        starts: int32 [Nc]; what lies behind the last block is not written.
+    """
+    sequence, tile = packed_tile(tl.program_id(0), cu_cmp, num_seqs, 1, BLOCK_I)
+    before = tl.load(cu_cmp + sequence)
+    block = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    exists = block < tl.load(cu_cmp + sequence + 1) - before
+    first = tl.load(cu_k + sequence)
+    tl.store(starts + before + block, first + block * STRIDE, mask=exists)
 
 
 @triton.jit
@@ -78,7 +106,7 @@ def mean_forward(
     block = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    start, valid = _block_starts(block, starts, total, NC, STRIDE, PACKED)
+    start, valid = _block_starts(block, starts, total, NC, BLOCK, STRIDE, PACKED)
     column = tl.arange(0, WIDTH)
     mask = valid[:, None] & (column < D)[None, :]
     first = x + batch * stride_xb + head * stride_xh
@@ -149,7 +177,7 @@ def linear_forward(
     head = (tl.program_id(1) % HKV).to(tl.int64)
     batch = (tl.program_id(1) // HKV).to(tl.int64)
     out = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start, valid = _block_starts(block, starts, total, NC, STRIDE, PACKED)
+    start, valid = _block_starts(block, starts, total, NC, BLOCK, STRIDE, PACKED)
     inner = tl.arange(0, BLOCK_K)
     x_rows = x + batch * stride_xb + head * stride_xh + start[:, None] * stride_xt + inner[None, :]
     w_rows = w + head * stride_wh + inner[:, None] * N + out[None, :]
@@ -262,7 +290,7 @@ def linear_backward_w(
         y_head = grad_y + (batch * NC * HKV + head) * N + out[None, :]
         for first in range(0, NC, BLOCK_I):
             block = first + tl.arange(0, BLOCK_I)
-            start, valid = _block_starts(block, starts, total, NC, STRIDE, PACKED)
+            start, valid = _block_starts(block, starts, total, NC, BLOCK, STRIDE, PACKED)
             x_tile = tl.load(
                 x_head + start[:, None] * stride_xt,
                 mask=valid[:, None] & (column < D)[None, :], other=0.0,

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from poisoned import poison  # noqa: F401
 
 from nsa_neuron.backends.cuda import plans
+from nsa_neuron.backends.cuda.launch import blocks
 from nsa_neuron.backends.cuda.launch import compress as launch
 from nsa_neuron.toolchain import KernelPackage, triton_interpreter
 
@@ -22,13 +24,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 KERNELS = KernelPackage("cuda_kernels", triton_interpreter).load("compress")
 PLAN = plans.find("interpret", "compress", dk=64, dv=64, dtype="float32", group=1)
 NAMES = ("x", "w1", "b1", "w2", "b2", "pe")
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Every `torch.empty` is NaN, so an element that no kernel writes shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
 
 
 def reference(x, w1, b1, w2, b2, pe, method, block, stride):
@@ -183,3 +178,21 @@ def test_golden(name, method):
         if key in z:
             error = (got - torch.from_numpy(z[key])).abs().max().item()
             assert error <= 1e-5 * max(1.0, meta["max_abs"][key]), key
+
+
+@pytest.mark.parametrize("lengths", [[5], [0, 40, 3, 8, 0, 9, 100], [7] * 9, [300, 0, 70]])
+def test_where_packed_blocks_begin(lengths):
+    """Counted in Python. In tiles of 4 sequences and 16 blocks; some have no block or no token."""
+    offsets, firsts, cu = [0], [], [0]
+    for length in lengths:
+        found = range(cu[-1], cu[-1] + length - 8 + 1, 4)
+        firsts += found
+        offsets.append(offsets[-1] + len(found))
+        cu.append(cu[-1] + length)
+    cu_k = torch.tensor(cu, dtype=torch.int32)
+    got = blocks.compressed_offsets(KERNELS, PLAN, cu_k, 8, 4)
+    assert got.tolist() == offsets
+    count = blocks.count_blocks(sum(lengths), 8, 4)
+    starts = blocks.first_tokens(KERNELS, PLAN, cu_k, got, count, 4)
+    assert len(starts) == count >= len(firsts)
+    assert starts[: len(firsts)].tolist() == firsts

@@ -12,7 +12,6 @@ import torch
 
 from nsa_neuron.backends.cuda import plans
 from nsa_neuron.backends.cuda.launch import compressed_attention as launch
-from nsa_neuron.backends.cuda.launch.blocks import compressed_offsets
 from nsa_neuron.toolchain import KernelPackage, triton_interpreter
 
 pytest.importorskip("triton")
@@ -230,11 +229,3 @@ def test_golden(name):
         assert got.isfinite().equal(finite), key
         error = (got - want)[finite].abs().max().item() if finite.any() else 0.0
         assert error <= 1e-5 * max(1.0, meta["max_abs"][key]), key
-
-
-@pytest.mark.parametrize("lengths", [[5], [0, 40, 3, 8, 0, 9, 100], [7] * 9])
-def test_the_offsets_of_compressed_blocks_are_pytorchs(lengths):
-    """In tiles of 4 sequences; with ones that have no block and ones without a token."""
-    cu_k = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    found = launch.packed_offsets(KERNELS, plan(), cu_k, cu_k, 8, 4, cu_k)[2]
-    assert found.equal(compressed_offsets(cu_k, 8, 4))

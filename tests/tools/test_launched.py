@@ -52,6 +52,12 @@ def test_lists_are_made_once_per_pass():
         assert found in ([1, 1, cuts, 1], [0, 0, 0, 0]), (name, names)
 
 
+@pytest.mark.parametrize(("sequences", "each"), [(0, 1), (4, 3)])
+def test_compressing_launches_no_torch_kernel(sequences, each):
+    done = launched.passes(SMALL, 4096, sequences)["compress"]
+    assert (len(done.launches), done.on_device) == (2 * each, 0), "of keys and of values"
+
+
 def test_torch_operations_are_counted_where_they_run():
     done = launched.Pass()
     done.operations.update({"empty": 2, "view": 3, "sort": 1, "cumsum": 2})

@@ -380,6 +380,8 @@ def _compress_entries() -> tuple[KernelEntry, ...]:
     second = {"BLOCK": 1, "STRIDE": 1}
     others = ("mean_forward", "mean_backward", "column_sum", "encoding_gradient")
     return (
+        _count_compressed("compress"),
+        entry("first_tokens"),
         entry("linear_forward"),
         entry("linear_forward", "gelu", {"bias": "*dtype"}, GELU=True),
         entry("linear_forward", "to float32", {"y": "*fp32"}),

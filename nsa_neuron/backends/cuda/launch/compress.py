@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsa_neuron.backends.cuda.launch.blocks import compressed_offsets, count_blocks
+from nsa_neuron.backends.cuda.launch.blocks import (
+    compressed_offsets,
+    count_blocks,
+    first_tokens,
+)
 from nsa_neuron.backends.cuda.launch.common import addressable, count_tiles, next_power_of_two
 
 if TYPE_CHECKING:
@@ -23,8 +27,9 @@ class _Blocks:
 
     Attributes:
         block, stride: tokens. count: rows of the compressed tensor.
-        starts: int32 [count] first token of each block, total: int32 [1] blocks there are,
-        cu_k, cu_cmp: int32 [num_seqs + 1]; of a packed batch (num_seqs > 0), else any tensor.
+        starts: int32 [count] first token of each block (read where blocks have several tokens),
+        total: int32 [1] blocks there are, cu_k, cu_cmp: int32 [num_seqs + 1]; of a packed batch
+            (num_seqs > 0), else any tensor.
     """
 
     block: int
@@ -37,26 +42,21 @@ class _Blocks:
     num_seqs: int
 
     @staticmethod
-    def of(x: Tensor, block: int, stride: int, cu_k: Tensor | None) -> _Blocks:
+    def of(
+        kernels: Any, plan: Plan, x: Tensor, block: int, stride: int, cu_k: Tensor | None
+    ) -> _Blocks:
         count = count_blocks(x.shape[1], block, stride)
         if cu_k is None:
             return _Blocks(block, stride, count, x, x, x, x, 0)
         cu_k = cu_k.contiguous()
-        cu_cmp = compressed_offsets(cu_k, block, stride)
-        index = torch.arange(count, dtype=torch.int32, device=x.device)
-        last = cu_k.shape[0] - 2
-        sequence = torch.searchsorted(cu_cmp[1:], index, right=True).clamp(max=last)
-        starts = cu_k[sequence] + (index - cu_cmp[sequence]) * stride
-        return _Blocks(
-            block, stride, count, starts.int(), cu_cmp[-1:], cu_k, cu_cmp, cu_k.shape[0] - 1
-        )
+        cu_cmp = compressed_offsets(kernels, plan, cu_k, block, stride)
+        starts = first_tokens(kernels, plan, cu_k, cu_cmp, count, stride)
+        return _Blocks(block, stride, count, starts, cu_cmp[-1:], cu_k, cu_cmp, cu_k.shape[0] - 1)
 
     def rows(self) -> _Blocks:
         """The compressed tensor's own rows as blocks of one token (the mlp's hidden layer)."""
-        index = torch.arange(self.count if self.num_seqs else 0, device=self.starts.device)
-        return _Blocks(
-            1, 1, self.count, index.int(), self.total, self.cu_cmp, self.cu_cmp, self.num_seqs
-        )
+        cu = self.cu_cmp
+        return _Blocks(1, 1, self.count, self.starts, self.total, cu, cu, self.num_seqs)
 
 
 def forward(
@@ -83,7 +83,7 @@ def forward(
         pe: [block, D] or [Hkv, block, D]. method: `"mean"`, `"linear"` or `"mlp"`.
     """
     x = addressable(x)
-    blocks = _Blocks.of(x, block, stride, cu_seqlens_k)
+    blocks = _Blocks.of(kernels, plan, x, block, stride, cu_seqlens_k)
     if method == "mean":
         return _mean_forward(kernels, plan, x, pe, blocks)
     assert w1 is not None
@@ -119,7 +119,7 @@ def gradients(
 ) -> Grads:
     """Gradients (dx, dw1, db1, dw2, db2, dpe) of `forward`, None where the input is None."""
     x, grad_y = addressable(x), grad_y.contiguous()
-    blocks = _Blocks.of(x, block, stride, cu_seqlens_k)
+    blocks = _Blocks.of(kernels, plan, x, block, stride, cu_seqlens_k)
     if method == "mean":
         dx = _mean_backward(kernels, plan, grad_y, x, blocks)
         if pe is None:

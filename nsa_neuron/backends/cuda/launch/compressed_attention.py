@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_neuron.backends.cuda.launch.blocks import compressed_offsets
 from nsa_neuron.backends.cuda.launch.common import (
     Plan,
     addressable,
@@ -144,11 +145,7 @@ def packed_offsets(
     cu_q, cu_k, num_seqs = packed_args(cu_seqlens_q, cu_seqlens_k, placeholder)
     if not num_seqs:
         return cu_q, cu_k, placeholder, 0
-    cu_cmp = torch.empty_like(cu_k)
-    kernels.count_compressed[(1,)](
-        cu_k, cu_cmp, num_seqs, BLOCK=block, STRIDE=stride, **plan["count_compressed"]
-    )
-    return cu_q, cu_k, cu_cmp, num_seqs
+    return cu_q, cu_k, compressed_offsets(kernels, plan, cu_k, block, stride), num_seqs
 
 
 def _reduce(kernels: Any, plan: Plan, parts: Tensor, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from nsa_neuron.errors import CacheExhausted, InvalidArgument, StateMismatch  # noqa: E402
 from nsa_neuron.integrations.transformers import NsaForCausalLM, NsaLmConfig, convert  # noqa: E402
 from nsa_neuron.integrations.transformers import cache as hf_cache  # noqa: E402
+from nsa_neuron.nn.cache import cache as caches  # noqa: E402
 
 GEOMETRY = {
     "compress_block": 8, "compress_stride": 4, "select_block": 16, "num_selected": 4,
@@ -153,6 +154,7 @@ def test_windows_and_what_phi_has_read_are_given_back(monkeypatch):
     """Pools for the last rows only, beams and short crops included; a long crop is refused."""
     monkeypatch.setattr(hf_cache, "SLACK", 6)
     monkeypatch.setattr(hf_cache, "STEP", 4)
+    monkeypatch.setattr(caches, "PAGE_TOKENS", 64)
     ids, whole = ids_of(2, 400), NET(ids_of(2, 400), use_cache=False).logits
     cache = NET(ids[:, :300]).cache
     rows = {name: len(t.users) // 2 for name, t in cache.layers[0].store.books.tables.items()}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import MIXED, bytes_of, fed, model
 
 from nsa_neuron.errors import CacheExhausted, InvalidArgument, InvalidType, NsaError
+from nsa_neuron.nn.cache import cache as caches
 
 KINDS = {
     "contiguous": {},
@@ -24,6 +25,12 @@ NETS = {
     "windows": model(("window",)),
 }
 TOKENS = bytes_of(2, 90)
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    """Several pages in texts of a few hundred tokens."""
+    monkeypatch.setattr(caches, "PAGE_TOKENS", 64)
 
 
 def whole(name, tokens):
@@ -319,3 +326,17 @@ def test_compiled_decoding_compiles_once_for_any_length_and_capacity():
             with torch._dynamo.config.patch(error_on_recompile=capacity > 320):
                 got = fed(fast, tokens, [prompt, 1, 1, 1], cache)
             torch.testing.assert_close(got, net(tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_blocks_of_a_head_lie_together(kind, monkeypatch):
+    """As `neuron` reads them; rows of the other pools hold all heads, and pages have 256 tokens."""
+    monkeypatch.undo()
+    net = model(("nsa", "window"))
+    cache = net.new_cache(1, 300, **KINDS[kind])
+    pools, heads, dk = cache.layers[0], cache.config.kv_heads, cache.config.dk
+    assert cache.page == 256 and heads > 1
+    assert pools["slc"][0].stride()[1:] == (dk, 256 * dk, 1)
+    assert all(pools[name][0].is_contiguous() for name in ("cmp", "win", "raw"))
+    text = bytes_of(1, 300)
+    close(fed(net, text, [250, 1, 40, 9], cache), net(text))

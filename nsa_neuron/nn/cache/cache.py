@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nsa_neuron.errors import CacheExhausted, InvalidArgument
 from nsa_neuron.nn.cache.pages import Books, Ints, PageTable
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from nsa_neuron.nn.config import NsaConfig
 
 SPARE = 2  # pages behind each pool's own: one takes what has no token, one stays zero
-PAGE_TOKENS = 64  # of a page, at least
+PAGE_TOKENS = 256
+"""Of a page, at least: its compressed blocks are then 16 rows, which a Trainium's DMA has to find
+one after the other."""
 FAR = 2**40  # tokens: more than any sequence has
 
 
@@ -28,7 +31,8 @@ class KvCache:
     Pools, by name: `cmp` compressed blocks; `slc` raw keys and values of the selected branch (and
     of full attention), rotated; `win` of the window branch; `raw` what phi compresses. Branches
     that hold the same rows share a pool. A compressed block is added exactly when its last token
-    arrives.
+    arrives. Pages of the selected branch hold each kv head's rows together, so that a chosen block
+    of a head is one piece of memory; those of the others each row's heads.
 
     Args:
         config: of every layer.
@@ -265,10 +269,11 @@ class KvCache:
         most = -(-self.capacity // self.page)
         tables = {
             name: PageTable.empty(
-                name, self.page_rows(name), self._pages(name, pages), self.batch, most
+                name, self.page_rows(name), self._heads_apart(name), self._pages(name, pages),
+                self.batch, most,
             )
             for name in names
-        }
+        }  # fmt: skip
         zeros = np.zeros(self.batch, dtype=np.int64)
         return Books(zeros, {name: zeros.copy() for name in names}, tables)
 
@@ -288,17 +293,30 @@ class KvCache:
         """Rows of a page of a pool."""
         return self.page // self.config.stride if name == "cmp" else self.page
 
+    def _heads_apart(self, name: str) -> int:
+        """Kv heads that have rows of their own in a pool, see `PageTable`."""
+        chosen = "nsa" in self.kinds and name == self.alias["slc"]
+        return self.config.kv_heads if chosen else 1
+
     def _pools(self, kind: str) -> Pools:
         """A layer's memory: zeros."""
         pools = {}
         for name in sorted(self._names[kind]):
             pages = len(self.books.tables[name].users) + SPARE
-            shape = (pages, self.page_rows(name), self.config.kv_heads)
             pools[name] = (
-                torch.zeros(*shape, self.config.dk, dtype=self.dtype, device=self.device),
-                torch.zeros(*shape, self.config.dv, dtype=self.dtype, device=self.device),
+                self._zeros(name, pages, self.config.dk),
+                self._zeros(name, pages, self.config.dv),
             )
         return pools
+
+    def _zeros(self, name: str, pages: int, dim: int) -> Tensor:
+        """A pool `[pages, page, Hkv, dim]`, in memory as its name has it."""
+        heads = self.config.kv_heads
+        if self._heads_apart(name) > 1:
+            shape = (pages, heads, self.page_rows(name), dim)
+            return torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(1, 2)
+        shape = (pages, self.page_rows(name), heads, dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
 def page_tokens(config: NsaConfig) -> int:

@@ -80,15 +80,14 @@ class PagedCache(KvCache):
                 if name in pools:
                     k, v = pools[name]
                     pages = len(table.users) + SPARE
-                    pools[name] = _grown(k, pages), _grown(v, pages)
+                    pools[name] = self._grown(name, k, pages), self._grown(name, v, pages)
         self.books = books
 
-
-def _grown(pool: Tensor, pages: int) -> Tensor:
-    """The pool with so many pages; the spare ones, at its end, hold nothing that is read but
-    zeros."""
-    if len(pool) == pages:
-        return pool
-    made = pool.new_zeros(pages, *pool.shape[1:])
-    made[: len(pool) - SPARE] = pool[:-SPARE]
-    return made
+    def _grown(self, name: str, pool: Tensor, pages: int) -> Tensor:
+        """The pool with so many pages; the spare ones, at its end, hold nothing that is read but
+        zeros."""
+        if len(pool) == pages:
+            return pool
+        made = self._zeros(name, pages, pool.shape[3])
+        made[: len(pool) - SPARE] = pool[:-SPARE]
+        return made

@@ -20,21 +20,26 @@ class PageTable:
     Attributes:
         name: of the pool, for messages.
         page: rows of a page.
+        heads: kv heads that have rows of their own, each head's of a page together; 1: a row holds
+            all of them.
         table: page of each sequence's rows, `[batch, most]`; -1 where there is none.
         users: how many sequences use each page, `[pages]`.
     """
 
     name: str
     page: int
+    heads: int
     table: Ints
     users: Ints
     copies: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, name: str, page: int, pages: int, batch: int, most: int) -> PageTable:
+    def empty(
+        cls, name: str, page: int, heads: int, pages: int, batch: int, most: int
+    ) -> PageTable:
         """A table whose sequences may have up to `most` pages each."""
         table = np.full((batch, most), NONE, dtype=np.int64)
-        return cls(name, page, table, np.zeros(pages, dtype=np.int64))
+        return cls(name, page, heads, table, np.zeros(pages, dtype=np.int64))
 
     def copy(self) -> PageTable:
         """A table to change; this one stays."""
@@ -97,17 +102,18 @@ class PageTable:
         self.take_over(np.arange(len(order)))
 
     def rows(self, sequences: Ints, positions: Ints, otherwise: int) -> Ints:
-        """Rows of the flattened pool at which positions of sequences lie.
+        """Rows of the flattened pool at which positions of sequences lie, `[..., heads]`.
 
         Args:
             sequences: broadcastable with positions.
             positions: rows of the sequences; negative ones lie nowhere.
-            otherwise: the row for what lies nowhere.
+            otherwise: the page, behind those of sequences, of what lies nowhere.
         """
         inside = (positions >= 0) & (positions < self.table.shape[1] * self.page)
         at = np.where(inside, positions, 0)
         pages = np.where(inside, self.table[sequences, at // self.page], NONE)
-        return np.where(pages == NONE, otherwise, pages * self.page + at % self.page)
+        first = np.where(pages == NONE, otherwise, pages) * self.heads
+        return (first[..., None] + np.arange(self.heads)) * self.page + (at % self.page)[..., None]
 
 
 @dataclass

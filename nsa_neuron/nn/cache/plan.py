@@ -114,15 +114,15 @@ def _reads(books: Books, counts: Ints, cache: CacheLike, few: bool) -> dict[str,
 
 def _read(table: PageTable, active: Ints, first: Ints, last: Ints, device: torch.device) -> Reads:
     """Rows first..last-1 of each active sequence; the zero page where they were given back."""
-    zero_page = (len(table.users) + 1) * table.page
+    zero_page = len(table.users) + 1
     rows = [table.rows(np.asarray(b), np.arange(first[b], last[b]), zero_page) for b in active]
     edges = _edges((last - first)[active])
-    return Reads(place(np.concatenate(rows), device), place(edges, device, torch.int32))
+    return Reads(place(np.concatenate(rows).reshape(-1), device), place(edges, device, torch.int32))
 
 
 def _rows(table: PageTable, sequences: Ints, positions: Ints) -> Ints:
     """Rows to write; what has no place goes to the first spare page."""
-    return table.rows(sequences, positions, len(table.users) * table.page)
+    return table.rows(sequences, positions, len(table.users))
 
 
 def _edges(counts: Ints | Sequence[int]) -> Ints:

@@ -25,7 +25,7 @@ class Reads:
     """All rows of the active sequences of a pool, back to back.
 
     Attributes:
-        rows: of the flattened pool, `[N]` int64.
+        rows: of the flattened pool, `[N * heads]` int64, see `PageTable`.
         edges: offsets of the sequences, `[active + 1]` int32.
     """
 
@@ -43,8 +43,9 @@ class Step:
         whole: nothing was cached before and every sequence has S tokens, so that attention needs
             the new tokens only.
         positions: of the tokens, `[B, S]` int64; 0 where there is none.
-        writes: rows for the new tokens by pool, each `[B * S]` int64; of `cmp` for the blocks.
-        unfinished: rows of the `raw` pool from the first block that was not complete, `[B * L]`.
+        writes: rows for the new tokens by pool, each `[B * S * heads]` int64, see `PageTable`; of
+            `cmp` for the blocks.
+        unfinished: rows of the `raw` pool from the first block that was not complete, alike.
         block_ends: positions of the blocks' last tokens that `unfinished` gives, `[B, blocks]`.
         seqlens: tokens of each sequence with the new ones, `[B]` int32.
         tables: pages by pool, `[B, most]` int32.
@@ -78,7 +79,8 @@ class LayerStep:
 
     Attributes:
         step: what all layers share.
-        pools: this layer's keys and values by pool, each `[pages, page, Hkv, D]`.
+        pools: this layer's keys and values by pool, each `[pages, page, Hkv, D]`, in memory so or
+            as `[pages, Hkv, page, D]`.
         alias: the pool that holds a branch's raw rows: its own, or one that branches share.
     """
 
@@ -177,11 +179,12 @@ class LayerStep:
             if new.dtype != pool.dtype:
                 expected = f"{pool.dtype} like the cache (under autocast, make it with that dtype)"
                 raise InvalidType("cache step", "x", f"giving {new.dtype}", expected)
-            pool.flatten(0, 1).index_copy_(0, rows, new.detach().flatten(0, 1))
+            flat = _flat(pool)
+            flat.index_copy_(0, rows, new.detach().reshape(-1, flat.shape[1]))
 
     @staticmethod
     def _rows(pool: Tensor, rows: Tensor) -> Tensor:
-        return pool.flatten(0, 1).index_select(0, rows)
+        return _flat(pool).index_select(0, rows).view(-1, *pool.shape[2:])
 
     def _given(self, x: Tensor) -> Tensor:
         """The step's real tokens of `[B, S, ...]`, back to back: `[1, N, ...]`."""
@@ -194,6 +197,13 @@ class LayerStep:
         if self.step.queries is not None:
             flat = flat.new_zeros(b * s, *flat.shape[1:]).index_copy(0, self.step.queries, flat)
         return flat.view(b, s, *flat.shape[1:])
+
+
+def _flat(pool: Tensor) -> Tensor:
+    """The rows of a pool as `PageTable` counts them, of all kv heads or of one: a view."""
+    if pool.is_contiguous():
+        return pool.view(-1, pool.shape[2] * pool.shape[3])
+    return pool.transpose(1, 2).view(-1, pool.shape[3])
 
 
 def place(values: object, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:

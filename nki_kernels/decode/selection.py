@@ -79,17 +79,25 @@ def choose(ranked, place, chosen: int):
         place: [pairs, 4]: own block of the query (negative: none), last block before the local
             ones, 1 + the query's position, first row of the sequence's table.
     """
-    pairs, blocks = ranked.shape
-    spare = sbuf((pairs, blocks), nl.float32)
-    zero = sbuf((pairs, 1), nl.float32)
+    zero = sbuf((ranked.shape[0], 1), nl.float32)
     nisa.memset(zero, 0.0)
     nisa.range_select(
         ranked, ranked, nl.greater_equal, nl.less_equal, zero, place[:, 0:1],
         reduce_cmd=nisa.reduce_cmd.idle,
     )  # fmt: skip
+    numbers, best = search(ranked, chosen)
+    real = sbuf(best.shape, nl.float32)
+    nisa.tensor_scalar(real, best, nl.greater_equal, 0.0)
+    return numbers, real
+
+
+def search(ranked, chosen: int):
+    """The largest of each row, the lowest number on ties: numbers uint32, and values."""
+    pairs, blocks = ranked.shape
+    spare = sbuf((pairs, blocks), nl.float32)
     rounds = (chosen + 7) // 8
     numbers = sbuf((pairs, 8 * rounds), nl.uint32)
-    best, real = sbuf((pairs, 8 * rounds), nl.float32), sbuf((pairs, chosen), nl.float32)
+    best = sbuf((pairs, 8 * rounds), nl.float32)
     for r in range(rounds):
         eight = slice(8 * r, 8 * r + 8)
         nisa.max8(best[:, eight], ranked)
@@ -98,8 +106,7 @@ def choose(ranked, place, chosen: int):
             nisa.memset(best[:, chosen : 8 * r + 8], -NONE)
         nisa.nc_match_replace8(spare, ranked, best[:, eight], NONE, dst_idx=numbers[:, eight])
         ranked, spare = spare, ranked
-    nisa.tensor_scalar(real, best[:, 0:chosen], nl.greater_equal, 0.0)
-    return numbers[:, 0:chosen], real
+    return numbers[:, 0:chosen], best[:, 0:chosen]
 
 
 def seen_tokens(numbers, real, place, size: int):

@@ -1,7 +1,8 @@
 """Modelled time of a decode step on a Trainium2, against a dense one of contiguous caches.
 
 The kernel runs on the simulator, with data, for as many sequences as one core has: a chip's eight
-cores share the batch, or the kv heads of a single sequence, each with the caches of its own.
+cores share the batch, or the kv heads of a single sequence, each with the caches of its own, which
+`nsa_neuron.nn` makes; and as if others had made them with all heads of a token together.
 Sequences share a few pages, whose numbers are data; time does not hang on them. A core is never
 faster than half of its HBM stack, which two cores share. Dense attention is a floor: its bytes at
 the full rate of the stacks, no work, no latency. Nothing here is measured, or was run on hardware.
@@ -25,11 +26,9 @@ from nsa_neuron.terminal import progress, table
 
 BENCH = "trn2-decode"
 CORES, STACKS = 8, 4
-PAGES = (128, 64, 64)  # rows of a compressed, a selection and a window page
+PAGES = {"cmp": 16, "slc": 256, "win": 256}  # rows of a page
 POOL = 64  # pages
 NSA, CONTIGUOUS, DENSE = "decode", "decode, contiguous caches", "dense, its bytes"
-HEADS_FIRST = ("slc",)  # pools of NSA whose pages hold a kv head's tokens together; if of one head:
-ALL_FIRST = ("cmp", "slc", "win")
 
 
 def measure(
@@ -60,13 +59,13 @@ def _of_batch(
     blocks = (tokens - 32) // 16 + 1
     facts: dict[str, Any] = {
         "tokens": tokens, "batch": batch, "Hq": hq, "Hkv": hkv, "Dk": dims[0], "Dv": dims[1],
-        "dtype": "bfloat16", "cores": CORES, "of each core": split, "pages": PAGES,
+        "dtype": "bfloat16", "cores": CORES, "of each core": split,
     }  # fmt: skip
     needed = batch * hkv * width * (blocks + 16 * 64 + 512)
     found = []
-    for name, heads_first in ((NSA, ALL_FIRST if by_heads else HEADS_FIRST), (CONTIGUOUS, ())):
-        band, told = _step(tokens, sequences, hq // hkv, own, dims, heads_first)
-        told |= {**facts, "heads first": heads_first, "bytes": needed}
+    for name, contiguous in ((NSA, False), (CONTIGUOUS, True)):
+        band, told = _step(tokens, sequences, hq // hkv, own, dims, contiguous)
+        told |= {**facts, "bytes": needed}
         low, central, high = (x / 1e3 for x in band)
         found.append(Modelled(BENCH, name, "us", low, central, high, told))
     whole = batch * hkv * width * tokens
@@ -83,9 +82,13 @@ def _step(
     group: int,
     kv_heads: int,
     dims: tuple[int, int],
-    heads_first: Sequence[str] = (),
+    contiguous: bool = False,
 ) -> tuple[list[float], dict[str, Any]]:
-    """Ns (low, central, high) of one core's launch; how many DMAs and bytes of HBM it has."""
+    """Ns (low, central, high) of one core's launch; how many DMAs and bytes of HBM it has.
+
+    Args:
+        contiguous: whether all pools are contiguous, not as `nsa_neuron.nn` makes them.
+    """
     spec = get("decode")
     gen = torch.Generator().manual_seed(tokens)
     values: dict[str, Any] = {**spec.defaults}
@@ -97,12 +100,10 @@ def _step(
     values["gates"] = torch.rand(sequences, 1, group * kv_heads, 3, generator=gen).bfloat16()
     values["seqlens"] = torch.full((sequences,), tokens, dtype=torch.int32)
     rows = ((tokens - 32) // 16 + 1, tokens, tokens)
-    for name, page, count in zip(("cmp", "slc", "win"), PAGES, rows, strict=True):
+    for (name, page), count in zip(PAGES.items(), rows, strict=True):
         for side, dim in zip("kv", dims, strict=True):
-            if name in heads_first:
-                values[f"{side}_{name}"] = normal(POOL, kv_heads, page, dim).transpose(1, 2)
-            else:
-                values[f"{side}_{name}"] = normal(POOL, page, kv_heads, dim)
+            pool = a_pool(name, kv_heads, dim, contiguous)
+            values[f"{side}_{name}"] = pool.normal_(generator=gen)
         pages = torch.arange(sequences * math.ceil(count / page)) % POOL
         values[f"{name}_table"] = pages.view(sequences, -1).int()
     values = {name: values[name] for name in spec.names}
@@ -116,6 +117,15 @@ def _step(
         own = sum(getattr(each.band, level) for each in estimates)
         band.append(max(own, moved / (load("measured-3p", level).hbm_stack / 2)))
     return band, {"DMAs of a core": len(transfers), "bytes of a core": moved}
+
+
+def a_pool(name: str, kv_heads: int, dim: int, contiguous: bool) -> torch.Tensor:
+    """An unwritten pool [pages, page, Hkv, dim] of a branch, in memory as `nsa_neuron.nn` makes it
+    if not `contiguous`."""
+    page = PAGES[name]
+    if name == "slc" and kv_heads > 1 and not contiguous:
+        return torch.empty(POOL, kv_heads, page, dim, dtype=torch.bfloat16).transpose(1, 2)
+    return torch.empty(POOL, page, kv_heads, dim, dtype=torch.bfloat16)
 
 
 def to_text(found: Sequence[Modelled]) -> str:

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from nsa_neuron.distributed import context_parallel, shard_tokens, sharded_loss, tensor_parallel
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn import ByteLanguageModel, NsaConfig
+from nsa_neuron.records import recording
+from nsa_neuron.registry import use_backend
 
 # 64 tokens have 8 blocks, of which 3 are forced: one is chosen among the others.
 GEOMETRY = {"block": 8, "stride": 4, "select_block": 8, "num_selected": 4, "window": 12}
@@ -100,6 +102,22 @@ def _greedy(net, prompt, count):
     return torch.cat(found, 1)
 
 
+@torch.no_grad()
+def check_cores():
+    """Each rank, as a core of a Trainium, decodes its own kv heads by the NKI kernels."""
+    mesh, tokens = init_device_mesh("cpu", (dist.get_world_size(),)), bytes_of(1, 42)
+    whole = model(("nsa",)).float().eval()
+    want = whole(tokens)
+    spread = tensor_parallel(copy.deepcopy(whole), mesh)
+    cache, at = spread.new_cache(1, 64), 0
+    for count in (40, 1, 1):
+        with use_backend("neuron", "sim"), recording() as runs, cache.step(count) as step:
+            got = spread(tokens[:, at : at + count], step)
+        at += count
+        torch.testing.assert_close(got, want[:, at - count : at], rtol=1e-4, atol=1e-4)
+    assert runs and cache.layers[0]["slc"][0].shape[2] == 4 // dist.get_world_size()
+
+
 def check_refused(changes):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with pytest.raises(InvalidArgument, match="a divisor"):
@@ -164,6 +182,10 @@ def test_tokens_that_cannot_be_spread_are_refused(two):
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}], ids=str)
 def test_generation_with_tensor_parallelism(two, changes):
     two(check_generation, changes)
+
+
+def test_cores_decode_their_own_heads(two):
+    two(check_cores)
 
 
 def test_generation_with_more_ranks_than_kv_heads(four):

@@ -7,9 +7,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from nsa_neuron.bench import looped, trainium
+from nsa_neuron.bench import decoding, looped, trainium
 from nsa_neuron.cli import main
+from nsa_neuron.nn import NsaConfig, PagedCache
 
 pytestmark = pytest.mark.sim
 
@@ -144,6 +146,16 @@ def test_hardware_loops_are_their_paces_times_their_turns() -> None:
     assert central > 65_536 / 32 * 256 * 0.43e3
     both = looped.nanoseconds(replace(call, lnc=2))[0]
     assert 0.45 < both[1] / central < 0.6
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_decode_is_modelled_with_the_caches_that_nn_makes(heads: int) -> None:
+    config = NsaConfig(dim=8, heads=8, kv_heads=heads, dk=192, dv=128)
+    cache = PagedCache(config, ("nsa",), 1, 1, pages=decoding.POOL, dtype=torch.bfloat16)
+    for name in decoding.PAGES:
+        for pool, dim in zip(cache.layers[0][name], (192, 128), strict=True):
+            modelled = decoding.a_pool(name, heads, dim, contiguous=False)
+            assert pool.shape[1:] == modelled.shape[1:] and pool.stride() == modelled.stride()
 
 
 def test_decode_of_a_chip(capsys) -> None:

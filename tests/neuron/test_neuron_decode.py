@@ -10,11 +10,13 @@ import pytest
 import torch
 from decode_cases import a_case, check_golden
 from hypothesis import given
+from hypothesis import strategies as st
 from interpreted import examples
 
 import nsa_neuron as nsa
 from nsa_neuron.backends.neuron import run
 from nsa_neuron.backends.neuron.launch import decode as launch
+from nsa_neuron.backends.neuron.launch.decode import caches, single
 from nsa_neuron.errors import InvalidArgument, NsaError
 from nsa_neuron.ops import get
 from nsa_neuron.registry import use_backend
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from nsa_neuron.cases import Case
 
 pytestmark = pytest.mark.sim
-SPEC = get("decode")
+SPEC, F32 = get("decode"), torch.float32
+SINGLE = ("one_token", "group3", "group20", "group34_kv2", "l_d_m_equal", "three_to_one",
+          "no_initial_one_local", "n_exceeds_blocks", "custom_scale", "paper_heads")  # fmt: skip
 ZEROS = torch.zeros(1, 9000, dtype=torch.int32)
 
 
@@ -51,6 +55,34 @@ def close(values: dict, o: torch.Tensor) -> None:
     torch.testing.assert_close(o.double(), want, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SINGLE)
+def test_one_head_of_a_core_is_as_right_as_several(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel with keys on the partitions, beside the one with heads on them."""
+    values, taken = a_named(name, dtype), []
+    real = single.Call.run
+    monkeypatch.setattr(single.Call, "run", lambda *a, **k: taken.append(1) or real(*a, **k))
+    o = launched(values)
+    assert taken
+    monkeypatch.setattr(single, "HEADS", 0)
+    torch.testing.assert_close(o, launched(values), rtol=0.03, atol=0.02 * (o.dtype != F32) + 3e-6)
+    if dtype == F32:
+        close(values, o)
+
+
+@examples(10)
+@given(a_case(), st.sampled_from([16, 64]))
+def test_any_case_of_one_head(case: Case, page: int) -> None:
+    """Whole blocks in rows of compressed keys, so that the kernel takes most of them."""
+    ratio = case.scalars["select_block"] // case.scalars["stride"]
+    sizes = {**case.sizes, "B": 1, "S": 1, "Hkv": 1, "Hq": case.sizes["Hq"]}
+    options = {"tokens": case.options["tokens"][:1], "pages": (ratio * 4, 1, page)}
+    values = SPEC.arguments(replace(case, sizes=sizes, options=options), torch.float32)
+    close(values, launched(values))
+
+
 @examples(10)
 @given(a_case())
 def test_any_case(case: Case) -> None:
@@ -67,7 +99,7 @@ def test_logits_that_do_not_fit_go_to_memory(
     scalars = {**case.scalars, "block": block, "select_block": select_block}
     case = replace(case, scalars=scalars, options={**case.options, "tokens": (300, 131)})
     values = SPEC.arguments(case, torch.float32)
-    monkeypatch.setattr(launch, "ROW_BYTES", 1)
+    monkeypatch.setattr(caches, "ROW_BYTES", 1)
     within = launched(values)
     monkeypatch.setattr(launch, "HELD_BYTES", 0)
     o = launched(values)
@@ -122,9 +154,13 @@ def test_queries_that_do_not_fit_the_partitions_together() -> None:
     close(values, launched(values))
 
 
+@pytest.mark.parametrize("heads", [0, 2])
 @pytest.mark.parametrize("chosen", [3, 5, 8, 9])
-def test_equal_scores_take_the_lowest_block(chosen: int) -> None:
+def test_equal_scores_take_the_lowest_block(
+    chosen: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Queries of zeros see every compressed block alike: all blocks but the first and last tie."""
+    monkeypatch.setattr(single, "HEADS", heads)
     values = a_named("forced_only")
     values["q"].zero_()
     close({**values, "num_selected": chosen}, launched({**values, "num_selected": chosen}))
@@ -159,6 +195,6 @@ def test_what_does_not_fit_is_refused_by_rule(rule: str, change: dict) -> None:
 def test_rows_of_many_heads_are_read_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     values = a_named("two_sequences", torch.bfloat16)
     o = launched(values)
-    monkeypatch.setattr(launch, "ROW_BYTES", 64)
-    monkeypatch.setattr(launch, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(caches, "ROW_BYTES", 64)
+    monkeypatch.setattr(caches, "BLOCK_BYTES", 64)
     assert launched(values).isclose(o, rtol=0.02, atol=0.01).all()

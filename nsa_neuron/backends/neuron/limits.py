@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nsa_neuron.backends.neuron import buckets, plans
 from nsa_neuron.backends.neuron.launch import groups, reach
-from nsa_neuron.backends.neuron.launch.decode import reads_single_tokens, row_of_block
+from nsa_neuron.backends.neuron.launch.decode.caches import reads_single_tokens, row_of_block
 from nsa_neuron.backends.neuron.launch.selected_attention.sizes import (
     MOST_ROWS,
     page_of,

@@ -113,7 +113,9 @@ class PageTable:
         at = np.where(inside, positions, 0)
         pages = np.where(inside, self.table[sequences, at // self.page], NONE)
         first = np.where(pages == NONE, otherwise, pages) * self.heads
-        return (first[..., None] + np.arange(self.heads)) * self.page + (at % self.page)[..., None]
+        begin = (first[..., None] + np.arange(self.heads)) * self.page
+        found: Ints = begin + (at % self.page)[..., None]
+        return found
 
 
 @dataclass

@@ -120,8 +120,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return reports
 
 
-def test_a_right_backend_passes_its_own_pytest_on_two_workers(tmp_path: Path) -> None:
-    done = run(install(tmp_path), "-m", "pytest", "-q", "-rs", "-n", "2", "test_acme.py")
+def test_a_right_backend_passes_its_own_pytest_on_two_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the plugins that are installed here only the one that it asks for.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    words = ("-q", "-rs", "-p", "xdist", "-n", "2", "test_acme.py")
+    done = run(install(tmp_path), "-m", "pytest", *words)
     counts = pytest_counts(done.stdout)
     assert done.returncode == 0, done.stdout
     assert counts["passed"] > 20 and "failed" not in counts

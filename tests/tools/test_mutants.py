@@ -66,7 +66,9 @@ def test_dies():
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # A dozen starts of pytest, each of which would load plugins that nothing here needs.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     root = tmp_path / "project"
     (root / "summing").mkdir(parents=True)
     (root / "summing" / "__init__.py").write_text(SUM)

@@ -189,15 +189,14 @@ def test_the_dry_run_measures_with_the_real_kernels(tmp_path):
 
     mine = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     env = mine | {"DRY_RUN": "1", "PYTHON": sys.executable, "BUDGET": "600"}
-    env["STEPS"] = "machine ops-8k profile bench-decode bench-64k"  # test_tune.py has the tuner
+    # test_tune.py has the tuner, test_own_stages.py the benchmark of forward and backward.
+    env["STEPS"] = "machine ops-8k profile bench-decode"
     done = subprocess.run(
         [SCRIPT, tmp_path / "none", tmp_path / "out"], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(x) for x in (tmp_path / "out/bench.jsonl").read_text().splitlines()]
-    assert {(r["stage"], r["direction"]) for r in rows} == {
-        ("window", "fwd"), ("window", "bwd"), ("decode", "eager")
-    }  # fmt: skip
+    assert {(r["stage"], r["direction"]) for r in rows} == {("decode", "eager")}
     assert {r["status"] for r in rows} == {"ok"} and {r["device"] for r in rows} == {"cpu"}
     tests = [json.loads(x) for x in (tmp_path / "out/tests.jsonl").read_text().splitlines()]
     ended = [row for row in tests if row["outcome"] != "began"]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +12,12 @@ pytest.importorskip("triton")
 from nsa_neuron.errors import NsaError
 from tools import own_stages
 from tools.peers import dry_run
+from tools.peers.__main__ import main as peers
 from tools.peers.adapters import Own
 from tools.peers.measure import check_backward, check_forward
 from tools.peers.problem import GRADS, LONG, Geometry, Heads, make_decode, make_problem, random_ids
 
 pytestmark = pytest.mark.sim
-ROOT = Path(__file__).parents[2]
 GEOM, HEADS = Geometry(n=4, w=40), Heads(2, 1, 24, 16)
 PREFILL = ("dense", "window", "slc", "cmp", "select", "cmp_select", "nsa")
 
@@ -87,21 +83,19 @@ def test_block_masks_of_flex_attention(tokens, window):
 
 def test_a_run_out_of_time_resumes(tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = [
-        sys.executable, "-m", "tools.peers", "--tiny", "--own", "tools.own_stages:STAGES",
-        "--only", "nsa-neuron,sdpa-math", "--stages", "dense", "--dists", "random", "--resume",
-        "--revision", "r1", "--out", out,
-    ]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = (
+        "--tiny --own tools.own_stages:STAGES --only nsa-neuron,sdpa-math --stages dense "
+        f"--dists random --resume --revision r1 --out {out}"
+    ).split()
 
     def run(*more):
-        done = subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True)
-        return done, [json.loads(x) for x in out.read_text().splitlines()]
+        code = peers([*words, *more])
+        return code, [json.loads(x) for x in out.read_text().splitlines()]
 
-    done, rows = run("--budget", "0")
-    assert done.returncode == 3 and {r["status"] for r in rows} == {"skipped"}
-    done, rows = run()
-    assert done.returncode == 0, done.stderr
+    code, rows = run("--budget", "0")
+    assert code == 3 and {r["status"] for r in rows} == {"skipped"}
+    code, rows = run()
+    assert code == 0
     assert {(r["peer"], r["direction"]) for r in rows} == {
         (peer, d) for peer in ("nsa-neuron", "sdpa-math") for d in ("fwd", "bwd")
     }

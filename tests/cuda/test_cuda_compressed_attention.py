@@ -64,17 +64,17 @@ def close(got, want, tolerance):
         (1, 1, 1, 4, 16, 16, 8, 4),
         (7, 7, 1, 2, 16, 16, 8, 4),
         (37, 100, 1, 3, 24, 16, 8, 4),
-        (50, 50, 1, 16, 16, 32, 8, 8),
+        (26, 26, 1, 16, 16, 32, 8, 8),
         (45, 61, 2, 2, 80, 48, 12, 6),
         (33, 40, 1, 4, 192, 128, 4, 2),
         (20, 90, 1, 5, 8, 8, 6, 3),
     ],
 )
-@pytest.mark.parametrize("splits", [1, 3])
-def test_forward_and_backward_match_float64(S, T, Hkv, G, dk, dv, block, stride, splits):
+def test_forward_and_backward_match_float64(S, T, Hkv, G, dk, dv, block, stride):
+    """Two batches where there are several kv heads; dk, dv in one piece and in three."""
     gen = torch.Generator().manual_seed(S)
     blocks = oracle.blocks_of(T, block, stride)
-    B, scale = 2, 0.37
+    B, scale = Hkv, 0.37
     q = torch.randn(B, S, Hkv * G, dk, generator=gen)
     k = torch.randn(B, blocks, Hkv, dk, generator=gen)
     v = torch.randn(B, blocks, Hkv, dv, generator=gen)
@@ -82,13 +82,17 @@ def test_forward_and_backward_match_float64(S, T, Hkv, G, dk, dv, block, stride,
     grad_lse = torch.randn(B, S, Hkv * G, generator=gen)
     geometry = dict(kv_len=T, block=block, stride=stride, scale=scale)
     constants = plan(**TINY)
-    constants["backward_dkv"]["SPLITS"] = splits
     o, lse = launch.forward(KERNELS, constants, q, k, v, **geometry)
-    grads = launch.backward(KERNELS, constants, grad_o, q, k, v, o, lse, grad_lse, **geometry)
-    for b in range(B):
-        want = expected(q[b], k[b], v[b], grad_o[b], grad_lse[b], T, block, stride, scale)
-        for got, reference in zip((o, lse, *grads), want, strict=True):
-            close(got[b], reference, 3e-6)
+    want = [
+        expected(q[b], k[b], v[b], grad_o[b], grad_lse[b], T, block, stride, scale)
+        for b in range(B)
+    ]
+    for splits in (1, 3):
+        constants["backward_dkv"]["SPLITS"] = splits
+        grads = launch.backward(KERNELS, constants, grad_o, q, k, v, o, lse, grad_lse, **geometry)
+        for b in range(B):
+            for got, reference in zip((o, lse, *grads), want[b], strict=True):
+                close(got[b], reference, 3e-6)
 
 
 def test_any_strides_are_honoured():

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-PRELOAD = ["nsa_neuron.distributed", "torch.distributed.checkpoint", "torch.optim"]
+PRELOAD = [
+    "nsa_neuron.distributed", "nsa_neuron.distributed.training", "nsa_neuron.backends.cpu",
+    "torch.distributed.checkpoint", "torch.optim", "fsspec", "pytest",
+]  # fmt: skip
+"""Imported once, before ranks fork: what checks need, and what their files do."""
 
 
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:

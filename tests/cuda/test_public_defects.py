@@ -187,7 +187,7 @@ def test_lse_of_an_empty_row_is_minus_infinity():
 )
 def test_gradients_are_bit_equal_from_run_to_run(name):
     """No atomics: with any in them, sums come in another order. (Of the whole: conformance.)"""
-    which = {"compress_backward": "mlp_kv2", "gated_sum_backward": "batch2_kv2"}
+    which = {"compress_backward": "mlp_kv2", "selected_attention_backward": "default_block"}
     values = case(name, which.get(name, "batch2_kv2"))
     op = getattr(torch.ops.nsa, name)
     for first, second in zip(op(**values), op(**values), strict=True):

@@ -37,3 +37,16 @@ def test_every_document_that_is_named_exists():
             r"`((?:docs|tools|nsa_neuron|tests)/[\w/.-]+\.\w+)`", page.read_text()
         ):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_every_picture_and_page_that_is_linked_exists():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_the_readme_shows_a_picture_of_each_product():
+    page = (ROOT / "README.md").read_text()
+    shown = re.findall(r"!\[[^\]]+\]\(docs/images/(\w+)\.png\)", page)
+    assert {*shown} == {"selection_page", "conform_page", "profile_page"}

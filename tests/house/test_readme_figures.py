@@ -1,4 +1,4 @@
-"""The README's measured figures are those of the newest rows in benchmarks/results."""
+"""Figures of the README, and of modelled stages, are those of the newest rows of their kind."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ NATIVE = {"Hq": 16, "Hkv": 1, "Dk": 128, "dtype": "float32"}
 
 
 @cache
-def rows(pattern: str) -> list[dict[str, Any]]:
-    """The last row of each measurement in the newest file of this name."""
+def every(pattern: str) -> list[dict[str, Any]]:
+    """The rows of the newest file of this name."""
     newest = sorted(RESULTS.glob(pattern))[-1]
-    return latest([json.loads(line) for line in newest.read_text().splitlines()])
+    return [json.loads(line) for line in newest.read_text().splitlines()]
+
+
+@cache
+def rows(pattern: str) -> list[dict[str, Any]]:
+    """The last row of each measurement there."""
+    return latest(every(pattern))
 
 
 def median(pattern: str, bench: str, name: str, **facts: Any) -> float:
@@ -120,6 +126,26 @@ def test_the_simulator() -> None:
         row["median"] for row in rows("simulator-*-quiet.jsonl") if "bookkeeping" in row["name"]
     ]
     assert (round(min(each), 1), round(max(each), 1)) == (least, most)
+
+
+def test_the_modelled_stages_of_a_trainium2() -> None:
+    """docs/performance.md's table, to the digits that it shows."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    head = re.search(r"^\| stage \| (8K .*) \|$", page, re.MULTILINE)
+    assert head
+    lengths = [1024 * int(x[:-1]) * (1024 if x[-1] == "M" else 1) for x in head[1].split(" | ")]
+    forward = {"pass": "forward", "cores": 1, "Dk": 192}
+    names = ("compress", "compressed_attention", "select_blocks", "selected_attention",
+             "sliding_window_attention", "gated_sum")  # fmt: skip
+    for name in names:
+        line = re.search(rf"^\| {name}\b[^|]*\| (.*) \|$", page, re.MULTILINE)
+        assert line, name
+        for tokens, told in zip(lengths, line[1].split(" | "), strict=True):
+            found = of(every("trn2-modelled-*.jsonl"), "trn2", tokens=tokens, **forward)
+            central = [row["central"] for row in found if row["name"] == name][-1]
+            digits = len(told.partition(".")[2])
+            near = 0.5 * 10**-digits if digits else max(0.5, 5e-4 * central)
+            assert abs(float(told) - central) <= 1.01 * near, (name, tokens)
 
 
 def test_every_measured_row_says_of_what_and_on_what() -> None:

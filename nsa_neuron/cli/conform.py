@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     if args.html:
-        args.html.write_text(html.page(report, past))
+        args.html.write_text(html.page(report, past, _tried(args)))
     if args.json:
         print(report.to_json())
     else:
@@ -82,6 +82,18 @@ def run(args: argparse.Namespace) -> int:
     if not report.ok:
         return FAILED
     return 0 if report.rows and report.ran else UNUSABLE
+
+
+def _tried(args: argparse.Namespace) -> str:
+    """What the options left of all cases, in words; empty: everything."""
+    chosen = {
+        "backend": args.backend,
+        "op": args.op,
+        "case": [args.case] if args.case else [],
+        "dtype": [str(dtype).removeprefix("torch.") for dtype in args.dtype or ()],
+        "cases tagged": args.tag or [],
+    }
+    return "; ".join(f"{name} {', '.join(values)}" for name, values in chosen.items() if values)
 
 
 def _cases(args: argparse.Namespace) -> list[str]:

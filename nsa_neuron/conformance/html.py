@@ -44,7 +44,8 @@ th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--
   vertical-align: top }
 th { font-weight: 600 } td.num { font-variant-numeric: tabular-nums; white-space: nowrap }
 code, .mono { font-family: ui-monospace, monospace; font-size: .92em }
-.cell { display: inline-block; min-width: 3.1rem; margin: 0 .15rem; padding: .1rem .3rem;
+.matrix td, .matrix th { white-space: nowrap; padding: .3rem .5rem }
+.cell { display: inline-block; min-width: 2.2rem; margin: 0 .1rem; padding: .1rem .3rem;
   border-radius: .3rem; text-align: center; color: #fff; font-size: .8rem; cursor: help }
 .cell.pass { background: var(--pass) } .cell.partial { background: var(--partial) }
 .cell.fail { background: var(--fail) } .cell.gap { background: var(--gap) }
@@ -60,11 +61,11 @@ summary { cursor: pointer } summary .cell { cursor: pointer }
 <h1>nsa-neuron conformance</h1>
 <p class="verdict $kind">$verdict</p>
 <p class="quiet">$setting</p>
-<p>Each case is judged against the float64 reference on the same inputs. The budget is twice the
-error of plain torch in the same dtype plus a rounding band of the result.</p>
+<p>$tried. Each case is judged against the float64 reference on the same inputs. The budget is twice
+the error of plain torch in the same dtype plus a rounding band of the result.</p>
 <h2>Matrix</h2>
 <p>$legend</p>
-<div class="scroll"><table><thead><tr><th>op</th>$heads</tr></thead>
+<div class="scroll"><table class="matrix"><thead><tr><th>op</th>$heads</tr></thead>
 <tbody>$rows</tbody></table></div>
 $hindrances
 $failures
@@ -76,12 +77,13 @@ $details
 """)
 
 
-def page(report: Report, past: Sequence[Past] = ()) -> str:
+def page(report: Report, past: Sequence[Past] = (), tried: str = "") -> str:
     """The page as text.
 
     Args:
         report: of now.
         past: earlier ones, oldest first.
+        tried: which cases, ops and dtypes were chosen, in words; empty: all there are.
     """
     failed = len(report.failures)
     verdict = f"{failed} of {report.ran} cases fail" if failed else f"{report.ran} cases, no fail"
@@ -90,6 +92,7 @@ def page(report: Report, past: Sequence[Past] = ()) -> str:
         kind="pass" if report.ok else "fail",
         verdict=verdict,
         setting=escape(_setting()),
+        tried=escape(f"A selection: {tried}" if tried else "Every case of every op"),
         legend=_legend(),
         heads="".join(f"<th>{escape(target)}</th>" for target in targets),
         rows=_rows(report, targets),

@@ -110,7 +110,9 @@ def test_it_prints_the_matrix_and_writes_a_page(tmp_path, capsys) -> None:
     assert main([*words, "--dtype", "bf16", "--html", str(page), "--verbose"]) == 0
     out = capsys.readouterr().out
     assert "reference:eager" in out and "✓" in out and "0 of 2 cases fail" in out
-    assert page.read_text().startswith("<!doctype html>")
+    text = page.read_text()
+    assert text.startswith("<!doctype html>")
+    assert "A selection: backend reference; op gated_sum; case one_token; dtype bfloat16." in text
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 Dimensions: G query heads <= 128, Dk, Dv <= 256; pools in rows of t tokens, see `caches`: t_cmp a
 multiple of m / d, G * t a bank of PSUM at most, chosen blocks in at most 128 rows.
 Layout: keys on partitions, see `upright`. A core that has one kv head only cannot fill its
-partitions with heads, as `kernel.decode` does, and is bound by the chain of its steps, not by any
-engine: DMAs that wait for one another, and engines that hand on.
+partitions with heads, as `kernel.decode` does.
 
     index -> gather K_cmp, K_win, V_win, V_cmp
     compressed   S^T = K q by PE, as tiles of 128 rows arrive; hide; less the maximum; exp
@@ -14,7 +13,16 @@ engine: DMAs that wait for one another, and engines that hand on.
     selected     first rows of chosen blocks from a table in SBUF: partitions compare the numbers
                  with their own, a matmul adds up what one of them finds; gather; S^T, exp
     each branch  o = sum of weights * V by PE; the window and the compressed branch while the chosen
-                 keys are on their way
+                 keys are on their way; their values are cleared in gaps of VectorE
+
+Bound by the chain of its steps, not by an engine: of 36 us at 64K tokens (modelled, 64/4/192/128,
+bfloat16, one of four kv heads on a core) VectorE works 27, PE 19, ScalarE 7, and bytes take 10. The
+chain, us: the index 0.9, the second half of the compressed keys 5.8 (GpSimd makes descriptors of
+the first before), their logits 3.7, the maximum 2.4, shares and importance 5.5, a row of it 1.4,
+four searches of 1024 for eight 4.9, rows of blocks 2.1, chosen keys 3.3, their logits and maximum
+2.9, weights and values 1.6, the result 1.2. Weighed: heads on the partitions, 70 us; PE not warmed up
+meanwhile, 37.5; eight tokens a row, four gathers, 38.7; values cleared in larger pieces, 36.9. Two
+cores for a head would save about 4 us, and meet twice, 2 us each.
 """
 
 import nki
@@ -27,8 +35,10 @@ from nki_kernels.common.queues import fetch, move
 from nki_kernels.common.spans import spans
 from nki_kernels.decode.caches import Cache
 from nki_kernels.decode.lanes import load_columns
-from nki_kernels.decode.selection import FORCED, NONE, search
+from nki_kernels.decode.selection import search
+from nki_kernels.decode.table import Table
 from nki_kernels.decode.upright import Upright, clear
+from nki_kernels.decode.worth import Worth
 
 PARTITIONS = 128
 
@@ -37,12 +47,6 @@ WARM_UP = 9
 
 CLEARED = 4
 """Tokens of each row whose values are cleared at a time, 0.33 us."""
-
-APART = 32
-"""Partitions from one at which engines begin to read or write to the next such."""
-
-NOWHERE = 1.0e7
-"""Added to the number of a block that is none: all its tokens lie behind every query."""
 
 
 @nki.jit
@@ -72,25 +76,27 @@ def decode_single(
     batch, kv_heads, _, group = q_t.shape
     o = nl.ndarray((batch, kv_heads, group, v_cmp.shape[-1]), q_t.dtype, buffer=nl.shared_hbm)
     first, count = share(batch * kv_heads)
+    items = []
     for item in range(first, first + count):
         b, h = item // kv_heads, item % kv_heads
         own = Single(q_t[b, h], index[b], kept[b], gates[b, h], place[b], table[b], scale)
         own.far = Cache(k_cmp, v_cmp, apart[0], h, 1)
         own.chosen = Cache(k_slc, v_slc, apart[1], h, 1)
         own.near = Cache(k_win, v_win, apart[2], h, 1)
-        own.set_sizes(near_rows, length, ratio, size, chosen, blocks)
+        own.near_rows, own.count, own.tiles = near_rows, chosen, index.shape[2] - 1
+        own.worth = Worth(own.tiles, own.far.tokens, length, ratio, blocks)
+        if len(items) == 0:
+            own.warm_up()
         own.load()
-        own.prepare(moves, initial)
+        own.prepare(moves, initial, blocks, size)
+        own.out = o[b, h]
+        items.append(own)
+    for own in items:
         own.score_far()
-        worth = own.importance()
-        ranked = own.in_a_row(worth)
-        own.clear_rest(own.near_pieces)
-        own.start_known()
-        rows = own.look_up(ranked)
-        k, v = own.chosen.gather(k_slc, rows), own.chosen.gather(v_slc, rows)
-        own.see(k.shape[0], k.shape[1])
+        own.rank()
+        own.gather()
         own.sum_known()
-        own.finish(k[:, :, 0, :], v[:, :, 0, :], o[b, h])
+        own.finish()
     return o
 
 
@@ -102,17 +108,6 @@ class Single(nl.NKIObject):
         self.q_t, self.scale, self.dtype = q_t, scale, q_t.dtype
         self.group = q_t.shape[1]
 
-    def set_sizes(self, near_rows, length, ratio, size, chosen, blocks):
-        self.near_rows, self.length, self.ratio, self.size = near_rows, length, ratio, size
-        self.count, self.blocks = chosen, blocks
-        self.tiles = self.given[0].shape[1] - 1
-        self.per_row = self.far.tokens // ratio  # blocks
-        self.before = length - 1
-        # Blocks may be chosen that have no compressed key yet.
-        of_tile = PARTITIONS * self.per_row
-        self.ranked = max(self.tiles, (blocks + of_tile - 1) // of_tile)
-        self.per_block = size // self.chosen.tokens
-
     def load(self):
         """What is known, and the gathers that hang on it."""
         loaded = []
@@ -120,9 +115,8 @@ class Single(nl.NKIObject):
             target = sbuf(source.shape, source.dtype)
             move(target, source, "" if len(loaded) == 0 else "a")
             loaded.append(target)
-        self.index, self.place, self.kept, self.gates, self.table = loaded
+        self.index, self.place, self.kept, self.gates, self.first_rows = loaded
         self.columns = load_columns(self.q_t)
-        self.warm_up()
         self.far_k, self.far_v = [], []
         near = self.index[0 : self.near_rows, self.tiles : self.tiles + 1]
         for i in range(self.tiles):
@@ -149,47 +143,18 @@ class Single(nl.NKIObject):
         for _ in range(WARM_UP // (2 if self.dtype == nl.float32 else 1)):
             nisa.nc_matmul(psum((PARTITIONS, 512)), some[:, 0:PARTITIONS], some, accumulate=False)
 
-    def prepare(self, moves, initial):
-        """Constants, while keys are on their way."""
-        self.shift, self.corner = sbuf((128, 128), nl.float32), sbuf((128, 128), nl.float32)
-        fetch(self.shift, moves[0], "a")
-        fetch(self.corner, moves[1], "a")
-        self.ones = sbuf((PARTITIONS, PARTITIONS), nl.float32)
+    def prepare(self, moves, initial, blocks, size):
+        """What hangs on no key, while keys are on their way."""
+        self.ones, self.unit = sbuf((128, 128), nl.float32), sbuf((PARTITIONS, 1), self.dtype)
         nisa.memset(self.ones, 1.0)
-        self.unit = sbuf((PARTITIONS, 1), self.dtype)
         nisa.memset(self.unit, 1.0)
-        slots = self.table.shape[1]
-        self.slots, self.places = counted(slots, 0), counted(self.chosen.tokens, 0)
-        self.first_block = counted(1, slots)
-        self.shares = sbuf((PARTITIONS, self.ranked, self.before + self.far.tokens), nl.float32)
-        nisa.memset(self.shares, 0.0)
-        group, of_blocks = self.group, (self.count * self.per_block, self.chosen.tokens)
+        tokens, group = self.chosen.tokens, self.group
+        self.table = Table(self.first_rows, blocks, size, tokens, self.place, self.ones)
+        rows = self.count * self.table.per_block
         self.far_heads = Upright(self.columns, group, PARTITIONS, self.tiles * self.far.tokens)
         self.near_heads = Upright(self.columns, group, self.near_rows, self.near.tokens)
-        self.heads = Upright(self.columns, group, of_blocks[0], of_blocks[1])
-        self.prefer(initial)
-
-    def prefer(self, initial):
-        """`FORCED` for blocks that are chosen anyway, `NONE` for those behind the query's own."""
-        shape = (PARTITIONS, self.ranked, self.per_row)
-        number, hidden = sbuf(shape, nl.float32), sbuf(shape, nl.float32)
-        self.preference = sbuf(shape, nl.float32)
-        nisa.iota(
-            number, [[PARTITIONS * self.per_row, self.ranked], [1, self.per_row]], offset=0,
-            channel_multiplier=self.per_row,
-        )  # fmt: skip
-        nisa.tensor_scalar(
-            self.preference, number, nl.greater, self.place[:, 1:2], op1=nl.multiply,
-            operand1=FORCED,
-        )  # fmt: skip
-        nisa.tensor_scalar(
-            hidden, number, nl.greater, self.place[:, 0:1], op1=nl.multiply, operand1=NONE
-        )
-        nisa.tensor_scalar(
-            number, number, nl.less, float(initial), op1=nl.multiply, operand1=FORCED
-        )
-        nisa.tensor_tensor(self.preference, self.preference, number, nl.maximum)
-        nisa.tensor_tensor(self.preference, self.preference, hidden, nl.add)
+        self.heads = Upright(self.columns, group, rows, tokens)
+        self.worth.prepare(self.place, moves, initial)
 
     def score_far(self):
         """Logits of the compressed branch, less the largest."""
@@ -220,82 +185,12 @@ class Single(nl.NKIObject):
         while len(self.uncleared) > kept:
             self.use_gap()
 
-    def share_out(self):
-        """What the heads together give each compressed key, behind what the one before it had."""
-        group, values, tokens = self.group, self.far_heads.values, self.far.tokens
-        shares, sums = sbuf(values.shape, nl.float32), sbuf((PARTITIONS, group), nl.float32)
-        nisa.activation(shares, nl.exp, values, scale=self.scale)
-        self.use_gap()
-        self.use_gap()
-        nisa.tensor_reduce(sums, nl.add, shares, axis=2)
-        self.use_gap()
-        total, inverse = psum((PARTITIONS, group)), sbuf((PARTITIONS, group), nl.float32)
-        nisa.nc_matmul(total, self.ones, sums, accumulate=False)
-        nisa.reciprocal(inverse, total)
-        own = shares[:, :, 0 : self.tiles * tokens]
-        nisa.tensor_tensor(own, own, inverse.expand_dim(2).broadcast(2, own.shape[2]), nl.multiply)
-        for i in range(self.tiles):
-            by_key = own[:, :, i * tokens : (i + 1) * tokens].permute((0, 2, 1))
-            nisa.tensor_reduce(self.shares[:, i, self.before :], nl.add, by_key, axis=2)
-        if self.before > 0:
-            self.fetch_neighbours()
-
-    def fetch_neighbours(self):
-        """The last shares of a partition come before those of the next one."""
-        halo = psum((PARTITIONS, self.ranked, self.before))
-        last = self.shares[:, :, self.far.tokens :]
-        nisa.nc_matmul(halo, self.shift, last, accumulate=False)
-        if self.ranked > 1:
-            nisa.nc_matmul(
-                halo[:, 1:, :], self.corner, last[:, 0 : self.ranked - 1, :], accumulate=True
-            )
-        self.use_gap()
-        nisa.tensor_copy(self.shares[:, :, 0 : self.before], halo)
-
-    def importance(self):
-        """[128, ..., blocks of a row], with `preference`: overlapping keys count as often as they
-        share strides with a block, see `selection.shared_weights`.
-
-        Tiles lie `APART` apart, so that as partitions they are where engines can begin to read.
-        """
-        self.share_out()
-        group = min(self.ranked, PARTITIONS // APART)
-        found = []
-        for first, count in spans(self.ranked, group):
-            tiles = slice(first, first + count)
-            apart = sbuf((PARTITIONS, (count - 1) * APART + 1, self.per_row), nl.float32)
-            if count > 1:
-                nisa.memset(apart, 0.0, engine=nisa.engine.gpsimd)
-            own, last = apart[:, 0 : (count - 1) * APART + 1 : APART, :], self.preference[:, tiles]
-            for offset in range(1 - self.length, self.ratio):
-                times = min(offset + self.length, self.ratio) - max(offset, 0)
-                start = offset + self.before
-                end = start + self.ratio * (self.per_row - 1) + 1
-                part = self.shares[:, tiles, start : end : self.ratio]
-                nisa.scalar_tensor_tensor(own, part, nl.multiply, float(times), nl.add, last)
-                last = own
-            found.append(apart)
-        return found
-
-    def in_a_row(self, worth):
-        """[1, blocks] of `importance`, exactly."""
-        columns, half = PARTITIONS * self.per_row, (self.per_row + 1) // 2
-        row = sbuf((1, self.ranked, PARTITIONS, self.per_row), nl.float32)
-        first = 0
-        for apart in worth:
-            # Two banks, which two engines may read at a time.
-            for j, count in spans(self.per_row, half):
-                bank = psum((apart.shape[1], PARTITIONS, count))
-                for i in range(count):
-                    part = apart[:, :, j + i]
-                    nisa.nc_transpose(bank[:, :, i], part, engine=nisa.engine.tensor)
-                self.use_gap()
-                engine = nisa.engine.scalar if j == 0 else nisa.engine.vector
-                for place in range(0, apart.shape[1], APART):
-                    into = row[:, first + place // APART, :, j : j + count]
-                    nisa.tensor_copy(into, bank[place : place + 1], engine=engine)
-            first += (apart.shape[1] - 1) // APART + 1
-        return row.reshape((1, self.ranked * columns))
+    def rank(self):
+        """What blocks are worth, in a row; PE then has the known branches to do."""
+        values = self.far_heads.values
+        self.ranks = self.worth.find(values, self.scale, self.ones, self.use_gap)
+        self.clear_rest(self.near_pieces)
+        self.start_known()
 
     def start_known(self):
         """What PE and ScalarE do for the known branches while VectorE ranks."""
@@ -307,47 +202,13 @@ class Single(nl.NKIObject):
         for i in range(self.tiles):
             far.add(self.far_v[i][:, :, 0, :], i * tokens)
 
-    def look_up(self, ranked):
-        """Rows of the chosen blocks [rows, 1] int32; makes `numbers`, of each row its block's."""
-        chosen, slots, rows = self.count, self.table.shape[1], self.count * self.per_block
-        numbers, best = search(ranked, chosen)
-        at, everywhere = sbuf((1, chosen), nl.float32), psum((PARTITIONS, chosen))
-        # A row of NaN matches nothing: its numbers are any, but must be some block's.
-        nisa.tensor_scalar(at, numbers, nl.minimum, float(self.blocks - 1))
-        nisa.nc_matmul(everywhere, self.ones[0:1, :], at, accumulate=False)
-        own = sbuf((PARTITIONS, chosen, slots), nl.float32)
-        nisa.scalar_tensor_tensor(
-            own, everywhere.expand_dim(2).broadcast(2, slots), nl.subtract, self.first_block,
-            nl.equal, self.slots.expand_dim(1).broadcast(1, chosen),
-        )  # fmt: skip
-        nisa.tensor_tensor(own, own, self.table.expand_dim(1).broadcast(1, chosen), nl.multiply)
-        first = sbuf((PARTITIONS, chosen), nl.float32)
-        nisa.tensor_reduce(first, nl.add, own, axis=2)
-        bank, index = psum((rows, 1)), sbuf((rows, 1), nl.int32)
-        nisa.nc_matmul(bank, by_row(first, self.per_block), self.ones[:, 0:1], accumulate=False)
-        nisa.tensor_tensor(index, bank, self.place[0:rows, 2:3], nl.add)
-        # NOWHERE for what is no block: its tokens lie behind every query.
-        there = sbuf((1, chosen), nl.float32)
-        nisa.tensor_scalar(there, best, nl.less, 0.0, op1=nl.multiply, operand1=NOWHERE)
-        nisa.tensor_tensor(there, there, at, nl.add)
-        self.numbers = psum((rows, 1))
-        nisa.nc_matmul(
-            self.numbers, by_row(there, self.per_block), self.ones[0:1, 0:1], accumulate=False
-        )
-        return index
-
-    def see(self, rows, tokens):
-        """Which tokens of chosen rows the query sees."""
-        left = sbuf((rows, 1), nl.float32)
-        self.chosen_shown, self.bits = (
-            sbuf((rows, tokens), nl.uint8),
-            sbuf((rows, tokens), nl.int32),
-        )
-        nisa.scalar_tensor_tensor(
-            left, self.numbers, nl.multiply, -float(self.size), nl.add, self.place[0:rows, 3:4]
-        )
-        nisa.tensor_scalar(self.chosen_shown, self.places[0:rows, :], nl.less, left)
-        nisa.tensor_scalar(self.bits, self.chosen_shown, nl.multiply, -1)
+    def gather(self):
+        """Asks for the keys and values of the blocks that are worth most."""
+        numbers, best = search(self.ranks, self.count)
+        index = self.table.look_up(numbers, best)
+        self.k = self.chosen.gather(self.chosen.k, index)
+        self.v = self.chosen.gather(self.chosen.v, index)
+        self.chosen_shown, self.bits = self.table.seen()
 
     def sum_known(self):
         """The compressed branch and the window, while chosen keys are on their way."""
@@ -362,8 +223,9 @@ class Single(nl.NKIObject):
         self.clear_rest(0)
         near.weigh(self.dtype, self.scale)
 
-    def finish(self, k, v, o):
+    def finish(self):
         """The selected branch, and the result."""
+        k, v = self.k[:, :, 0, :], self.v[:, :, 0, :]
         heads, near = self.heads, self.near_heads
         self.leave(v, self.bits)
         heads.score(k, self.chosen_shown, 0, False)
@@ -380,16 +242,4 @@ class Single(nl.NKIObject):
         heads.add(v, 0)
         total = near.gated([self.known], nl.float32)
         heads.find_factor(self.gates[:, 1:2])
-        fetch(o, heads.gated([total], o.dtype))
-
-
-def counted(count, each):
-    """0 .. count - 1 on each partition, and `each` times its number: [128, count] float32."""
-    found = sbuf((PARTITIONS, count), nl.float32)
-    nisa.iota(found, [[1, count]], offset=0, channel_multiplier=each)
-    return found
-
-
-def by_row(x, rows):
-    """[P, n] with each column `rows` times."""
-    return x.expand_dim(2).broadcast(2, rows)
+        fetch(self.out, heads.gated([total], self.dtype))

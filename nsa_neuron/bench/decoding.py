@@ -52,9 +52,11 @@ def _of_batch(
 ) -> list[Modelled]:
     hq, hkv = heads
     by_heads = batch < CORES
-    sequences = batch if by_heads else math.ceil(batch / CORES)
+    sequences = 1 if by_heads else math.ceil(batch / CORES)
     own = math.ceil(hkv / (CORES // batch)) if by_heads else hkv
-    split = f"{own} of {hkv} kv heads" if by_heads else f"{sequences} sequences"
+    split = f"{sequences} sequence{'s' * (sequences > 1)}"
+    if by_heads:
+        split = f"{own} of {hkv} kv heads"
     width = 2 * sum(dims)
     blocks = (tokens - 32) // 16 + 1
     facts: dict[str, Any] = {

@@ -61,9 +61,9 @@ def forward(
     kv_heads = k_cmp.shape[2]
     if queries == 1 and q.shape[0] * kv_heads <= single.HEADS:
         alone = single.Call.of(
-            heads // kv_heads, (k_cmp, v_cmp, cmp_table), (k_slc, v_slc, slc_table),
-            (k_win, v_win, win_table), block=block, stride=stride, size=select_block,
-            selected=num_selected, window=window,
+            heads // kv_heads, len(q) * kv_heads, (k_cmp, v_cmp, cmp_table),
+            (k_slc, v_slc, slc_table), (k_win, v_win, win_table), block=block, stride=stride,
+            size=select_block, selected=num_selected, window=window,
         )  # fmt: skip
         if alone is not None:
             return alone.run(

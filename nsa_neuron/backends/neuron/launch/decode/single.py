@@ -24,7 +24,7 @@ ROW_TOKENS = 16
 """Compressed keys of a row: two gathers for 64K tokens, the first turned while the second comes."""
 
 HELD_TOKENS = 128
-"""Compressed keys of each partition, at most: what SBUF holds with their values."""
+"""Compressed keys of each partition and all heads, at most: what SBUF holds with their values."""
 
 Pools = tuple[Tensor, Tensor, Tensor]
 """Keys, values and page table of a branch."""
@@ -49,13 +49,13 @@ class Call:
 
     @classmethod
     def of(
-        cls, group: int, cmp: Pools, slc: Pools, win: Pools, *, block: int, stride: int, size: int,
-        selected: int, window: int,
+        cls, group: int, items: int, cmp: Pools, slc: Pools, win: Pools, *, block: int,
+        stride: int, size: int, selected: int, window: int,
     ) -> Call | None:  # fmt: skip
         """The call, or None where the kernel has no form for it.
 
         Args:
-            group: query heads of a kv head.
+            group: query heads of a kv head. items: kv heads of all sequences.
         """
         length, ratio = block // stride, size // stride
         widest = BANK // group
@@ -68,7 +68,7 @@ class Call:
         fits = (
             far.tokens % ratio == 0
             and length - 1 <= far.tokens
-            and tiles * far.tokens <= HELD_TOKENS
+            and tiles * far.tokens * items <= HELD_TOKENS
             and near.tokens <= widest
             and (window - 2) // near.tokens + 2 <= PARTITIONS
             and chosen * (size // blocks.tokens) <= PARTITIONS

@@ -21,7 +21,8 @@ numbers. Logits that do not fit SBUF go to HBM, see `long`.
 
 Bound by VectorE: at 64K tokens, 64/4/192/128, bfloat16, it has 46 us per sequence, beside 43 of DMA
 (14.4 MB), 38 of GpSimd's descriptors, 34 each of ScalarE and TensorE. Modelled: 83 us for one
-sequence, 75 each for four. Reading all of a dense cache at full rate would take 524.
+sequence, 75 each for four. Reading all of a dense cache at full rate would take 524. One token of
+one or two kv heads in all goes through `single`.
 Weighed: a DMA with a run-time address for each page of a branch (221 of 1.6 us, 188 us for each of
 four sequences); values cleared by a select (24 us of VectorE instead of 12); overlapping blocks
 added by VectorE instead of TensorE (8 us); a table of blocks on each pair's partition, looked up by

@@ -20,9 +20,9 @@ bfloat16, one of four kv heads on a core) VectorE works 27, PE 19, ScalarE 7, an
 chain, us: the index 0.9, the second half of the compressed keys 5.8 (GpSimd makes descriptors of
 the first before), their logits 3.7, the maximum 2.4, shares and importance 5.5, a row of it 1.4,
 four searches of 1024 for eight 4.9, rows of blocks 2.1, chosen keys 3.3, their logits and maximum
-2.9, weights and values 1.6, the result 1.2. Weighed: heads on the partitions, 70 us; PE not warmed up
-meanwhile, 37.5; eight tokens a row, four gathers, 38.7; values cleared in larger pieces, 36.9. Two
-cores for a head would save about 4 us, and meet twice, 2 us each.
+2.9, weights and values 1.6, the result 1.2. Weighed: heads on the partitions, 70 us; PE not warmed
+up meanwhile, 37.5; eight tokens a row, four gathers, 38.7; values cleared in larger pieces, 36.9.
+Two cores for a head would save about 4 us, and meet twice, 2 us each.
 """
 
 import nki

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..memory.allocation import access_at
 from ..run.coverage import Coverage
 from .loops import allocated_once, gates
-from .storage import NOBODY, Region, Relations, Space, Storage
+from .storage import NOBODY, Region, Relations, Space, Spares, Storage
 from .timeline import Cause
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ SPACE, EDGE = int(Cause.SPACE), int(Cause.EDGE)
 LOAD = "register_load"
 SHIFT = 3  # a dependency is (producer << SHIFT) | cause
 
+_ALONE: dict[Place, Region] = {}  # the others of a tensor that has none
 _MANY = 4  # dependencies worth thinning out
 
 
@@ -54,6 +55,7 @@ class Tracker:
         self.in_order = in_order
         self.pair = pair
         self.relations = Relations()
+        self.spares = Spares()
         self.first: dict[Allocation, Region] = {}  # of each tensor that is ever written
         self.arenas = {buffer: Storage(self.relations) for buffer in ("sbuf", "psum")}
         self.spaces = {
@@ -91,19 +93,19 @@ class Tracker:
                         continue  # an input nobody writes
                     region = self._new_tensor(access, lane, deps)
                 elif region.place is not access.place:
-                    region = self._pattern(region, access)
+                    region = (region.others or _ALONE).get(access.place) or self._pattern(
+                        region, access
+                    )
                 if region.writer >= 0:
                     deps.append(region.writer << SHIFT | RAW)
                 for other in region.near:
                     if other.writer >= 0:
                         deps.append(other.writer << SHIFT | RAW)
-                readers = region.readers
-                if not readers:
-                    region.readers = [me]
-                elif lane < in_order and lanes[readers[-1]] == lane:
-                    readers[-1] = me
+                reader = region.reader
+                if reader < 0 or (lane < in_order and lanes[reader] == lane):
+                    region.reader = me
                 else:
-                    self._note(readers, me, lane)
+                    self._note(region, me, lane)
                 if allocation.last_use == me:
                     dead.append(allocation)
             for access in writes:
@@ -112,27 +114,32 @@ class Tracker:
                 if region is None:
                     region = self._new_tensor(access, lane, deps)
                 elif region.place is not access.place:
-                    region = self._pattern(region, access)
+                    region = (region.others or _ALONE).get(access.place) or self._pattern(
+                        region, access
+                    )
                 if not region.written:
                     region.written = True
                     if region.storage is not None:
                         region.storage.write(region)
-                if region.writer >= 0 or region.readers or region.near:
+                writer, reader, near = region.writer, region.reader, region.near
+                region.writer = me
+                if writer >= 0 or reader >= 0 or near:
                     # A queue runs its transfers in order: where a run-time address only may be
                     # that of an earlier one, it does not wait for that to be complete.
                     own = lane if lane < in_order or access.place.dynamic else -1
-                    if region.writer >= 0 and lanes[region.writer] != own:
-                        deps.append(region.writer << SHIFT | WAW)
-                    region.writer = me
-                    if region.readers:
-                        for reader in region.readers:
-                            if reader != me and lanes[reader] != own:
-                                deps.append(reader << SHIFT | WAR)
-                        region.readers = NOBODY
-                    if region.near:
+                    if writer >= 0 and lanes[writer] != own:
+                        deps.append(writer << SHIFT | WAW)
+                    if reader >= 0:
+                        if reader != me and lanes[reader] != own:
+                            deps.append(reader << SHIFT | WAR)
+                        region.reader = -1
+                        if region.readers:
+                            for reader in region.readers:
+                                if reader != me and lanes[reader] != own:
+                                    deps.append(reader << SHIFT | WAR)
+                            region.readers = NOBODY
+                    if near:
                         self._write_near(region, me, own, deps)
-                else:
-                    region.writer = me
                 if allocation.last_use == me:
                     dead.append(allocation)
             if dead:
@@ -148,8 +155,11 @@ class Tracker:
                         deps.append(e.index << SHIFT | EDGE)
             if self.pair:
                 self._order_cores(i, me, lane, deps)
-            if lane == 0 and deps:
-                deps = [d for d in deps if lanes[d >> SHIFT]]
+            if lane == 0:
+                for d in deps:
+                    if not lanes[d >> SHIFT]:
+                        deps = [d for d in deps if lanes[d >> SHIFT]]
+                        break
             if len(deps) > _MANY:
                 deps = self._latest(deps)
             result.append(deps)
@@ -194,24 +204,26 @@ class Tracker:
         for r in region.near:
             if r.writer >= 0 and lanes[r.writer] != own:
                 deps.append(r.writer << SHIFT | WAW)
-            for reader in r.readers:
-                if reader != me and lanes[reader] != own:
-                    deps.append(reader << SHIFT | WAR)
+            if r.reader >= 0:
+                for reader in (r.reader, *r.readers):
+                    if reader != me and lanes[reader] != own:
+                        deps.append(reader << SHIFT | WAR)
         for r in region.inside:
-            r.writer = -1
+            r.writer = r.reader = -1
             r.readers = NOBODY
 
     def _new_tensor(self, access: Access, lane: int, deps: list[int]) -> Region:
         """The region of the first access to a tensor, which takes its room."""
         allocation = access.allocation
-        region = Region(access, access.place)
-        if access.place.dynamic:
-            region.access = self._anywhere(access)
-        if allocation.address is not None:
-            region = self._addressed(region)
-        elif allocation.on_chip:
-            space = self.spaces[allocation.buffer]
-            space.free -= space.size[allocation.form]
+        form = allocation.form
+        if form.address is not None:
+            region = self._addressed(self._region(access))
+        elif not form.on_chip:
+            region = self._region(access)
+        else:
+            region = self.spares.take(access.place) or self._region(access)
+            space = self.spaces[form.buffer]
+            space.free -= space.size[form]
             if space.free < 0:
                 own = lane if lane < self.in_order else -1
                 for user in space.reclaim():
@@ -220,22 +232,28 @@ class Tracker:
         self.first[allocation] = region
         return region
 
+    def _region(self, access: Access) -> Region:
+        """A region of its own; where it is known at run time only, as far as bytes go."""
+        region = Region(access, access.place)
+        if access.place.dynamic:
+            region.access = self._anywhere(access)
+        return region
+
     def _pattern(self, first: Region, access: Access) -> Region:
         """The region of an access to a tensor that was first accessed by another pattern."""
         place = access.place
         known = first.others
-        if known is not None:
-            region = known.get(place)
-            if region is not None:
-                return region
-        region = Region(access, place)
-        if place.dynamic:
-            region.access = self._anywhere(access)
+        if known is not None and place in known:
+            return known[place]
         if access.allocation.address is not None:
-            if first.others is None:
-                first.others = {}
-            region = first.others[place] = self._addressed(region)
+            if known is None:
+                known = first.others = {}
+            region = known[place] = self._addressed(self._region(access))
             return region
+        owner = first.access.allocation
+        if owner is not access.allocation:  # patterns are compared within the one that lent them
+            access = access_at(owner, place)
+        region = self._region(access)
         storage = first.storage or Storage.of_tensor(first, self.relations)
         return storage.add(place, region)
 
@@ -261,14 +279,16 @@ class Tracker:
         are still read from.
         """
         for allocation in self._dead:
-            if not allocation.on_chip or allocation.address is not None:
+            form = allocation.form
+            if not form.on_chip or form.address is not None:
                 continue
             first = self.first.pop(allocation, None)
             if first is None:
                 continue  # twice an operand of its last instruction
-            space = self.spaces[allocation.buffer]
+            space = self.spaces[form.buffer]
             if allocation not in self.indexed:
-                space.release(allocation, first)
+                # Who used it is found now: when its room is taken, they have long left the cache.
+                space.released.append((space.size[form], self.spares.leave(first), ()))
                 continue
             self.first[allocation] = first
             if not first.released:
@@ -276,8 +296,12 @@ class Tracker:
                 space.lend(allocation, first)
         self._dead.clear()
 
-    def _note(self, readers: list[int], me: int, lane: int) -> None:
-        """Add a reader; in-order lanes need only their latest."""
+    def _note(self, region: Region, me: int, lane: int) -> None:
+        """Add a reader beside the first; in-order lanes need only their latest."""
+        readers = region.readers
+        if not readers:
+            region.readers = [me]
+            return
         if lane < self.in_order:
             for k, reader in enumerate(readers):
                 if self.lanes[reader] == lane:

@@ -29,14 +29,15 @@ class Region:
         access: the pattern.
         place: what the regions of one tensor are told apart by.
         writer: index of the last instruction that wrote it, -1 before.
-        readers: who read it since, at most the latest per lane; `NOBODY` where none did.
+        reader, readers: who read it since, at most the latest per lane: the first of them, -1
+            before any, and the others, `NOBODY` where there are none.
         near: other patterns that may touch the same bytes, of which one of the two was written.
         inside: those of them that a write here overwrites as a whole.
         others: of the first region of a tensor: all of the tensor's, by place, once it has several.
         released: of the first region of a tensor that addresses are read from: True once its room
             was given back.
         storage: what the patterns of its bytes are in, once there are several.
-        written: True once an instruction wrote it.
+        written: True once an instruction wrote it, or wrote what it was before (see `Spares`).
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class Region:
         "near",
         "others",
         "place",
+        "reader",
         "readers",
         "released",
         "storage",
@@ -55,7 +57,7 @@ class Region:
     def __init__(self, access: Access, place: Place) -> None:
         self.access = access
         self.place = place
-        self.writer = -1
+        self.writer = self.reader = -1
         self.readers = NOBODY
         self.near = self.inside = _NONE
         self.others: dict[Place, Region] | None = None
@@ -76,6 +78,48 @@ class Region:
             self.inside = [*self.inside, other]
         if relation & _COVERED:
             other.inside = [*other.inside, self]
+
+
+class Spares:
+    """Regions of tensors that are no more, for the next tensor that is made and first used alike.
+
+    A loop's tensors come and go, so their patterns are found and compared once, not in every
+    iteration. What the next tensor does not use of them has neither writer nor readers: nobody
+    ever waits for it.
+    """
+
+    __slots__ = ("_first",)
+
+    def __init__(self) -> None:
+        self._first: dict[Place, list[Region]] = {}
+
+    def take(self, place: Place) -> Region | None:
+        """The first region of a tensor whose first use was this, with its others."""
+        kept = self._first.get(place)
+        return kept.pop() if kept else None
+
+    def leave(self, first: Region) -> list[int]:
+        """Take in the regions of a tensor; return who used it."""
+        others = first.others
+        regions: Collection[Region] = (first,) if others is None else others.values()
+        users: list[int] = []
+        for region in regions:
+            if region.reader >= 0:
+                users.append(region.reader)
+                region.reader = -1
+                if region.readers:
+                    users += region.readers
+                    region.readers = NOBODY
+            elif region.writer >= 0:
+                users.append(region.writer)
+            region.writer = -1
+        if len(regions) < _FEW:
+            place = first.place
+            if place in self._first:
+                self._first[place].append(first)
+            else:
+                self._first[place] = [first]
+        return users
 
 
 class Relations:
@@ -359,21 +403,8 @@ class Space:
         self.free = free
         return users
 
-    def release(self, a: Allocation, first: Region) -> None:
-        """Note that a tensor was used for the last time, by instructions that are found now.
-
-        When its room is taken, they have long left the cache.
-        """
-        if first.others is not None:
-            users: Sequence[int] = _users(first.others.values())
-        elif first.readers:
-            users = first.readers
-        else:
-            users = (first.writer,) if first.writer >= 0 else ()
-        self.released.append((self.size[a.form], users, ()))
-
     def lend(self, a: Allocation, first: Region) -> None:
-        """The same of a tensor that addresses are still read from."""
+        """Note that a tensor was used for the last time, but that addresses are read from yet."""
         regions = (first,) if first.others is None else first.others.values()
         self.released.append((self.size[a.form], (), regions))
 
@@ -382,8 +413,10 @@ def _users(regions: Iterable[Region]) -> list[int]:
     """Who must have ended before the bytes of a tensor can be another's."""
     users: list[int] = []
     for region in regions:
-        if region.readers:
-            users += region.readers
+        if region.reader >= 0:
+            users.append(region.reader)
+            if region.readers:
+                users += region.readers
         elif region.writer >= 0:
             users.append(region.writer)
     return users

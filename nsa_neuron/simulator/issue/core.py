@@ -8,33 +8,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..machine.dtypes import DType, int64, resolve
-from ..memory.allocation import Access, Allocation
+from ..memory.allocation import access_at, allocation_of
 from ..memory.layout import ON_CHIP, Form
-from ..memory.storage import AbsentMemory, Arena, Memory, Pool
-from ..memory.tensor import NkiTensor, resolved
+from ..memory.storage import Arena, Memory, Pool, absent
+from ..memory.tensor import NkiTensor, resolved, whole
 from ..rules.errors import SimulationWarning
 from ..rules.registers import RunTimeScalar
-from ..rules.session import STATE, call_site, locate, violate, violation
+from ..rules.session import CORE, call_site, locate, violate, violation
 from ..rules.versions import is_in
 from . import faults
 from .accumulators import Accumulators
 from .checker import make_plan
-from .record import CoreTrace, Instruction
+from .record import CoreTrace, instruction
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
+    from ..memory.allocation import Access, Allocation
     from ..rules.errors import Location, SimulationError
     from ..rules.options import Options
     from .lnc import Launch, Message
+    from .record import Instruction
     from .spec import Plan, Spec
 
 
 # Instructions whose run-time offsets AWS documents (SDK nki/migration/index.rst) or, for registers,
 # that the engine's sequencer carries out.
 _RUN_TIME = ("tensor_copy", "register_load", "register_store", "scalar_load", "scalar_store")
+
+# Operands that stand for nothing but themselves.
+_CONSTANT = frozenset({type(None), bool, int, float})
 
 # What Python's default filter has shown, by file: once for each line, not once for each run.
 _SHOWN: dict[str, dict[Any, Any]] = {}
@@ -103,48 +108,35 @@ class NeuronCore:
         Raises:
             SimulationError: rules "shape", "on-chip-rank", "address", "partition-limit".
         """
-        form = self._known_form(shape, dtype, buffer) if address is None else None
+        form = None
+        if address is None and type(shape) is tuple and type(dtype) is DType:
+            for size in shape:
+                if type(size) is not int:  # True and 1.0 would be found as 1
+                    break
+            else:
+                form = self._forms.get((buffer, shape, dtype))  # passed all checks before
         if form is None:
             form = self._form(shape, dtype, buffer, address)
         launch = self.launch
         if buffer == "shared_hbm":
             shared = launch.join_shared(self.index, form.shape, form.dtype)
             if shared is not None:
-                return NkiTensor.whole(shared, name)
+                return whole(shared, name)
         trace = self.trace
-        allocation = Allocation(
-            launch.next_id(),
-            self.index,
-            buffer,
-            form.shape,
-            form.dtype,
-            name,
-            address,
-            len(trace.instructions),
-            call_site(3),
-            role,
-            form,
-        )
+        created = len(trace.instructions)
+        site = call_site(3)
+        allocation = allocation_of(form, launch.next_id(), self.index, name, created, site, role)
         if address is not None:
             faults.check_address(allocation, self.machine)
         if not form.on_chip:
             faults.check_fits_hbm(allocation, self.machine)
         trace.allocations.append(allocation)
-        memory = self._memory(allocation) if self.data else AbsentMemory(allocation, self._precise)
+        memory = self._memory(allocation) if self.data else absent(allocation, self._precise)
         if buffer == "shared_hbm":
             launch.add_shared(self.index, memory)
         if self._fill and self.data:
             _fill_sentinel(memory)
-        return NkiTensor.whole(memory, name)
-
-    def _known_form(self, shape: Any, dtype: Any, buffer: str) -> Form | None:
-        """The form of tensors like these that passed all checks before."""
-        if type(shape) is not tuple or type(dtype) is not DType:
-            return None
-        for size in shape:
-            if type(size) is not int:  # True and 1.0 would be found as 1
-                return None
-        return self._forms.get((buffer, shape, dtype))
+        return whole(memory, name)
 
     def _form(self, shape: Any, dtype: Any, buffer: str, address: tuple[int, int] | None) -> Form:
         """Check shape and dtype of a new tensor."""
@@ -219,15 +211,16 @@ class NeuronCore:
         """
         if name is not None and type(name) is not str:
             faults.check_name(spec, name)
-        trace = self.trace.instructions
-        index = len(trace)
+        record = self.trace.instructions
+        index = len(record)
         key: list[Any] = [spec, params]
         accesses: list[Access] = []
         sound = True
         for tensor in writes + reads:
-            if type(tensor) is not NkiTensor:
-                key.append(type(tensor))
-                if isinstance(tensor, RunTimeScalar):
+            kind = type(tensor)
+            if kind is not NkiTensor:
+                key.append(kind)
+                if kind not in _CONSTANT and isinstance(tensor, RunTimeScalar):
                     self._loads += tensor.loads
                 continue
             if tensor.dynamic is not None:
@@ -259,10 +252,10 @@ class NeuronCore:
                 self.settle(accesses)
             self._execute(spec, plan, writes, reads, params)
         if len(writes) == 1:
-            first = accesses[0]
+            first = accesses.pop(0)
             first.allocation.written = True
             outs: tuple[Access, ...] = (first,)
-            ins = tuple(accesses[1:])
+            ins = tuple(accesses)
         else:
             count = len([t for t in writes if t is not None])
             outs, ins = tuple(accesses[:count]), tuple(accesses[count:])
@@ -271,17 +264,14 @@ class NeuronCore:
         if indices:
             ins += indices
             self.trace.indexed.update([a.allocation for a in indices])
-        site = call_site(3)
-        instruction = Instruction(
-            index, spec.opcode, plan.engine, outs, ins, params, name, site, extra, plan
-        )
+        issued = instruction(index, spec, plan, outs, ins, params, name, call_site(3), extra)
         if self._loads:
-            instruction.depends_on(*dict.fromkeys(self._loads))
+            issued.depends_on(*dict.fromkeys(self._loads))
             self._loads.clear()
-        trace.append(instruction)
+        record.append(issued)
         if self._alternate:
             self.launch.meeting.take_turns(self.index)  # type: ignore[union-attr]
-        return instruction
+        return issued
 
     def _execute(
         self, spec: Spec, plan: Plan, writes: Any, reads: Any, params: tuple[Any, ...]
@@ -404,8 +394,9 @@ class NeuronCore:
         value = self.index_value(dynamic.index, spec, indices)
         view = resolved(tensor, value)
         access = view.access()
-        access = view._access = Access(access.allocation, access.layout, access.start, True)
         allocation = access.allocation
+        place = allocation.form.place(access.layout, access.start, True)
+        access = view._access = access_at(allocation, place)
         outside = not access.inside
         if dynamic.count is not None and not 0 <= value < dynamic.count:
             outside = True
@@ -470,12 +461,12 @@ class NeuronCore:
         self.trace.relaxed.append(error)
 
     def __enter__(self) -> NeuronCore:
-        self._previous = STATE.core
-        STATE.core = self
+        self._previous = CORE.get()
+        CORE.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        STATE.core = self._previous
+        CORE.set(self._previous)
 
 
 def _fill_sentinel(memory: Memory) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .layout import Form
-
 if TYPE_CHECKING:
     from types import CodeType
 
     from ..machine.dtypes import DType
-    from .layout import Layout, Place
+    from .layout import Form, Layout, Place
 
 
 class Allocation:
@@ -57,38 +55,24 @@ class Allocation:
         "written",
     )
 
-    def __init__(
-        self,
-        id: int,
-        core: int,
-        buffer: str,
-        shape: tuple[int, ...],
-        dtype: DType,
-        name: str,
-        address: tuple[int, int] | None,
-        created: int,
-        site: tuple[CodeType, int] | None,
-        role: str,
-        form: Form | None = None,
-    ) -> None:
-        self.id = id
-        self.core = core
-        if form is None:
-            form = Form(buffer, shape, dtype, address)
-        self.form = form
-        self.buffer = buffer
-        self.shape = shape
-        self.dtype = dtype
-        self.address = address
-        self.on_chip = form.on_chip
-        self.partitions = form.partitions
-        self.pitch_bytes = form.pitch_bytes
-        self.name = name
-        self.created = created
-        self.first_use = self.last_use = -1
-        self.closed = self.written = False
-        self.site = site
-        self.role = role
+    id: int
+    core: int
+    form: Form
+    buffer: str
+    shape: tuple[int, ...]
+    dtype: DType
+    address: tuple[int, int] | None
+    on_chip: bool
+    partitions: int
+    pitch_bytes: int
+    name: str
+    created: int
+    first_use: int
+    last_use: int
+    closed: bool
+    written: bool
+    site: tuple[CodeType, int] | None
+    role: str
 
     @property
     def partition(self) -> int:
@@ -114,9 +98,8 @@ class Access:
 
     __slots__ = ("allocation", "place")
 
-    def __init__(self, allocation: Allocation, layout: Layout, start: int, dynamic: bool) -> None:
-        self.allocation = allocation
-        self.place = allocation.form.place(layout, start, dynamic)
+    allocation: Allocation
+    place: Place
 
     @property
     def layout(self) -> Layout:
@@ -188,12 +171,40 @@ class Access:
         )
 
 
-_new = object.__new__
+# Python makes an object of a class without `__init__` in half the time, and a run makes millions.
+def allocation_of(
+    form: Form,
+    id: int,
+    core: int,
+    name: str,
+    created: int,
+    site: tuple[CodeType, int] | None,
+    role: str,
+) -> Allocation:
+    """A tensor that nothing has touched yet."""
+    new = Allocation()
+    new.form = form
+    new.buffer = form.buffer
+    new.shape = form.shape
+    new.dtype = form.dtype
+    new.address = form.address
+    new.on_chip = form.on_chip
+    new.partitions = form.partitions
+    new.pitch_bytes = form.pitch_bytes
+    new.id = id
+    new.core = core
+    new.name = name
+    new.created = created
+    new.first_use = new.last_use = -1
+    new.closed = new.written = False
+    new.site = site
+    new.role = role
+    return new
 
 
 def access_at(allocation: Allocation, place: Place) -> Access:
-    """The access of a known place; a function, since a run makes more of them than of all else."""
-    new = _new(Access)
+    """The access of a known place."""
+    new = Access()
     new.allocation = allocation
     new.place = place
     return new

@@ -120,16 +120,23 @@ class AbsentMemory(Memory):
 
     __slots__ = ()
 
-    def __init__(self, allocation: Allocation, precise: bool) -> None:
-        self.allocation = allocation
-        self.precise = precise
-
     def __getattr__(self, name: str) -> Any:
         """Called for slots that are not set: set them all."""
         if name not in Memory.__slots__:
             raise AttributeError(name)
         super().__init__(self.allocation, None, 0, self.allocation.pitch_bytes, self.precise)
         return getattr(self, name)
+
+
+_new = object.__new__
+
+
+def absent(allocation: Allocation, precise: bool) -> Memory:
+    """The memory of a tensor without data."""
+    new = _new(AbsentMemory)
+    new.allocation = allocation
+    new.precise = precise
+    return new
 
 
 def _mark_alias(mask: NDArray[np.bool_], access: Access, other: Memory) -> None:

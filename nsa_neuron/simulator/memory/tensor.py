@@ -9,7 +9,7 @@ from ..rules.registers import NkiScalar, RunTimeScalar
 from ..rules.session import current_session
 from ..rules.versions import require
 from . import views
-from .allocation import access_at
+from .allocation import Access, access_at
 from .nki_object import NKIObject
 from .tensor_base import BaseTensor, Dynamic, same_width
 from .views import ViewError
@@ -17,10 +17,12 @@ from .views import ViewError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .storage import Memory
+
 _new = object.__new__
 _INDEX = object()  # after an index, where a slice has its end
 
-__all__ = ["Dynamic", "DynamicSlice", "NKIObject", "NkiTensor", "resolved"]
+__all__ = ["Dynamic", "DynamicSlice", "NKIObject", "NkiTensor", "resolved", "whole"]
 
 
 class DynamicSlice:
@@ -67,9 +69,11 @@ class NkiTensor(BaseTensor):
                 plain = type(first) is int and type(stop) is int
                 if item.step is not None or not (plain or (first is None and stop is None)):
                     return self._general(key)
-                asked += (first, stop)
+                asked.append(first)
+                asked.append(stop)
             elif type(item) is int:
-                asked += (item, _INDEX)
+                asked.append(item)
+                asked.append(_INDEX)
             else:
                 return self._general(key)
         access = self._access
@@ -89,7 +93,9 @@ class NkiTensor(BaseTensor):
         new.dtype = self.dtype
         new.memory = self.memory
         new.name = self.name
-        new._access = access_at(access.allocation, place)
+        new._access = own = Access()  # as `access_at`: every slice would pay for the call
+        own.allocation = access.allocation
+        own.place = place
         new.dynamic = new._array = None
         return new
 
@@ -460,6 +466,22 @@ class NkiTensor(BaseTensor):
         view = self._view(shape, strides, start, new)
         view.dynamic = dynamic
         return view
+
+
+def whole(memory: Memory, name: str) -> NkiTensor:
+    """The view of all of a memory, in the shape it was made with."""
+    allocation = memory.allocation
+    form = allocation.form
+    new = _new(NkiTensor)
+    new.shape = form.shape
+    new.strides = form.strides
+    new.offset = 0
+    new.dtype = form.dtype
+    new.memory = memory
+    new.name = name
+    new.dynamic = new._array = None
+    new._access = None if form.whole is None else access_at(allocation, form.whole)
+    return new
 
 
 def _warn_of_offset(own: int, given: int) -> None:

@@ -104,23 +104,6 @@ class BaseTensor(NKIObject):
         self._access: Access | None = None
         self._array: NDArray[Any] | None = None
 
-    @classmethod
-    def whole(cls, memory: Memory, name: str) -> Self:
-        """The view of all of a memory, in the shape it was made with."""
-        allocation = memory.allocation
-        form = allocation.form
-        new = object.__new__(cls)
-        new.shape = form.shape
-        new.strides = form.strides
-        new.offset = 0
-        new.dtype = form.dtype
-        new.memory = memory
-        new.name = name
-        new.dynamic = None
-        new._access = None if form.whole is None else access_at(allocation, form.whole)
-        new._array = None
-        return new
-
     @property
     def buffer(self) -> Any:
         """Memory region: `nl.sbuf`, `nl.psum`, `nl.private_hbm` or `nl.shared_hbm`."""

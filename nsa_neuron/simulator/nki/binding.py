@@ -9,7 +9,7 @@ from ..issue.current import require_core
 from ..machine.dtypes import bool_, load_f32, round_tf32, store, tfloat32
 from ..memory.tensor import NkiTensor
 from ..rules.registers import VirtualRegister
-from ..rules.session import STATE, violate, violation
+from ..rules.session import CORE, violate, violation
 
 
 class Operator:
@@ -42,7 +42,7 @@ def instruction(function):
 
 def core_of(name):
     """The current core, or an error that names the instruction."""
-    return STATE.core or require_core(f"nisa.{name}")
+    return CORE.get() or require_core(f"nisa.{name}")
 
 
 def op_name(op, instruction_name, role):

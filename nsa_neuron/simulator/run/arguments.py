@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..machine.dtypes import DType, find, int64, resolve
-from ..memory.allocation import Allocation
+from ..memory.allocation import allocation_of
+from ..memory.layout import Form
 from ..memory.storage import Memory
 from ..memory.tensor import NKIObject, NkiTensor
 from ..rules.session import locate, violation
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..issue.lnc import Launch
     from ..issue.record import Run
+    from ..memory.allocation import Allocation
     from ..rules.options import Options
 
 
@@ -165,9 +167,8 @@ class Arguments:
             raise self._refuse(name, message, str(value.dtype), "an NKI dtype")
         if 0 in shape:
             raise self._refuse(name, "a tensor has no elements", shape, "dims >= 1")
-        allocation = Allocation(
-            self._launch.next_id(), 0, "shared_hbm", shape, dtype, name, None, 0, None, "input"
-        )
+        form = Form("shared_hbm", shape, dtype, None)
+        allocation = allocation_of(form, self._launch.next_id(), 0, name, 0, None, "input")
         memory = self._memory(value, allocation, name)
         tensor = NkiTensor(shape, dtype, memory, name=name)
         self._made[id(value)] = tensor

@@ -55,13 +55,12 @@ class _Tiles:
         self.machine = machine
         self.first = np.array([a.first_use for a in used])
         self.after = np.array([a.last_use for a in used]) + 1
-        number: dict[Form, int] = {}
-        alike = np.array([number.setdefault(a.form, len(number)) for a in used])
-        example = {a.form: a for a in used}
-        forms = [example[form] for form in number]
-        self.size = np.array([_footprint(a, machine) for a in forms])[alike]
-        self.placed = np.array([a.address is not None for a in forms])[alike]
-        self.width = np.array([quarters(a, machine) for a in forms])[alike]
+        forms = [a.form for a in used]
+        number = {form: k for k, form in enumerate(dict.fromkeys(forms))}
+        alike = np.array([number[form] for form in forms])
+        self.size = np.array([_footprint(form, machine) for form in number])[alike]
+        self.placed = np.array([form.address is not None for form in number])[alike]
+        self.width = np.array([quarters(form, machine) for form in number])[alike]
 
     def live_at(self, when: int) -> NDArray[np.intp]:
         """Indices of the tensors live before an instruction ends."""
@@ -173,11 +172,11 @@ def _union(spans: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def _footprint(a: Allocation, machine: Machine) -> int:
-    if a.buffer == "psum":
+def _footprint(form: Form, machine: Machine) -> int:
+    if form.buffer == "psum":
         bank = machine.psum_bank_bytes
-        return -(-a.pitch_bytes // bank) * bank
-    return a.pitch_bytes
+        return -(-form.pitch_bytes // bank) * bank
+    return form.pitch_bytes
 
 
 def check(trace: CoreTrace, machine: Machine) -> dict[str, int]:

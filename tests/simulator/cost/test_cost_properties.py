@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import Cause
+from nsa_neuron.simulator.cost.estimate import program_of
+from nsa_neuron.simulator.cost.storage import Spares
 from nsa_neuron.simulator.machine.trn2 import TRN2
 from nsa_neuron.simulator.profiler import memory
 
@@ -214,3 +216,19 @@ def test_no_report_exceeds_a_capacity(sizes, placed):
     for buffer, limit in (("sbuf", TRN2.sbuf_bytes), ("psum", TRN2.psum_bytes)):
         _, used = memory.usage(t, 0, TRN2)[buffer]
         assert used.min() >= 0 and used.max() <= limit
+
+
+@settings(max_examples=30)
+@given(steps, steps)
+def test_what_is_known_of_a_tensor_that_is_no_more_never_reaches_the_next(steps, others):
+    """Tensors made and first used alike take over patterns, not whom to wait for."""
+
+    def body():
+        for part in (steps, others, steps):
+            program(part)()
+
+    run = record(body)
+    found = [sorted(deps) for deps in program_of(run).deps]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Spares, "take", lambda self, place: None)
+        assert found == [sorted(deps) for deps in program_of(run).deps]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nsa_neuron.simulator.cost.overlap import may_overlap
 from nsa_neuron.simulator.machine.dtypes import resolve
-from nsa_neuron.simulator.memory.allocation import Access, Allocation
-from nsa_neuron.simulator.memory.layout import layout_of
+from nsa_neuron.simulator.memory.allocation import Access, access_at, allocation_of
+from nsa_neuron.simulator.memory.layout import Form, layout_of
 
 
 def pipeline():
@@ -61,7 +61,8 @@ def test_busy_is_the_union_of_executions():
     assert t.busy("vector") == 0
 
 
-TENSOR = Allocation(0, 0, "private_hbm", (24, 24), resolve("uint8"), "", None, 0, None, "scratch")
+FORM = Form("private_hbm", (24, 24), resolve("uint8"), None)
+TENSOR = allocation_of(FORM, 0, 0, "", 0, None, "scratch")
 
 
 @st.composite
@@ -71,7 +72,8 @@ def patterns(draw):
     extent = sum((n - 1) * s for s, n in dims) + 1
     start = draw(st.integers(0, max(0, 576 - extent)))
     shape, strides = tuple(n for _, n in dims), tuple(s for s, _ in dims)
-    return Access(TENSOR, layout_of(shape, strides, resolve("uint8"), 0), start, False)
+    layout = layout_of(shape, strides, resolve("uint8"), 0)
+    return access_at(TENSOR, FORM.place(layout, start, False))
 
 
 def positions(a: Access) -> set[int]:
@@ -93,7 +95,7 @@ def test_blocks_of_a_matrix_are_told_apart_exactly(data):
         rows = sorted(data.draw(st.lists(st.integers(0, 24), min_size=2, max_size=2, unique=True)))
         cols = sorted(data.draw(st.lists(st.integers(0, 24), min_size=2, max_size=2, unique=True)))
         layout = layout_of((rows[1] - rows[0], cols[1] - cols[0]), (24, 1), resolve("uint8"), 0)
-        return Access(TENSOR, layout, rows[0] * 24 + cols[0], False)
+        return access_at(TENSOR, FORM.place(layout, rows[0] * 24 + cols[0], False))
 
     a, b = block(), block()
     assert may_overlap(a, b) == bool(positions(a) & positions(b))

@@ -11,7 +11,8 @@ from nsa_neuron import simulator
 from nsa_neuron.simulator.issue.record import CoreTrace
 from nsa_neuron.simulator.machine.dtypes import uint8
 from nsa_neuron.simulator.machine.trn2 import TRN2
-from nsa_neuron.simulator.memory.allocation import Allocation
+from nsa_neuron.simulator.memory.allocation import allocation_of
+from nsa_neuron.simulator.memory.layout import Form
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
 from nsa_neuron.simulator.run import liveness, overlap
@@ -22,7 +23,8 @@ WIDTHS = {32: 1, 64: 2, 96: 4, 128: 4}
 
 def tile(partitions, size, first, last, address=None):
     """A tensor of so many bytes per partition that lives from `first` to `last`."""
-    made = Allocation(0, 0, "sbuf", (partitions, size), uint8, "", address, 0, None, "scratch")
+    form = Form("sbuf", (partitions, size), uint8, address)
+    made = allocation_of(form, 0, 0, "", 0, None, "scratch")
     made.first_use, made.last_use = first, last
     return made
 

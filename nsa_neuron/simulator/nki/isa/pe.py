@@ -334,8 +334,8 @@ def nc_matmul(
     params = _params(
         bool(is_transpose),
         accumulate,
-        tuple(tile_position or ()),
-        tuple(tile_size or ()),
+        tuple(tile_position) if tile_position else (),
+        tuple(tile_size) if tile_size else (),
         perf_mode,
         bool(is_stationary_onezero),
         bool(is_moving_onezero),

@@ -289,13 +289,15 @@ _GUESSED: dict[Formula, tuple[str, ...]] = {
 
 
 def _vector(i: Instruction, p: Parameters, m: Machine) -> Cost:
-    rate, rule = _VECTOR[i.plan.formula](i, p)
+    formula = i.plan.formula
+    assert isinstance(formula, Vector)
+    rate, rule = _VECTOR[formula](i, p)
     work = free_size(i) * rate * _stride_factor(i, p)
     if i.plan.accumulator:
         work += p.accumulator_read
         rule += " + accumulator"
     interval, latency = _linear(work, p.vector_clock, p.vector_overhead, p.vector_latency, p)
-    guesses = _GUESSED.get(i.plan.formula, ())
+    guesses = _GUESSED.get(formula, ())
     return Cost(i.opcode, "vector", interval, latency, f"{rule}, N={free_size(i)}", guesses)
 
 

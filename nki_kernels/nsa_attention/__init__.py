@@ -70,27 +70,40 @@ import nki.language as nl
 from nki_kernels.common.cores import share, this_core
 from nki_kernels.nsa_attention.again import Scratch, Tables, do_again
 from nki_kernels.nsa_attention.constants import Constants
-from nki_kernels.nsa_attention.geometry import Geometry, tiles_of
+from nki_kernels.nsa_attention.crowded import do_crowded
+from nki_kernels.nsa_attention.flagged import clear_behind
+from nki_kernels.nsa_attention.geometry import QUERIES, Geometry, tiles_of
 from nki_kernels.nsa_attention.pipeline import Pipeline
+from nki_kernels.nsa_attention.rows import Numbers
 from nki_kernels.nsa_attention.running import CHUNK
 
 
 class Lane(nl.NKIObject):
-    """The tensors of one kv head of one batch row."""
+    """The tensors of one kv head of one batch row: arguments of `forward`, and
 
-    def __init__(self, q_t, k_cmp_t, v_cmp, pages, k_win_t, v_win, gates, shifts, o, flags):
+    Attributes:
+        o: [32 * (tiles + 1), G, DV]. unsafe, crowded: see `flags`.
+        turned: [tiles, blocks, 32], what queries chose. rest: [tiles, rows, parts, DV] float32, o
+            without the selected branch.
+    """
+
+    def __init__(
+        self, q_t, k_cmp_t, v_cmp, pages, rows, k_win_t, v_win, gates, shifts, o, flags, kept
+    ):  # fmt: skip
         self.q_t, self.gates, self.shifts = q_t, gates, shifts
-        self.k_cmp_t, self.v_cmp, self.pages = k_cmp_t, v_cmp, pages
+        self.k_cmp_t, self.v_cmp, self.pages, self.rows = k_cmp_t, v_cmp, pages, rows
         self.k_win_t, self.v_win = k_win_t, v_win
-        self.o, self.flags = o, flags
+        self.o = o
+        self.unsafe, self.crowded = flags[0:1, :], flags[1:2, :]
+        self.turned, self.rest = kept
 
 
 @nki.jit
 def forward(
-    q_t, k_cmp_t, v_cmp, pages, k_win_t, v_win, gates, shifts, marks, trips, weights, heads, same,
-    slot_keys,
+    q_t, k_cmp_t, v_cmp, pages, rows, k_win_t, v_win, gates, shifts, marks, trips, weights, heads,
+    same, slot_keys, slot_lanes,
     batch: int, group: int, block: int, count: int, initial: int, local: int, window: int,
-    past: int, tokens: int, ahead: int, kept: int, paired: bool, queues: tuple, scale: float,
+    past: int, tokens: int, ahead: int, paired: bool, queues: tuple, scale: float,
 ):  # fmt: skip
     """o [B, 32 * (tiles + 1), Hq, DV] in q's dtype; what the last 32 rows hold means nothing.
 
@@ -99,15 +112,15 @@ def forward(
             first tile begins at the last multiple of 32 up to `past`.
         k_cmp_t: [LANES, DK, keys], a multiple of 512. v_cmp: [LANES, keys, DV + 1], last column 1.
         pages: [LANES, 2, blocks, 128, columns], see `selected`.
+        rows: [LANES, rows, 8, columns], see `rows`.
         k_win_t, v_win: as k_cmp_t and v_cmp, a multiple of 128.
         gates: [LANES, tiles, rows, parts, 3] float32; row of C = part * rows + row.
         shifts: [LANES, tiles, 3] float32, what is added to the scaled logits of a branch.
         marks, trips: see `again.Tables`.
-        weights, heads, same, slot_keys: see `constants`.
+        weights, heads, same, slot_keys: see `constants`. slot_lanes: see `rows.Numbers`.
         batch: B. group: G. block: l. count: n. initial, local: forced blocks. window: w.
         past: position of the first query. tokens: T.
         ahead: tiles of queries between a compressed branch and the rest of it.
-        kept: masks of tiles that HBM holds at a time, more than `ahead`.
         paired: long tiles and short ones alternate.
         queues: (least tiles of keys, queues of pages in turn beside compressed branches, beside
             others) by `common.queues`; the last that applies counts. ScalarE has time for DMA where
@@ -118,30 +131,39 @@ def forward(
     dv = v_cmp.shape[2] - 1
     slots = slot_keys.shape[0]
     geometry = Geometry(group, block, count, initial, local, window, slots, past, tokens)
+    crowds = geometry.crowded_from() < tiles
     o = nl.ndarray(
         (batch, 32 * (tiles + 1), kv_heads * group, dv), dtype=q_t.dtype, buffer=nl.shared_hbm
     )
-    flags = nl.ndarray((lanes, tiles), dtype=nl.float32, buffer=nl.private_hbm)
+    flags = nl.ndarray((lanes, 2, tiles), dtype=nl.float32, buffer=nl.private_hbm)
     core, cores = this_core()
-    turned = nl.ndarray((cores, kept, geometry.padded, 32), dtype=q_t.dtype, buffer=nl.private_hbm)
+    shape = (tiles, geometry.padded, QUERIES)
+    turned = nl.ndarray((cores, *shape), dtype=q_t.dtype, buffer=nl.private_hbm)
+    shape = (tiles if crowds else 1, geometry.rows, geometry.parts, dv)
+    rest = nl.ndarray((cores, *shape), dtype=nl.float32, buffer=nl.private_hbm)
     lists = nl.ndarray((cores, tiles, slots), dtype=nl.int32, buffer=nl.private_hbm)
     constants = Constants(weights, heads, same, slot_keys)
+    tables = Tables(marks, trips)
     first, number = share(lanes)
     done = []
     for lane in range(first, first + number):
         b, head = divmod(lane, kv_heads)
         tensors = Lane(
-            q_t[lane], k_cmp_t[lane], v_cmp[lane], pages[lane], k_win_t[lane], v_win[lane],
-            gates[lane], shifts[lane], o[b, :, head * group : (head + 1) * group, :],
-            flags[lane : lane + 1, :],
+            q_t[lane], k_cmp_t[lane], v_cmp[lane], pages[lane], rows[lane], k_win_t[lane],
+            v_win[lane], gates[lane], shifts[lane],
+            o[b, :, head * group : (head + 1) * group, :], flags[lane], (turned[core], rest[core]),
         )  # fmt: skip
+        clear_behind(geometry, tensors.o)
         pipeline = Pipeline(
             geometry, constants, tensors, turned[core], lists[core], scale, queues,
             tiles_of(geometry, paired), ahead,
         )  # fmt: skip
         pipeline.run()
+        if crowds:
+            numbers = Numbers(geometry, slot_lanes, q_t.dtype)
+            do_crowded(geometry, constants, tensors, tables, numbers, scale)
         done.append(tensors)
     scratch = Scratch(k_cmp_t.shape[2] // CHUNK, q_t.dtype)
     for tensors in done:
-        do_again(geometry, constants, tensors, Tables(marks, trips), scratch, scale)
+        do_again(geometry, constants, tensors, tables, scratch, scale)
     return o

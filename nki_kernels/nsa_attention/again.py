@@ -1,4 +1,4 @@
-"""Tiles of queries once more that the pipeline could not do, right for any logits and any union.
+"""Tiles of queries once more that have an unsafe row, right for any logits and any union.
 
 Rows (query, head) are on partitions, so that each row has its exact maximum so far (`running`); the
 choice is made of probabilities that are already divided by their sum; a union of any length is
@@ -16,9 +16,7 @@ gathered sixteen blocks at a time. What hangs on positions is data, and so are t
         for each 128 keys of the window:                           hardware loop
         o = sum over branches of gate / sum * acc
 
-Two cores do the same tiles, each for its kv head, with as many turns: of their flags and of the
-lengths of their unions the larger counts. What only the other core asked for goes nowhere: a place
-behind the last tile.
+Two cores take as many turns: of the lengths of their unions the larger counts (`flagged`).
 """
 
 import nki.isa as nisa
@@ -27,6 +25,7 @@ import nki.language as nl
 from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.queues import fetch
 from nki_kernels.nsa_attention.choose import HIDDEN, LANES, NOTHING, TAKEN
+from nki_kernels.nsa_attention.flagged import for_flagged
 from nki_kernels.nsa_attention.geometry import BLOCK, BLOCKS_OF_KEYS, KEYS, PIECE, QUERIES
 from nki_kernels.nsa_attention.running import CHUNK, Branch, KeyRun, Queries, larger, of_tile
 
@@ -63,42 +62,9 @@ class Scratch(nl.NKIObject):
 
 
 def do_again(geometry, constants, lane, tables, scratch, scale):
-    """Does the tiles of a kv head whose flags say so."""
-    names = sbuf((1, geometry.tiles), nl.float32)
-    flags = sbuf((1, geometry.tiles), nl.float32)
-    nisa.dma_copy(flags, lane.flags)
-    nisa.iota(names, [[1, geometry.tiles]], offset=1, channel_multiplier=0)
-    own = sbuf((1, geometry.tiles), nl.float32)
-    nisa.tensor_tensor(own, names, flags, nl.multiply)
-    flags = larger(flags)
-    nisa.tensor_tensor(names, names, flags, nl.multiply)
-    count, times = sbuf((1, 1), nl.float32), sbuf((1, 1), nl.int32)
-    nisa.tensor_reduce(count, nl.add, flags, axis=1)
-    nisa.tensor_copy(times, count)
-    many = nisa.register_alloc()
-    nisa.register_load(many, times)
-    last = lane.o[QUERIES * geometry.tiles :]
-    nothing = sbuf(last.shape, last.dtype)
-    nisa.memset(nothing, 0.0)
-    nisa.dma_copy(last, nothing)
+    """Does the tiles of a kv head whose rows are unsafe."""
     once = Again(geometry, constants, lane, tables, scratch, scale)
-
-    def one(_):
-        top, number = sbuf((1, 1), nl.float32), sbuf((1, 1), nl.int32)
-        nisa.tensor_reduce(top, nl.maximum, names, axis=1)
-        nisa.tensor_scalar(number, top, nl.subtract, 1.0)
-        nisa.scalar_tensor_tensor(names, names, nl.less, top, nl.multiply, names)
-        # Where it goes: number if it is one of `own`, else geometry.tiles.
-        same, mine = sbuf(own.shape, nl.float32), sbuf((1, 1), nl.float32)
-        nisa.tensor_scalar(same, own, nl.equal, top)
-        nisa.tensor_reduce(mine, nl.maximum, same, axis=1)
-        place = sbuf((1, 1), nl.int32)
-        behind = float(geometry.tiles)
-        nisa.tensor_scalar(top, top, nl.subtract, 1.0 + behind, op1=nl.multiply, operand1=mine)
-        nisa.tensor_scalar(place, top, nl.add, behind)
-        once.tile(number, place)
-
-    nl.fori_loop(0, many, one)
+    for_flagged(geometry, lane.unsafe, once.tile)
 
 
 class Again(nl.NKIObject):

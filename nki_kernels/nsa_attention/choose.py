@@ -26,9 +26,10 @@ HIDDEN = 3.0e38
 
 class Choice(nl.NKIObject):
     """Attributes:
-    turned: [tiles, blocks, 32] in HBM, the masks of some tiles, a block per row.
+    turned: [tiles, blocks, 32] in HBM, the masks of tiles, a block per row.
     unions: see `unite.Unions`, which learns what each tile chose.
     selectors: [rows, parts, 32] float32. places: [128, most chosen] float32, 0, 1, 2, ...
+    nothing: [128, 32], masks of blocks that nobody chose.
     """
 
     def __init__(self, geometry, constants, turned, unions):
@@ -39,6 +40,8 @@ class Choice(nl.NKIObject):
             selector = sbuf((geometry.rows, geometry.parts, QUERIES), nl.float32)
             nisa.memset(selector, 0.0)
             self.selectors.append(selector)
+        self.nothing = sbuf((PIECE, QUERIES), turned.dtype)
+        nisa.memset(self.nothing, 0.0)
         self.places = sbuf((128, max(LANES, geometry.count + LANES)), nl.float32)
         nisa.iota(self.places, [[1, self.places.shape[1]]], offset=0, channel_multiplier=0)
 
@@ -190,7 +193,7 @@ class Choice(nl.NKIObject):
     def turn(self, work):
         """Writes a tile's mask to HBM with a block per row, and what it has to its union."""
         mask, width = work.mask, work.tile.width
-        place = self.turned[work.index % self.turned.shape[0]]
+        place = self.turned[work.tile.number]
         count = width // PIECE
         rows = sbuf((PIECE, count, CHUNKS, QUERIES), mask.dtype)
         for first in range(0, count, CHUNKS):
@@ -203,6 +206,10 @@ class Choice(nl.NKIObject):
             nisa.tensor_copy(into, bank, engine=nisa.engine.vector)
         target = place[0 : CHUNKS * width, :].reshape_dim(0, (CHUNKS, count, PIECE))
         nisa.dma_copy(target.permute((2, 1, 0, 3)), rows)
+        rest = place[CHUNKS * width :, :]
+        if work.tile.crowded and rest.shape[0] > 0:  # read as one, of whichever tile
+            rest = rest.reshape_dim(0, (rest.shape[0] // PIECE, PIECE)).permute((1, 0, 2))
+            nisa.dma_copy(rest, self.nothing.expand_dim(1).broadcast(1, rest.shape[1]))
         self.unions.learn(work, rows)
 
 

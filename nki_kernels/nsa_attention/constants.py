@@ -40,7 +40,12 @@ def loaded(source):
 
 def keep_where(weights, distance, compare, bound):
     """Zeroes P^T [keys, 32 * heads] but where `compare(distance, bound)`, [keys, 32]."""
+    keep_from(weights, distance, compare, float(bound))
+
+
+def keep_from(weights, distance, compare, bound):
+    """The same for a bound in SBUF, [keys, 1]."""
     keys, columns = weights.shape
     by_head = weights.reshape((keys, QUERIES, columns // QUERIES))
     whole = distance[0:keys, :].expand_dim(2).broadcast(2, columns // QUERIES)
-    nisa.scalar_tensor_tensor(by_head, whole, compare, float(bound), nl.multiply, by_head)
+    nisa.scalar_tensor_tensor(by_head, whole, compare, bound, nl.multiply, by_head)

@@ -1,4 +1,4 @@
-"""Which tiles of queries are not right: a row's sum is too small, or a list has no room."""
+"""Which tiles of queries are not right: a row's sum is too small, or a list has too few places."""
 
 import nki.isa as nisa
 import nki.language as nl
@@ -11,14 +11,16 @@ LATEST = 64  # tiles of a stream whose flags are written together
 
 class Flags(nl.NKIObject):
     """Attributes:
-    target: [1, tiles] float32 in HBM, 1 where a tile is not right.
+    unsafe, crowded: [1, tiles] float32 in HBM, 1 where a row's sum is too small; 1 where a union is
+        longer than its list and no row is unsafe.
     lists: see `unite.Unions`.
     lowest: [rows, streams, LATEST] float32, smallest row sums of the latest tiles, by number.
     latest: of each stream, (first column, number of its tile, columns).
     """
 
-    def __init__(self, geometry, target, lists):
-        self.geometry, self.target, self.lists = geometry, target, lists
+    def __init__(self, geometry, unsafe, crowded, lists):
+        self.geometry, self.lists = geometry, lists
+        self.unsafe, self.crowded = unsafe, crowded
         self.lowest = sbuf((geometry.rows, 2, LATEST), nl.float32)
         self.latest = [(0, 0, 0), (LATEST, 0, 0)]
 
@@ -55,13 +57,17 @@ class Flags(nl.NKIObject):
         nisa.nc_matmul(counts, ones, unsafe, accumulate=False)
         flags = sbuf((1, count), nl.float32)
         nisa.tensor_copy(flags, counts, engine=nisa.engine.vector)
-        first = max(number, g.ranked_from())
+        nisa.tensor_scalar(flags, flags, nl.minimum, 1.0)
+        nisa.dma_copy(self.unsafe[:, number : number + count], flags)
+        late = sbuf((1, count), nl.float32)
+        nisa.memset(late, 0.0)
+        first = max(number, g.crowded_from())
         if first < number + count:
             beyond = sbuf((1, number + count - first), nl.int32)
             last = g.slots - g.forced
             column = self.lists[first : number + count, last : last + 1]
             nisa.dma_copy(beyond, column.reshape(beyond.shape))
-            late = flags[:, first - number :]
-            nisa.tensor_tensor(late, late, beyond, nl.add)
-        nisa.tensor_scalar(flags, flags, nl.minimum, 1.0)
-        nisa.dma_copy(self.target[:, number : number + count], flags)
+            # Sums of part of a union are at most its own: where these are safe, so are those.
+            some, safe = late[:, first - number :], flags[:, first - number :]
+            nisa.scalar_tensor_tensor(some, beyond, nl.greater, 0.0, nl.greater, safe)
+        nisa.dma_copy(self.crowded[:, number : number + count], late)

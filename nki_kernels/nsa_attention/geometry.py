@@ -53,6 +53,13 @@ class Geometry(nl.NKIObject):
         position = self.count * BLOCK
         return min(self.tiles, max(0, (position - self.first) // QUERIES))
 
+    def crowded_from(self):
+        """The first tile whose queries may choose more blocks than its list has places for."""
+        if self.ranked_from() == self.tiles:
+            return self.tiles
+        position = self.slots * BLOCK
+        return min(self.tiles, max(self.ranked_from(), (position - self.first) // QUERIES))
+
 
 class Tile(nl.NKIObject):
     """Queries t0 .. t0 + 31 with all heads of a kv head; they have one block of their own.
@@ -61,6 +68,7 @@ class Tile(nl.NKIObject):
         own: that block; blocks: how many there are up to it.
         taken: blocks whose places in the list are static, `own` first.
         ranked: whether others are chosen; chosen: how many by a query; listed: places for them.
+        crowded: whether there may be too few.
         slots: places of the list. key_tiles: tiles of compressed keys that some query sees.
         known: blocks that these have shares in, `pieces` pieces. width: blocks of a chunk.
         first_near, last_near: tiles of keys of the window.
@@ -100,6 +108,7 @@ class Tile(nl.NKIObject):
             self.listed = min(g.slots - len(forced), free + (free + len(forced)) % 2)
             self.slots = len(forced) + self.listed
         self.ranked = self.chosen > 0
+        self.crowded = number >= g.crowded_from()
         self.first_near = max(0, self.t0 - g.window + 1) // KEYS
         self.last_near = (self.t0 + QUERIES - 1) // KEYS
 

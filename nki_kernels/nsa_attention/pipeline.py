@@ -40,7 +40,7 @@ class Pipeline(nl.NKIObject):
         self.branches = [self.compressed, self.selected, self.window]
         self.unions = Unions(turned, lists)
         self.choice = Choice(geometry, constants, turned, self.unions)
-        self.flags = Flags(geometry, lane.flags, lists)
+        self.flags = Flags(geometry, lane.unsafe, lane.crowded, lists)
         self.waiting = []  # jobs whose scores are made
         self.now = 0  # number of the job
         self.starts = []  # number of the first selected job of each tile
@@ -55,6 +55,7 @@ class Pipeline(nl.NKIObject):
         jobs = self.jobs()
         if len(self.works) > 0:
             self.works[0].load(self.geometry, self.lane)
+            self.window.load(self.works[0].tile)
         for i in range(len(jobs)):
             job, self.now, self.branch = jobs[i], i, jobs[i].branch
             if job.x == 0:
@@ -79,7 +80,7 @@ class Pipeline(nl.NKIObject):
                     found.append(Job(COMPRESSED, work, x, work.tile.key_tiles))
             if i >= 0:
                 work = self.works[i]
-                for branch in (SELECTED, NEAR):
+                for branch in (NEAR, SELECTED):
                     count = self.branches[branch].count(work.tile)
                     if branch == SELECTED:
                         self.starts.append(len(found))
@@ -97,7 +98,8 @@ class Pipeline(nl.NKIObject):
             if len(following.q) == 0:
                 following.load(self.geometry, self.lane)
         if job.branch == SELECTED:
-            self.window.load(work.tile)
+            if work.index + 1 < len(self.works):
+                self.window.load(self.works[work.index + 1].tile)
             if work.index == 0:
                 for first in self.works[0:2]:
                     self.load_list(first)
@@ -119,11 +121,19 @@ class Pipeline(nl.NKIObject):
             return
         if job.branch == COMPRESSED:
             self.choose(work)
-        elif job.branch == SELECTED:
+        elif job.branch == NEAR:
+            self.keep_rest(work)
+        else:
             if work.index + 2 < len(self.works):
                 self.gather(self.works[work.index + 2])
-        else:
             self.finish(work)
+
+    def keep_rest(self, work):
+        """Ends the window branch; of a tile whose union may be too long for its list, what it has
+        without the selected branch is kept."""
+        total = work.close(self.geometry, NEAR)
+        if work.tile.crowded:
+            nisa.dma_copy(self.lane.rest[work.tile.number], total)
 
     def choose(self, work):
         """Adds the steps of a tile's choice, and of its group's lists behind its last tile."""
@@ -193,7 +203,7 @@ class Pipeline(nl.NKIObject):
     def finish(self, work):
         """Writes a tile's output, and keeps its smallest row sum."""
         g, tile = self.geometry, work.tile
-        result = work.close(g, NEAR)
+        result = work.close(g, SELECTED)
         target = self.lane.o[32 * tile.number : 32 * (tile.number + 1)]
         target = target.reshape_dim(0, (g.parts, g.per_part)).permute((1, 2, 0, 3))
         nisa.dma_copy(target, result)

@@ -108,5 +108,3 @@ class Selected(nl.NKIObject):
                     tile_position=(p0, 0),
                     tile_size=(BLOCK, 128),
                 )
-        if x == self.count(work.tile) - 1:
-            work.close(g, SELECTED)

@@ -141,7 +141,7 @@ class Unions(nl.NKIObject):
         nisa.dma_copy(places, row.reshape((tile.listed, 1)))
         work.hidden = sbuf((tile.slots, QUERIES), self.turned.dtype)
         nisa.memset(work.hidden, 1.0)
-        turned = self.turned[work.index % self.turned.shape[0]]
+        turned = self.turned[tile.number]
         nisa.dma_copy(work.hidden[first : tile.slots, :], turned.vector_select(0, places))
 
 

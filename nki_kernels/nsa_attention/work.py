@@ -97,7 +97,7 @@ class Work(nl.NKIObject):
         factor = sbuf((rows, parts), nl.float32)
         nisa.reciprocal(factor, sums)
         nisa.tensor_tensor(factor, factor, self.gates[:, :, branch], nl.multiply)
-        last = branch == NEAR
+        last = branch == SELECTED
         result = sbuf((rows, parts, dv), self.q[0].dtype if last else nl.float32)
         for p in range(parts):
             values, scale = self.bank(p)[:, 0:dv], factor[:, p : p + 1]

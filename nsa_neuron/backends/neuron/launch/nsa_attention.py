@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 QUERIES = 32  # of a tile
 KEYS = 128  # of a tile of keys
 RUN = 512  # compressed keys that are visited together where a tile is done again
+ROW = 8  # tokens of K and V side by side
 BLOCK, STRIDE = 64, 16  # of selection and of compression, what the kernel is made for
 LARGEST = 30.0
 """The largest exponent: row sums and products with values stay far below float32's largest."""
@@ -69,6 +70,7 @@ def forward(
         _keys(k_cmp, RUN),
         _values(v_cmp, RUN),
         _pages(k_slc, v_slc),
+        _rows(k_slc, v_slc),
         _keys(k_win, KEYS),
         _values(v_win, KEYS),
         by_row.transpose(2, 3).contiguous(),
@@ -78,6 +80,7 @@ def forward(
         torch.eye(rows // group, device=q.device).repeat_interleave(group, 0),
         torch.eye(QUERIES, device=q.device).repeat(KEYS // QUERIES, 1),
         _slot_keys(slots, q.device),
+        _slot_lanes(q.device),
         batch=batch, group=group, block=block, count=num_selected, initial=num_initial,
         local=num_local, window=window, past=past, tokens=tokens, scale=scale,
         paired=tiles > 1, queues=queues, **constants,
@@ -127,6 +130,15 @@ def _pages(k: Tensor, v: Tensor) -> Tensor:
     return pages
 
 
+def _rows(k: Tensor, v: Tensor) -> Tensor:
+    """K and V [B, T, Hkv, D] by rows of 8 tokens [B * Hkv, rows, 8, columns]; see the kernel."""
+    missing = -k.shape[1] % BLOCK
+    both = [F.pad(x.transpose(1, 2).flatten(0, 1), (0, 0, 0, missing)) for x in (k, v)]
+    dk = k.shape[3]
+    keys = F.pad(both[0], (0, KEYS + BLOCK - dk if dk > KEYS else 0))
+    return torch.cat((keys, F.pad(both[1], (0, 1), value=1.0)), -1).unflatten(1, (-1, ROW))
+
+
 def _positions(
     first: int, tiles: int, seen: tuple[int, int], near: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -164,3 +176,9 @@ def _slot_keys(slots: int, device: torch.device) -> Tensor:
     """bfloat16 [slots, slots / 2, 128]: 1 at a slot's keys in its pair."""
     same = torch.eye(slots, device=device).view(slots, slots // 2, 2)
     return same.repeat_interleave(BLOCK, 2).to(torch.bfloat16)
+
+
+def _slot_lanes(device: torch.device) -> Tensor:
+    """float32 [128, 8, 128]: 1 where place = 16 * turn + lane // 8."""
+    same = torch.eye(KEYS, device=device).view(KEYS, ROW, KEYS // ROW)
+    return same.repeat_interleave(ROW, 2)

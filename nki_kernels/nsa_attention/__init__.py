@@ -14,27 +14,31 @@ bound of the logits (norms of queries and keys), so that nothing overflows.
         the best n without the forced ones: rounds of max8                 VectorE
         list: the union over 32 queries, again by max8; a mask per block   PE, VectorE
     for each tile of queries:
-        gather the listed blocks as pages, two tiles ahead                 run-time addresses on DMA
-        for each two blocks:       S^T, what hides them added by PE; P^T; o += P @ [v | 1]
-        for each 128 keys of w:    the same, masks only where a query's window begins or ends
+        gather the listed blocks, as pages or by rows, two tiles ahead     run-time addresses on DMA
+        for each 128 keys of w:    S^T, masks only where a query's window begins or ends; P^T;
+                                   o += P @ [v | 1]
+        for each two blocks:       the same, what hides them added by PE
         o = sum over branches of gate / row sum * o, written once
-    for each tile with a row whose sum is too small beside the bound, or with more blocks than its
-    list has places:                                                       hardware loops, `again`
+    for each tile with more blocks than its list has places:               hardware loops, `crowded`
+        the selected branch, from lists of any length, one for every 128 rows
+    for each tile with a row whose sum is too small beside the bound:      hardware loops, `again`
         all of it, with each row's exact maximum, whatever the union
 
 Modules: `geometry` (tiles, plain integers), `work` (a tile on its way), `compressed`, `selected`,
 `window` (the branches), `choose`, `unite`, `pipeline` (the order of everything), `constants`,
-`flags`, `again` with `running` (what the pipeline could not do).
+`flags`; `flagged` (tiles once more), `crowded` with `rows`, `again` with `running`.
 
 What must be right does not hang on luck: block scores are float32 (P's upper and lower halves are
 two bfloat16, 16 of 24 bits; the row sum comes from the same); forced blocks have fixed places;
 equal scores go to the lowest block; the device itself finds which tiles it must do again.
 
 Program: unrolled, 550 to 2,800 instructions per tile of queries between 8K and 256K tokens, and
-1,600 to 2,400 per kv head for `again`. SBUF keeps all compressed keys up to 8,192 (128K tokens);
-beyond, they are loaded ahead, eight tiles at a time, for each tile of queries. What ends at 256K
-tokens is the room for shares, which stay for all 512 rows until the rows' sums are known: 64 KB per
-partition.
+1,600 to 2,400 per kv head for `again`, 400 to 600 for `crowded`. HBM of a core keeps what the
+queries of a kv head chose, 64 bytes per tile and block, and their output without the selected
+branch, in float32: 134 and 537 MB at 64K tokens. SBUF keeps all compressed keys up to 8,192 (128K
+tokens); beyond, they are loaded ahead, eight tiles at a time, for each tile of queries. What ends
+at 256K tokens is the room for shares, which stay for all 512 rows until the rows' sums are known: 64
+KB per partition.
 
 Modelled with G = 16, 192/128, n = 16, 48 places per list, bfloat16, ns per (query, kv head) at a
 position, and what is busy (central value of the cycle model; not run on hardware):
@@ -83,7 +87,7 @@ class Lane(nl.NKIObject):
 
     Attributes:
         o: [32 * (tiles + 1), G, DV]. unsafe, crowded: see `flags`.
-        turned: [tiles, blocks, 32], what queries chose. rest: [tiles, rows, parts, DV] float32, o
+        turned: [tiles, blocks, 32], what queries chose. others: [tiles, rows, parts, DV] float32, o
             without the selected branch.
     """
 
@@ -95,7 +99,7 @@ class Lane(nl.NKIObject):
         self.k_win_t, self.v_win = k_win_t, v_win
         self.o = o
         self.unsafe, self.crowded = flags[0:1, :], flags[1:2, :]
-        self.turned, self.rest = kept
+        self.turned, self.others = kept
 
 
 @nki.jit
@@ -103,7 +107,7 @@ def forward(
     q_t, k_cmp_t, v_cmp, pages, rows, k_win_t, v_win, gates, shifts, marks, trips, weights, heads,
     same, slot_keys, slot_lanes,
     batch: int, group: int, block: int, count: int, initial: int, local: int, window: int,
-    past: int, tokens: int, ahead: int, paired: bool, queues: tuple, scale: float,
+    past: int, tokens: int, ahead: int, paired: bool, queues: tuple, by_rows: tuple, scale: float,
 ):  # fmt: skip
     """o [B, 32 * (tiles + 1), Hq, DV] in q's dtype; what the last 32 rows hold means nothing.
 
@@ -117,7 +121,7 @@ def forward(
         gates: [LANES, tiles, rows, parts, 3] float32; row of C = part * rows + row.
         shifts: [LANES, tiles, 3] float32, what is added to the scaled logits of a branch.
         marks, trips: see `again.Tables`.
-        weights, heads, same, slot_keys: see `constants`. slot_lanes: see `rows.Numbers`.
+        weights, heads, same, slot_keys, slot_lanes: see `constants`.
         batch: B. group: G. block: l. count: n. initial, local: forced blocks. window: w.
         past: position of the first query. tokens: T.
         ahead: tiles of queries between a compressed branch and the rest of it.
@@ -125,12 +129,13 @@ def forward(
         queues: (least tiles of keys, queues of pages in turn beside compressed branches, beside
             others) by `common.queues`; the last that applies counts. ScalarE has time for DMA where
             PE takes longer per job than it does.
+        by_rows: see `geometry.Geometry`.
     """
     lanes, tiles, _, _ = q_t.shape
     kv_heads = lanes // batch
     dv = v_cmp.shape[2] - 1
     slots = slot_keys.shape[0]
-    geometry = Geometry(group, block, count, initial, local, window, slots, past, tokens)
+    geometry = Geometry(group, block, count, initial, local, window, slots, by_rows, past, tokens)
     crowds = geometry.crowded_from() < tiles
     o = nl.ndarray(
         (batch, 32 * (tiles + 1), kv_heads * group, dv), dtype=q_t.dtype, buffer=nl.shared_hbm
@@ -140,9 +145,9 @@ def forward(
     shape = (tiles, geometry.padded, QUERIES)
     turned = nl.ndarray((cores, *shape), dtype=q_t.dtype, buffer=nl.private_hbm)
     shape = (tiles if crowds else 1, geometry.rows, geometry.parts, dv)
-    rest = nl.ndarray((cores, *shape), dtype=nl.float32, buffer=nl.private_hbm)
+    others = nl.ndarray((cores, *shape), dtype=nl.float32, buffer=nl.private_hbm)
     lists = nl.ndarray((cores, tiles, slots), dtype=nl.int32, buffer=nl.private_hbm)
-    constants = Constants(weights, heads, same, slot_keys)
+    constants = Constants(weights, heads, same, slot_keys, slot_lanes)
     tables = Tables(marks, trips)
     first, number = share(lanes)
     done = []
@@ -151,7 +156,8 @@ def forward(
         tensors = Lane(
             q_t[lane], k_cmp_t[lane], v_cmp[lane], pages[lane], rows[lane], k_win_t[lane],
             v_win[lane], gates[lane], shifts[lane],
-            o[b, :, head * group : (head + 1) * group, :], flags[lane], (turned[core], rest[core]),
+            o[b, :, head * group : (head + 1) * group, :], flags[lane],
+            (turned[core], others[core]),
         )  # fmt: skip
         clear_behind(geometry, tensors.o)
         pipeline = Pipeline(
@@ -160,7 +166,7 @@ def forward(
         )  # fmt: skip
         pipeline.run()
         if crowds:
-            numbers = Numbers(geometry, slot_lanes, q_t.dtype)
+            numbers = Numbers(geometry, constants, q_t.dtype)
             do_crowded(geometry, constants, tensors, tables, numbers, scale)
         done.append(tensors)
     scratch = Scratch(k_cmp_t.shape[2] // CHUNK, q_t.dtype)

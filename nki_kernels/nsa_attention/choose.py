@@ -206,10 +206,10 @@ class Choice(nl.NKIObject):
             nisa.tensor_copy(into, bank, engine=nisa.engine.vector)
         target = place[0 : CHUNKS * width, :].reshape_dim(0, (CHUNKS, count, PIECE))
         nisa.dma_copy(target.permute((2, 1, 0, 3)), rows)
-        rest = place[CHUNKS * width :, :]
-        if work.tile.crowded and rest.shape[0] > 0:  # read as one, of whichever tile
-            rest = rest.reshape_dim(0, (rest.shape[0] // PIECE, PIECE)).permute((1, 0, 2))
-            nisa.dma_copy(rest, self.nothing.expand_dim(1).broadcast(1, rest.shape[1]))
+        pieces = place.shape[0] // PIECE - CHUNKS * count
+        if work.tile.crowded and pieces > 0:  # `crowded` reads all blocks, whichever tile's
+            rest = place[CHUNKS * width :, :].reshape_dim(0, (pieces, PIECE)).permute((1, 0, 2))
+            nisa.dma_copy(rest, self.nothing.expand_dim(1).broadcast(1, pieces))
         self.unions.learn(work, rows)
 
 

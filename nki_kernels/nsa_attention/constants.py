@@ -3,8 +3,15 @@
 import nki.isa as nisa
 import nki.language as nl
 
-from nki_kernels.common.buffers import sbuf
-from nki_kernels.nsa_attention.geometry import KEYS, QUERIES, STRIDE
+from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.nsa_attention.geometry import (
+    AT_ONCE,
+    KEYS,
+    QUADRANT,
+    QUERIES,
+    STRIDE,
+    TOKENS,
+)
 
 
 class Constants(nl.NKIObject):
@@ -14,21 +21,41 @@ class Constants(nl.NKIObject):
     heads: [rows, queries of a part] float32, 1 where a row belongs to a query.
     same: [128, 32] float32, 1 where lane 32 * c + q belongs to query q.
     slot_keys: [slots, pairs, 128] bfloat16, 1 at a slot's keys in its pair.
+    slot_lanes: [128, 8, 128] float32, 1 where slot = 16 * u + lane // 8.
+    slot_rows: [slots, 2, 128] bfloat16, 1 where slot % 32 = 16 * u + lane // 8.
+    lane_token: [128, 1] float32, lane % 8.
     zeros: [32, 512] bfloat16.
     near, far: [128, 32] float32: query - key; query - 16 * key.
     """
 
-    def __init__(self, weights, heads, same, slot_keys):
+    def __init__(self, weights, heads, same, slot_keys, slot_lanes):
         self.weights = loaded(weights)
         self.heads = loaded(heads)
         self.same = loaded(same)
         self.slot_keys = loaded(slot_keys)
+        self.slot_lanes = loaded(slot_lanes)
+        slots = slot_keys.shape[0]
+        self.slot_rows = sbuf((slots, 2, KEYS), slot_keys.dtype)
+        for p0 in range(0, slots, QUADRANT):
+            some, u = slice(p0, min(p0 + QUADRANT, slots)), p0 // AT_ONCE
+            nisa.tensor_copy(self.slot_rows[some, :, :], self.slot_lanes[some, u : u + 2, :])
+        lane, place = sbuf((KEYS, 1), nl.float32), psum((KEYS, 1))
+        nisa.iota(lane, [[1, 1]], offset=0, channel_multiplier=1)
+        nisa.nc_matmul(place, self.slot_lanes[:, 0, :], lane, accumulate=False)
+        self.lane_token = sbuf((KEYS, 1), nl.float32)
+        nisa.scalar_tensor_tensor(self.lane_token, place, nl.multiply, -float(TOKENS), nl.add, lane)
         self.zeros = sbuf((QUERIES, nl.tile_size.gemm_moving_fmax), nl.bfloat16)
         nisa.memset(self.zeros, 0.0)
         self.near = sbuf((KEYS, QUERIES), nl.float32)
         nisa.iota(self.near, [[1, QUERIES]], offset=0, channel_multiplier=-1)
         self.far = sbuf((KEYS, QUERIES), nl.float32)
         nisa.iota(self.far, [[1, QUERIES]], offset=0, channel_multiplier=-STRIDE)
+
+    def number_rows(self, rows, blocks):
+        """Rows of HBM [128, ...], int32, that lanes are for, of their blocks' numbers."""
+        nisa.tensor_scalar(
+            rows, blocks, nl.multiply, float(TOKENS), op1=nl.add, operand1=self.lane_token
+        )
 
 
 def loaded(source):

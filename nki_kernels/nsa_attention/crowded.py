@@ -11,10 +11,10 @@ length, is made by one instruction of GpSimd, and `rows` gathers what it lists:
         row numbers for all turns of the next loop, to HBM         PE
         local and initial blocks, of all rows, as pages            PE, ScalarE
         for each 16 blocks of the lists, each part:                hardware loop, `rows`
-        o = rest + gate / sum * acc
+        o = others + gate / sum * acc
 
-Blocks of a smaller union are fewer: of 13 random ones per query 32 queries choose 340 at 64K tokens,
-8 choose 100, and four times 100 rows of 128 cost PE less than 340 of 512.
+A smaller union has fewer blocks: of 13 random ones per query 32 queries choose 340 at 64K tokens, 8
+choose 100, and four times 100 blocks for 128 columns cost PE less than 340 for 512.
 """
 
 import nki.isa as nisa
@@ -24,8 +24,8 @@ from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.queues import fetch
 from nki_kernels.nsa_attention.constants import keep_from
 from nki_kernels.nsa_attention.flagged import for_flagged
-from nki_kernels.nsa_attention.geometry import BLOCK, PIECE, QUERIES
-from nki_kernels.nsa_attention.rows import AT_ONCE, Rows
+from nki_kernels.nsa_attention.geometry import AT_ONCE, BLOCK, PIECE, QUERIES
+from nki_kernels.nsa_attention.rows import Rows
 from nki_kernels.nsa_attention.running import larger, of_tile
 from nki_kernels.nsa_attention.work import SELECTED, SMALLEST_SUM
 
@@ -68,8 +68,8 @@ class Crowded(nl.NKIObject):
         nisa.dma_copy(
             self.numbers.masks.reshape_dim(0, (self.pieces, PIECE)).permute((1, 0, 2)), masks
         )
+        self.list(masks)
         self.load(number)
-        turns = self.list(masks)
         self.open()
         for k in range(g.local):
             self.add_page(self.page(k), k == 0)
@@ -77,17 +77,19 @@ class Crowded(nl.NKIObject):
             page = sbuf((128, lane.pages.shape[3]), lane.pages.dtype)
             nisa.dma_copy(page, lane.pages[0, block])
             self.add_page(page, False)
+        self.close()
+        self.numbers.spread(self.lists[:, 0 : g.padded], LANE)
         rows = Rows(self, self.numbers)
-        nl.fori_loop(0, turns, rows.add)
+        nl.fori_loop(0, self.turns(), rows.add)
         result = sbuf((g.rows, g.parts, self.dv), lane.o.dtype)
         for p in range(g.parts):
-            bank, factor = self.bank(p), sbuf((g.rows, 1), nl.float32)
-            nisa.tensor_scalar(factor, bank[:, self.dv : self.dv + 1], nl.maximum, SMALLEST_SUM)
+            acc, factor = self.acc[:, p, :], sbuf((g.rows, 1), nl.float32)
+            nisa.tensor_scalar(factor, acc[:, self.dv : self.dv + 1], nl.maximum, SMALLEST_SUM)
             nisa.reciprocal(factor, factor)
             nisa.tensor_tensor(factor, factor, self.gates[:, p, :], nl.multiply)
             nisa.scalar_tensor_tensor(
-                result[:, p, :], bank[:, 0 : self.dv], nl.multiply, factor, nl.add,
-                self.rest[:, p, :],
+                result[:, p, :], acc[:, 0 : self.dv], nl.multiply, factor, nl.add,
+                self.others[:, p, :],
             )  # fmt: skip
         target = of_tile(lane.o, QUERIES, place)
         fetch(target.reshape_dim(0, (g.parts, g.per_part)).permute((1, 2, 0, 3)), result)
@@ -98,12 +100,11 @@ class Crowded(nl.NKIObject):
         g, lane = self.geometry, self.lane
         source = lane.q_t.select(0, number)
         dk = source.shape[0]
-        low = min(dk, 128)
+        low, self.rest = min(dk, 128), dk - 128
         self.q = [sbuf((low, g.columns), source.dtype)]
         fetch(self.q[0], source[0:low, :])
         if dk > 128:
             both = sbuf((128, g.columns), source.dtype)
-            nisa.memset(both, 0.0)
             for half in range(2):
                 fetch(both[64 * half : 64 * half + dk - 128, :], source[128:dk, :])
             self.q.append(both)
@@ -125,12 +126,11 @@ class Crowded(nl.NKIObject):
         self.gates = sbuf((g.rows, g.parts, 1), nl.float32)
         gates = lane.gates.select(0, number)[:, :, SELECTED : SELECTED + 1]
         fetch(self.gates, gates, "a")
-        self.rest = sbuf((g.rows, g.parts, self.dv), nl.float32)
-        fetch(self.rest, lane.rest.select(0, number), "a")
+        self.others = sbuf((g.rows, g.parts, self.dv), nl.float32)
+        fetch(self.others, lane.others.select(0, number), "a")
 
     def list(self, masks):
-        """Row numbers of the lists of all parts, to HBM; a register with how often AT_ONCE places
-        of the longest must be visited."""
+        """Makes `lists`; behind this, PE works on what all queries see while GpSimd does."""
         g = self.geometry
         for p in range(g.parts):
             of_part = masks[:, :, p * g.per_part : (p + 1) * g.per_part]
@@ -146,9 +146,12 @@ class Crowded(nl.NKIObject):
             into = unions[:, first * PIECE : (first + some) * PIECE]
             nisa.tensor_copy(into.reshape_dim(1, (some, PIECE)), bank, engine=nisa.engine.vector)
         nisa.nonzero_with_count(self.lists, unions, index_offset=0, padding_val=0)
-        self.numbers.spread(self.lists[:, 0 : g.padded], LANE)
+
+    def turns(self):
+        """A register with how often AT_ONCE places of the longest list must be visited."""
+        lanes, last = self.lists.shape[0], self.geometry.padded
         counts, turned = sbuf((lanes, 1), nl.float32), psum((1, lanes))
-        nisa.tensor_copy(counts, self.lists[:, g.padded : g.padded + 1], engine=nisa.engine.vector)
+        nisa.tensor_copy(counts, self.lists[:, last : last + 1], engine=nisa.engine.vector)
         nisa.nc_transpose(turned, counts, engine=nisa.engine.tensor)
         longest, turns = sbuf((1, 1), nl.float32), sbuf((1, 1), nl.int32)
         nisa.tensor_reduce(longest, nl.maximum, turned, axis=1)
@@ -173,6 +176,16 @@ class Crowded(nl.NKIObject):
                 accumulate=False, tile_position=(0, 0), tile_size=(zeros.shape[0], 128),
             )  # fmt: skip
 
+    def close(self):
+        """`acc` [rows, parts, DV + 1]: the sums of pages, from PSUM, to which lists are added."""
+        g = self.geometry
+        self.acc = sbuf((g.rows, g.parts, self.dv + 1), nl.float32)
+        for b in range(len(self.banks)):
+            bank = self.banks[b]
+            nisa.tensor_copy(
+                self.acc[:, 2 * b : 2 * b + bank.shape[1], :], bank, engine=nisa.engine.vector
+            )
+
     def bank(self, part):
         """Sums of a part, [rows, DV + 1]."""
         return self.banks[part // 2][:, part % 2, :]
@@ -189,9 +202,10 @@ class Crowded(nl.NKIObject):
         scores = psum((BLOCK, g.columns))
         low = self.q[0].shape[0]
         nisa.nc_matmul(scores, page[0:low, 0:BLOCK], self.q[0], accumulate=False)
-        for rest in self.q[1:]:
+        for upper in self.q[1:]:
+            channels = slice(BLOCK, BLOCK + self.rest)
             nisa.nc_matmul(
-                scores, page[BLOCK : 2 * BLOCK, BLOCK : 2 * BLOCK], rest[BLOCK : 2 * BLOCK, :],
+                scores, page[channels, BLOCK : 2 * BLOCK], upper[channels, :],
                 accumulate=True, tile_position=(BLOCK, 0), tile_size=(BLOCK, BLOCK),
             )  # fmt: skip
         weights = sbuf(scores.shape, self.q[0].dtype)

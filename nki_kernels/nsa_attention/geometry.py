@@ -5,6 +5,9 @@ import nki.language as nl
 QUERIES = 32  # of a tile
 KEYS = 128  # of a tile of keys
 BLOCK = 64  # tokens of a selection block
+TOKENS = 8  # of a row, by which blocks are gathered
+AT_ONCE = 16  # blocks that are gathered by rows together
+QUADRANT = 32  # rows of PE's array
 STRIDE = 16  # tokens between compressed keys
 BLOCKS_OF_KEYS = KEYS * STRIDE // BLOCK
 CHUNKS = 4  # of the blocks that are ranked, one for every 32 lanes
@@ -19,10 +22,12 @@ class Geometry(nl.NKIObject):
         first: position of the first tile's first query, a multiple of 32. tiles: of a kv head.
         keys: compressed keys, Nc. blocks: selection blocks. forced: most forced blocks of a tile.
         slots: most blocks that a tile of queries takes from selection, even.
+        by_rows: (least tiles of compressed keys, times AT_ONCE blocks that come by rows); the last
+            that applies counts.
         padded: blocks of all tiles of keys, in whole pieces of each chunk.
     """
 
-    def __init__(self, group, block, count, initial, local, window, slots, past, tokens):
+    def __init__(self, group, block, count, initial, local, window, slots, by_rows, past, tokens):
         self.group = group
         self.block = block
         self.count = count
@@ -30,6 +35,7 @@ class Geometry(nl.NKIObject):
         self.local = local
         self.window = window
         self.slots = slots
+        self.by_rows = by_rows
         self.columns = QUERIES * group
         self.rows = min(nl.tile_size.pmax, self.columns)
         self.parts = self.columns // self.rows
@@ -69,7 +75,9 @@ class Tile(nl.NKIObject):
         taken: blocks whose places in the list are static, `own` first.
         ranked: whether others are chosen; chosen: how many by a query; listed: places for them.
         crowded: whether there may be too few.
-        slots: places of the list. key_tiles: tiles of compressed keys that some query sees.
+        slots: places of the list. groups: of AT_ONCE blocks that come by rows, in the last places;
+            paged: places whose blocks come as pages.
+        key_tiles: tiles of compressed keys that some query sees.
         known: blocks that these have shares in, `pieces` pieces. width: blocks of a chunk.
         first_near, last_near: tiles of keys of the window.
         stream: which ring of window tiles it uses.
@@ -109,6 +117,11 @@ class Tile(nl.NKIObject):
             self.slots = len(forced) + self.listed
         self.ranked = self.chosen > 0
         self.crowded = number >= g.crowded_from()
+        self.groups = 0
+        for least, groups in g.by_rows:
+            if self.ranked and self.slots == g.slots and self.key_tiles >= least:
+                self.groups = min(groups, self.listed // AT_ONCE)
+        self.paged = self.slots - AT_ONCE * self.groups
         self.first_near = max(0, self.t0 - g.window + 1) // KEYS
         self.last_near = (self.t0 + QUERIES - 1) // KEYS
 

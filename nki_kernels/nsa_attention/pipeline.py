@@ -35,7 +35,7 @@ class Pipeline(nl.NKIObject):
             self.works.append(Work(tiles[i], i))
             streams = max(streams, tiles[i].stream + 1)
         self.compressed = Compressed(geometry, constants, lane, scale, self.works)
-        self.selected = Selected(geometry, constants, lane, scale)
+        self.selected = Selected(geometry, constants, lane, scale, self.works)
         self.window = Window(geometry, constants, lane, scale, streams)
         self.branches = [self.compressed, self.selected, self.window]
         self.unions = Unions(turned, lists)
@@ -47,7 +47,7 @@ class Pipeline(nl.NKIObject):
         self.steps = []  # (job, who, name, of what) of the choice, in order
         self.queues = queues
         self.branch, self.gathered = COMPRESSED, 0  # of the job; pages so far
-        self.pages = []  # (job, work, n) that are to be gathered, in order
+        self.pages = []  # (job, work, name, n, last) of what gathers blocks, in order
         self.gathering = 0  # tiles whose pages are on their way or there
 
     def run(self):
@@ -122,18 +122,18 @@ class Pipeline(nl.NKIObject):
         if job.branch == COMPRESSED:
             self.choose(work)
         elif job.branch == NEAR:
-            self.keep_rest(work)
+            self.keep(work)
         else:
             if work.index + 2 < len(self.works):
                 self.gather(self.works[work.index + 2])
             self.finish(work)
 
-    def keep_rest(self, work):
+    def keep(self, work):
         """Ends the window branch; of a tile whose union may be too long for its list, what it has
         without the selected branch is kept."""
         total = work.close(self.geometry, NEAR)
         if work.tile.crowded:
-            nisa.dma_copy(self.lane.rest[work.tile.number], total)
+            nisa.dma_copy(self.lane.others[work.tile.number], total)
 
     def choose(self, work):
         """Adds the steps of a tile's choice, and of its group's lists behind its last tile."""
@@ -155,7 +155,7 @@ class Pipeline(nl.NKIObject):
     def catch_up(self):
         """What is done beside the job."""
         while len(self.pages) > 0 and self.pages[0][0] <= self.now:
-            self.gather_page()
+            self.gather_some()
         while len(self.steps) > 0 and self.steps[0][0] <= self.now:
             self.step()
 
@@ -178,27 +178,30 @@ class Pipeline(nl.NKIObject):
         """Starts to gather a tile's pages; they take the place of those of two tiles before."""
         self.selected.gather_known(work)
         self.gathering += 1
-        listed = work.tile.listed
+        steps = self.selected.steps_of(work.tile)
+        count = len(steps)
         span = max(0, self.starts[work.index] - self.now - SPARE)
-        for n in range(listed):
-            self.pages.append((self.now + 1 + n * span // listed, work, n))
+        for i in range(count):
+            name, n = steps[i]
+            self.pages.append((self.now + 1 + i * span // count, work, name, n, i == count - 1))
 
-    def gather_page(self):
-        """The next page that is due; behind the last one of a tile, what it hides."""
-        _, work, n = self.pages.pop(0)
+    def gather_some(self):
+        """The next step of gathering that is due; behind the last one of a tile, what it hides."""
+        _, work, name, n, last = self.pages.pop(0)
         some = ""
         for least, beside_compressed, beside_others in self.queues:
             if work.tile.key_tiles >= least:
                 some = beside_compressed if self.branch == COMPRESSED else beside_others
-        self.selected.gather(work, n, some[self.gathered % len(some)])
-        self.gathered += 1
-        if n == work.tile.listed - 1:
+        getattr(self.selected, name)(work, n, some[self.gathered % len(some)])
+        if name == "gather_page":
+            self.gathered += 1
+        if last:
             hide(work)
 
     def arrive(self, work):
         """The pages of a tile that are missing when they are needed."""
         while len(self.pages) > 0 and self.pages[0][1].index <= work.index:
-            self.gather_page()
+            self.gather_some()
 
     def finish(self, work):
         """Writes a tile's output, and keeps its smallest row sum."""

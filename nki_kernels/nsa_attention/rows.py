@@ -13,10 +13,8 @@ from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
 from nki_kernels.nsa_attention.choose import HIDDEN
-from nki_kernels.nsa_attention.geometry import KEYS, QUERIES
+from nki_kernels.nsa_attention.geometry import AT_ONCE, KEYS, QUERIES, TOKENS
 
-TOKENS = 8  # of a row
-AT_ONCE = 16  # blocks of a turn
 TURNS = KEYS // AT_ONCE  # that a column of 128 places is for
 TOGETHER = 4  # tiles of keys whose scores are made together
 REST = 64  # columns for what K has after 128 channels
@@ -29,13 +27,10 @@ class Numbers(nl.NKIObject):
     Attributes:
         rows: [128, turns, parts] int32, row numbers of K and V.
         blocks: [16, turns, parts] int32. masks: [blocks, 32], of the tile.
-        lanes: [128, TURNS, 128] float32, 1 where place = 16 * turn + lane // 8.
-        slots: [16, 128] bfloat16, the same of the first turn's places.
-        within: [128, 1] float32, lane % 8.
     """
 
-    def __init__(self, geometry, slot_lanes, dtype):
-        self.parts = geometry.parts
+    def __init__(self, geometry, constants, dtype):
+        self.parts, self.constants = geometry.parts, constants
         turns = geometry.padded // AT_ONCE + 1
         shape = (turns, geometry.parts)
         self.rows = nl.ndarray((KEYS, *shape), dtype=nl.int32, buffer=nl.private_hbm)
@@ -45,19 +40,12 @@ class Numbers(nl.NKIObject):
         nisa.memset(nothing, 0)
         for table in (self.rows, self.blocks):  # a turn more than there can be
             nisa.dma_copy(table[:, turns - 1 : turns, :], nothing[0 : table.shape[0]])
-        self.lanes = sbuf(slot_lanes.shape, nl.float32)
-        nisa.dma_copy(self.lanes, slot_lanes)
-        self.slots = sbuf((AT_ONCE, KEYS), dtype)
-        nisa.tensor_copy(self.slots, self.lanes[0:AT_ONCE, 0, :], engine=nisa.engine.vector)
-        lane, slot = sbuf((KEYS, 1), nl.float32), psum((KEYS, 1))
-        nisa.iota(lane, [[1, 1]], offset=0, channel_multiplier=1)
-        nisa.nc_matmul(slot, self.lanes[:, 0, :], lane, accumulate=False)
-        self.within = sbuf((KEYS, 1), nl.float32)
-        nisa.scalar_tensor_tensor(self.within, slot, nl.multiply, -float(TOKENS), nl.add, lane)
 
     def spread(self, lists, step):
-        """Writes `rows` and `blocks` of all turns but the last; lists: int32 [parts * step, places],
-        those of part p in row p * step."""
+        """Writes `rows` and `blocks` of all turns but the last.
+
+        lists: int32 [parts * step, places], those of part p in row p * step.
+        """
         height, places = lists.shape
         names = sbuf(lists.shape, nl.float32)
         nisa.tensor_copy(names, lists, engine=nisa.engine.vector)
@@ -75,18 +63,36 @@ class Numbers(nl.NKIObject):
             by_lane = psum((KEYS, some, TURNS, self.parts))
             by_slot = psum((AT_ONCE, some, TURNS, self.parts))
             for u in range(TURNS):
-                of_turn = self.lanes[:, u, :]
+                of_turn = self.constants.slot_lanes[:, u, :]
                 nisa.nc_matmul(by_lane[:, :, u, :], of_turn, moving, accumulate=False)
                 nisa.nc_matmul(by_slot[:, :, u, :], of_turn[:, 0::TOKENS], moving, accumulate=False)
             rows, blocks = sbuf(by_lane.shape, nl.int32), sbuf(by_slot.shape, nl.int32)
-            nisa.tensor_scalar(
-                rows, by_lane, nl.multiply, float(TOKENS), op1=nl.add, operand1=self.within
-            )
+            self.constants.number_rows(rows, by_lane)
             nisa.tensor_copy(blocks, by_slot, engine=nisa.engine.vector)
             turns = slice(first * TURNS, (first + some) * TURNS)
             shape = (some, TURNS)
             nisa.dma_copy(self.rows[:, turns, :].reshape_dim(1, shape), rows)
             nisa.dma_copy(self.blocks[:, turns, :].reshape_dim(1, shape), blocks)
+
+
+def turned_rows(buffer, low, wide):
+    """K^T of gathered rows [128, TOKENS, columns]: [low, TOKENS, 128]; a list, if K is `wide`, of
+    its channels after 128, [128, TOKENS / 2, 128], tiles in turn on either half."""
+    bank = psum((low, TOKENS, KEYS), buffer.dtype)
+    for t in range(TOKENS):
+        nisa.nc_transpose(bank[:, t, :], buffer[:, t, 0:low], engine=nisa.engine.tensor)
+    lower = sbuf(bank.shape, bank.dtype)
+    nisa.tensor_copy(lower, bank, engine=nisa.engine.vector)
+    found = []
+    if wide:
+        bank = psum((2 * REST, TOKENS // 2, KEYS), buffer.dtype)
+        for t in range(0, TOKENS, 2):
+            keys = buffer[:, t : t + 2, low : low + REST]
+            nisa.nc_transpose(bank[:, t // 2, :], keys, engine=nisa.engine.tensor)
+        upper = sbuf(bank.shape, bank.dtype)
+        nisa.tensor_copy(upper, bank, engine=nisa.engine.vector)
+        found.append(upper)
+    return lower, found
 
 
 class Rows(nl.NKIObject):
@@ -109,7 +115,7 @@ class Rows(nl.NKIObject):
             if step < len(parts):
                 parts[step].turn()
             if 0 <= step - 1 < len(parts):
-                parts[step - 1].weigh(self.numbers.slots)
+                parts[step - 1].weigh()
             if step >= 2:
                 parts[step - 2].add()
 
@@ -118,7 +124,7 @@ class Part(nl.NKIObject):
     """A part of a tile's rows against 16 blocks.
 
     Attributes:
-        buffer: [128, TOKENS, columns]: K's first 128 channels, REST columns if it has more, [v | 1].
+        buffer: [128, TOKENS, columns]: K's first 128 channels, REST columns for more, [v | 1].
         hidden: what hides blocks from queries, [16, 32]; columns of `queries` are the part's.
     """
 
@@ -137,27 +143,12 @@ class Part(nl.NKIObject):
         nisa.dma_copy(self.hidden, numbers.masks.vector_select(0, blocks))
 
     def turn(self):
-        """K^T: `lower` [<= 128, TOKENS, 128]; `upper` [128, TOKENS / 2, 128], tiles in turn on
-        either half."""
-        bank = psum((self.low, TOKENS, KEYS), self.buffer.dtype)
-        for t in range(TOKENS):
-            keys = self.buffer[:, t, 0 : self.low]
-            nisa.nc_transpose(bank[:, t, :], keys, engine=nisa.engine.tensor)
-        self.lower = sbuf(bank.shape, bank.dtype)
-        nisa.tensor_copy(self.lower, bank, engine=nisa.engine.vector)
-        self.upper = []
-        if len(self.tile.q) > 1:
-            bank = psum((2 * REST, TOKENS // 2, KEYS), self.buffer.dtype)
-            for t in range(0, TOKENS, 2):
-                keys = self.buffer[:, t : t + 2, self.low : self.low + REST]
-                nisa.nc_transpose(bank[:, t // 2, :], keys, engine=nisa.engine.tensor)
-            upper = sbuf(bank.shape, bank.dtype)
-            nisa.tensor_copy(upper, bank, engine=nisa.engine.vector)
-            self.upper.append(upper)
+        self.lower, self.upper = turned_rows(self.buffer, self.low, len(self.tile.q) > 1)
 
-    def weigh(self, slots):
+    def weigh(self):
         """P^T [128, TOKENS, rows of the part]."""
         tile, g = self.tile, self.tile.geometry
+        slots = tile.constants.slot_rows[0:AT_ONCE, 0, :]
         hidden = self.hidden[:, self.queries]
         nisa.tensor_scalar(hidden, hidden, nl.subtract, 1.0, op1=nl.multiply, operand1=HIDDEN)
         by_row = hidden.expand_dim(1).broadcast(1, TOGETHER).expand_dim(3).broadcast(3, g.group)
@@ -173,10 +164,11 @@ class Part(nl.NKIObject):
                     into, self.lower[:, t, :], tile.q[0][:, self.columns], accumulate=True
                 )
                 for upper in self.upper:
-                    half = slice(REST * (t % 2), REST * (t % 2 + 1))
+                    p0 = REST * (t % 2)
+                    channels = slice(p0, p0 + tile.rest)
                     nisa.nc_matmul(
-                        into, upper[half, t // 2, :], tile.q[1][half, self.columns],
-                        accumulate=True, tile_position=(half.start, 0), tile_size=(REST, 128),
+                        into, upper[channels, t // 2, :], tile.q[1][channels, self.columns],
+                        accumulate=True, tile_position=(p0, 0), tile_size=(REST, 128),
                     )  # fmt: skip
             nisa.activation(
                 self.weights[:, first : first + TOGETHER, :], nl.exp, scores, bias=tile.shift,
@@ -185,7 +177,9 @@ class Part(nl.NKIObject):
 
     def add(self):
         """Adds the blocks to the part's P @ [v | 1]."""
-        last = self.buffer.shape[2]
+        acc, last = self.tile.acc[:, self.p, :], self.buffer.shape[2]
+        sums = psum(acc.shape)
         for t in range(TOKENS):
-            values = self.buffer[:, t, last - self.tile.dv - 1 : last]
-            nisa.nc_matmul(self.tile.bank(self.p), self.weights[:, t, :], values, accumulate=True)
+            values = self.buffer[:, t, last - acc.shape[1] : last]
+            nisa.nc_matmul(sums, self.weights[:, t, :], values, accumulate=t > 0)
+        nisa.tensor_tensor(acc, acc, sums, nl.add)

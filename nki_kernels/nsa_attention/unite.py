@@ -131,13 +131,17 @@ class Unions(nl.NKIObject):
             nisa.dma_copy(self.lists[number : number + 1, :], numbers[a : a + 1, :])
 
     def load(self, work):
-        """A tile's list: `page_numbers` [1, listed], and the masks of its blocks, `hidden`."""
+        """A tile's list: `page_numbers` [1, listed]; `places` [slots, 1], with what it has behind
+        the static ones; the masks of its blocks, `hidden`."""
         tile = work.tile
         row = self.lists[tile.number : tile.number + 1, 0 : tile.listed]
         work.page_numbers = sbuf((1, tile.listed), nl.int32)
         nisa.dma_copy(work.page_numbers, row)
         first = len(tile.taken)
-        places = sbuf((tile.listed, 1), nl.int32)
+        work.places = sbuf((tile.slots, 1), nl.int32)
+        if tile.groups > 0:  # all are turned to row numbers
+            nisa.memset(work.places, 0, engine=nisa.engine.gpsimd)
+        places = work.places[first : tile.slots, :]
         nisa.dma_copy(places, row.reshape((tile.listed, 1)))
         work.hidden = sbuf((tile.slots, QUERIES), self.turned.dtype)
         nisa.memset(work.hidden, 1.0)

@@ -41,6 +41,11 @@ GAUSS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))
 SPLITS = {
     1: "none", 2: "sequence halves", 8: "kv heads x sequence halves, 2 cores a launch"
 }  # fmt: skip
+SPLITS_OF_WHOLE = {
+    1: "none", 2: "kv heads", 8: "pairs of kv heads x the first and last quarter, or the others"
+}  # fmt: skip
+"""One kernel takes whole kv heads: on a chip, a launch of two cores has two of them and half of the
+queries, in two calls, so that all have as much to do."""
 DENSE = "attention"
 WHOLE = "nsa_attention"  # all of NSA but compression, in one kernel
 WITHOUT_GRADIENT = ("select_blocks", WHOLE)
@@ -71,7 +76,7 @@ class Problem:
 
     def has(self, op: str) -> bool:
         """Whether a stage is modelled: one with this pass, and for one kernel a length it takes."""
-        if op == WHOLE and (self.cores > 1 or self.tokens > whole.MOST_BLOCKS * 64):
+        if op == WHOLE and self.tokens > whole.MOST_BLOCKS * 64:
             return False
         return not (self.backward and op in WITHOUT_GRADIENT)
 
@@ -128,7 +133,8 @@ def _stage(problem: Problem, stage: Stage) -> Modelled:
         "tokens": problem.tokens, "Hq": problem.heads[0], "Hkv": problem.heads[1],
         "Dk": problem.dims[0], "Dv": problem.dims[1], "replaced": problem.replaced,
         "dtype": "bfloat16", "pass": "backward" if problem.backward else "forward",
-        "cores": problem.cores, "work split": SPLITS[problem.cores],
+        "cores": problem.cores,
+        "work split": (SPLITS_OF_WHOLE if stage.op == WHOLE else SPLITS)[problem.cores],
     }  # fmt: skip
     if stage.op in limits.RANGES:
         window = WINDOW if stage.op == "sliding_window_attention" else 0
@@ -317,17 +323,22 @@ def drifting_blocks(
 
 def _whole(problem: Problem, position: int, queries: int) -> Values:
     """Queries that drift, so that 32 of them choose about as many blocks as `drifting_blocks` has:
-    5 % at 14K and 52K tokens: 33 blocks. What their order asks of the kernel is in the time."""
-    attended = _attention(problem, position, queries)
+    5 % at 14K and 52K tokens: 33 blocks. What their order asks of the kernel is in the time.
+
+    A kv head for each core of a launch, and its part of the queries.
+    """
+    dk, dv = problem.dims
+    kv_heads, blocks = problem.lnc, (position - 32) // 16 + 1
+    heads, own = kv_heads * problem.group, queries // kv_heads
     kept = 0.0 if problem.replaced == 1 else max(0.0, 1 - 2000 * problem.replaced / position)
-    q, fresh = attended["q"].float(), (1 - kept**2) ** 0.5
-    for t in range(1, queries):
+    q, fresh = _normal(1, own, heads, dk).float(), (1 - kept**2) ** 0.5
+    for t in range(1, own):
         q[:, t] = kept * q[:, t - 1] + fresh * q[:, t]
-    values = {"q": q.bfloat16(), "gates": _gated_sum(problem, position, queries)["gates"]}
-    for branch in ("slc", "win"):
-        values |= {f"k_{branch}": attended["k"], f"v_{branch}": attended["v"]}
-    compressed = _compressed(problem, position, queries)
-    return {**values, "k_cmp": compressed["k_cmp"], "v_cmp": compressed["v_cmp"]}
+    values: Values = {"q": q.bfloat16(), "gates": torch.rand(1, own, heads, 3).bfloat16()}
+    for branch, keys in (("cmp", blocks), ("slc", position), ("win", position)):
+        values[f"k_{branch}"] = _normal(1, keys, kv_heads, dk)
+        values[f"v_{branch}"] = _normal(1, keys, kv_heads, dv)
+    return values
 
 
 def _gated_sum(problem: Problem, position: int, queries: int) -> Values:

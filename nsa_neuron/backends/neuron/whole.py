@@ -27,7 +27,7 @@ MOST_TAKEN = 32
 
 QUERIES = 32  # of a tile
 
-OF_LANE, OF_TILE, OF_KEYS = 3_000, 420, 19
+OF_LANE, OF_TILE, OF_KEYS = 3_500, 390, 19
 """Instructions of a kv head, of a tile of 32 queries, and of one against 128 keys."""
 
 

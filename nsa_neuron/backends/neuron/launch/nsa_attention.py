@@ -48,7 +48,9 @@ def forward(
 ) -> Tensor:
     """Arguments and result as of the op: [B, S, Hq, Dv] in q's dtype."""
     constants = dict(plan["forward"])
-    slots, queues = constants.pop("slots"), tuple(map(tuple, constants.pop("queues")))
+    slots = constants.pop("slots")
+    for table in ("queues", "by_rows"):
+        constants[table] = tuple(map(tuple, constants[table]))
     batch, queries, heads, _ = q.shape
     tokens, kv_heads = k_slc.shape[1], k_slc.shape[2]
     group, past = heads // kv_heads, tokens - queries
@@ -83,7 +85,7 @@ def forward(
         _slot_lanes(q.device),
         batch=batch, group=group, block=block, count=num_selected, initial=num_initial,
         local=num_local, window=window, past=past, tokens=tokens, scale=scale,
-        paired=tiles > 1, queues=queues, **constants,
+        paired=tiles > 1, **constants,
     )  # fmt: skip
     return o[:, before : before + queries].contiguous()
 
@@ -136,7 +138,8 @@ def _rows(k: Tensor, v: Tensor) -> Tensor:
     both = [F.pad(x.transpose(1, 2).flatten(0, 1), (0, 0, 0, missing)) for x in (k, v)]
     dk = k.shape[3]
     keys = F.pad(both[0], (0, KEYS + BLOCK - dk if dk > KEYS else 0))
-    return torch.cat((keys, F.pad(both[1], (0, 1), value=1.0)), -1).unflatten(1, (-1, ROW))
+    rows = torch.cat((keys, F.pad(both[1], (0, 1), value=1.0)), -1)
+    return rows.reshape(rows.shape[0], -1, ROW, rows.shape[2])
 
 
 def _positions(

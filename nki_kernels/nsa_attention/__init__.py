@@ -37,8 +37,8 @@ Program: unrolled, 550 to 2,800 instructions per tile of queries between 8K and 
 queries of a kv head chose, 64 bytes per tile and block, and their output without the selected
 branch, in float32: 134 and 537 MB at 64K tokens. SBUF keeps all compressed keys up to 8,192 (128K
 tokens); beyond, they are loaded ahead, eight tiles at a time, for each tile of queries. What ends
-at 256K tokens is the room for shares, which stay for all 512 rows until the rows' sums are known: 64
-KB per partition.
+at 256K tokens is the room for shares, which stay for all 512 rows until the rows' sums are known:
+64 KB per partition.
 
 Modelled with G = 16, 192/128, n = 16, 48 places per list, bfloat16, ns per (query, kv head) at a
 position, and what is busy (central value of the cycle model; not run on hardware):

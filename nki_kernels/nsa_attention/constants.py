@@ -22,7 +22,7 @@ class Constants(nl.NKIObject):
     same: [128, 32] float32, 1 where lane 32 * c + q belongs to query q.
     slot_keys: [slots, pairs, 128] bfloat16, 1 at a slot's keys in its pair.
     slot_lanes: [128, 8, 128] float32, 1 where slot = 16 * u + lane // 8.
-    slot_rows: [slots, 2, 128] bfloat16, 1 where slot % 32 = 16 * u + lane // 8.
+    slot_rows: [64, 2, 128] bfloat16, 1 where slot % 32 = 16 * u + lane // 8.
     lane_token: [128, 1] float32, lane % 8.
     zeros: [32, 512] bfloat16.
     near, far: [128, 32] float32: query - key; query - 16 * key.
@@ -34,10 +34,9 @@ class Constants(nl.NKIObject):
         self.same = loaded(same)
         self.slot_keys = loaded(slot_keys)
         self.slot_lanes = loaded(slot_lanes)
-        slots = slot_keys.shape[0]
-        self.slot_rows = sbuf((slots, 2, KEYS), slot_keys.dtype)
-        for p0 in range(0, slots, QUADRANT):
-            some, u = slice(p0, min(p0 + QUADRANT, slots)), p0 // AT_ONCE
+        self.slot_rows = sbuf((2 * QUADRANT, 2, KEYS), slot_keys.dtype)
+        for p0 in range(0, 2 * QUADRANT, QUADRANT):
+            some, u = slice(p0, p0 + QUADRANT), p0 // AT_ONCE
             nisa.tensor_copy(self.slot_rows[some, :, :], self.slot_lanes[some, u : u + 2, :])
         lane, place = sbuf((KEYS, 1), nl.float32), psum((KEYS, 1))
         nisa.iota(lane, [[1, 1]], offset=0, channel_multiplier=1)

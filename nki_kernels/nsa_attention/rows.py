@@ -13,7 +13,7 @@ from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
 from nki_kernels.nsa_attention.choose import HIDDEN
-from nki_kernels.nsa_attention.geometry import AT_ONCE, KEYS, QUERIES, TOKENS
+from nki_kernels.nsa_attention.geometry import AT_ONCE, KEYS, QUADRANT, QUERIES, TOKENS
 
 TURNS = KEYS // AT_ONCE  # that a column of 128 places is for
 TOGETHER = 4  # tiles of keys whose scores are made together
@@ -26,20 +26,21 @@ class Numbers(nl.NKIObject):
 
     Attributes:
         rows: [128, turns, parts] int32, row numbers of K and V.
-        blocks: [16, turns, parts] int32. masks: [blocks, 32], of the tile.
+        blocks: [turns, 16 * parts, 1] int32. masks: [blocks, 32], of the tile.
     """
 
     def __init__(self, geometry, constants, dtype):
         self.parts, self.constants = geometry.parts, constants
         turns = geometry.padded // AT_ONCE + 1
-        shape = (turns, geometry.parts)
-        self.rows = nl.ndarray((KEYS, *shape), dtype=nl.int32, buffer=nl.private_hbm)
-        self.blocks = nl.ndarray((AT_ONCE, *shape), dtype=nl.int32, buffer=nl.private_hbm)
+        listed = AT_ONCE * geometry.parts
+        self.rows = nl.ndarray((KEYS, turns, self.parts), dtype=nl.int32, buffer=nl.private_hbm)
+        self.blocks = nl.ndarray((turns, listed, 1), dtype=nl.int32, buffer=nl.private_hbm)
         self.masks = nl.ndarray((geometry.padded, QUERIES), dtype=dtype, buffer=nl.private_hbm)
-        nothing = sbuf((KEYS, 1, geometry.parts), nl.int32)
+        nothing = sbuf((KEYS, self.parts), nl.int32)
         nisa.memset(nothing, 0)
-        for table in (self.rows, self.blocks):  # a turn more than there can be
-            nisa.dma_copy(table[:, turns - 1 : turns, :], nothing[0 : table.shape[0]])
+        # A turn more than there can be.
+        nisa.dma_copy(self.rows[:, turns - 1, :], nothing)
+        nisa.dma_copy(self.blocks[turns - 1], nothing[0:listed, 0:1])
 
     def spread(self, lists, step):
         """Writes `rows` and `blocks` of all turns but the last.
@@ -47,6 +48,11 @@ class Numbers(nl.NKIObject):
         lists: int32 [parts * step, places], those of part p in row p * step.
         """
         height, places = lists.shape
+        turns = places // AT_ONCE
+        for p in range(self.parts):
+            into = self.blocks[0:turns, AT_ONCE * p : AT_ONCE * (p + 1), 0]
+            row = lists[step * p : step * p + 1, :].reshape((1, turns, AT_ONCE))
+            nisa.dma_copy(into.expand_dim(0), row)
         names = sbuf(lists.shape, nl.float32)
         nisa.tensor_copy(names, lists, engine=nisa.engine.vector)
         columns = sbuf((KEYS, places // KEYS, self.parts), nl.float32)
@@ -59,20 +65,16 @@ class Numbers(nl.NKIObject):
                 columns[:, first : first + some, :], bank[:, :, 0::step], engine=nisa.engine.vector
             )
         for first, some in spans(places // KEYS, BANK // (TURNS * self.parts)):
-            moving = columns[:, first : first + some, :]
             by_lane = psum((KEYS, some, TURNS, self.parts))
-            by_slot = psum((AT_ONCE, some, TURNS, self.parts))
             for u in range(TURNS):
-                of_turn = self.constants.slot_lanes[:, u, :]
-                nisa.nc_matmul(by_lane[:, :, u, :], of_turn, moving, accumulate=False)
-                nisa.nc_matmul(by_slot[:, :, u, :], of_turn[:, 0::TOKENS], moving, accumulate=False)
-            rows, blocks = sbuf(by_lane.shape, nl.int32), sbuf(by_slot.shape, nl.int32)
+                nisa.nc_matmul(
+                    by_lane[:, :, u, :], self.constants.slot_lanes[:, u, :],
+                    columns[:, first : first + some, :], accumulate=False,
+                )  # fmt: skip
+            rows = sbuf(by_lane.shape, nl.int32)
             self.constants.number_rows(rows, by_lane)
-            nisa.tensor_copy(blocks, by_slot, engine=nisa.engine.vector)
-            turns = slice(first * TURNS, (first + some) * TURNS)
-            shape = (some, TURNS)
-            nisa.dma_copy(self.rows[:, turns, :].reshape_dim(1, shape), rows)
-            nisa.dma_copy(self.blocks[:, turns, :].reshape_dim(1, shape), blocks)
+            into = self.rows[:, first * TURNS : (first + some) * TURNS, :]
+            nisa.dma_copy(into.reshape_dim(1, (some, TURNS)), rows)
 
 
 def turned_rows(buffer, low, wide):
@@ -104,16 +106,25 @@ class Rows(nl.NKIObject):
     def add(self, turn):
         """Adds 16 blocks of each part; turn: the number of a hardware loop's iteration."""
         rows = sbuf((KEYS, self.numbers.parts), nl.int32)
-        blocks = sbuf((AT_ONCE, self.numbers.parts), nl.int32)
+        blocks = sbuf((self.numbers.blocks.shape[1], 1), nl.int32)
         fetch(rows, self.numbers.rows.select(1, turn))
-        fetch(blocks, self.numbers.blocks.select(1, turn), "a")
+        fetch(blocks, self.numbers.blocks.select(0, turn), "a")
+        hidden = sbuf((blocks.shape[0], QUERIES), self.numbers.masks.dtype)
         parts = []
         for p in range(self.numbers.parts):
-            parts.append(Part(self.tile, p))
-            parts[p].gather(self.numbers, rows[:, p : p + 1], blocks[:, p : p + 1])
+            if p == self.numbers.parts - 1:
+                # There is room for them when all parts of the turn before have been weighed: before
+                # that, GpSimd has the rows of the first parts to gather.
+                nisa.dma_copy(hidden, self.numbers.masks.vector_select(0, blocks))
+            parts.append(Part(self.tile, p, hidden))
+            parts[p].gather(rows[:, p : p + 1])
         for step in range(len(parts) + 2):
             if step < len(parts):
                 parts[step].turn()
+            if step == 1:
+                nisa.tensor_scalar(
+                    hidden, hidden, nl.subtract, 1.0, op1=nl.multiply, operand1=HIDDEN
+                )
             if 0 <= step - 1 < len(parts):
                 parts[step - 1].weigh()
             if step >= 2:
@@ -125,22 +136,21 @@ class Part(nl.NKIObject):
 
     Attributes:
         buffer: [128, TOKENS, columns]: K's first 128 channels, REST columns for more, [v | 1].
-        hidden: what hides blocks from queries, [16, 32]; columns of `queries` are the part's.
+        hidden: what hides the blocks of all parts, 16 of each, from queries, [16 * parts, 32];
+            columns of `queries` are the part's.
     """
 
-    def __init__(self, tile, p):
+    def __init__(self, tile, p, hidden):
         g = tile.geometry
-        self.tile, self.p = tile, p
+        self.tile, self.p, self.hidden = tile, p, hidden
         self.columns = slice(p * g.rows, (p + 1) * g.rows)
         self.queries = slice(p * g.per_part, (p + 1) * g.per_part)
         self.low = tile.q[0].shape[0]
 
-    def gather(self, numbers, rows, blocks):
+    def gather(self, rows):
         source = self.tile.lane.rows
         self.buffer = sbuf((KEYS, TOKENS, source.shape[2]), source.dtype)
         nisa.dma_copy(self.buffer, source.vector_select(0, rows))
-        self.hidden = sbuf((AT_ONCE, QUERIES), source.dtype)
-        nisa.dma_copy(self.hidden, numbers.masks.vector_select(0, blocks))
 
     def turn(self):
         self.lower, self.upper = turned_rows(self.buffer, self.low, len(self.tile.q) > 1)
@@ -148,16 +158,19 @@ class Part(nl.NKIObject):
     def weigh(self):
         """P^T [128, TOKENS, rows of the part]."""
         tile, g = self.tile, self.tile.geometry
-        slots = tile.constants.slot_rows[0:AT_ONCE, 0, :]
-        hidden = self.hidden[:, self.queries]
-        nisa.tensor_scalar(hidden, hidden, nl.subtract, 1.0, op1=nl.multiply, operand1=HIDDEN)
+        p0, u = divmod(self.p * AT_ONCE, QUADRANT)
+        p0 *= QUADRANT
+        some = slice(p0, min(p0 + QUADRANT, self.hidden.shape[0]))
+        slots = tile.constants.slot_rows[some, u // AT_ONCE, :]
+        hidden = self.hidden[some, self.queries]
         by_row = hidden.expand_dim(1).broadcast(1, TOGETHER).expand_dim(3).broadcast(3, g.group)
         self.weights = sbuf((KEYS, TOKENS, g.rows), self.buffer.dtype)
         for first in range(0, TOKENS, TOGETHER):
             scores = psum((KEYS, TOGETHER, g.rows))
             nisa.nc_matmul(
-                scores, slots, by_row, accumulate=False, tile_position=(0, 0), tile_size=(32, 128)
-            )
+                scores, slots, by_row, accumulate=False, tile_position=(p0, 0),
+                tile_size=(QUADRANT, 128),
+            )  # fmt: skip
             for i in range(TOGETHER):
                 t, into = first + i, scores[:, i, :]
                 nisa.nc_matmul(

@@ -45,14 +45,16 @@ position, and what is busy (central value of the cycle model; not run on hardwar
 
 | position | time | PE | VectorE | ScalarE | queues of sync, ScalarE, GpSimd |
 |---|---|---|---|---|---|
-| 6.5K | 1080 | 640 | 463 | 491 | 1025, 406, 1100 |
-| 52K | 1381 | 1240 | 981 | 918 | 1250, 350, 879 |
-| 207K | 3518 | 3225 | 2805 | 2326 | 1150, 500, 814 with ScalarE's queue; it was 3788 then |
+| 6.5K | 917 | 703 | 605 | 568 | 355, 118, 340 |
+| 52K | 1407 | 1296 | 1058 | 1049 | 1250, 350, 879 |
+| 207K | 3442 | 3225 | 2805 | 2326 | 1150, 500, 814 (with ScalarE's queue) |
 
-Bound by the run-time DMA of 45 pages up to 32K, then by PE: 0.84 us per 128 compressed keys (S^T
-0.33, P V 0.23, shares 0.23, sum over heads 0.05), 0.62 us per two blocks. ScalarE gives time to DMA
-only beside compressed branches of up to 47 tiles of keys. A tile done again takes 0.36 ms at 6.5K
-and 0.56 ms at 52K, ten times what it takes otherwise: one in a hundred would cost a tenth.
+Up to 32K tokens run-time DMA of 45 pages would bound it (1080 at 6.5K); so there 32 of the blocks
+come by rows (`by_rows`), for which PE makes 24 transposes and VectorE 4 copies per tile. Then PE:
+0.84 us per 128 compressed keys (S^T 0.33, P V 0.23, shares 0.23, sum over heads 0.05), 0.62 us per
+two blocks. ScalarE gives time to DMA only beside compressed branches of up to 47 tiles of keys. A
+tile done `again` takes 0.36 ms at 6.5K and 0.56 ms at 52K, ten times what it takes otherwise: one
+in a hundred would cost a tenth. One whose union is longer than its list takes 0.11 ms more at 52K.
 Weighed:
 - Ranking with a query per lane, and unions with a tile per lane, take VectorE 25 and 14 us per tile
   of queries at the end of 256K; in four chunks, and by pieces of 128 blocks, 9 and 5.
@@ -64,6 +66,10 @@ Weighed:
   of a prototype's queries.
 - Lists of 40 places: about 130 ns less where DMA bounds, but a fifth of the tiles must be done
   again when 5 % of a query's blocks are new; with 48, one in a hundred if they come independently.
+- Blocks by rows everywhere: 7 % slower at 52K, where PE bounds it (but 20 % faster at the high end
+  of the band). Of all blocks: the own one would need masks by token.
+- Long unions against all keys, masked by PE, in hardware loops: 0.25 ms at 52K by products alone;
+  against the union of 32 queries, gathered by rows: 0.12 ms; of 8 queries: 0.05, 0.08 as it runs.
 - Masks of selected blocks multiplied by VectorE instead of added by PE: 12 us of VectorE per tile.
 - The statistics of `again` before the pipeline, for shifts that are always safe: all logits twice.
 """

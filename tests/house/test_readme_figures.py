@@ -18,9 +18,9 @@ NATIVE = {"Hq": 16, "Hkv": 1, "Dk": 128, "dtype": "float32"}
 
 @cache
 def every(pattern: str) -> list[dict[str, Any]]:
-    """The rows of the newest file of this name."""
-    newest = sorted(RESULTS.glob(pattern))[-1]
-    return [json.loads(line) for line in newest.read_text().splitlines()]
+    """The rows of all files of this name, in order of their dates."""
+    texts = [path.read_text() for path in sorted(RESULTS.glob(pattern))]
+    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 @cache
@@ -128,24 +128,46 @@ def test_the_simulator() -> None:
     assert (round(min(each), 1), round(max(each), 1)) == (least, most)
 
 
+PAGE = (ROOT / "docs" / "performance.md").read_text()
+
+
+def modelled(name: str, **facts: Any) -> dict[str, Any]:
+    """The newest row of a forward pass on a core of a Trainium2."""
+    facts = {"pass": "forward", "cores": 1, "Dk": 192, **facts}
+    found = of(every("trn2-modelled-*.jsonl"), "trn2", **facts)
+    return [row for row in found if row["name"] == name][-1]
+
+
+def shown(told: str, exact: float) -> bool:
+    """Whether a number is another one rounded; of large ones four digits are shown."""
+    digits = len(told.partition(".")[2])
+    near = 0.5 * 10**-digits if digits else max(0.5, 5e-4 * exact)
+    return abs(float(told) - exact) <= 1.01 * near
+
+
 def test_the_modelled_stages_of_a_trainium2() -> None:
-    """docs/performance.md's table, to the digits that it shows."""
-    page = (ROOT / "docs" / "performance.md").read_text()
-    head = re.search(r"^\| stage \| (8K .*) \|$", page, re.MULTILINE)
+    head = re.search(r"^\| stage \| (8K .*) \|$", PAGE, re.MULTILINE)
     assert head
     lengths = [1024 * int(x[:-1]) * (1024 if x[-1] == "M" else 1) for x in head[1].split(" | ")]
-    forward = {"pass": "forward", "cores": 1, "Dk": 192}
     names = ("compress", "compressed_attention", "select_blocks", "selected_attention",
              "sliding_window_attention", "gated_sum")  # fmt: skip
     for name in names:
-        line = re.search(rf"^\| {name}\b[^|]*\| (.*) \|$", page, re.MULTILINE)
+        line = re.search(rf"^\| {name}\b[^|]*\| (.*) \|$", PAGE, re.MULTILINE)
         assert line, name
         for tokens, told in zip(lengths, line[1].split(" | "), strict=True):
-            found = of(every("trn2-modelled-*.jsonl"), "trn2", tokens=tokens, **forward)
-            central = [row["central"] for row in found if row["name"] == name][-1]
-            digits = len(told.partition(".")[2])
-            near = 0.5 * 10**-digits if digits else max(0.5, 5e-4 * central)
-            assert abs(float(told) - central) <= 1.01 * near, (name, tokens)
+            assert shown(told, modelled(name, tokens=tokens)["central"]), (name, tokens)
+
+
+def test_the_modelled_whole_in_one_kernel() -> None:
+    band = r"([\d.]+) \(([\d.]+) to ([\d.]+)\)"
+    how = "(?:unrolled|hardware loops)"
+    lines = re.findall(rf"^\| (\d+)K \| {band} \| {band} \| .*{how}", PAGE, re.MULTILINE)
+    assert len(lines) >= 5
+    for tokens, *numbers in lines:
+        for replaced, told in ((0.05, numbers[:3]), (1.0, numbers[3:])):
+            row = modelled("nsa_attention", tokens=1024 * int(tokens), replaced=replaced)
+            exact = [row[level] for level in ("central", "low", "high")]
+            assert all(map(shown, told, exact)), (tokens, replaced, told, exact)
 
 
 def test_every_measured_row_says_of_what_and_on_what() -> None:

@@ -1,4 +1,10 @@
-"""Attention to the last w keys; dimensions, layout, cost: `common/range_attention`."""
+"""Attention to the last w keys; dimensions, layout, cost: `common/range_attention`.
+
+At w = 512, 64/4/192/128, bfloat16, 64K tokens: 219 ns per query and kv head, 2.6 times its matmuls
+(84), since five tiles of keys cannot hide what a tile of queries costs once: ScalarE, with 172,
+makes exponentials 75, squares for the bound of the logits 33, copies of q^T 45, results 20; VectorE
+has 129.
+"""
 
 import nki
 

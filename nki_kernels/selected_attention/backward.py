@@ -18,8 +18,8 @@ under way there are `CHAINS` tensors, key tile t adding to tensor t % CHAINS, fo
 query tiles; which half and which chain an addition belongs to hangs on no core, so one core and two
 give the same bits, and two runs do.
 
-Bound at U = 40, G = 16, 192/128, per tile of 32 queries, by GpSimd, which makes the descriptors of
-20 additions of 128 rows, 3.9 us each (78 us); PE has 42 us, ScalarE 35 us. Modelled: 103 us. The
+Bound at U = 44, G = 16, 192/128, per tile of 32 queries, by GpSimd, which makes the descriptors of
+22 additions of 128 rows, 3.9 us each (86 us); PE has 46 us, ScalarE 38 us. Modelled: 105 us. The
 other way, per block the list of the tiles that have it, needs no sums in HBM, but S and dP a second
 time and 650 KB of q and dO per block and tile: modelled at 1,000 us per tile as first written.
 """

@@ -20,8 +20,10 @@ values come as they are, [m, DK + DV]; PE turns the keys once per tile of querie
 So any union is right, and a long one only slower. Where DK leaves room (192 = 128 + 64), the mask's
 rows stand behind the second part of q^T and K^T, and cost PE nothing.
 
-At G = 16, 192/128, U = 40, per tile of 32 queries: PE 46,000 cycles (19 us), VectorE 33 us, ScalarE
-17 us, and 40 DMAs of 1.6 us, 32 us on each of two queues; modelled 40 us. Of the other forms, keys
+At G = 16, 192/128, U = 48, per tile of 32 queries: PE about 23 us, VectorE 40, ScalarE 20, and 48
+DMAs of 1.6 us, 38 us on each of two queues; modelled 42 us, and more than twice that where a union
+is longer: 36 blocks on average with 5 % replaced per query, none of 64 tiles above 44. U = 40
+models at 87 us on average, 44 at 47, 64 at 53. Of the other forms, keys
 on partitions (S^T) spares the turning of p, a third of PE, but needs the maximum beforehand: all
 scores twice. Adding the mask on VectorE would take 1.2 us per 128 x 512 scores.
 """

@@ -295,22 +295,22 @@ def _attention(problem: Problem, position: int, queries: int) -> Values:
 
 
 def _selected(problem: Problem, position: int, queries: int) -> Values:
-    rows = list(drifting_blocks(position, problem.replaced))[-queries:]
+    rows = list(drifting_blocks(position, problem.replaced, queries=max(1024, queries)))[-queries:]
     ids = torch.tensor(rows, dtype=torch.int32)[None, :, None]
     return {**_attention(problem, position, queries), "block_indices": ids}
 
 
 def drifting_blocks(
-    position: int, replaced: float, count: int = 16, block: int = 64
+    position: int, replaced: float, count: int = 16, block: int = 64, queries: int = 1024
 ) -> Iterator[list[int]]:
-    """Selected blocks of the last 1024 queries before `position`, ascending, padded with -1.
+    """Selected blocks of the last `queries` before `position`, ascending, padded with -1.
 
     The first and the last two blocks are forced; of the others, each is replaced at the next query
     with probability `replaced`.
     """
     gen = torch.Generator().manual_seed(position)
     free: list[int] = []
-    for t in range(max(0, position - 1024), position):
+    for t in range(max(0, position - queries), position):
         own = t // block
         forced = {0, max(own - 1, 0), own}
         kept = [x for x in free if x not in forced and torch.rand((), generator=gen) >= replaced]

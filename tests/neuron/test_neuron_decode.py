@@ -108,7 +108,7 @@ def test_logits_that_do_not_fit_go_to_memory(
     assert not o.equal(within)  # sums are made in another order
 
 
-@pytest.mark.parametrize("name", ["two_sequences", "several_queries", "odd_pages"])
+@pytest.mark.parametrize("name", ["two_sequences", "several_queries", "odd_pages", "group34_kv2"])
 def test_heads_first_caches_give_the_same_bits(name: str) -> None:
     """A page holds one kv head's tokens after another's."""
     values = a_named(name, torch.bfloat16)

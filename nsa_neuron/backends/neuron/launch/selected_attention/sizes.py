@@ -74,8 +74,9 @@ def choose(
         per_key += item * (2 * chunks[1] + 4 * parts)
         per_tile += item * (rows * chunks[1] + parts * (dk + 2 * dv))
     step = PARTITIONS // page
-    blocks = max(1, min(int(KEY_BYTES / per_key) // page, constants["blocks_per_trip"]))
+    body = max(1, min(BODY_BYTES // per_tile, constants["tiles_per_body"]))
+    keys = KEY_BYTES + max(0, BODY_BYTES - body * per_tile)  # and what a body leaves
+    blocks = max(1, min(int(keys / per_key) // page, constants["blocks_per_trip"]))
     blocks = max(step, blocks // step * step)
     ids = per_query * (select_block // page)
-    body = min(BODY_BYTES // per_tile, LIST_BYTES // (8 * (ids + blocks)))
-    return Sizes(page, queries, max(1, min(body, constants["tiles_per_body"])), blocks)
+    return Sizes(page, queries, max(1, min(body, LIST_BYTES // (8 * (ids + blocks)))), blocks)

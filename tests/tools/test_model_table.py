@@ -23,3 +23,11 @@ def test_the_page_is_rewritten_between_its_marks_only() -> None:
     assert "| 0.08 | 0.09 | 759.9 | 128.0 |" in decoded[0]
     assert rows[0]["environment"]["revision"] in between
     assert model_table.rewrite(made, rows) == made
+
+
+def test_the_shipped_page_is_what_the_newest_rows_say() -> None:
+    newest = sorted(ROWS.parent.glob("model-cpu-2*.jsonl"))[-1]
+    rows = [json.loads(line) for line in newest.read_text().splitlines()]
+    page = model_table.PAGE.read_text()
+    assert model_table.rewrite(page, rows) == page
+    assert newest.name in page

@@ -12,7 +12,5 @@ expect 1 "layers.1: call 6, nsa_attention_forward (its part sliding_window_atten
   nsa agree wrong_window.py::make --targets acme --decode 0
 no_traceback
 expect 2 "cannot run here" nsa agree model.py::make --targets trn2
-expect 2 "no file nothing.py" nsa agree nothing.py::make --targets cpu:torch
 no_traceback
-expect 0 "nsa_attention" nsa backends
 say "a porter is at home"

@@ -20,19 +20,18 @@ from .storage import NOBODY, Region, Relations, Space, Spares, Storage
 from .timeline import Cause
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ..issue.record import CoreTrace, Instruction
     from ..machine.trn2 import Machine
     from ..memory.allocation import Access, Allocation
-    from ..memory.layout import Place
+    from ..memory.layout import Form, Place
 
 RAW, WAR, WAW = int(Cause.RAW), int(Cause.WAR), int(Cause.WAW)
 SPACE, EDGE = int(Cause.SPACE), int(Cause.EDGE)
 LOAD = "register_load"
 SHIFT = 3  # a dependency is (producer << SHIFT) | cause
 
-_ALONE: dict[Place, Region] = {}  # the others of a tensor that has none
 _MANY = 4  # dependencies worth thinning out
 
 
@@ -58,9 +57,10 @@ class Tracker:
         self.spares = Spares()
         self.first: dict[Allocation, Region] = {}  # of each tensor that is ever written
         self.arenas = {buffer: Storage(self.relations) for buffer in ("sbuf", "psum")}
+        used = {a.form for a in trace.allocations if a.last_use >= 0}
         self.spaces = {
-            "sbuf": Space(_shared_out(trace, "sbuf", machine), 1, machine),
-            "psum": Space(_shared_out(trace, "psum", machine), machine.psum_bank_bytes, machine),
+            "sbuf": Space(_shared_out(used, "sbuf", machine), 1, machine),
+            "psum": Space(_shared_out(used, "psum", machine), machine.psum_bank_bytes, machine),
         }
         self.indexed = trace.indexed
         self._everywhere: dict[Place, Place] = {}
@@ -93,9 +93,11 @@ class Tracker:
                         continue  # an input nobody writes
                     region = self._new_tensor(access, lane, deps)
                 elif region.place is not access.place:
-                    region = (region.others or _ALONE).get(access.place) or self._pattern(
-                        region, access
-                    )
+                    others = region.others
+                    if others is None or access.place not in others:
+                        region = self._pattern(region, access)
+                    else:
+                        region = others[access.place]
                 if region.writer >= 0:
                     deps.append(region.writer << SHIFT | RAW)
                 for other in region.near:
@@ -114,9 +116,11 @@ class Tracker:
                 if region is None:
                     region = self._new_tensor(access, lane, deps)
                 elif region.place is not access.place:
-                    region = (region.others or _ALONE).get(access.place) or self._pattern(
-                        region, access
-                    )
+                    others = region.others
+                    if others is None or access.place not in others:
+                        region = self._pattern(region, access)
+                    else:
+                        region = others[access.place]
                 if not region.written:
                     region.written = True
                     if region.storage is not None:
@@ -221,7 +225,8 @@ class Tracker:
         elif not form.on_chip:
             region = self._region(access)
         else:
-            region = self.spares.take(access.place) or self._region(access)
+            kept = self.spares.get(access.place)
+            region = kept.pop() if kept else self._region(access)
             space = self.spaces[form.buffer]
             space.free -= space.size[form]
             if space.free < 0:
@@ -288,7 +293,7 @@ class Tracker:
             space = self.spaces[form.buffer]
             if allocation not in self.indexed:
                 # Who used it is found now: when its room is taken, they have long left the cache.
-                space.released.append((space.size[form], self.spares.leave(first), ()))
+                space.released.append((space.size[form], self.spares.keep(first), ()))
                 continue
             self.first[allocation] = first
             if not first.released:
@@ -327,10 +332,10 @@ class Tracker:
             users[me if lane >= self.in_order else -1 - lane] = me
 
 
-def _shared_out(trace: CoreTrace, buffer: str, machine: Machine) -> int:
+def _shared_out(used: Iterable[Form], buffer: str, machine: Machine) -> int:
     """Bytes per partition beside the tensors with addresses; at least the largest tile's."""
     limit = machine.sbuf_bytes if buffer == "sbuf" else machine.psum_bytes
-    used = [a for a in trace.allocations if a.buffer == buffer and a.last_use >= 0]
+    used = [a for a in used if a.buffer == buffer]
     spans = {(a.address[1], a.address[1] + a.pitch_bytes) for a in used if a.address}
     if not spans:
         return limit

@@ -80,25 +80,17 @@ class Region:
             other.inside = [*other.inside, self]
 
 
-class Spares:
-    """Regions of tensors that are no more, for the next tensor that is made and first used alike.
+class Spares(dict["Place", list[Region]]):
+    """First regions of tensors that are no more, for the next tensor made and first used alike.
 
     A loop's tensors come and go, so their patterns are found and compared once, not in every
     iteration. What the next tensor does not use of them has neither writer nor readers: nobody
     ever waits for it.
     """
 
-    __slots__ = ("_first",)
+    __slots__ = ()
 
-    def __init__(self) -> None:
-        self._first: dict[Place, list[Region]] = {}
-
-    def take(self, place: Place) -> Region | None:
-        """The first region of a tensor whose first use was this, with its others."""
-        kept = self._first.get(place)
-        return kept.pop() if kept else None
-
-    def leave(self, first: Region) -> list[int]:
+    def keep(self, first: Region) -> list[int]:
         """Take in the regions of a tensor; return who used it."""
         others = first.others
         regions: Collection[Region] = (first,) if others is None else others.values()
@@ -114,11 +106,10 @@ class Spares:
                 users.append(region.writer)
             region.writer = -1
         if len(regions) < _FEW:
-            place = first.place
-            if place in self._first:
-                self._first[place].append(first)
+            if first.place in self:
+                self[first.place].append(first)
             else:
-                self._first[place] = [first]
+                self[first.place] = [first]
         return users
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from sys import _getframe
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,16 +11,16 @@ import numpy as np
 from ..machine.dtypes import DType, int64, resolve
 from ..memory.allocation import access_at, allocation_of
 from ..memory.layout import ON_CHIP, Form
-from ..memory.storage import Arena, Memory, Pool, absent
+from ..memory.storage import AbsentMemory, Arena, Memory, Pool
 from ..memory.tensor import NkiTensor, resolved, whole
 from ..rules.errors import SimulationWarning
 from ..rules.registers import RunTimeScalar
-from ..rules.session import CORE, call_site, locate, violate, violation
+from ..rules.session import CORE, SITES, call_site, locate, violate, violation
 from ..rules.versions import is_in
 from . import faults
 from .accumulators import Accumulators
 from .checker import make_plan
-from .record import CoreTrace, instruction
+from .record import CoreTrace, Instruction
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..rules.errors import Location, SimulationError
     from ..rules.options import Options
     from .lnc import Launch, Message
-    from .record import Instruction
     from .spec import Plan, Spec
 
 
@@ -124,14 +124,22 @@ class NeuronCore:
                 return whole(shared, name)
         trace = self.trace
         created = len(trace.instructions)
-        site = call_site(3)
+        frame = _getframe(2)
+        site = SITES.get(frame.f_lasti)
+        if site is None or site[0] is not frame.f_code:
+            site = call_site(3)
         allocation = allocation_of(form, launch.next_id(), self.index, name, created, site, role)
         if address is not None:
             faults.check_address(allocation, self.machine)
         if not form.on_chip:
             faults.check_fits_hbm(allocation, self.machine)
         trace.allocations.append(allocation)
-        memory = self._memory(allocation) if self.data else absent(allocation, self._precise)
+        if self.data:
+            memory = self._memory(allocation)
+        else:
+            memory = AbsentMemory()
+            memory.allocation = allocation
+            memory.precise = self._precise
         if buffer == "shared_hbm":
             launch.add_shared(self.index, memory)
         if self._fill and self.data:
@@ -223,12 +231,14 @@ class NeuronCore:
                 if kind not in _CONSTANT and isinstance(tensor, RunTimeScalar):
                     self._loads += tensor.loads
                 continue
-            if tensor.dynamic is not None:
-                found: list[Access] = []
-                writes = tuple([self.static(t, spec, found) for t in writes])
-                reads = tuple([self.static(t, spec, found) for t in reads])
-                return self.issue(spec, writes, reads, params, name, extra, tuple(found))
-            access = tensor._access or tensor.access()
+            access = tensor._access
+            if access is None:
+                if tensor.dynamic is not None:
+                    found: list[Access] = []
+                    writes = tuple([self.static(t, spec, found) for t in writes])
+                    reads = tuple([self.static(t, spec, found) for t in reads])
+                    return self.issue(spec, writes, reads, params, name, extra, tuple(found))
+                access = tensor.access()
             place, allocation = access.place, access.allocation
             key.append(place.signature)
             accesses.append(access)
@@ -264,7 +274,22 @@ class NeuronCore:
         if indices:
             ins += indices
             self.trace.indexed.update([a.allocation for a in indices])
-        issued = instruction(index, spec, plan, outs, ins, params, name, call_site(3), extra)
+        frame = _getframe(2)  # the kernel's, nearly always: no call of `call_site` then
+        site = SITES.get(frame.f_lasti)
+        if site is None or site[0] is not frame.f_code:
+            site = call_site(3)
+        issued = Instruction()
+        issued.index = index
+        issued.opcode = spec.opcode
+        issued.engine = plan.engine
+        issued.writes = outs
+        issued.reads = ins
+        issued.params = params
+        issued.name = name
+        issued.site = site
+        issued.after = ()
+        issued.extra = extra
+        issued.plan = plan
         if self._loads:
             issued.depends_on(*dict.fromkeys(self._loads))
             self._loads.clear()

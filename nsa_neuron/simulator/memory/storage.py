@@ -116,9 +116,13 @@ class Memory:
 
 
 class AbsentMemory(Memory):
-    """Memory of a shape-only run: no bytes; the rest is made where somebody asks for it."""
+    """Memory of a shape-only run: no bytes; the rest is made where somebody asks for it.
+
+    Made without arguments: whoever makes one sets `allocation` and `precise`.
+    """
 
     __slots__ = ()
+    __init__ = object.__init__  # type: ignore[assignment]  # Python runs it without a frame
 
     def __getattr__(self, name: str) -> Any:
         """Called for slots that are not set: set them all."""
@@ -126,17 +130,6 @@ class AbsentMemory(Memory):
             raise AttributeError(name)
         super().__init__(self.allocation, None, 0, self.allocation.pitch_bytes, self.precise)
         return getattr(self, name)
-
-
-_new = object.__new__
-
-
-def absent(allocation: Allocation, precise: bool) -> Memory:
-    """The memory of a tensor without data."""
-    new = _new(AbsentMemory)
-    new.allocation = allocation
-    new.precise = precise
-    return new
 
 
 def _mark_alias(mask: NDArray[np.bool_], access: Access, other: Memory) -> None:

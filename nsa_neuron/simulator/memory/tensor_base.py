@@ -197,7 +197,9 @@ class BaseTensor(NKIObject):
             place = allocation.form.places.get(key)
             if place is None:
                 place = self._place()
-            found = self._access = access_at(allocation, place)
+            found = access_at(allocation, place)
+            if self.dynamic is None:  # where it lies at run time, nobody knows before
+                self._access = found
         return found
 
     def _place(self) -> Place:

@@ -32,7 +32,7 @@ class _Internal(dict[str, bool]):
 _INTERNAL = _Internal()
 # The latest call site outside the simulator at each offset: a loop comes back to the same few, a
 # record holds many.
-_SITES: dict[int, tuple[CodeType, int]] = {}
+SITES: dict[int, tuple[CodeType, int]] = {}
 
 
 class Session(Protocol):
@@ -84,9 +84,6 @@ def call_site(known: int = 2) -> tuple[CodeType, int] | None:
     """
     frame = _getframe(known)
     code = frame.f_code
-    site = _SITES.get(frame.f_lasti)
-    if site is not None and site[0] is code:
-        return site
     internal = _INTERNAL
     while internal[code.co_filename]:
         frame = frame.f_back  # type: ignore[assignment]
@@ -94,9 +91,9 @@ def call_site(known: int = 2) -> tuple[CodeType, int] | None:
             return None
         code = frame.f_code
     last = frame.f_lasti
-    site = _SITES.get(last)
+    site = SITES.get(last)
     if site is None or site[0] is not code:
-        site = _SITES[last] = code, last
+        site = SITES[last] = code, last
     return site
 
 

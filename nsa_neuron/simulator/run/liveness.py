@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..machine.regions import REGIONS
 from ..rules.session import locate, violate
 from . import overlap
 from .coverage import QUARTERS, Coverage, quarters, quarters_of
@@ -37,7 +38,20 @@ def peak(trace: CoreTrace, buffer: str, machine: Machine) -> tuple[int, list[All
 
     PSUM tensors count in whole banks of 2 KiB; HBM has no partitions.
     """
-    used = [a for a in trace.allocations if a.buffer == buffer and a.last_use >= 0]
+    return _peak(_used(trace)[buffer], machine)
+
+
+def _used(trace: CoreTrace) -> dict[str, list[Allocation]]:
+    """The tensors of each memory that an instruction touched."""
+    found: dict[str, list[Allocation]] = {r: [] for r in REGIONS}
+    for a in trace.allocations:
+        if a.last_use >= 0:
+            found[a.buffer].append(a)
+    return found
+
+
+def _peak(used: list[Allocation], machine: Machine) -> tuple[int, list[Allocation]]:
+    """`peak` of the tensors of one memory."""
     if not used:
         return 0, []
     tiles = _Tiles(used, machine)
@@ -185,9 +199,9 @@ def check(trace: CoreTrace, machine: Machine) -> dict[str, int]:
     Raises:
         CapacityError: the largest live tensors and the lines that made them.
     """
-    peaks = {}
+    peaks, used = {}, _used(trace)
     for buffer, limit in (("sbuf", machine.sbuf_bytes), ("psum", machine.psum_bytes)):
-        peaks[buffer], live = peak(trace, buffer, machine)
+        peaks[buffer], live = _peak(used[buffer], machine)
         if peaks[buffer] > limit:
             violate(
                 f"{buffer}-capacity",
@@ -197,7 +211,7 @@ def check(trace: CoreTrace, machine: Machine) -> dict[str, int]:
                 table=_rows(live, "bytes per partition"),
                 location=locate(live[0].site),
             )
-        overlap.check(trace, buffer)
+        overlap.check(trace, [a for a in used[buffer] if a.address])
     return peaks
 
 
@@ -221,11 +235,10 @@ def check_hbm(run: Run, machine: Machine) -> int:
     """
     live = list(run.arguments)
     for core in run.cores:
-        if run.lnc == 1:
-            live += peak(core, "shared_hbm", machine)[1]
-        else:
-            live += [a for a in core.allocations if a.buffer == "shared_hbm" and a.last_use >= 0]
-        live += peak(core, "private_hbm", machine)[1]
+        used = _used(core)
+        shared = used["shared_hbm"]
+        live += _peak(shared, machine)[1] if run.lnc == 1 else shared
+        live += _peak(used["private_hbm"], machine)[1]
     live.sort(key=lambda a: -a.pitch_bytes)
     total = sum(a.pitch_bytes for a in live)
     if total > machine.hbm_bytes:

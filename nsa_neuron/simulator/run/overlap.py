@@ -21,15 +21,17 @@ _STRETCHES = 64
 Box = tuple[int, int, int, int]
 
 
-def check(trace: CoreTrace, buffer: str) -> None:
+def check(trace: CoreTrace, placed: list[Allocation]) -> None:
     """Refuse reads of data that a tensor at an overlapping address has overwritten.
+
+    Args:
+        trace: what a core did.
+        placed: the tensors of one memory that have an address and were used.
 
     Raises:
         CapacityError: rule "address-overlap".
     """
-    rivals = _rivals(
-        [a for a in trace.allocations if a.buffer == buffer and a.address and a.last_use >= 0]
-    )
+    rivals = _rivals(placed)
     if not rivals:
         return
     state = {a: _Contents() for a in rivals}

@@ -230,5 +230,5 @@ def test_what_is_known_of_a_tensor_that_is_no_more_never_reaches_the_next(steps,
     run = record(body)
     found = [sorted(deps) for deps in program_of(run).deps]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Spares, "take", lambda self, place: None)
+        patch.setattr(Spares, "get", lambda self, place: None)
         assert found == [sorted(deps) for deps in program_of(run).deps]

@@ -166,6 +166,6 @@ def test_bookkeeping_looks_at_few_instants_and_few_neighbours(count, monkeypatch
     monkeypatch.setattr(liveness._Tiles, "need", lambda self, t: looks.append(t) or need(self, t))
     monkeypatch.setattr(overlap, "_common", lambda a, b: pairs.append(a) or common(a, b))
     assert liveness.peak(CoreTrace(0, allocations=tiles), "sbuf", TRN2)[0] == 3 * 2048
-    overlap.check(CoreTrace(0, allocations=tiles), "sbuf")
+    overlap.check(CoreTrace(0, allocations=tiles), tiles)
     assert len(looks) <= liveness._LOOKS + 1
     assert len(pairs) <= count

@@ -122,7 +122,7 @@ class AbsentMemory(Memory):
     """
 
     __slots__ = ()
-    __init__ = object.__init__  # type: ignore[assignment]  # Python runs it without a frame
+    __init__ = object.__init__  # Python runs it without a frame
 
     def __getattr__(self, name: str) -> Any:
         """Called for slots that are not set: set them all."""

@@ -390,7 +390,8 @@ def _one(key: tuple[Any, ...], items: Sequence[Modelled]) -> str:
     other = [part for part in parts if part.name == "compress"]
     for item in items:
         if item.name == WHOLE and "compress" in needed and not other:
-            rows.append([item.name, str(item)])
+            split = f" ({SPLITS_OF_WHOLE[cores]})" if cores > 1 else ""
+            rows.append([item.name + split, str(item)])
         elif item.name == WHOLE:
             together = [getattr(item, level) + _sum(other, level) for level in LEVELS]
             ways["nsa in one kernel (compress twice)"] = together

@@ -57,8 +57,9 @@ def run(name: str, wheel: Path) -> None:
 def test_the_wheel_carries_what_it_needs(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {*BUILT_FROM}
-    data = [p for p in (ROOT / "nsa_neuron").rglob("*.json") if "__pycache__" not in p.parts]
-    assert data and all(str(p.relative_to(ROOT)) in names for p in data)
+    files = [p for folder in BUILT_FROM for p in (ROOT / folder).rglob("*") if p.is_file()]
+    missing = {str(p.relative_to(ROOT)) for p in files if p.suffix != ".pyc"} - {*names}
+    assert not missing, sorted(missing)[:5]
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "nsa_neuron/py.typed" in names
 

@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 say() { echo "== $*"; }
 
 environment() {
-  if [ "${NEWCOMER:-}" = full ]; then
+  if [ "${NEWCOMER:-}" = full ] || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
     "$PYTHON" -m venv env
   else
     "$PYTHON" -m venv --without-pip env

@@ -105,9 +105,13 @@ class Rows(nl.NKIObject):
 
     def add(self, turn):
         """Adds 16 blocks of each part; turn: the number of a hardware loop's iteration."""
-        rows = sbuf((KEYS, self.numbers.parts), nl.int32)
         blocks = sbuf((self.numbers.blocks.shape[1], 1), nl.int32)
-        fetch(rows, self.numbers.rows.select(1, turn))
+        rows = []
+        for first, some in spans(self.numbers.parts, 2):
+            # Apart, so that the next turn's first ones come while the last ones are in use.
+            rows.append(sbuf((KEYS, some), nl.int32))
+            table = self.numbers.rows[:, :, first : first + some]
+            fetch(rows[len(rows) - 1], table.select(1, turn))
         fetch(blocks, self.numbers.blocks.select(0, turn), "a")
         hidden = sbuf((blocks.shape[0], QUERIES), self.numbers.masks.dtype)
         parts = []
@@ -117,7 +121,7 @@ class Rows(nl.NKIObject):
                 # that, GpSimd has the rows of the first parts to gather.
                 nisa.dma_copy(hidden, self.numbers.masks.vector_select(0, blocks))
             parts.append(Part(self.tile, p, hidden))
-            parts[p].gather(rows[:, p : p + 1])
+            parts[p].gather(rows[p // 2][:, p % 2 : p % 2 + 1])
         for step in range(len(parts) + 2):
             if step < len(parts):
                 parts[step].turn()

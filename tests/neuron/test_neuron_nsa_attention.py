@@ -168,8 +168,9 @@ def test_tiles_that_the_pipeline_cannot_do_are_done_again_on_the_device(values, 
         (problem(64, 4096, (1, 1), (130, 33), alike=0.0, block=64, scale=-0.1), [2], []),
         (problem(40, 4000, (4, 1), alike=0.0, sharp=40.0, num_selected=20), [], [2]),
         (sharp_at(problem(70, 3600, (2, 1), alike=0.0, num_initial=3), 40), [2], [1]),
+        (problem(64, 3840, (2, 1), alike=0.0, num_selected=32, num_local=20), [2], []),
     ],
-    ids=["kv_heads", "paper", "one_head", "unsafe", "one_unsafe"],
+    ids=["kv_heads", "paper", "one_head", "unsafe", "one_unsafe", "many_local"],
 )
 def test_unions_longer_than_their_lists(values, crowded, again):
     """Their selected branch is done once more, unless a row is unsafe: then everything is."""

@@ -36,7 +36,7 @@ from nsa_neuron.training.corpus import HELD_OUT, help_topics
 PROMPT = 8192  # tokens of prefill
 SIMULATED_PROMPT = 1024  # where kernels are simulated or interpreted
 DECODE = 160  # tokens decoded
-SAMPLING = Sampling(temperature=0.6, top_p=0.9)  # greedy, so small a model repeats itself
+SAMPLING = Sampling(temperature=0.5, top_p=0.9)  # greedy, so small a model repeats itself
 COMPARED = 4096  # bytes that the reference reads as well, where the kernels ran on a CPU
 REFERENCE = "reference"
 FACTS, MIN_FACTS = 8, 1024  # planted in a document of so many bytes at least

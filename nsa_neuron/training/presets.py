@@ -37,7 +37,8 @@ LAYERS = {"tiny": 2, "recall": 2, "small": 4}
 SCHEDULES = {
     "text": TrainConfig(steps=400, batch=4, length=512, growth=((0.8, 4096),)),
     "prose": TrainConfig(
-        steps=1000, batch=16, length=256, warm_up=15, growth=((0.5, 512), (0.92, 4096)),
+        steps=850, batch=8, length=512, rate=2.4e-3, muon=0.016, warm_up=10,
+        growth=((0.5, 2048), (0.8, 4096)),
     ),
     "mqar": TrainConfig(
         steps=400, batch=32, length=128, rate=5e-3, muon=0.03,

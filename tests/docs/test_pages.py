@@ -118,7 +118,7 @@ COMMANDS = {
     "nsa plan": "tests/distributed/test_plan.py",
     "python examples/train_bytes.py": "half an hour; tests/model/test_examples.py runs it, small",
     "python examples/workloads/run.py": "half an hour; tests/model/test_examples.py runs it, small",
-    "nsa train recall": "minutes; tests/model/test_training.py runs the command, small",
+    "nsa train": "minutes; tests/model/test_training.py runs the command, small",
     "nsa conform --backend neuron:hw": "needs a Trainium2",
     "python -m tools.plot_results": HARDWARE,
     "export AWS_NEURON_SDK_PATH": FOREIGN,

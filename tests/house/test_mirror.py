@@ -25,7 +25,6 @@ THROUGH = {
     "cost/estimate.py": "cost/test_cost_schedule.py",
     "cost/figures.py": "cost/test_cost_validate.py",
     "cost/guesses.py": "cost/test_cost_timing.py",
-    "cost/overlap.py": "cost/test_cost_properties.py",
     "cost/parameters.py": "cost/test_cost_validate.py",
     "cost/program.py": "cost/test_cost_schedule.py",
     "cost/storage.py": "cost/test_cost_properties.py",

@@ -176,3 +176,18 @@ def test_a_transfer_after_idle_engines_does_not_wait_for_them():
     t = timeline(body)
     assert t.begin[2] == pytest.approx(t.issue[2] + P.dma_start)
     assert "dma-engines-busy" not in t.notes.get(2, {})
+
+
+def test_only_the_first_transfer_of_each_core_warms_up():
+    """8 descriptors of 2 ns, a run of 4 ns, 2048 bytes at 32 bytes per ns: 84 ns of packets."""
+
+    def body():
+        nisa.dma_copy(sbuf((128, 64))[0:8], hbm((8, 64)))
+        nisa.dma_copy(sbuf((128, 64))[8:16], hbm((8, 64)))
+
+    t = timeline(
+        body, lnc=2, dma_warm_up=500.0, dma_trigger=50.0, dma_start=800.0, dma_completion=100.0,
+        dma_descriptor=2.0, dma_hbm_run=4.0, dma_rate=32.0, hbm_stack=1024.0,
+    )  # fmt: skip
+    assert list(t.end) == [800 + 84 + 100 + 500, 50 + 800 + 84 + 100] * 2
+    assert t.notes == {0: {"dma-warm-up": 500.0}, 2: {"dma-warm-up": 500.0}}

@@ -27,12 +27,39 @@ def matmul(n, m=128, dtype=None, **options):
         (matmul(420), 4 * 420 + 12),
         (matmul(16, dtype=nl.bfloat16), 64 + 6),  # at least 64, or loading 128 columns
         (matmul(80, dtype=nl.bfloat16), 80 + 6),
+        (matmul(16), 2 * 128 + 12),  # loading 128 columns: half a cycle each per row and pass
+        (matmul(16, m=96), 2 * 96 + 12),
+        (matmul(16, m=32), 2 * 64 + 12),  # loading 32 is over before the least of a multiply
+        (matmul(64), 4 * 64 + 12),  # as long as loading 128 columns
+        (matmul(65), 4 * 65 + 12),
     ],
 )
 def test_matmul_interval(body, cycles):
     t = timeline(body)
     assert t.free[0] - t.issue[0] == pytest.approx(cycles / PE)
     assert t.end[0] - t.free[0] == pytest.approx(P.pe_latency / PE)
+
+
+@pytest.mark.parametrize(
+    ("size", "n", "cycles"),
+    [
+        ((128, 128), 512, 512 + 6),
+        ((64, 128), 512, 512 / 2 + 6),
+        ((64, 64), 512, 512 / 4 + 6),
+        ((32, 64), 512, 512 / 8 + 6),
+        ((32, 32), 512, 512 / 16 + 6),
+        ((32, 32), 16, 64 / 16 + 6),
+    ],
+)
+def test_a_tile_of_the_array_takes_its_share_of_it(size, n, cycles):
+    """Tiles multiply side by side, so that in the time of one, all of the array could be used."""
+
+    def body():
+        rows, columns = size
+        st, mv = sbuf((rows, columns), nl.bfloat16), sbuf((rows, n), nl.bfloat16)
+        nisa.nc_matmul(psum((columns, n)), st, mv, tile_position=(0, 0), tile_size=size)
+
+    assert timeline(body).free[0] == pytest.approx(cycles / PE)
 
 
 def test_matmul_flops():
@@ -105,6 +132,22 @@ def test_wide_steps_are_penalised():
         nisa.tensor_copy(sbuf((128, 64)), sbuf((128, 64, 8))[:, :, 0])
 
     assert timeline(body).free[0] == pytest.approx((2 * 64 + 60) / VECTOR)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "n", "work"),
+    [
+        (None, 4, 64, 64),  # 16 bytes apart
+        (None, 5, 64, 2 * 64),
+        (nl.bfloat16, 8, 128, 64),
+        (nl.bfloat16, 9, 128, 2 * 64),
+    ],
+)
+def test_steps_of_sixteen_bytes_are_the_widest_at_full_rate(dtype, step, n, work):
+    def body():
+        nisa.tensor_copy(sbuf((128, n), dtype), sbuf((128, n, step), dtype)[:, :, 0])
+
+    assert timeline(body).free[0] == pytest.approx((work + 60) / VECTOR)
 
 
 def test_a_broadcast_operand_gets_no_fast_mode():

@@ -114,6 +114,25 @@ def test_a_register_as_a_scalar_operand_costs_too():
     assert run_time.costs[i].guesses == ("run_time_operand",)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_run_time_operand_of_an_instruction_is_billed(count):
+    """500 ns each: two inputs, the result, and a register as the scalar; [128, 8] on VectorE."""
+
+    def body():
+        index, table, out = sbuf((1, 1), nl.int32), sbuf((128, 512)), sbuf((128, 512))
+        nisa.iota(index, [[1, 1]])
+        data = at(table, index, 8)
+        other = at(table, index, 8) if count > 1 else table[:, 0:8]
+        to = at(out, index, 8) if count > 2 else out[:, 0:8]
+        value = nisa.register_alloc(3) if count > 3 else 3.0
+        nisa.scalar_tensor_tensor(to, data, nl.multiply, value, nl.add, other)
+
+    t = of(record(body), run_time_operand=500.0)
+    i = only(t, "scalar_tensor_tensor")
+    assert t.free[i] - t.issue[i] == pytest.approx((64 + 60) / 0.96 + count * 500)
+    assert t.end[i] - t.issue[i] == pytest.approx((8 + 152) / 0.96 + count * 500)
+
+
 def test_a_loop_index_is_a_run_time_address():
     def body():
         table, out = hbm((8, 128, 64)), sbuf((128, 64))

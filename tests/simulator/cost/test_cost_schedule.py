@@ -265,6 +265,35 @@ def test_cores_meet_at_a_barrier():
         assert t.issue[after] >= t.end[b]
 
 
+@pytest.mark.parametrize("store", [True, False])
+def test_a_barrier_waits_for_shared_hbm_that_is_no_operand_of_it(store):
+    """Core 1 moves 4096 bytes for each DMA engine; then both meet over another tensor."""
+
+    def body():
+        shared = nl.ndarray((128, 128), nl.float32, buffer=nl.shared_hbm)
+        flag = nl.ndarray((1, 1), nl.float32, buffer=nl.shared_hbm)
+        if nl.program_id(0) == 1:
+            tile = sbuf((128, 128))
+            nisa.dma_copy(shared, tile) if store else nisa.dma_copy(tile, shared)
+        nisa.core_barrier(flag, (0, 1))
+        if nl.program_id(0) == 0:
+            nisa.dma_copy(sbuf((128, 128)), shared)
+
+    t = timeline(
+        body, lnc=2, dma_start=800.0, dma_completion=100.0, dma_descriptor=2.0, dma_hbm_run=4.0,
+        dma_rate=32.0, hbm_stack=1024.0, dma_semaphore=300.0, core_meeting=2000.0, semaphore=40.0,
+    )  # fmt: skip
+    first, after, moved, second = range(4)
+    assert [i.opcode for i in t.instructions] == [
+        "core_barrier", "dma_copy", "dma_copy", "core_barrier",
+    ]  # fmt: skip
+    end = 800 + 8 * 2 + 4 + 4096 / 32 + 100
+    assert t.end[moved] == end
+    assert t.issue[first] == t.issue[second] == end + 300
+    assert (t.cause[second], t.blocker[second]) == (Cause.EDGE, moved)
+    assert t.issue[after] == end + 300 + 2000 + 40
+
+
 @pytest.mark.parametrize("mover", [nisa.dma_engine.dma, nisa.dma_engine.gpsimd_dma])
 def test_messages_through_crossed_pipes_end_together(mover):
     def body():

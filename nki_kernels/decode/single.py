@@ -148,12 +148,16 @@ class Single(nl.NKIObject):
         self.ones, self.unit = sbuf((128, 128), nl.float32), sbuf((PARTITIONS, 1), self.dtype)
         nisa.memset(self.ones, 1.0)
         nisa.memset(self.unit, 1.0)
+        zeros = sbuf((PARTITIONS, 512), nl.bfloat16)
+        nisa.memset(zeros, 0.0)
         tokens, group = self.chosen.tokens, self.group
         self.table = Table(self.first_rows, blocks, size, tokens, self.place, self.ones)
         rows = self.count * self.table.per_block
-        self.far_heads = Upright(self.columns, group, PARTITIONS, self.tiles * self.far.tokens)
-        self.near_heads = Upright(self.columns, group, self.near_rows, self.near.tokens)
-        self.heads = Upright(self.columns, group, rows, tokens)
+        self.far_heads = Upright(
+            self.columns, group, PARTITIONS, self.tiles * self.far.tokens, zeros
+        )
+        self.near_heads = Upright(self.columns, group, self.near_rows, self.near.tokens, zeros)
+        self.heads = Upright(self.columns, group, rows, tokens, zeros)
         self.worth.prepare(self.place, moves, initial)
 
     def score_far(self):

@@ -34,8 +34,8 @@ class Upright(nl.NKIObject):
         weights: their exponentials in the inputs' dtype.
     """
 
-    def __init__(self, columns, heads, rows, tokens):
-        self.columns = columns
+    def __init__(self, columns, heads, rows, tokens, zeros):
+        self.columns, self.zeros = columns, zeros
         self.heads, self.rows, self.tokens = heads, rows, tokens
         self.values = sbuf((rows, heads, tokens + 1), nl.float32)
         nisa.memset(self.values[:, :, tokens:], FLOOR)
@@ -53,6 +53,8 @@ class Upright(nl.NKIObject):
             by_scalar: whether ScalarE makes all copies; else VectorE makes every other one.
         """
         self.bank = psum((self.rows, self.heads, k.shape[1]))
+        if len(self.columns) > 1:
+            self.begin()
         pieces = self.pieces(k)
         for i in range(len(pieces)):
             last = i + 1 == len(pieces)
@@ -60,6 +62,14 @@ class Upright(nl.NKIObject):
             turned = self.turn(k, pieces[i], nisa.engine.scalar if scalar else nisa.engine.vector)
             self.waiting.append((self.bank, turned, pieces[i], shown if last else None, first))
             self.flush(BEHIND)
+
+    def begin(self):
+        """Writes the whole bank, which all its columns then go on with: parts of DK take turns, and
+        a group must not go on once another one began in its bank. PE waits for keys meanwhile."""
+        columns = self.bank.shape[1] * self.bank.shape[2]
+        nisa.nc_matmul(
+            self.bank, self.zeros[:, 0 : self.rows], self.zeros[:, 0:columns], accumulate=False
+        )
 
     def drain(self):
         """The logits of all tiles."""
@@ -101,16 +111,17 @@ class Upright(nl.NKIObject):
     def multiply(self, bank, turned, piece):
         """The part of the logits that a turned piece gives."""
         c, _, width, step, start, count = piece
+        begun = len(self.columns) > 1
         for i in range(count):
             for s in range(step):
                 out = bank[:, :, (start + i) * step + s]
                 rows = slice(s * width, (s + 1) * width)
                 keys, queries = turned[rows, i, :], self.columns[c][rows, :]
                 if step == 1:
-                    nisa.nc_matmul(out, keys, queries, accumulate=c > 0)
+                    nisa.nc_matmul(out, keys, queries, accumulate=begun)
                 else:
                     nisa.nc_matmul(
-                        out, keys, queries, accumulate=c > 0, tile_position=(s * width, 0),
+                        out, keys, queries, accumulate=begun, tile_position=(s * width, 0),
                         tile_size=(width, nl.tile_size.pmax),
                     )  # fmt: skip
 

@@ -83,6 +83,15 @@ def test_any_case_of_one_head(case: Case, page: int) -> None:
     close(values, launched(values))
 
 
+@pytest.mark.parametrize("dims", [(130, 33), (192, 128)])
+def test_one_query_head_with_a_long_key(dims: tuple[int, int]) -> None:
+    """Both parts of its logits go on with groups that one matmul into their bank began."""
+    case = next(case for case in SPEC.cases if case.name == "group1")
+    sizes = {**case.sizes, "Hq": 1, "Hkv": 1, "Dk": dims[0], "Dv": dims[1]}
+    values = SPEC.arguments(replace(case, sizes=sizes), torch.float32)
+    close(values, launched(values))
+
+
 @examples(10)
 @given(a_case())
 def test_any_case(case: Case) -> None:

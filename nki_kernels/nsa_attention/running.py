@@ -118,7 +118,10 @@ class Branch(nl.NKIObject):
         self.scale = scale
         self.parts = []
         for p in range(geometry.parts):
-            self.parts.append(Rows(p * geometry.rows, geometry.rows, dv, True))
+            part = Rows(p * geometry.rows, geometry.rows, dv, True)
+            # The loop over keys takes no turn where no query of the tile sees one.
+            nisa.memset(part.shift, 0.0)
+            self.parts.append(part)
 
     def within(self, scores, low, high):
         """Scores [rows, keys], very small where not low <= key < high [rows, 1]."""

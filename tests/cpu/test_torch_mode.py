@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nsa_neuron as nsa
-from nsa_neuron.backends.cpu.torch_mode import interval, selected_attention
+from nsa_neuron.backends.cpu.torch_mode import interval, layout, selected_attention
 from nsa_neuron.backends.cpu.torch_mode.select_blocks import best_ids
 from nsa_neuron.conformance import DTYPES, find_targets, problems, try_problem
 from nsa_neuron.conformance.pytest_suite import settle
@@ -95,3 +95,10 @@ def test_lowered_ops_take_tensors_that_want_a_gradient(spec):
     plain, other = op(**values), op(**wanting)
     for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (plain, other)), strict=True):
         assert torch.equal(a, b.detach())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 1, 2), (2, 1, 2, 1), (0, 2)])
+def test_results_have_the_strides_of_new_tensors(shape):
+    """As fakes promise, on axes of one element too, and where there is but one element."""
+    x = torch.zeros(*shape, 3)[..., 1]
+    assert layout.dense(x).stride() == torch.zeros(shape).stride()

@@ -143,8 +143,9 @@ def outermost(marks: list[Any]) -> list[list[Any]]:
         (problem(40, 700, num_selected=4, sharp=60.0), [2]),  # rows far below their tile's bound
         (problem(33, 700, (16, 1), (192, 128), num_selected=6, sharp=30.0), [2]),
         (problem(40, 400, (8, 1), (80, 33), batch=2, block=64, sharp=90.0), [2, 2]),
+        (problem(31, 31, (16, 1), alike=0.0, sharp=40.0), [1]),  # sees no compressed key
     ],
-    ids=["sharp", "paper", "short"],
+    ids=["sharp", "paper", "short", "before_the_first_block"],
 )
 def test_tiles_that_the_pipeline_cannot_do_are_done_again_on_the_device(values, again):
     judged.judge("nsa_attention", values, torch.bfloat16)

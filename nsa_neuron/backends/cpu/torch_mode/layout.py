@@ -49,4 +49,6 @@ def statistic_like(x: Tensor, batch: int) -> Tensor:
 
 def dense(x: Tensor) -> Tensor:
     """Contiguous, with the strides of a new tensor on axes of size 1 too, as fakes promise."""
-    return x.contiguous().flatten().view(x.shape)
+    # The one axis of one element may keep any stride; no axis has none.
+    flat = x.reshape(()) if x.numel() == 1 else x.contiguous().flatten()
+    return flat.view(x.shape)

@@ -140,28 +140,29 @@ def test_an_offset_given_for_a_view_that_has_one_is_warned_of(start, offset, war
     assert ["nki-aps.rst" in line for line in run.run.cores[0].warnings] == [True] * warned
 
 
-def two_groups(order, bytes_apart=256, together=False):
+def two_groups(order, bytes_apart=256, together=False, every=1):
     """Matmuls into two slices of one PSUM tensor; `order` names the slice of each.
 
-    `together`: a matmul of zeros into all of it begins both.
+    `together`: a matmul of zeros into all of it begins both. `every`: columns from one of a slice
+    to its next.
     """
 
     def kernel(x):
         t = nl.load(x)
         width = bytes_apart // 4
-        both = nl.ndarray((16, width + 16), nl.float32, buffer=nl.psum)
+        both = nl.ndarray((16, width + 16 * every), nl.float32, buffer=nl.psum)
         seen = set()
         if together:
             zeros = nl.zeros((8, width + 16), nl.float32)
             nisa.nc_matmul(both, zeros[:, 0:16], zeros, accumulate=False)
             seen = {0, 1}
         for which in order:
-            part = both[:, which * width : which * width + 16]
+            part = both[:, which * width : which * width + 16 * every : every]
             nisa.nc_matmul(part, t, t, accumulate=which in seen)
             seen.add(which)
         sums = nl.ndarray((16, 32), nl.float32, buffer=nl.sbuf)
         for which in (0, 1):
-            part = both[:, which * width : which * width + 16]
+            part = both[:, which * width : which * width + 16 * every : every]
             nisa.tensor_copy(sums[:, which * 16 : which * 16 + 16], part)
         out = nl.ndarray((16, 32), nl.float32, buffer=nl.shared_hbm)
         nisa.dma_copy(out, sums)
@@ -177,16 +178,18 @@ def test_a_group_begun_in_the_whole_bank_is_one():
 
 
 @pytest.mark.parametrize(
-    ("order", "bytes_apart", "warned"),
+    ("order", "bytes_apart", "every", "warned"),
     [
-        ([0, 0, 1, 1], 256, False),  # one after the other
-        ([0, 1, 0, 1], 256, True),
-        ([0, 1, 1, 0], 256, True),
-        ([0, 1, 0, 1], 2048, False),  # in two banks
+        ([0, 0, 1, 1], 256, 1, False),  # one after the other
+        ([0, 1, 0, 1], 256, 1, True),
+        ([0, 1, 1, 0], 256, 1, True),
+        ([0, 1, 0, 1], 4, 2, True),  # each in the other's gaps
+        ([0, 0, 1, 1], 4, 2, False),
+        ([0, 1, 0, 1], 2048, 1, False),  # in two banks
     ],
 )
-def test_groups_that_interleave_in_one_psum_bank_are_warned_of(order, bytes_apart, warned):
-    run = simulator.simulate(two_groups(order, bytes_apart))
+def test_groups_that_interleave_in_one_psum_bank_are_warned_of(order, bytes_apart, every, warned):
+    run = simulator.simulate(two_groups(order, bytes_apart, every=every))
     product = (X.astype(np.float64).T @ X).astype(np.float32)
     np.testing.assert_allclose(run(X), np.tile(2 * product, 2), rtol=1e-6)
     lines = run.run.cores[0].warnings
@@ -194,5 +197,5 @@ def test_groups_that_interleave_in_one_psum_bank_are_warned_of(order, bytes_apar
     assert all("another group began" in line and line.endswith("in kernel") for line in lines)
     if warned:
         with pytest.raises(SimulationError, match="another group") as caught:
-            simulator.simulate(two_groups(order, bytes_apart), strict=True)(X)
+            simulator.simulate(two_groups(order, bytes_apart, every=every), strict=True)(X)
         assert caught.value.rule == "doubtful"

@@ -269,12 +269,32 @@ def _one_group(core, access, accumulate):
         begun[key] = access
         return
     latest = begun.get(key)
-    if latest is not None and not latest.overlaps(access):
+    if latest is not None and not _meet(latest, access):
         core.warn(
             "nc_matmul goes on with a group after another group began in the same PSUM bank: exact "
             "in AWS's simulator, wrong on the device as a third party reports of trn1; finish one "
             "first, give it a bank of its own, or begin with one matmul into the whole bank"
         )
+
+
+def _meet(a, b):
+    """Whether two places of a bank, from one partition on, have an element in common."""
+    first, second = a.layout, b.layout
+    if not a.overlaps(b) or first.dtype is not second.dtype or (first.dense and second.dense):
+        return a.overlaps(b)
+    return _interlock(first, second, a.start - b.start)
+
+
+@lru_cache(maxsize=4096)
+def _interlock(first, second, apart):
+    """`_meet` of strided places, whose hulls say too much. apart: elements between their starts."""
+    found = []
+    for layout, start in ((first, apart), (second, 0)):
+        at = np.array([start])
+        for size, stride in zip(layout.shape[1:], layout.strides[1:], strict=True):
+            at = (at[:, None] + np.arange(size) * stride).ravel()
+        found.append(at)
+    return bool(np.isin(found[0], found[1]).any())
 
 
 def _unopened(core, dst):

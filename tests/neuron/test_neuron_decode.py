@@ -129,6 +129,20 @@ def test_heads_first_caches_give_the_same_bits(name: str) -> None:
     assert launched(turned).equal(launched(values))
 
 
+def test_heads_first_caches_give_the_same_bits_on_two_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each serves one of the heads, whose rows could be twice as long then."""
+    monkeypatch.setattr(single, "HEADS", 0)
+    case = next(case for case in SPEC.cases if case.name == "default_geometry")
+    options = {**case.options, "tokens": (300,)}
+    case = replace(case, sizes={**case.sizes, "B": 1}, options=options)
+    values = SPEC.arguments(case, F32)
+    for name in ("k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win"):
+        values[name] = values[name].transpose(1, 2).contiguous().transpose(1, 2)
+    assert launched(values, 2).equal(launched(values))
+
+
 def test_a_sequence_of_nan_leaves_the_others_alone() -> None:
     values = a_named("two_sequences")
     good = launched(values)

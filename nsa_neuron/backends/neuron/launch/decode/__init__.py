@@ -75,8 +75,10 @@ def forward(
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         rows = Rows.of(q[:, start:stop], kv_heads, kernels.cores)
-        far = Cache.of(k_cmp, v_cmp, cmp_table, rows.per_group)
-        near = Cache.of(k_win, v_win, win_table, rows.per_group)
+        # Sums are made row by row: rows are as long on two cores as on one, for the same bits.
+        at_once = Rows.of(q[:, start:stop], kv_heads, 1).per_group
+        far = Cache.of(k_cmp, v_cmp, cmp_table, at_once)
+        near = Cache.of(k_win, v_win, win_table, at_once)
         blocks = Cache.of_blocks(
             k_slc, v_slc, slc_table, select_block, num_selected, rows.per_group
         )

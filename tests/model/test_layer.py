@@ -219,6 +219,17 @@ def test_meta_construction_then_reset_gives_the_constructors_distributions(phi):
             assert 0.8 < got.std() / want.std() < 1.25, name
 
 
+@pytest.mark.parametrize("layers", [2, 8])
+def test_what_is_added_to_the_stream_starts_smaller_in_deeper_models(layers):
+    """GPT-2's rule, worked out: 0.02 / sqrt(2 * layers) is 0.01 with 2 layers, 0.005 with 8."""
+    expected = {2: 0.01, 8: 0.005}[layers]
+    net = model(("nsa",) * layers, torch.float32, dim=64)
+    added = {n: p for n, p in net.named_parameters() if n.endswith(("out.weight", "down.weight"))}
+    assert len(added) == 2 * layers, list(added)
+    for name, p in added.items():
+        assert abs(p.std().item() / expected - 1) < 0.1, name
+
+
 def test_one_reset_starts_everything_again():
     net = model(MIXED)
     for p in net.parameters():

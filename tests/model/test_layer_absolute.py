@@ -164,7 +164,8 @@ def awake(layer: torch.nn.Module) -> torch.nn.Module:
         {}, {"phi": "linear", "rope": "before"}, {"phi": "mean", "shared_kv": True},
         {"phi": "mlp", "shared_kv": True, "rope": "before", "num_local": 2},
         {"phi": "linear", "phi_per_head": True}, {"phi": "mlp", "phi_per_head": True},
-        {"qkv_bias": True, "qk_norm": 0.1},
+        {"qkv_bias": True, "qk_norm": 0.1}, {"select_block": 4},
+        {"num_selected": 2, "num_initial": 0},  # of three blocks
     ],
     ids=str,
 )  # fmt: skip

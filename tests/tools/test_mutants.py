@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def total(xs):
     return n
 """
 TESTS = """
-import os, sys, time
+import os, subprocess, sys
 from summing import total
 
 def test_total(): assert total([1, 2, 3]) == 6
@@ -62,6 +63,11 @@ def test_stuck():
     while total([1]) != 1: pass
 def test_dies():
     if total([1]) != 1: os.abort()
+def test_earlier(): sys.earlier = True
+def test_later(): assert not hasattr(sys, "earlier")
+def test_leaves():
+    left = subprocess.Popen(["sleep", "1000"])
+    open("left", "w").write(str(left.pid))
 """
 
 
@@ -97,6 +103,44 @@ def test_what_tests_notice_is_caught_and_what_they_do_not_survives(project: Path
 
 def test_tests_that_select_nothing_decide_nothing(project: Path) -> None:
     assert run(project, fault("absent"))[0].status == "undecided"
+
+
+def test_tests_that_fail_after_others_anyway_decide_nothing(project: Path) -> None:
+    assert run(project, fault("'earlier or later'"))[0].status == "undecided"
+
+
+def test_no_process_is_left_behind(project: Path) -> None:
+    run(project, fault("leaves"))
+    left = Path("/proc", (project.parent / "work" / "copy0" / "left").read_text())
+    for _ in range(100):  # the system needs a moment
+        try:
+            state = (left / "stat").read_text().split()[2]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state == "Z":  # dead, and nobody asked yet
+            return
+        time.sleep(0.05)
+    pytest.fail("it still runs")
+
+
+def test_nothing_of_the_project_is_imported_before_the_fault_is_there(project: Path) -> None:
+    (project / "test_sum.py").write_text(
+        "from pathlib import Path\nimport sys\nwarm = set(sys.modules)\nimport summing\n"
+        "def test_total():\n"
+        "    assert 'fractions' in warm and 'summing' not in warm\n"
+        "    assert Path(summing.__file__).is_relative_to(Path.cwd())\n"
+    )
+    runner = Runner(project, project.parent / "work", 20, warm=("fractions", "not_installed"))
+    assert runner.run([fault("total")], 1)[0].status == "survived"
+
+
+def test_what_noticed_the_last_time_is_tried_first(project: Path) -> None:
+    everything = Fault(**{**vars(fault("total")), "tests": ("test_sum.py",)})
+    assert "test_total" in run(project, everything)[0].detail
+    (project / "test_sum.py").write_text("def test_before(): assert False" + TESTS)
+    assert "test_total" in run(project, everything)[0].detail
+    (project / "test_sum.py").write_text(TESTS.replace("test_total", "test_renamed"))
+    assert "test_renamed" in run(project, everything)[0].detail
 
 
 def test_a_fault_that_never_ends_is_caught_by_its_cpu_time(project: Path) -> None:

@@ -24,6 +24,7 @@ from .runner import Runner
 from .score import FLOOR, shares, table
 
 ROOT = Path(__file__).parents[2]
+WARM = ("torch", "numpy", "ml_dtypes", "hypothesis")  # not triton: its interpreter is chosen before
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.show:
         print("\n".join(f"{fault!s:50} {fault.file}: {fault.why}" for fault in faults))
         return 0
-    runner = Runner(ROOT, ROOT / "build" / "mutants", limit=args.limit, wide=args.wide)
+    runner = Runner(ROOT, ROOT / "build" / "mutants", args.limit, args.wide, WARM)
     outcomes = runner.run(faults, args.workers, fresh=args.fresh)
     print(table(outcomes))
     return 0 if all(share >= FLOOR for share in shares(outcomes).values()) else 1

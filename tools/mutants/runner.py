@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from itertools import count
 from queue import SimpleQueue
@@ -19,14 +20,12 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from .score import CAUGHT, HARMLESS, SURVIVED, UNDECIDED, Outcome
+from .warm import Pytests
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from .faults import Fault
-
-FAILED, BROKEN_OFF = 1, 2  # pytest's exit codes: tests fail, and even to be collected
-SLOWEST = 20  # seconds of wall time granted for one of CPU time, on a machine with other work
 
 
 class Runner:
@@ -37,93 +36,94 @@ class Runner:
         work: where copies and outcomes are kept.
         limit: CPU seconds that one run of tests may take.
         wide: whether survivors meet the tests of their whole wing.
+        warm: other people's packages that are imported once, not once per fault.
     """
 
-    def __init__(self, root: Path, work: Path, limit: int = 300, wide: bool = False) -> None:
-        self.root, self.work, self.limit, self.wide = root, work, limit, wide
+    def __init__(
+        self, root: Path, work: Path, limit: int = 300, wide: bool = False,
+        warm: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.root, self.work, self.limit, self.wide, self.warm = root, work, limit, wide, warm
         self.files = _files(root)
         self.state = _digest(root, self.files)
-        self.sound: dict[str, str] = {}
+        self.sound: dict[str, set[str]] = {}  # by line, the tests that pass without a fault
         self._lock = Lock()
         self._clock = count(2_000_000_000)  # a new time stamp for every text: see `_write`
 
     def run(self, faults: list[Fault], workers: int, fresh: bool = False) -> list[Outcome]:
         """Outcomes in the order of the faults; known ones are not run again."""
         self.work.mkdir(parents=True, exist_ok=True)
-        known = {} if fresh else self._known()
-        copies: SimpleQueue[Path] = SimpleQueue()
-        for i in range(workers):
-            copies.put(self._copy(self.work / f"copy{i}"))
+        past = self._past()
+        known = {} if fresh else past
+        hints = {key.partition("-")[0]: _test(past[key].detail) for key in past}
+        bench: SimpleQueue[Pytests] = SimpleQueue()
 
         def one(fault: Fault) -> Outcome:
             key = self._key(fault)
             if key in known:
                 return known[key]
-            copy = copies.get()
+            tests = bench.get()
+            before = tests.seconds
             try:
-                outcome = self._try(fault, copy)
+                outcome = self._try(fault, tests, hints.get(fault.digest, ""))
+                self._note(key, outcome, tests.seconds - before)
             finally:
-                copies.put(copy)
-            self._note(key, outcome)
+                bench.put(tests)
             return outcome
 
-        with ThreadPoolExecutor(workers) as pool:
+        with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
+            for i in range(workers):
+                copy = self._copy(self.work / f"copy{i}")
+                bench.put(stack.enter_context(closing(Pytests(copy, self.limit, self.warm))))
             return list(pool.map(one, faults))
 
-    def _try(self, fault: Fault, copy: Path) -> Outcome:
+    def _try(self, fault: Fault, tests: Pytests, hint: str) -> Outcome:
+        """What becomes of a fault: first by the test that noticed it the last time."""
         if fault.harmless:
             return Outcome(fault.wing, fault.name, HARMLESS, fault.harmless)
         lines = [*fault.tests, *(fault.wide if self.wide else ())]
-        path = copy / fault.file
-        text = path.read_text()
-        for line in lines:
-            if failing := self._baseline(line, copy):
-                return Outcome(fault.wing, fault.name, UNDECIDED, failing)
-            self._write(path, fault.planted(text))
-            try:
-                noticed = self._noticed(*self._pytest(line, copy), line)
-            finally:
-                self._write(path, text)
-            if noticed:
+        last = [shlex.quote(hint)] if hint else []
+        for line in last + lines:
+            noticed, test = self._planted(fault, tests, line)
+            if not noticed:
+                continue
+            if not (failing := self._baseline(line, tests, test)):
                 return Outcome(fault.wing, fault.name, CAUGHT, noticed)
+            if line not in last:
+                return Outcome(fault.wing, fault.name, UNDECIDED, failing)
         where = f"{fault.file}, {fault.why}; passes {' | '.join(lines)}"
         return Outcome(fault.wing, fault.name, SURVIVED, where)
 
-    def _baseline(self, line: str, copy: Path) -> str:
-        """Why tests prove nothing: they fail, or select nothing, without any fault."""
-        if line not in self.sound:
-            code, output = self._pytest(line, copy)
-            failing = f"without it, pytest {line} ends with {code}: {_last(output)}"
-            self.sound[line] = failing if code else ""
-        return self.sound[line]
-
-    def _noticed(self, code: int, output: str, line: str) -> str:
-        """What noticed a fault; empty: nothing did."""
+    def _planted(self, fault: Fault, tests: Pytests, line: str) -> tuple[str, str]:
+        """What pytest says with the fault planted (empty: all pass), and the test that failed."""
+        path = tests.copy / fault.file
+        text = path.read_text()
+        self._write(path, fault.planted(text))
+        try:
+            code, output = tests.run(line)
+        finally:
+            self._write(path, text)
         if code == 0:
-            return ""
+            return "", ""
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
-            return f"{line}: hit the limit of {self.limit} s"
+            return f"{line}: hit the limit of {self.limit} s", ""
         if code < 0:
-            return f"{line}: died of {signal.Signals(-code).name}"
-        if code in (FAILED, BROKEN_OFF):
-            return _last(output)
-        raise RuntimeError(f"pytest {line} ends with {code}: {output[-2000:]}")
+            return f"{line}: died of {signal.Signals(-code).name}", ""
+        return _last(output), _test(output)
 
-    def _pytest(self, line: str, copy: Path) -> tuple[int, str]:
-        words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        limit = (self.limit, self.limit + 5)
-        with subprocess.Popen(
-            [*words, *shlex.split(line)], cwd=copy, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        ) as process:  # fmt: skip
-            try:
-                resource.prlimit(process.pid, resource.RLIMIT_CPU, limit)
-                output, _ = process.communicate(timeout=self.limit * SLOWEST)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                output, _ = process.communicate()
-        return process.returncode, output
+    def _baseline(self, line: str, tests: Pytests, test: str) -> str:
+        """Why tests prove nothing: up to one, or all, they fail or select nothing without a fault.
+
+        In the order in which they ran with it: the tests before one may be why it fails.
+        """
+        if test in self.sound.get(line, ()):
+            return ""
+        code, output = tests.run(line, until=test)
+        if code:
+            return f"without it, pytest {line} ends with {code}: {_last(output)}"
+        passed = re.findall(r"^PASSED (.*)$", output, re.M)
+        self.sound.setdefault(line, set()).update([*passed, test])
+        return ""
 
     def _write(self, path: Path, text: str) -> None:
         """Writes with a time stamp of its own, so that no bytecode of another text is taken."""
@@ -152,15 +152,16 @@ class Runner:
     def _key(self, fault: Fault) -> str:
         return f"{fault.digest}-{self.state}{'-wide' * self.wide}"
 
-    def _known(self) -> dict[str, Outcome]:
+    def _past(self) -> dict[str, Outcome]:
         path = self.work / "outcomes.jsonl"
         rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
         return {row.pop("key"): Outcome(**row) for row in rows}
 
-    def _note(self, key: str, outcome: Outcome) -> None:
+    def _note(self, key: str, outcome: Outcome, seconds: float) -> None:
         with self._lock, (self.work / "outcomes.jsonl").open("a") as file:
             file.write(json.dumps({"key": key, **asdict(outcome)}) + "\n")
-        print(f"{outcome.status:10}{outcome.wing}/{outcome.name}", file=sys.stderr, flush=True)
+        name = f"{outcome.wing}/{outcome.name}"
+        print(f"{outcome.status:10}{seconds:6.1f} s  {name}", file=sys.stderr, flush=True)
 
 
 def _files(root: Path) -> list[str]:
@@ -186,3 +187,9 @@ def _last(output: str) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return (failed or lines or ["no output"])[0 if failed else -1][:300]
+
+
+def _test(output: str) -> str:
+    """Name of the first test that failed, by pytest's summary; empty: it names none."""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.M)
+    return found[1] if found else ""

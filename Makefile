@@ -26,6 +26,9 @@ install: $(STAMP) ## virtual environment with everything (torch: a CPU build)
 demo: $(STAMP) ## the main job: NSA on a real text (ARGS='--target trn2 --mode sim')
 	$(BIN)/nsa demo --page out/demo.html $(ARGS)
 
+# Tests start a hundred processes, each of which would compile this project's modules anew.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: test
 test: $(STAMP) ## the whole test suite
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -q

@@ -114,6 +114,7 @@ bench-cpu-parts: $(STAMP) ## of these, what bounds each kernel, peers, the cost 
 MODEL_RESULTS ?= benchmarks/results/model-cpu.jsonl
 .PHONY: bench-model
 bench-model: $(STAMP) ## whole models beside full attention into docs/performance.md, 3 minutes, idle
+	$(BIN)/nsa bench --target cpu --part layer --out $(MODEL_RESULTS)
 	$(BIN)/nsa bench --target cpu --part model --tokens 2048 8192 32768 131072 --out $(MODEL_RESULTS)
 	$(BIN)/python -m tools.model_table $(MODEL_RESULTS)
 

@@ -3,27 +3,24 @@
 Decoding is `NsaForCausalLM` with its cache beside transformers' Llama with its own, same sizes, one
 sequence, in turns. Both caches are filled with random keys and values, since reading 128K tokens
 would take the most of a run. Training steps are `ByteLanguageModel` with all layers `nsa`, then all
-`full`. A layer's forward pass is measured against the op inside it, and against everything that it
-has to do (`parts`: projections, rotation, compression, the op), called bare on the same tensors.
+`full`. One layer beside the op inside it: `nsa_neuron.layer_bench`.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_neuron import functional as nsa
-from nsa_neuron.bench.record import Record
+from nsa_neuron.bench.turns import in_turns
 from nsa_neuron.errors import BackendUnavailable
-from nsa_neuron.nn import ByteLanguageModel, NativeSparseAttention, NsaConfig, next_token_loss
-from nsa_neuron.nn.rotary import rotate
+from nsa_neuron.nn import ByteLanguageModel, NsaConfig, next_token_loss
 from nsa_neuron.terminal import progress, table
+
+if TYPE_CHECKING:
+    from nsa_neuron.bench.record import Record
 
 BENCH = "model"
 BODY: dict[str, Any] = {
@@ -34,13 +31,12 @@ CONFIG = NsaConfig(dim=256, heads=16, kv_heads=1, dk=64, dv=64)
 LAYERS = 2
 DECODED = 16  # steps of a record
 TRAIN_LIMIT = 32768
-MODULE_TOKENS = 2048
 
 
 def measure(tokens: Sequence[int]) -> list[Record]:
-    """Decoding at every length, training steps up to `TRAIN_LIMIT`, and a layer's overhead."""
+    """Decoding at every length, and training steps up to `TRAIN_LIMIT`."""
     trained = [length for length in tokens if length <= TRAIN_LIMIT]
-    records = overhead(MODULE_TOKENS)
+    records: list[Record] = []
     with progress("model", len(tokens) + len(trained)) as advance:
         for length in trained:
             advance(f"training steps of {length} tokens")
@@ -49,45 +45,6 @@ def measure(tokens: Sequence[int]) -> list[Record]:
             advance(f"decoding at {length} tokens")
             records += decoding(length)
     return records
-
-
-@torch.no_grad()
-def overhead(tokens: int, rounds: int = 9) -> list[Record]:
-    """A layer's forward pass and its op, in turns."""
-    torch.manual_seed(0)
-    layer, x = NativeSparseAttention(CONFIG), torch.randn(1, tokens, CONFIG.dim)
-    seen: dict[str, Tensor] = {}
-    layer.observer = lambda _, values: seen.update(values)
-    layer(x)
-    del layer.observer
-
-    def op() -> Tensor:
-        return nsa.nsa_attention(**seen, **CONFIG.geometry)  # type: ignore[arg-type]
-
-    def parts() -> Tensor:
-        c, at = CONFIG, torch.arange(tokens)
-        q = F.linear(x, layer.q.weight).view(1, tokens, c.heads, c.dk)
-        k_cmp, k_slc, k_win = (
-            F.linear(x, w).view(1, tokens, c.kv_heads, c.dk) for w in _rows(layer, 0, c.dk)
-        )
-        v_cmp, *_ = (
-            F.linear(x, w).view(1, tokens, c.kv_heads, c.dv) for w in _rows(layer, c.dk, c.dv)
-        )
-        for key in (q, k_slc, k_win):
-            rotate(key, at, c.rope_base)
-        layer.phi_k(k_cmp), layer.phi_v(v_cmp)
-        F.linear(x, layer.gate.weight, layer.gate.bias).sigmoid()
-        return F.linear(op().flatten(-2), layer.out.weight)
-
-    facts = {"tokens": tokens, "layers": 1}
-    return _turns({"module": lambda: layer(x), "op": op, "parts": parts}, rounds, facts)
-
-
-def _rows(layer: NativeSparseAttention, first: int, count: int) -> list[Tensor]:
-    """The rows of `kv.weight` that give each set's keys (from row 0 on) or values."""
-    c = layer.config
-    by_set = layer.kv.weight.view(c.kv_heads, layer.sets, c.dk + c.dv, c.dim)
-    return [by_set[:, i, first : first + count].flatten(0, 1) for i in range(layer.sets)]
 
 
 def training(tokens: int) -> list[Record]:
@@ -107,7 +64,7 @@ def training(tokens: int) -> list[Record]:
         return step
 
     steps = {f"train {kind}": step_of(kind) for kind in ("nsa", "full")}
-    return _turns(steps, rounds, {"tokens": tokens, "layers": LAYERS}, warm=rounds > 1)
+    return in_turns(BENCH, steps, rounds, {"tokens": tokens, "layers": LAYERS}, warm=rounds > 1)
 
 
 @torch.no_grad()
@@ -136,7 +93,7 @@ def decoding(tokens: int) -> list[Record]:
         "decode full": lambda: dense(ids, cache=theirs, use_cache=True),
     }
     held = {"decode nsa": _bytes_of(ours), "decode full": _bytes_of(theirs)}
-    return _turns(steps, DECODED, {"tokens": tokens, "layers": LAYERS}, held)
+    return in_turns(BENCH, steps, DECODED, {"tokens": tokens, "layers": LAYERS}, held)
 
 
 def _fill(layer: Any, config: NsaConfig, tokens: int) -> None:
@@ -174,39 +131,7 @@ def _bytes_of(cache: Any) -> int:
     return sum(found.values())
 
 
-def _turns(
-    steps: dict[str, Callable[[], Any]],
-    rounds: int,
-    facts: dict[str, Any],
-    held: dict[str, int] | None = None,
-    warm: bool = True,
-) -> list[Record]:
-    """Each step once to warm up, then all in turn; wall time, with CPU time and load beside it."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for step in steps.values() if warm else ():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            step()
-            taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    records = []
-    for name, runs in taken.items():
-        cpu = sorted(cpu for _, cpu in runs)[len(runs) // 2]
-        more = {"bytes": held[name]} if held else {}
-        records.append(
-            Record.of(
-                BENCH, name, "ms", [1e3 * wall for wall, _ in runs], **facts, **more,
-                cpu_ms=round(1e3 * cpu, 3), threads=torch.get_num_threads(),
-                load=round(os.getloadavg()[0], 2),
-            )
-        )  # fmt: skip
-    return records
-
-
 TABLES = (
-    ("a layer and the op inside it", "module", "op", "layer / op"),
-    ("a layer and all that it has to do, bare", "module", "parts", "layer / parts"),
     ("a training step, forward and backward", "train nsa", "train full", "NSA / full"),
     ("one new token", "decode nsa", "decode full", "NSA / full"),
 )
@@ -214,7 +139,7 @@ TABLES = (
 
 def tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, headers and rows of each table of this benchmark's records."""
-    by = {(r.name, r.facts["tokens"]): r for r in records}
+    by = {(r.name, r.facts["tokens"]): r for r in records if r.bench == BENCH}
     made = []
     for title, ours, theirs, says in TABLES:
         rows = []

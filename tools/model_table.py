@@ -1,4 +1,4 @@
-"""The tables of `nsa bench --target cpu --part model` in docs/performance.md, from its rows.
+"""The tables of `nsa bench --target cpu`, parts `layer` and `model`, in docs/performance.md.
 
     python -m tools.model_table benchmarks/results/model-cpu.jsonl
 
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nsa_neuron import layer_bench, model_bench
 from nsa_neuron.bench.record import Record
-from nsa_neuron.model_bench import tables
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARK = "<!-- whole models, measured: tools/model_table.py -->"
@@ -27,18 +27,30 @@ def _record(row: dict[str, Any]) -> Record:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Tables, and on what they were measured."""
-    latest = {(row["name"], row["facts"]["tokens"]): row for row in rows}
-    machine = list(latest.values())[-1]["environment"]
-    facts = list(latest.values())[-1]["facts"]
-    parts = [
-        f"Measured on {machine['cpu']}, {machine['cores']} cores, {facts['threads']} threads of "
-        f"torch; revision {machine['revision']}. Times in ms."
-    ]
-    for title, headers, cells in tables([_record(row) for row in latest.values()]):
+    latest = {(row["name"], row["facts"]["tokens"], row["facts"].get("width")): row for row in rows}
+    records = [_record(row) for row in latest.values()]
+    parts = [f"Measured on {_where(list(latest.values()))}. Times in ms."]
+    for title, headers, cells in layer_bench.tables(records) + model_bench.tables(records):
         head = f"| {' | '.join(headers)} |\n|{'--:|' * len(headers)}"
         body = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"{title[0].upper()}{title[1:]}:\n\n{head}\n{body}")
     return "\n\n".join(parts)
+
+
+def _where(rows: list[dict[str, Any]]) -> str:
+    """Machine, threads and revisions of rows; of each part by itself, if they differ."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        machine, facts = row["environment"], row["facts"]
+        place = (
+            f"{machine['cpu']}, {machine['cores']} cores, {facts['threads']} threads of torch, "
+            f"revision {machine['revision']}"
+        )
+        names = places.setdefault(place, [])
+        names += [row["bench"]] if row["bench"] not in names else []
+    if len(places) == 1:
+        return next(iter(places))
+    return "; ".join(f"{place} ({', '.join(names)})" for place, names in places.items())
 
 
 def rewrite(page: str, rows: list[dict[str, Any]]) -> str:

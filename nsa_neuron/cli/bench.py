@@ -54,10 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--part",
-        choices=("overhead", "attention", *NATIVE_PARTS, "model"),
-        help="one part of --target cpu only; `native` (the cpu backend against SDPA), its `stages` "
-        "(what bounds each kernel), its `memory` and its `peers`, and `model` (decoding and "
-        "training beside full attention) take minutes, so they have to be asked for",
+        choices=("overhead", "attention", "layer", *NATIVE_PARTS, "model"),
+        help="one part of --target cpu only; `layer` is a layer beside the op inside it; `native` "
+        "(the cpu backend against SDPA), its `stages` (what bounds each kernel), its `memory` and "
+        "its `peers`, and `model` (decoding and training beside full attention) take minutes, so "
+        "they have to be asked for",
     )
     parser.add_argument(
         "--shape",
@@ -137,6 +138,10 @@ def _cpu(args: argparse.Namespace) -> list[Part]:
         more = {"gradients": False} if args.forward and args.part == "native" else {}
         measured = module.measure(args.tokens or lengths, *_shape(args.shape), **more)
         parts.append((measured, module.to_text))
+    if args.part == "layer":
+        from nsa_neuron import layer_bench
+
+        parts.append((layer_bench.measure(), layer_bench.to_text))
     if args.part == "model":
         from nsa_neuron import model_bench
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 Turn = tuple[Tensor, Tensor]
-"""Cosines and sines of what channels are turned by, `[S, 1, D / 2]` or `[B, S, 1, D / 2]`."""
+"""Cosines, once for each half of the channels, `[S, 1, D]` or `[B, S, 1, D]`, and sines, once,
+`[S, 1, D / 2]` or `[B, S, 1, D / 2]`, of what channels are turned by."""
 
 
 def turn_of(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> Turn | None:
@@ -22,7 +23,8 @@ def turn_of(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> Tur
         return None
     rates = base ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angles = positions.to(torch.float32)[..., None, None] * rates
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos = angles.cos().to(dtype)
+    return torch.cat([cos, cos], -1), angles.sin().to(dtype)
 
 
 def turned(x: Tensor, turn: Turn | None) -> Tensor:
@@ -31,6 +33,15 @@ def turned(x: Tensor, turn: Turn | None) -> Tensor:
         return x
     cos, sin = turn
     a, b = x.chunk(2, -1)
+    if not x.requires_grad and not torch.compiler.is_compiling():
+        # Three passes over memory, not seven; autograd would copy what is written in place, and a
+        # compiler makes one pass of either form.
+        y = x * cos
+        first, second = y.chunk(2, -1)
+        first.addcmul_(b, sin, value=-1)
+        second.addcmul_(a, sin)
+        return y
+    cos = cos[..., : a.shape[-1]]
     return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], -1)
 
 

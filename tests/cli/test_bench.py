@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from nsa_neuron import model_bench
+from nsa_neuron import layer_bench, model_bench
 from nsa_neuron.bench import attention, native, native_memory, native_peers, native_stages, overhead
 from nsa_neuron.bench.record import Record
 from nsa_neuron.cli import UNUSABLE, main
 from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.nn import NativeSparseAttention, NsaConfig
 from nsa_neuron.ops import get
 from nsa_neuron.registry import REGISTRY
 
@@ -247,7 +249,6 @@ def test_bench_of_models_names_both_attentions_and_counts_their_caches(
     monkeypatch, tmp_path, capsys
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(model_bench, "MODULE_TOKENS", 96)
     monkeypatch.setattr(model_bench, "TRAIN_LIMIT", 64)
     out = tmp_path / "model.jsonl"
     words = ["bench", "--target", "cpu", "--part", "model", "--tokens", "64", "8192"]
@@ -255,8 +256,7 @@ def test_bench_of_models_names_both_attentions_and_counts_their_caches(
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     timed = {(row["name"], row["facts"]["tokens"]) for row in rows}
     decoded = {(f"decode {kind}", t) for kind in ("nsa", "full") for t in (64, 8192)}
-    layer = {(name, 96) for name in ("module", "op", "parts")}
-    assert timed == layer | {("train nsa", 64), ("train full", 64)} | decoded
+    assert timed == {("train nsa", 64), ("train full", 64)} | decoded
     held = {(row["name"], row["facts"]["tokens"]): row["facts"].get("bytes") for row in rows}
     # Two layers of keys and values of one head of 64 floats. NSA holds a set of them for selection
     # and a 16th for compression, with an eighth of room, and of two other sets the last rows only;
@@ -267,3 +267,35 @@ def test_bench_of_models_names_both_attentions_and_counts_their_caches(
     pages = 3 * (3 * 256 + 16)
     assert least < held["decode nsa", 8192] < least + (8192 // 8 * 17 / 16 + 1500 + pages) * row
     assert "NSA cache, MiB" in capsys.readouterr().out
+
+
+def test_bench_of_a_layer_measures_three_sides_and_says_both_ratios() -> None:
+    small = NsaConfig(dim=256, heads=4, kv_heads=1, dk=16, dv=16)
+    records = layer_bench.measure([(small, 96)], rounds=2)
+    assert [r.name for r in records] == list(layer_bench.SIDES)
+    assert all(r.runs == 2 and r.median > 0 and r.facts["cpu_ms"] > 0 for r in records)
+    times = dict(zip(layer_bench.SIDES, (60.0, 40.0, 50.0), strict=True))
+    told = [
+        Record.of("layer", name, "ms", [ms], tokens=2048, width=256, cpu_ms=2 * ms, load=0.5)
+        for name, ms in times.items()
+    ]
+    (_, headers, (row,)), (_, _, counted) = layer_bench.tables(told)
+    by = dict(zip(headers, row, strict=True))
+    assert by["layer / op"] == "1.50"
+    assert by["layer / op and projections"] == "1.20"
+    assert by["(layer - both) / op"] == "0.25"
+    assert by["the three by CPU time"] == "1.50, 1.20, 0.25"
+    assert len(counted) == len(layer_bench.counted(layer_bench.NARROW, 2048))
+    assert layer_bench.to_text(told)
+
+
+def test_operations_of_a_layer_s_products_are_those_that_torch_counts() -> None:
+    config, tokens = NsaConfig(dim=48, heads=4, kv_heads=2, dk=16, dv=8), 96
+    with torch.device("meta"):
+        layer, x = NativeSparseAttention(config), torch.empty(1, tokens, config.dim)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    parts = layer_bench.counted(config, tokens)
+    products = [flops for name, (flops, _) in parts.items() if "projection" in name]
+    assert sum(products) + parts["gates"][0] == counter.get_total_flops()
+    assert all(flops > 0 and moved > 0 for flops, moved in parts.values())

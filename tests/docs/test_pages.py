@@ -112,6 +112,7 @@ COMMANDS = {
     "cp OUT/bench.jsonl": HARDWARE,
     "python -m tools.tune --install": HARDWARE,
     "nsa compile-check": "tests/cuda/test_compile_check.py",
+    "nsa bench --target cpu --part layer": "half a minute; tests/cli/test_bench.py runs it, small",
     "nsa bench --target cpu --part model": "minutes; tests/cli/test_bench.py runs it, small",
     "make bench-cpu": "fourteen minutes of an idle machine: nothing to run beside other tests",
     "python -m tools.distributed_evidence": "minutes; tests/distributed runs its parts, small",

@@ -31,21 +31,23 @@ NARROW = NsaConfig(dim=256, heads=16, kv_heads=1, dk=64, dv=64)
 WIDE = dataclasses.replace(NARROW, dim=1024)  # heads * dk, as most models have it
 SHAPES = ((NARROW, 2048), (WIDE, 2048), (NARROW, 8192))
 SIDES = ("layer", "op", "op and projections")
-ROUNDS = 9
+TIMED_TOKENS = 50_000  # of each side, so short sequences are timed more often
 
 
-def measure(shapes: Sequence[tuple[NsaConfig, int]] = SHAPES, rounds: int = ROUNDS) -> list[Record]:
+def measure(
+    shapes: Sequence[tuple[NsaConfig, int]] = SHAPES, rounds: int | None = None
+) -> list[Record]:
     """A record of each side for each config and number of tokens."""
     records: list[Record] = []
     with progress(BENCH, len(shapes)) as advance:
         for config, tokens in shapes:
             advance(f"{tokens} tokens of width {config.dim}")
-            records += overhead(config, tokens, rounds)
+            records += overhead(config, tokens, rounds or max(5, TIMED_TOKENS // tokens))
     return records
 
 
 @torch.no_grad()
-def overhead(config: NsaConfig, tokens: int, rounds: int = ROUNDS) -> list[Record]:
+def overhead(config: NsaConfig, tokens: int, rounds: int) -> list[Record]:
     """The layer, its op, and its op between its projections."""
     torch.manual_seed(0)
     layer, x = NativeSparseAttention(config), torch.randn(1, tokens, config.dim)

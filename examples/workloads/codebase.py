@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFINITION = re.compile(r"(?<=\bdef )(\w{4,})\((?:(?:self|cls),\s*)?(?!self|cls)(?=[a-z])")
 CALL = re.compile(r"(?<!def )\b(\w{4,})\(")
+DRAWS = 64  # stretches of source that are looked at for one that defines something
 
 
 class CodeBase:
@@ -42,10 +43,13 @@ class CodeBase:
         return draw.choice(self._entries)
 
     def whole(self, length: int, draw: random.Random) -> Document:
-        text = self._held_out
-        start = draw.randrange(len(text) - 2 * length - SPARE)
-        text = text[start : start + length + length // 8 + SPARE]
-        found = [Occurrence(m.start(), m.end(), m[1], True) for m in DEFINITION.finditer(text)]
+        for _ in range(DRAWS):
+            text = self._held_out
+            start = draw.randrange(len(text) - 2 * length - SPARE)
+            text = text[start : start + length + length // 8 + SPARE]
+            found = [Occurrence(m.start(), m.end(), m[1], True) for m in DEFINITION.finditer(text)]
+            if any(o.end < length for o in found):
+                break  # else a stretch of tables, of which some Pythons have more than others
         found += [Occurrence(m.start(), m.end(), m[1], False) for m in CALL.finditer(text)]
         return whole_text(text, found, length, draw)
 

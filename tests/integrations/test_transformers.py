@@ -244,7 +244,13 @@ def test_a_trainer_step(tmp_path):
         (lambda: NET(ids_of(1, 513), use_cache=False), "max_positions = 512"),
         (
             lambda: NET.generate(ids_of(1, 5), max_new_tokens=1, cache_implementation="offloaded"),
-            "with offloading",
+            "'cache_implementation' is offloaded",
+        ),
+        (
+            lambda: NET.generate(
+                ids_of(1, 5), transformers.GenerationConfig(cache_implementation="quantized")
+            ),
+            "'cache_implementation' is quantized",
         ),
     ],
 )

@@ -228,14 +228,17 @@ def test_rule_15_bad_input_names_the_argument() -> None:
 
 
 MEMORY = """
-import resource, torch, nsa_neuron as nsa
+import re, torch, nsa_neuron as nsa
+# In KiB, of this program alone: ru_maxrss starts with what the process that forks it has.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()  # of the libraries: a CUDA build of torch takes 0.45 GB more than a CPU build
 torch.set_num_threads(1)
 torch.manual_seed(0)
 S, T, Hq, D = 1024, 16384, 16, 64
 q = torch.randn(1, S, Hq, D)
 k, v = torch.randn(1, T, 1, D), torch.randn(1, T, 1, D)
 {call}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak() - before)
 """
 WHOLE_CALL = """
 k_cmp, v_cmp = nsa.compress(k), nsa.compress(v)
@@ -249,7 +252,7 @@ FULL_CALL = "o, lse = nsa.attention(q, k, v); assert o.isfinite().all()"
 @pytest.mark.parametrize("backend", ["reference:eager"], indirect=True)
 @pytest.mark.parametrize("call", [WHOLE_CALL, FULL_CALL], ids=["nsa_attention", "attention"])
 def test_reference_at_16k_stays_under_4_gb(call: str, backend: str) -> None:
-    """T = 16,384, Hq = 16, Hkv = 1: peak resident memory of a whole process.
+    """T = 16,384, Hq = 16, Hkv = 1: how far a process rises above what it is after the imports.
 
     By the last 1,024 queries, which take 0.7 GB in chunks and 2.5 GB at once: more chunks add
     nothing but their results, 64 MB a tensor. So far less than 4 GB is asked of them.
@@ -259,5 +262,5 @@ def test_reference_at_16k_stays_under_4_gb(call: str, backend: str) -> None:
         capture_output=True, text=True, check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "NSA_BACKEND": backend},
     )  # fmt: skip
-    peak = int(done.stdout.split()[-1]) * 1024  # ru_maxrss is in KiB on Linux
-    assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
+    above = int(done.stdout.split()[-1]) * 1024
+    assert 0.1e9 < above < 1.2e9, f"{above / 1e9:.2f} GB"

@@ -212,6 +212,18 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> Any:
+        """Transformers' own `generate`; a cache that NSA's layers cannot be is refused before."""
+        config = self.generation_config if generation_config is None else generation_config
+        kind = kwargs.get("cache_implementation", config.cache_implementation)
+        # Refused here: where torch has no streams, such a cache fails before it meets a layer.
+        if kind is not None and ("offload" in kind or "quant" in kind):
+            expected = 'without offloading or quantization: left out, "dynamic" or "static"'
+            raise InvalidArgument("generate", "cache_implementation", kind, expected)
+        return super().generate(inputs, generation_config, **kwargs)
+
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(

@@ -59,6 +59,15 @@ def test_start_partitions(count: int) -> None:
             assert broken(memset, start, count) == wanted, (start, count)
 
 
+@pytest.mark.parametrize(("second", "rule"), [(64, ""), (32, "start-partition")])
+def test_start_partitions_of_tiles_alike_at_several_addresses(second: int, rule: str) -> None:
+    def kernel(x):
+        for start in (0, second):  # the plan of the first serves the second only if it may
+            nisa.memset(nl.ndarray((64, 2), nl.float32, address=(start, 64 * start)), 1.0)
+
+    assert broken(kernel) == rule
+
+
 def copy_of(x, shape, index) -> None:
     t = sbuf(*shape)[index]
     nisa.tensor_copy(sbuf(*t.shape), t)

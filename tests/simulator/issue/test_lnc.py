@@ -158,6 +158,25 @@ def test_pipes_are_independent(touch_early):
     np.testing.assert_array_equal(result[..., 0, 0], [[10, 11], [0, 1]])
 
 
+def test_messages_of_a_pipe_arrive_in_the_order_in_which_they_were_sent():
+    """Core 0 sends two on pipe 0 while core 1 waits for one on pipe 1."""
+
+    def kernel(x):
+        me = nl.program_id(0)
+        out = nl.ndarray((2, 2, 4, 1), nl.float32, buffer=nl.shared_hbm)
+        sent = [nl.full((4, 1), 10 * me + i, nl.float32) for i in range(3)]
+        got = [nl.ndarray((4, 1), nl.float32) for _ in range(3)]
+        for i in (0, 1, 2) if me == 0 else (2, 0, 1):
+            nisa.sendrecv(sent[i], got[i], 1 - me, 1 - me, pipe_id=int(i == 2))
+        for i in (0, 1):
+            nl.store(out[me, i], got[i])
+        nisa.core_barrier(out, (0, 1))
+        return out
+
+    result = simulator.simulate(nki.jit(kernel)[2])(X)
+    np.testing.assert_array_equal(result[..., 0, 0], [[10, 11], [0, 1]])
+
+
 def test_a_message_nobody_sends_is_a_deadlock():
     def kernel(x):
         me = nl.program_id(0)

@@ -20,6 +20,7 @@ def test_written_matches_a_plain_map(data: Any, buffer: str) -> None:
     tensor = core.allocate((rows, columns), "float32", buffer)
     written = tensor.memory.written
     plain = np.zeros((rows, columns), bool)
+    looks = data.draw(st.booleans())  # at masks in between: they make the map, and end rectangles
 
     def pick() -> tuple[slice, slice]:
         r = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
@@ -34,13 +35,15 @@ def test_written_matches_a_plain_map(data: Any, buffer: str) -> None:
         access = tensor[key].access()
         assert written.covers(access) == bool(plain[key].all())
         assert written.touches(access) == bool(plain[key].any())
-        np.testing.assert_array_equal(written.mask(access), plain[key])
+        if looks:
+            np.testing.assert_array_equal(written.mask(access), plain[key])
         if data.draw(st.integers(0, 4)) == 0:
             written.remove(access)
             plain[key] = False
         else:
             written.add(access)
             plain[key] = True
+    assert written.covers(tensor.access()) == bool(plain.all())
     np.testing.assert_array_equal(written.mask(tensor.access()), plain)
 
 

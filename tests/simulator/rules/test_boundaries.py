@@ -78,12 +78,31 @@ def copy_of(x, shape, index) -> None:
     [
         ((slice(0, 64), slice(0, 3)), ""),
         ((slice(0, 64, 2), slice(0, 3)), "partition-step"),
+        ((slice(0, 33, 32), slice(0, 3)), "partition-step"),  # two partitions
         ((slice(0, 1, 2), slice(0, 3)), ""),  # one partition has no step
         ((slice(0, 2, 1), slice(0, 3)), ""),
     ],
 )
 def test_partition_steps(index, rule: str) -> None:
     assert broken(copy_of, (128, 4), index) == rule
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((8, 4), ""),
+        ((8, 3), "element-count"), ((8, 5), "element-count"),
+        ((7, 4), "partition-match"), ((9, 4), "partition-match"),
+    ],
+)  # fmt: skip
+def test_operands_are_of_one_shape_neither_smaller_nor_larger(shape, rule: str, place: int) -> None:
+    def kernel(x):
+        inputs = [sbuf(8, 4), sbuf(8, 4)]
+        inputs[place] = sbuf(*shape)
+        nisa.tensor_tensor(sbuf(8, 4), *inputs, nl.add)
+
+    assert broken(kernel) == rule
 
 
 @pytest.mark.parametrize(

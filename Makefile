@@ -90,7 +90,7 @@ bench: $(STAMP) ## measure on this machine: call overhead, reference NSA, the si
 	$(BIN)/nsa bench --simulator
 
 .PHONY: mutants
-mutants: $(STAMP) ## plant faults in a copy and count those that no test notices (about two hours)
+mutants: $(STAMP) ## plant faults in a copy and count those that no test notices (about an hour on two cores)
 	$(BIN)/python -m tools.mutants
 
 BENCH_CPU := $(BIN)/nsa bench --target cpu --out $(CPU_RESULTS) --part

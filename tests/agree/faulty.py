@@ -91,6 +91,14 @@ def scale_forgotten_in_dq(right: Callable[..., Any]) -> Lowered:
     return call
 
 
+def shifted_lse(right: Callable[..., Any]) -> Lowered:
+    def call(**values: Any) -> Any:
+        o, lse = right(**values)
+        return o, lse + 0.01
+
+    return call
+
+
 def raises(right: Callable[..., Any]) -> Lowered:
     def call(**values: Any) -> Any:
         raise RuntimeError("out of registers")
@@ -104,5 +112,6 @@ FAULTS: dict[str, Fault] = {
     "bf16 accumulation": ("compress", bf16_accumulation),
     "dropped block": ("selected_attention", dropped_block),
     "scale in dq": ("sliding_window_attention_backward", scale_forgotten_in_dq),
+    "lse": ("sliding_window_attention", shifted_lse),
     "crash": ("gated_sum", raises),
 }

@@ -168,6 +168,35 @@ def test_functions_are_tried_as_well() -> None:
     assert "(model)" in run.first and "nothing was decoded" in found.notes[0]
 
 
+def test_every_result_of_a_call_is_judged_though_nobody_uses_it() -> None:
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return nsa_neuron.sliding_window_attention(q, q, q, window=5)[0]
+
+    with acme("lse"):
+        made = Subject("attend", attend, (torch.randn(1, 9, 2, HEAD_DIM),))
+        run = agree(made, ["acme"], backward=False).runs[0]
+    (call,) = run.bad_calls
+    assert call.result == "lse" and call.error == pytest.approx(0.01, rel=1e-3)
+    assert not run.parted, "what the function returned is right"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_small_gradients_are_judged_as_closely_as_large_ones(right: bool) -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.on_acme = (nsa_neuron.registry.requested() or "").startswith("judged-acme")
+            return 1e-7 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return 1e-7 * grad * (1.01 if ctx.on_acme and not right else 1.0)
+
+    with acme():
+        run = agree(Subject("scaled", Scaled.apply, (torch.randn(2, 4),)), ["acme"]).runs[0]
+    assert [(p.phase, p.name) for p in run.parted] == ([] if right else [("backward", "input 0")])
+
+
 def test_a_model_s_own_decoding_is_used(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(

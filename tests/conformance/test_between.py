@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ def test_equal_results_are_not_apart_and_others_by_their_largest_difference() ->
     (moved,) = compare(PROBLEM, solution, {"a": (o, lse), "b": (o + 0.5, lse)})
     assert (moved.one, moved.other, moved.result) == ("a", "b", "o")
     assert moved.difference == pytest.approx(0.5) and moved.share > 1000
+    judge = get("sliding_window_attention").compare["o"]
+    one_target_may = judge(o, solution.oracle[0], o, solution.inputs).budget
+    assert moved.budget == pytest.approx(2 * one_target_may)
     nan = compare(PROBLEM, solution, {"a": (o * float("nan"), lse), "b": (o, lse)})[0]
     assert nan.difference == float("inf")
 
@@ -39,6 +43,9 @@ def test_three_targets_are_three_pairs() -> None:
     found = compare(PROBLEM, solution, dict.fromkeys("abc", solution.eager))
     assert [(a.one, a.other) for a in found] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert worst_of_pairs([*found, *found]) == found
+    near, far = (replace(found[0], difference=x, budget=1.0) for x in (0.25, 0.5))
+    assert worst_of_pairs([near, far, found[1]]) == [far, found[1]]
+    assert worst_of_pairs([far, near]) == [far]
 
 
 def test_selections_that_differ_are_apart_by_score_mass() -> None:
@@ -82,6 +89,35 @@ def test_the_page_has_the_history_and_what_changed(tmp_path: Path) -> None:
     target = old["cells"][0]["target"]
     assert f"gated_sum on {target} in float32: fail → pass" in page
     assert "History" not in html.page(now)
+
+
+def report_of(when: str, revision: str, **status: str) -> dict[str, Any]:
+    """A report with one float32 cell of target `a` for each op, and one in bfloat16 that passed."""
+    cells = [
+        {"op": op, "target": "a", "dtype": dtype, "status": each, "cases": {each: 3}}
+        for op, said in status.items()
+        for dtype, each in (("float32", said), ("bfloat16", "pass"))
+    ]
+    return {"when": when, "environment": {"revision": revision}, "cells": cells}
+
+
+def test_the_past_is_told_in_order_and_adds_up(tmp_path: Path) -> None:
+    reports = [
+        report_of("2026-03", "a1", attention="pass", compress="fail"),
+        report_of("2026-01", "c3", attention="fail", decode="pass"),
+        report_of("2026-02", "b2", attention="fail", compress="pass"),
+    ]
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    for path, report in zip(paths, reports, strict=True):
+        path.write_text(json.dumps(report))
+    first, second, third = history.load(paths)
+    assert [past.revision for past in (first, second, third)] == ["c3", "b2", "a1"]
+    assert first.counts == {"a": {"fail": 3, "pass": 9}}
+    assert history.changes(first, second) == []  # decode and compress are in one of them only
+    assert history.changes(second, third) == [
+        "attention on a in float32: fail → pass",
+        "compress on a in float32: pass → fail",
+    ]
 
 
 def test_what_is_no_report_is_refused(tmp_path: Path, capsys) -> None:

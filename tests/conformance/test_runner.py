@@ -9,7 +9,15 @@ import torch
 from backends import Distort, Fake, registered
 
 from nsa_neuron import conformance
-from nsa_neuron.conformance import Gap, Outcome, Problem, Status, text, try_problem
+from nsa_neuron.conformance import (
+    Gap,
+    Outcome,
+    Problem,
+    Status,
+    find_targets,
+    text,
+    try_problem,
+)
 from nsa_neuron.conformance.problems import scatter
 from nsa_neuron.conformance.pytest_suite import settle
 from nsa_neuron.conformance.runner import poisoned_allocations
@@ -102,6 +110,20 @@ def test_each_defect_is_a_failure_that_says_what_is_wrong(distort: Distort, said
     assert said in outcome.detail
 
 
+def test_results_are_checked_at_every_call_not_at_the_first_alone() -> None:
+    """The router remembers what it has checked; strides may change from call to call."""
+    calls = itertools.count()
+
+    def strided_later(results, values):
+        if next(calls) == 0:
+            return results
+        return (results[0].mT.contiguous().mT, *results[1:])
+
+    with registered(Fake(strided_later)) as place:
+        outcome = try_problem(PROBLEM, place)
+    assert outcome.status is Status.FAIL and "results must be contiguous" in outcome.detail
+
+
 def test_a_right_backend_passes_with_its_error_and_budget() -> None:
     with registered(Fake()) as place:
         outcome = try_problem(PROBLEM, place)
@@ -184,6 +206,19 @@ def test_what_cannot_run_here_is_not_run_and_never_a_pass() -> None:
     assert report.ran == 0 and report.ok
     assert "fake:hw was not run: no such device" in text.matrix(report)
     assert "✓" not in text.matrix(report).splitlines()[3]
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "found"),
+    [
+        ("cuda:hw", None, "cuda"),  # also where torch sees none: it is not run then
+        ("cuda:sim", None, "cpu"), ("reference", None, "cpu"), ("cpu:torch", None, "cpu"),
+        ("reference", "meta", "meta"),
+    ],
+)  # fmt: skip
+def test_tensors_lie_where_the_automatic_choice_would_use_a_target(target, device, found) -> None:
+    (place,) = find_targets([target], device)
+    assert (str(place.target).partition(":")[0], place.device) == (target.partition(":")[0], found)
 
 
 def test_a_known_gap_excuses_a_failure_and_keeps_its_reason() -> None:

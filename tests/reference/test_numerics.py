@@ -169,3 +169,14 @@ def test_topk_set_judges_every_query_by_itself() -> None:
     mine = torch.tensor([[0, 1], [0, 2]], dtype=torch.int32).view(1, 2, 1, 2)
     assert TopKSet(lambda inputs: scores)(best, best, best, {}).ok
     assert not TopKSet(lambda inputs: scores)(mine, best, best, {}).ok
+
+
+@pytest.mark.parametrize("queries", [1, 1000])
+def test_topk_set_is_as_bad_as_its_worst_query(queries) -> None:
+    """Others that lose nothing do not make up for one, however many they are."""
+    scores = torch.tensor([0.5, 0.3, 0.3 - 1e-4], dtype=torch.float64).expand(1, queries, 1, 3)
+    best = torch.tensor([0, 1], dtype=torch.int32).expand(1, queries, 1, 2).clone()
+    mine = best.clone()
+    mine[0, queries // 2, 0, 1] = 2
+    diff = TopKSet(lambda inputs: scores)(mine, best, best, {})
+    assert not diff.ok and diff.error == pytest.approx(1e-4 / 0.8)

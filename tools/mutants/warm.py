@@ -41,6 +41,7 @@ class Pytests:
         self.seconds = 0.0
         self._output = copy.with_name(f"output-{copy.name}")
         environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        environment["NSA_CACHE"] = str(copy.parent / "cache")  # libraries with faults in them
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled once, not once per fault
         self._server = subprocess.Popen(
             [sys.executable, __file__, *packages], cwd=copy, env=environment, text=True,

@@ -162,6 +162,10 @@ def test_reinterpretation_reads_the_same_bytes(buffer: str) -> None:
     np.testing.assert_array_equal(tensor.view("uint8").view("float32").array(), raw)
     part = tensor[1:3, 2:4].view("int32")
     np.testing.assert_array_equal(part.array(), raw[1:3, 2:4].view(np.int32))
+    narrow = tensor[1:3, 2:4].view("uint8")
+    np.testing.assert_array_equal(narrow.array(), raw.view(np.uint8)[1:3, 8:16])
+    wide = tensor.view("uint16")[1:3, 4:8].view("float32")
+    np.testing.assert_array_equal(wide.array(), raw[1:3, 2:4])
     cast = tensor.ap([[12, 4], [1, 12]], offset=0, dtype="bfloat16")
     np.testing.assert_array_equal(cast.array().view(np.uint16), raw.view(np.uint16))
 

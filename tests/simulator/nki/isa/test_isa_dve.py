@@ -327,6 +327,32 @@ def test_divide_warns_that_no_engine_has_it():
     assert len(run.cores[0].warnings) == 2 and "divide" in run.cores[0].warnings[0]
 
 
+DOCUMENTED = {  # docs/trainium2.md 3.3
+    "log": (2.0**-64, 2.0**64), "sin": (-np.pi, np.pi), "arctan": (-np.pi / 2, np.pi / 2),
+    "sqrt": (2.0**-116, 2.0**118), "rsqrt": (2.0**-87, 2.0**97),
+    "reciprocal": (2.0**-42, 2.0**42),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", DOCUMENTED)
+def test_activations_warn_outside_their_documented_range_only(op):
+    low, high = DOCUMENTED[op]
+    beyond = low * (1.00001 if low < 0 else 0.99999), high * 1.00001
+
+    def warned(*values):
+        def body(x):
+            nisa.activation(x, getattr(nl, op), x)
+            return x
+
+        _, run = record(body, np.array([values], np.float32))
+        return [op in warning for warning in run.cores[0].warnings]
+
+    assert warned(low, high) == []
+    assert warned(low, beyond[1]) == [True] and warned(beyond[0], high) == [True]
+    if op == "reciprocal":
+        assert warned(-low, -high) == [] and warned(-low, -beyond[1]) == [True]
+
+
 T = np.ones((64, 8), np.float32)
 I32 = nl.int32
 G = nisa.engine.gpsimd

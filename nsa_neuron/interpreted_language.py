@@ -8,13 +8,16 @@ where that is there.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from nsa_neuron.interpreted_shortcuts import Member, direct, shortcuts
+from nsa_neuron.interpreted_shortcuts import direct, shortcuts
+
+if TYPE_CHECKING:
+    from nsa_neuron.interpreted_operators import Member
 
 _ABSENT = object()
 
@@ -78,4 +81,4 @@ def _interpreted_members() -> list[Member]:
         ]
     finally:
         scope.restore()
-    return [*members, *shortcuts()]
+    return [*members, *shortcuts(members)]

@@ -9,26 +9,28 @@ time of a launch. This module imports Triton; import it only where that is there
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-Member = tuple[Any, str, Any]
+from nsa_neuron.interpreted_operators import Member, operators
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _BUILTIN = tl.core.builtin(lambda: None).__code__
-_SAME_WHEN_DIVIDED = (tl.float32, tl.float64, tl.int32, tl.int64)
-_NUMBERS = (int, float)
-_MOST_CONSTANTS = 4096
 
 
-def shortcuts() -> list[Member]:
-    """Every one, as (owner, name, member)."""
-    builder, semantic = interpreter.interpreter_builder, interpreter.TritonSemantic
-    unwrap, alike = tl.core._unwrap_if_constexpr, semantic.binary_op_type_checking_impl
+def shortcuts(interpreted: Sequence[Member]) -> list[Member]:
+    """Every one, as (owner, name, member).
+
+    Args:
+        interpreted: what the interpreter puts into the language.
+    """
+    builder, unwrap = interpreter.interpreter_builder, tl.core._unwrap_if_constexpr
     return [
         (interpreter, "_get_np_dtype", _remembering(interpreter._get_np_dtype)),
         (interpreter.TensorHandle, "__init__", _quick_handle(interpreter.TensorHandle)),
@@ -38,8 +40,7 @@ def shortcuts() -> list[Member]:
         (tl.tensor, "__init__", _quick_tensor(tl.tensor.__init__)),
         (tl.block_type, "__init__", _quick_block_type(tl.block_type.__init__)),
         (tl.block_type, "with_element_ty", _quick_sibling(tl.block_type.with_element_ty)),
-        (semantic, "broadcast_impl_value", _quick_broadcast(semantic.broadcast_impl_value)),
-        (semantic, "binary_op_type_checking_impl", _Operands(alike).member()),
+        *operators(interpreted),
     ]
 
 
@@ -165,107 +166,3 @@ def _quick_sibling(shipped: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
         return found
 
     return sibling
-
-
-def _quick_broadcast(shipped: Callable[..., Any]) -> Callable[..., Any]:
-    """`broadcast_impl_value`, which walks through shapes as constants even if both are one."""
-
-    def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
-        left, right = lhs.type, rhs.type
-        mine = left._ints if isinstance(left, tl.block_type) else None
-        theirs = right._ints if isinstance(right, tl.block_type) else None
-        if mine == theirs:
-            return lhs, rhs
-        if mine is None:
-            return _splat(lhs.handle, left, right), rhs
-        if theirs is None:
-            return lhs, _splat(rhs.handle, right, left)
-        if len(mine) != len(theirs):
-            return shipped(self, lhs, rhs)
-        if any(a != b and 1 not in (a, b) for a, b in zip(mine, theirs, strict=True)):
-            return shipped(self, lhs, rhs)  # refuses
-        both = tuple(map(max, mine, theirs))
-        return _spread(lhs, both), _spread(rhs, both)
-
-    return broadcast
-
-
-def _splat(handle: Any, scalar: Any, like: Any) -> Any:
-    """A scalar of that type as a block of another one's shape."""
-    data = np.full(like._ints, handle.data, interpreter._get_np_dtype(handle.dtype))
-    return tl.tensor(
-        interpreter.TensorHandle(data, handle.dtype.scalar), like.with_element_ty(scalar)
-    )
-
-
-def _spread(x: Any, shape: tuple[int, ...]) -> Any:
-    """A block whose sides of one are repeated to that shape."""
-    if x.type._ints == shape:
-        return x
-    handle = interpreter.TensorHandle(np.broadcast_to(x.handle.data, shape), x.handle.dtype.scalar)
-    return tl.tensor(handle, tl.block_type(x.type.element_ty, list(shape)))
-
-
-class _Operands:
-    """`binary_op_type_checking_impl`, which brings both operands to one dtype and one shape.
-
-    Two tensors of one dtype have it already. A number takes a dtype that depends on itself and on
-    the tensor's alone, so each pair of them is asked once.
-    """
-
-    def __init__(self, shipped: Callable[..., Any]) -> None:
-        self.shipped = shipped
-        self.constants: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-
-    def member(self) -> Callable[..., Any]:
-        def operands(
-            semantic: Any, lhs: Any, rhs: Any, lhs_pointer: bool = False, rhs_pointer: bool = False,
-            arithmetic: bool = True, divided: bool = False,
-        ) -> Any:  # fmt: skip
-            def ask() -> Any:
-                more = lhs_pointer, rhs_pointer, arithmetic, divided
-                return self.shipped(semantic, lhs, rhs, *more)
-
-            if _is_plain(rhs) and type(lhs) is tl.tensor:
-                same = lhs.dtype is rhs.dtype and (not divided or lhs.dtype in _SAME_WHEN_DIVIDED)
-                moved = lhs_pointer and lhs.dtype.is_ptr() and rhs.dtype.is_int()
-                if same or moved or (not arithmetic and _is_plain(lhs)):
-                    return semantic.broadcast_impl_value(lhs, rhs)
-            elif arithmetic and type(rhs) in _NUMBERS and _is_plain(lhs):
-                return self.beside(semantic, lhs, rhs, 1, divided, ask)
-            elif arithmetic and type(lhs) in _NUMBERS and _is_plain(rhs):
-                return self.beside(semantic, rhs, lhs, 0, divided, ask)
-            return ask()
-
-        return operands
-
-    def beside(
-        self, semantic: Any, x: Any, number: float, side: int, divided: bool, ask: Callable[[], Any]
-    ) -> Any:
-        """A tensor and a number, which stands on that side of it, in their common dtype and shape.
-
-        Args:
-            ask: what Triton makes of both.
-        """
-        key = (x.dtype.name, type(number), number, divided)
-        if key not in self.constants:
-            both = ask()
-            if len(self.constants) == _MOST_CONSTANTS:
-                self.constants.clear()
-            made = both[side]
-            first = interpreter.TensorHandle(made.handle.data.flatten()[:1], made.handle.dtype)
-            self.constants[key] = made.type.scalar, first
-            return both
-        dtype, handle = self.constants[key]
-        if x.dtype is not dtype:
-            x = semantic.cast(x, dtype)
-        if isinstance(x.type, tl.block_type):
-            constant = _splat(handle, dtype, x.type)
-        else:
-            constant = tl.tensor(handle.clone(), dtype)
-        return (x, constant) if side else (constant, x)
-
-
-def _is_plain(x: Any) -> bool:
-    """Whether it is a tensor, and not one of pointers."""
-    return type(x) is tl.tensor and type(x.dtype) is tl.dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from datetime import timedelta
 
 import pytest
@@ -225,34 +224,32 @@ def survive():
     """The others' exchange with a rank that has ended."""
     if dist.get_rank() == 1:
         os._exit(0)
-    started = time.monotonic()
     with pytest.raises(RankFailure, match="another rank has ended") as error:
         on_ranks(problem(64), dict(GEOMETRY), 0.0, None)
-    return time.monotonic() - started, str(error.value)
+    return str(error.value)
 
 
-def come_late():
-    """A rank that comes after the timeout."""
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+def stay_away():
+    """A rank that lives and does not come."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=4))
     if dist.get_rank() == 1:
-        time.sleep(5)
         return
-    with pytest.raises(RankFailure, match="did not come within"):
+    with pytest.raises(RankFailure, match=r"did not come within.*imed out"):
         on_ranks(problem(64), dict(GEOMETRY), 0.0, None, context=group)
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     ranks = Ranks(2, tmp_path)
     try:
-        assert ranks.first(survive)[0] < 30
+        assert "imed out" not in ranks.first(survive)  # at once, not after the group's timeout
     finally:
         ranks.close()
 
 
-def test_a_rank_that_comes_late_ends_the_others(tmp_path):
+def test_a_rank_that_stays_away_ends_the_others(tmp_path):
     ranks = Ranks(2, tmp_path)
     try:
-        ranks(come_late)
+        ranks(stay_away)
     finally:
         ranks.close()
 

@@ -27,29 +27,45 @@ done
 """
 
 
-@pytest.fixture
-def script(tmp_path):
-    """Runs the script with the shim; returns exit status, output, rows of steps, calls."""
-    shim, calls = tmp_path / "python", tmp_path / "calls"
+def start(folder, *, peers="", **env):
+    """Starts the script with the shim."""
+    shim, calls = folder / "python", folder / "calls"
     shim.write_text(SHIM)
     shim.chmod(0o755)
+    calls.write_text("")
+    for name in peers.split():
+        (folder / "peers" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "peers" / f"{name}.commit").write_text(f"sha-of-{name}\n")
+    settings = {"PYTHON": str(shim), "CALLS": str(calls), "REVISION": "r1"}
+    settings |= {"TRITON_CACHE_DIR": str(folder / "cache"), **env}
+    return subprocess.Popen(
+        [SCRIPT, folder / "peers", folder / "out"], env=os.environ | settings, text=True,
+        stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
 
-    def run(*, peers="", **env):
-        calls.write_text("")
-        folder, out = tmp_path / "peers", tmp_path / "out"
-        for name in peers.split():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.commit").write_text(f"sha-of-{name}\n")
-        settings = {"PYTHON": str(shim), "CALLS": str(calls), "REVISION": "r1"}
-        settings |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), **env}
-        done = subprocess.run(
-            [SCRIPT, folder, out], env=os.environ | settings, capture_output=True, text=True
-        )
-        file = out / "steps.jsonl"
-        steps = [json.loads(line) for line in file.read_text().splitlines()]
-        return done.returncode, done.stdout, steps, calls.read_text().splitlines()
 
-    return run
+def ended(process, folder):
+    """Exit status, output, rows of steps, calls."""
+    out, _ = process.communicate()
+    steps = [json.loads(line) for line in (folder / "out/steps.jsonl").read_text().splitlines()]
+    return process.returncode, out, steps, (folder / "calls").read_text().splitlines()
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs the script with the shim to its end."""
+    return lambda **settings: ended(start(tmp_path, **settings), tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hanging(tmp_path_factory):
+    """A run with a step that hangs, which takes its 11 seconds beside the other tests."""
+    folder = tmp_path_factory.mktemp("hanging")
+    process = start(folder, BUDGET="11", SLEEP_profile_nsa="600")
+    yield process, folder
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def by_name(steps):
@@ -110,14 +126,8 @@ def test_a_fresh_machine_compiles_again_and_goes_on_from_earlier_results(script,
 
 def test_what_kills_the_script_leaves_its_trace(script, tmp_path):
     """The step that was running is noted before it runs."""
-    env = {"SLEEP_profile_nsa": "30", "PYTHON": str(tmp_path / "python")}
-    settings = {"CALLS": str(tmp_path / "calls"), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     script(STEPS="machine")
-    running = subprocess.Popen(
-        [SCRIPT, tmp_path / "peers", tmp_path / "out"],
-        env=os.environ | env | settings | {"STEPS": "profile"}, start_new_session=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    running = start(tmp_path, STEPS="profile", SLEEP_profile_nsa="600")
     file = tmp_path / "out/steps.jsonl"
     deadline = time.time() + 60
     while "profile" not in file.read_text() and time.time() < deadline:
@@ -138,13 +148,6 @@ def test_unfinished_and_failed_steps_are_tried_again(script):
     assert {call.split()[1] for call in calls} == {"tools.tune", "tools.profile_nsa"}
     code, _, steps, calls = script()
     assert code == 0 and {call.split()[1] for call in calls} == {"tools.tune"}
-
-
-def test_a_step_that_hangs_is_ended_and_the_budget_holds(script):
-    code, out, steps, calls = script(BUDGET="11", SLEEP_profile_nsa="60")
-    assert code == 3 and by_name(steps)["profile"] == "unfinished"
-    assert sum(row["seconds"] for row in steps) <= 17
-    assert "bench-64k: no time left" in out and not any("tools.peers" in call for call in calls)
 
 
 def test_without_a_usable_gpu_nothing_counts_as_done(script):
@@ -206,3 +209,11 @@ def test_the_dry_run_measures_with_the_real_kernels(tmp_path):
     }
     profile = (tmp_path / "out/profile.jsonl").read_text().splitlines()
     assert {json.loads(x)["pass"] for x in profile} == {"forward", "backward", "decode"}
+
+
+def test_a_step_that_hangs_is_ended_and_the_budget_holds(hanging):
+    """Of 600 s that the step would take, it gets what is left."""
+    code, out, steps, calls = ended(*hanging)
+    assert code == 3 and by_name(steps)["profile"] == "unfinished"
+    assert sum(row["seconds"] for row in steps) < 60
+    assert "bench-64k: no time left" in out and not any("tools.peers" in call for call in calls)

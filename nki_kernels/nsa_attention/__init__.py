@@ -83,29 +83,11 @@ from nki_kernels.nsa_attention.constants import Constants
 from nki_kernels.nsa_attention.crowded import do_crowded
 from nki_kernels.nsa_attention.flagged import clear_behind
 from nki_kernels.nsa_attention.geometry import QUERIES, Geometry, tiles_of
+from nki_kernels.nsa_attention.lane import Lane
+from nki_kernels.nsa_attention.looped import forward_looped as forward_looped
 from nki_kernels.nsa_attention.pipeline import Pipeline
 from nki_kernels.nsa_attention.rows import Numbers
 from nki_kernels.nsa_attention.running import CHUNK
-
-
-class Lane(nl.NKIObject):
-    """The tensors of one kv head of one batch row: arguments of `forward`, and
-
-    Attributes:
-        o: [32 * (tiles + 1), G, DV]. unsafe, crowded: see `flags`.
-        turned: [tiles, blocks, 32], what queries chose. others: [tiles, rows, parts, DV] float32, o
-            without the selected branch.
-    """
-
-    def __init__(
-        self, q_t, k_cmp_t, v_cmp, pages, rows, k_win_t, v_win, gates, shifts, o, flags, kept
-    ):  # fmt: skip
-        self.q_t, self.gates, self.shifts = q_t, gates, shifts
-        self.k_cmp_t, self.v_cmp, self.pages, self.rows = k_cmp_t, v_cmp, pages, rows
-        self.k_win_t, self.v_win = k_win_t, v_win
-        self.o = o
-        self.unsafe, self.crowded = flags[0:1, :], flags[1:2, :]
-        self.turned, self.others = kept
 
 
 @nki.jit
@@ -129,7 +111,7 @@ def forward(
         marks, trips: see `again.Tables`.
         weights, heads, same, slot_keys, slot_lanes: see `constants`.
         batch: B. group: G. block: l. count: n. initial, local: forced blocks. window: w.
-        past: position of the first query. tokens: T.
+        past: position of the first query, which q_t begins with. tokens: T.
         ahead: tiles of queries between a compressed branch and the rest of it.
         paired: long tiles and short ones alternate.
         queues: (least tiles of keys, queues of pages in turn beside compressed branches, beside
@@ -172,7 +154,7 @@ def forward(
         )  # fmt: skip
         pipeline.run()
         if crowds:
-            numbers = Numbers(geometry, constants, q_t.dtype)
+            numbers = Numbers(geometry.parts, geometry.padded, constants, q_t.dtype)
             do_crowded(geometry, constants, tensors, tables, numbers, scale)
         done.append(tensors)
     scratch = Scratch(k_cmp_t.shape[2] // CHUNK, q_t.dtype)

@@ -49,13 +49,19 @@ class Choice(nl.NKIObject):
         """(name, jobs to wait before) of the steps that mark what a tile's queries chose."""
         rounds = (work.tile.chosen + LANES - 1) // LANES
         long = passes(work.tile.width)
-        found = [("weigh", 1), ("sum", 2 + long)]
+        found = [("weigh", 1), ("sum", 2 + long), *self.steps_to_mark(work)]
+        found.append(("turn", 2 + (rounds + 1) * long))
+        return found
+
+    def steps_to_mark(self, work):
+        """Those between scores and `mask`."""
+        rounds = (work.tile.chosen + LANES - 1) // LANES
+        long, found = passes(work.tile.width), []
         for r in range(rounds):
             found.append(("best", 1 + (2 * long if r > 0 else long)))
         found.append(("gather", 1 + long))
         for name, wait in (("merge", 1), ("spread", 1 + long), ("mark", 1)):
             found.append((name, wait))
-        found.append(("turn", 2 + (rounds + 1) * long))
         return found
 
     def weigh(self, work):

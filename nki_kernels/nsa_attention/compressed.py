@@ -102,7 +102,7 @@ class Compressed(nl.NKIObject):
         for tensor in keys.upper:
             p0 = 64 * (at % 2)
             upper.append(tensor[p0 : p0 + work.rest, at // 2, :])
-        multiply_keys(scores, work, keys.lower[:, at, :], upper, at % 2)
+        multiply_keys(scores, work, keys.lower[:, at, :], upper, at % 2, False)
         weights = sbuf(scores.shape, nl.float32)
         bias = work.shifts[:, COMPRESSED : COMPRESSED + 1]
         nisa.activation(weights, nl.exp, scores, bias=bias, scale=self.scale)

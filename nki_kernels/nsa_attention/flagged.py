@@ -19,7 +19,7 @@ def for_flagged(geometry, lane_flags, do_tile):
     """
     names = sbuf((1, geometry.tiles), nl.float32)
     flags = sbuf((1, geometry.tiles), nl.float32)
-    nisa.dma_copy(flags, lane_flags)
+    nisa.dma_copy(flags, lane_flags[:, 0 : geometry.tiles])
     nisa.iota(names, [[1, geometry.tiles]], offset=1, channel_multiplier=0)
     own = sbuf((1, geometry.tiles), nl.float32)
     nisa.tensor_tensor(own, names, flags, nl.multiply)
@@ -36,12 +36,12 @@ def for_flagged(geometry, lane_flags, do_tile):
         nisa.tensor_reduce(top, nl.maximum, names, axis=1)
         nisa.tensor_scalar(number, top, nl.subtract, 1.0)
         nisa.scalar_tensor_tensor(names, names, nl.less, top, nl.multiply, names)
-        # Where it goes: number if it is one of `own`, else geometry.tiles.
+        # Where it goes: number if it is one of `own`, else `behind`.
         same, mine = sbuf(own.shape, nl.float32), sbuf((1, 1), nl.float32)
         nisa.tensor_scalar(same, own, nl.equal, top)
         nisa.tensor_reduce(mine, nl.maximum, same, axis=1)
         place = sbuf((1, 1), nl.int32)
-        behind = float(geometry.tiles)
+        behind = float(geometry.behind)
         nisa.tensor_scalar(top, top, nl.subtract, 1.0 + behind, op1=nl.multiply, operand1=mine)
         nisa.tensor_scalar(place, top, nl.add, behind)
         do_tile(number, place)
@@ -51,7 +51,11 @@ def for_flagged(geometry, lane_flags, do_tile):
 
 def clear_behind(geometry, o):
     """Writes what lies behind the last tile of o, so that it is never unwritten."""
-    last = o[QUERIES * geometry.tiles :]
+    clear(o[QUERIES * geometry.behind :])
+
+
+def clear(last):
+    """Writes zeros to up to 128 rows of o."""
     nothing = sbuf(last.shape, last.dtype)
     nisa.memset(nothing, 0.0)
     nisa.dma_copy(last, nothing)

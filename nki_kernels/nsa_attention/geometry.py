@@ -19,7 +19,8 @@ class Geometry(nl.NKIObject):
 
     Attributes:
         columns: rows (query, head) of a tile, `parts` times `rows`, of `per_part` whole queries.
-        first: position of the first tile's first query, a multiple of 32. tiles: of a kv head.
+        first: position of the first tile's first query, a multiple of 32. tiles: of a kv head;
+            behind: the place of a tile that nobody wants.
         keys: compressed keys, Nc. blocks: selection blocks. forced: most forced blocks of a tile.
         slots: most blocks that a tile of queries takes from selection, even.
         by_rows: (least tiles of compressed keys, times AT_ONCE blocks that come by rows); the last
@@ -41,7 +42,7 @@ class Geometry(nl.NKIObject):
         self.parts = self.columns // self.rows
         self.per_part = self.rows // group
         self.first = past // QUERIES * QUERIES
-        self.tiles = (tokens - self.first + QUERIES - 1) // QUERIES
+        self.tiles = self.behind = (tokens - self.first + QUERIES - 1) // QUERIES
         self.keys = (tokens - block) // STRIDE + 1 if tokens >= block else 0
         self.blocks = (tokens + BLOCK - 1) // BLOCK
         self.forced = initial + local
@@ -76,7 +77,7 @@ class Tile(nl.NKIObject):
         ranked: whether others are chosen; chosen: how many by a query; listed: places for them.
         crowded: whether there may be too few.
         slots: places of the list. groups: of AT_ONCE blocks that come by rows, in the last places;
-            paged: places whose blocks come as pages.
+            paged: places whose blocks come as pages, which `rows_from` ends.
         key_tiles: tiles of compressed keys that some query sees.
         known: blocks that these have shares in, `pieces` pieces. width: blocks of a chunk.
         first_near, last_near: tiles of keys of the window.
@@ -121,7 +122,7 @@ class Tile(nl.NKIObject):
         for least, groups in g.by_rows:
             if self.ranked and self.slots == g.slots and self.key_tiles >= least:
                 self.groups = min(groups, self.listed // AT_ONCE)
-        self.paged = self.slots - AT_ONCE * self.groups
+        self.paged = self.rows_from = self.slots - AT_ONCE * self.groups
         self.first_near = max(0, self.t0 - g.window + 1) // KEYS
         self.last_near = (self.t0 + QUERIES - 1) // KEYS
 

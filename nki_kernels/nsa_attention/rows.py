@@ -29,13 +29,13 @@ class Numbers(nl.NKIObject):
         blocks: [turns, 16 * parts, 1] int32. masks: [blocks, 32], of the tile.
     """
 
-    def __init__(self, geometry, constants, dtype):
-        self.parts, self.constants = geometry.parts, constants
-        turns = geometry.padded // AT_ONCE + 1
-        listed = AT_ONCE * geometry.parts
+    def __init__(self, parts, padded, constants, dtype):
+        self.parts, self.constants = parts, constants
+        turns = padded // AT_ONCE + 1
+        listed = AT_ONCE * parts
         self.rows = nl.ndarray((KEYS, turns, self.parts), dtype=nl.int32, buffer=nl.private_hbm)
         self.blocks = nl.ndarray((turns, listed, 1), dtype=nl.int32, buffer=nl.private_hbm)
-        self.masks = nl.ndarray((geometry.padded, QUERIES), dtype=dtype, buffer=nl.private_hbm)
+        self.masks = nl.ndarray((padded, QUERIES), dtype=dtype, buffer=nl.private_hbm)
         nothing = sbuf((KEYS, self.parts), nl.int32)
         nisa.memset(nothing, 0)
         # A turn more than there can be.

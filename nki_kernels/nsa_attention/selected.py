@@ -105,12 +105,17 @@ class Selected(nl.NKIObject):
                 low, wide = work.q[0].shape[0], len(work.q) > 1
                 work.turned.append(turned_rows(buffer, low, wide))
         scores = self.of_pair(work, x) if x < pairs else self.of_rows(work, x - pairs)
-        weights = sbuf(scores.shape, work.q[0].dtype)
-        bias = work.shifts[0 : scores.shape[0], SELECTED : SELECTED + 1]
-        nisa.activation(weights, nl.exp, scores, bias=bias, scale=self.scale)
+        weights = self.exponentials(work, scores)
         if x == 0:  # the tile's own block
             ahead = tile.own * BLOCK - tile.t0
             keep_where(weights[0:BLOCK, :], self.constants.near, nl.greater_equal, ahead)
+        return weights
+
+    def exponentials(self, work, scores):
+        """P^T of S^T."""
+        weights = sbuf(scores.shape, work.q[0].dtype)
+        bias = work.shifts[0 : scores.shape[0], SELECTED : SELECTED + 1]
+        nisa.activation(weights, nl.exp, scores, bias=bias, scale=self.scale)
         return weights
 
     def of_pair(self, work, x):
@@ -144,7 +149,7 @@ class Selected(nl.NKIObject):
         group, t = divmod(n, TOKENS)
         lower, upper = work.turned[group]
         scores = psum((128, self.geometry.columns))
-        first = work.tile.paged + AT_ONCE * group
+        first = work.tile.rows_from + AT_ONCE * group
         lanes = self.constants.slot_rows[:, first % QUADRANT // AT_ONCE, :]
         self.hide(scores, work, first, lanes)
         nisa.nc_matmul(scores, lower[:, t, :], work.q[0], accumulate=True)
@@ -178,11 +183,7 @@ class Selected(nl.NKIObject):
             work.open(g, self.constants.zeros, self.dv)
         if x >= pairs:
             group, t = divmod(x - pairs, TOKENS)
-            buffer = self.rows[work.index % 2][group]
-            values = buffer[:, t, buffer.shape[2] - self.dv - 1 :]
-            for p in range(g.parts):
-                columns = weights[:, p * g.rows : (p + 1) * g.rows]
-                nisa.nc_matmul(work.bank(p), columns, values, accumulate=True)
+            self.add_rows(work, self.rows[work.index % 2][group], t, weights)
             return
         buffer = self.pages[work.index % 2]
         for h in range(weights.shape[0] // BLOCK):
@@ -197,3 +198,11 @@ class Selected(nl.NKIObject):
                     tile_position=(p0, 0),
                     tile_size=(BLOCK, 128),
                 )
+
+    def add_rows(self, work, buffer, t, weights):
+        """The same of gathered rows' tokens t."""
+        g = self.geometry
+        values = buffer[:, t, buffer.shape[2] - self.dv - 1 :]
+        for p in range(g.parts):
+            columns = weights[:, p * g.rows : (p + 1) * g.rows]
+            nisa.nc_matmul(work.bank(p), columns, values, accumulate=True)

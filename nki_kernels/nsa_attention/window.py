@@ -60,7 +60,7 @@ class Window(nl.NKIObject):
         upper = []
         for tensor in self.upper[at : at + 1]:
             upper.append(tensor[64 * half : 64 * half + self.dk - 128, :])
-        multiply_keys(scores, work, self.lower[at], upper, half)
+        multiply_keys(scores, work, self.lower[at], upper, half, False)
         weights = sbuf(scores.shape, work.q[0].dtype)
         bias = work.shifts[:, NEAR : NEAR + 1]
         nisa.activation(weights, nl.exp, scores, bias=bias, scale=self.scale)

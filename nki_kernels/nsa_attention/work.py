@@ -87,6 +87,15 @@ class Work(nl.NKIObject):
         Returns:
             the total, [rows, parts, DV].
         """
+        last, dv = branch == SELECTED, self.banks[0].shape[2] - 1
+        shape = (geometry.rows, geometry.parts, dv)
+        result = sbuf(shape, self.q[0].dtype if last else nl.float32)
+        self.close_into(geometry, branch, result)
+        self.total = [result]
+        return result
+
+    def close_into(self, geometry, branch, result):
+        """Writes the total with a branch to `result`."""
         rows, parts = geometry.rows, geometry.parts
         sums = self.sums[:, branch, :]
         dv = self.banks[0].shape[2] - 1
@@ -97,8 +106,6 @@ class Work(nl.NKIObject):
         factor = sbuf((rows, parts), nl.float32)
         nisa.reciprocal(factor, sums)
         nisa.tensor_tensor(factor, factor, self.gates[:, :, branch], nl.multiply)
-        last = branch == SELECTED
-        result = sbuf((rows, parts, dv), self.q[0].dtype if last else nl.float32)
         for p in range(parts):
             values, scale = self.bank(p)[:, 0:dv], factor[:, p : p + 1]
             if len(self.total) == 0:
@@ -108,16 +115,14 @@ class Work(nl.NKIObject):
                 nisa.scalar_tensor_tensor(
                     result[:, p, :], values, nl.multiply, scale, nl.add, before
                 )
-        self.total = [result]
-        return result
 
 
-def multiply_keys(scores, work, lower, upper, half):
-    """S^T [keys, columns] = K q^T.
+def multiply_keys(scores, work, lower, upper, half, begun):
+    """S^T [keys, columns] = K q^T, added to what is there if it is `begun`.
 
     lower: K^T [<= 128, keys]; upper: its rows after 128, at partition 64 * half, or an empty list.
     """
-    nisa.nc_matmul(scores, lower, work.q[0], accumulate=False)
+    nisa.nc_matmul(scores, lower, work.q[0], accumulate=begun)
     for rest in upper:
         p0, width = 64 * half, rest.shape[0]
         nisa.nc_matmul(

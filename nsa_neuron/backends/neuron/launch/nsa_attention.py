@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,12 @@ KEYS = 128  # of a tile of keys
 RUN = 512  # compressed keys that are visited together where a tile is done again
 ROW = 8  # tokens of K and V side by side
 BLOCK, STRIDE = 64, 16  # of selection and of compression, what the kernel is made for
+TOKENS = 128  # of a turn of the looped kernel
+OF_CHUNK = 1024  # compressed keys of a turn of its inner loop
+SPARE = 8  # tiles behind its last one, which it loads
+
+OF_LANE, OF_TILE, OF_KEYS = 3_500, 390, 19
+"""Instructions of a kv head, of a tile of 32 queries, and of one against 128 keys."""
 LARGEST = 30.0
 """The largest exponent: row sums and products with values stay far below float32's largest."""
 
@@ -54,9 +61,15 @@ def forward(
     batch, queries, heads, _ = q.shape
     tokens, kv_heads = k_slc.shape[1], k_slc.shape[2]
     group, past = heads // kv_heads, tokens - queries
+    loop = None
+    shape = (batch * kv_heads, queries, tokens, window)
+    if instructions(*shape) > plan["looped"]["most_unrolled"]:
+        loop = Loop.of(past, tokens, block, num_selected, num_initial, num_local, window)
+    end = loop.end if loop else tokens
     q, scale = positive_scale(q, scale)
-    before = past % QUERIES
-    q_tiles = _tiles(q, before, kv_heads)
+    before = past % (TOKENS if loop and past >= TOKENS * loop.begin else QUERIES)
+    after = end - tokens
+    q_tiles = _tiles(q, before, after, kv_heads)
     tiles = q_tiles.shape[1]
     if k_cmp.shape[1] == 0:  # none is seen; the kernel wants some that it may load
         k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k_cmp, v_cmp))
@@ -66,37 +79,147 @@ def forward(
     shifts = LARGEST - scale * norm[..., None] * largest[:, None]
     seen = (max(0, (tokens - block) // STRIDE + 1), block)
     rows = min(KEYS, QUERIES * group)
-    by_row = _tiles(gates, before, kv_heads).float().reshape(*q_tiles.shape[:2], -1, rows, 3)
-    (o,) = kernels.forward(
-        q_tiles.flatten(2, 3).mT.contiguous(),
-        _keys(k_cmp, RUN),
-        _values(v_cmp, RUN),
-        _pages(k_slc, v_slc),
-        _rows(k_slc, v_slc),
-        _keys(k_win, KEYS),
-        _values(v_win, KEYS),
-        by_row.transpose(2, 3).contiguous(),
-        shifts,
-        *_positions(past - before, tiles, seen, (num_local, window), q.device),
+    by_row = _tiles(gates, before, after, kv_heads).float()
+    by_row = by_row.reshape(*q_tiles.shape[:2], -1, rows, 3)
+    k_slc, v_slc, k_win, v_win = (_longer(x, after) for x in (k_slc, v_slc, k_win, v_win))
+    looped: dict[str, Any] = {}
+    arguments = [q_tiles.flatten(2, 3).mT.contiguous()]
+    if loop:
+        arguments.append(_chunks(k_cmp, v_cmp, loop.chunks))
+    arguments += [
+        _keys(k_cmp, RUN), _values(v_cmp, RUN), _pages(k_slc, v_slc), _rows(k_slc, v_slc),
+        _keys(k_win, KEYS), _values(v_win, KEYS),
+    ]  # fmt: skip
+    if loop:
+        arguments.append(_packed(k_win, v_win, 1))
+        tiles -= SPARE
+    arguments += [by_row.transpose(2, 3).contiguous(), shifts]
+    arguments += _positions(past - before, tiles, seen, (num_local, window), q.device)
+    kernel = kernels.forward
+    if loop:
+        arguments += loop.tables(seen, num_local, q.device)
+        looped, kernel = {"begin": loop.begin}, kernels.forward_looped
+    (o,) = kernel(
+        *arguments,
         _weights(block, q.device),
         torch.eye(rows // group, device=q.device).repeat_interleave(group, 0),
         torch.eye(QUERIES, device=q.device).repeat(KEYS // QUERIES, 1),
         _slot_keys(slots, q.device),
         _slot_lanes(q.device),
         batch=batch, group=group, block=block, count=num_selected, initial=num_initial,
-        local=num_local, window=window, past=past, tokens=tokens, scale=scale,
-        paired=tiles > 1, **constants,
+        local=num_local, window=window, past=past - before, tokens=tokens, scale=scale,
+        paired=tiles > 1, **looped, **constants,
     )  # fmt: skip
-    return o[:, before : before + queries].contiguous()
+    first = before + (TOKENS if loop else 0)
+    return o[:, first : first + queries].contiguous()
 
 
-def _tiles(x: Tensor, before: int, kv_heads: int) -> Tensor:
-    """[B, S, Hq, D] -> [B * Hkv, tiles, 32, G, D]; edges are repeated where queries are missing."""
-    after = -(before + x.shape[1]) % QUERIES
+def instructions(lanes: int, queries: int, tokens: int, window: int) -> int:
+    """About how many instructions the unrolled kernel has for so many kv heads of batch rows
+    (`tests/neuron/test_neuron_nsa_attention.py` counts them)."""
+    tiles = queries / QUERIES + 1
+    keys = (tokens - queries / 2) / STRIDE / KEYS  # tiles of them, on average
+    near = window / KEYS + 1
+    return int(lanes * (OF_LANE + tiles * (OF_TILE + OF_KEYS * (keys + near))))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the looped kernel does in its loop: groups of 128 tokens.
+
+    Attributes:
+        begin: the first of them, of all. groups: how many. tokens: T. block: l.
+    """
+
+    begin: int
+    groups: int
+    tokens: int
+    block: int
+
+    @classmethod
+    def of(
+        cls, past: int, tokens: int, block: int, count: int, initial: int, local: int, window: int
+    ) -> Loop | None:
+        """Before it each query's window, forced and chosen blocks are there, one group earlier."""
+        of_window = 1 + (window + KEYS - 2) // KEYS
+        of_blocks = 1 + (max(count, initial + local) + 2) // 2
+        begin = max(of_window, of_blocks, past // TOKENS)
+        groups = -(-tokens // TOKENS) - begin
+        return cls(begin, groups, tokens, block) if groups > 0 and count > initial + local else None
+
+    @property
+    def end(self) -> int:
+        """The position behind its last tile, and those that it only loads."""
+        return TOKENS * (self.begin + self.groups) + QUERIES * SPARE
+
+    @property
+    def chunks(self) -> int:
+        """Runs of 1024 compressed keys, in whole pieces of what is ranked by a lane."""
+        keys = max(1, (self.tokens - self.block) // STRIDE + 1)
+        return -(-keys // (2 * OF_CHUNK)) * 2
+
+    def tables(
+        self, seen: tuple[int, int], local: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """`turns` and `starts` of the kernel; seen: compressed keys, and l."""
+        keys, block = seen
+        pairs = torch.arange(2 * (self.groups + 1), device=device)
+        pairs = pairs.clamp(max=2 * self.groups - 1)  # the last turn takes those of the one before
+        t0 = TOKENS * self.begin + TOKENS // 2 * pairs
+
+        def visible(t: Tensor) -> Tensor:
+            return ((t + 1 - block).div(STRIDE, rounding_mode="floor") + 1).clamp(0, keys)
+
+        whole = visible(t0) // OF_CHUNK
+        every = (visible(t0 + TOKENS // 2 - 1) + OF_CHUNK - 1) // OF_CHUNK
+        turns = torch.stack((whole, every), 1).int().reshape(-1, 4)
+        # The blocks that the pair before may choose end before its local ones.
+        near = 2 * self.begin - 1 + torch.arange(2 * (self.groups + 1), device=device) - local
+        starts = torch.stack((t0 - STRIDE * OF_CHUNK * whole, near), 1).float().reshape(-1, 4)
+        return turns, starts
+
+
+def _tiles(x: Tensor, before: int, after: int, kv_heads: int) -> Tensor:
+    """[B, S, Hq, D] -> [B * Hkv, tiles, 32, G, D]; edges are repeated where queries are missing,
+    `after` of them at the end at least."""
+    after += -(before + x.shape[1] + after) % QUERIES
     parts = [x[:, :1].expand(-1, before, -1, -1), x, x[:, -1:].expand(-1, after, -1, -1)]
     grouped = torch.cat(parts, 1).unflatten(2, (kv_heads, -1)).movedim(2, 1).flatten(0, 1)
     tiles: Tensor = grouped.unflatten(1, (-1, QUERIES))
     return tiles
+
+
+def _longer(x: Tensor, more: int) -> Tensor:
+    """[B, T, Hkv, D] with `more` rows of zeros."""
+    return F.pad(x, (0, 0, 0, 0, 0, more)) if more else x
+
+
+def _chunks(k: Tensor, v: Tensor, count: int) -> Tensor:
+    """Compressed keys and values by half chunks, [B * Hkv, count + 1, 2, 128, columns]."""
+    keys = (count + 1) * OF_CHUNK
+    k, v = (_longer(x, keys - x.shape[1]) for x in (k, v))
+    return _packed(k, v, OF_CHUNK // 2 // KEYS).unflatten(1, (-1, 2))
+
+
+def _packed(k: Tensor, v: Tensor, size: int) -> Tensor:
+    """K and V [B, T, Hkv, D] as [B * Hkv, runs, 128, columns], `size` tiles of 128 keys in a run:
+    K^T's first 128 rows; those behind, tiles in turn on either half; [v | 1]."""
+    keys, rows = (
+        F.pad(x.transpose(1, 2).flatten(0, 1), (0, 0, 0, -x.shape[1] % (size * KEYS)))
+        .unflatten(1, (-1, size, KEYS))
+        for x in (k, F.pad(v, (0, 1), value=1.0))
+    )  # fmt: skip
+    lanes, runs, _, _, dk = keys.shape
+    k_t = keys.permute(0, 1, 4, 2, 3)  # [lanes, runs, DK, size, 128]
+    low, rest = min(dk, KEYS), max(0, dk - KEYS)
+    columns = KEYS * (-(-size // 2) if rest else 0)
+    upper = k.new_zeros(lanes, runs, KEYS, columns)
+    if rest:
+        by_half = upper.unflatten(2, (2, BLOCK)).unflatten(4, (-1, KEYS))
+        for tile in range(size):
+            by_half[:, :, tile % 2, :rest, tile // 2] = k_t[:, :, low:, tile]
+    lower = F.pad(k_t[:, :, :low].flatten(3), (0, 0, 0, KEYS - low))
+    return torch.cat((lower, upper, rows.transpose(2, 3).flatten(3)), -1).contiguous()
 
 
 def _keys(k: Tensor, run: int) -> Tensor:

@@ -72,25 +72,21 @@ class Chunks(nl.NKIObject):
         nisa.iota(self.place, [[QUERIES, PAIR]], offset=1 - g.block, channel_multiplier=1)
         self.limit = sbuf((QUERIES, PAIR), nl.float32)
 
-    def begin(self, works, start):
-        """Before the first turn; start: float32 [32, 1], the pair's first position less that of the
-        first key of the first chunk with masks."""
-        for carried in self.carried:
-            nisa.memset(carried[0], 0.0, engine=nisa.engine.vector)
-            nisa.memset(carried[1], 0.0, engine=nisa.engine.vector)
+    def clear(self, works):
+        """Behind the pair before, for the next one's first turn, by GpSimd."""
         last = self.stages[GRANULES - 1][:, :, :, :, SHARES - 1]
-        nisa.memset(last, 0.0, engine=nisa.engine.vector)
-        nisa.memset(self.row_sums, 0.0, engine=nisa.engine.vector)
-        nisa.tensor_scalar(self.limit, self.place, nl.add, start)
-        for acc in self.sums:
-            nisa.memset(acc, 0.0, engine=nisa.engine.vector)
+        for tensor in (*self.carried[0], *self.carried[1], *self.sums, self.row_sums, last):
+            nisa.memset(tensor, 0.0, engine=nisa.engine.gpsimd)
         nisa.dma_copy(self.granules[0], self.lane.chunks[0, 0])
+
+    def begin(self, start):
+        """Before a pair's first turn; start: float32 [32, 1], the pair's first position less that
+        of the first key of the first chunk with masks."""
+        nisa.tensor_scalar(self.limit, self.place, nl.add, start)
+        self.mask()
 
     def turn(self, j, works, shares, scores, masked):
         """Chunk j; shares: tensors in HBM that the pair's go to; scores: see `scores.Scores`."""
-        if masked:
-            self.mask()
-        self.open(works)
         waiting = []
         for k in range(LAG):
             waiting.append((PAIR * CHUNK - LAG + k, self.carried[k]))
@@ -105,7 +101,11 @@ class Chunks(nl.NKIObject):
             self.weigh(works, k, weights, masked)
             waiting.append((k, weights))
             done, found = waiting.pop(0)
+            if k < PAIR:
+                self.open(works[k])
             self.add(works, done, found)
+            if k >= JOBS - PAIR:
+                self.keep(works, done % PAIR)
             if k == LAG - 1:
                 fetch(self.granules[1], self.lane.chunks.select(0, j)[1])
                 fetch(shares[1].select(0, j), self.stages[1])
@@ -115,26 +115,25 @@ class Chunks(nl.NKIObject):
                 fetch(shares[0].select(0, j), self.stages[0])
             if k == JOBS - PAIR:
                 scores.sum(j)
-        self.keep(works)
+        if masked:
+            self.mask()
 
-    def open(self, works):
-        """Sums in PSUM for what follows."""
-        for work in works:
-            work.open(self.geometry, self.constants.zeros, self.dv)
+    def open(self, work):
+        """A tile's sums in PSUM for what follows."""
+        work.open(self.geometry, self.constants.zeros, self.dv)
 
-    def keep(self, works):
+    def keep(self, works, u):
         """Adds them to those in SBUF."""
-        for u in range(PAIR):
-            keep_sums(works[u], self.sums[u])
+        keep_sums(works[u], self.sums[u])
 
     def finish(self, works, shares, last):
         """After the last turn; last: int32 [1, 1] in SBUF, how many chunks there were."""
-        self.open(works)
         for k in range(LAG):
+            self.open(works[k % PAIR])
             self.add(works, JOBS - LAG + k, self.carried[k])
         fetch(shares[1].select(0, last), self.stages[1])
-        self.keep(works)
         for u in range(PAIR):
+            self.keep(works, u)
             works[u].banks = banks_of(self.sums[u])
 
     def mask(self):

@@ -67,6 +67,8 @@ class Groups(nl.NKIObject):
         self.rest = Rest(geometry, constants, lane, scale, self.rest_works[0], group)
         self.lowest = sbuf((geometry.rows, GROUP), nl.float32)
         nisa.memset(self.lowest, 1.0)
+        self.ones = sbuf((geometry.rows, 1), nl.bfloat16)
+        nisa.memset(self.ones, 1.0)
 
     def run(self):
         """Everything."""
@@ -76,6 +78,7 @@ class Groups(nl.NKIObject):
     def start(self):
         """What the first turn expects of those before it."""
         lane, first = self.lane, self.first
+        self.chunks.clear([])
         for half in range(HALVES):
             tiles = slice(first + PAIR * half, first + PAIR * (half + 1))
             for queries in (self.ahead[half], self.behind[half]):
@@ -111,7 +114,7 @@ class Groups(nl.NKIObject):
         scratch = self.kept.halves[half]
         self.scores.scratch = self.kept.halves[other]
         self.lists.scratch, self.lists.chosen = self.kept.halves[other], self.chosen[other]
-        self.chunks.begin(works, starts[0:QUERIES, 2 * half : 2 * half + 1])
+        self.chunks.begin(starts[0:QUERIES, 2 * half : 2 * half + 1])
         seen, every = nisa.register_alloc(), nisa.register_alloc()
         nisa.register_load(seen, turns[:, 2 * half : 2 * half + 1])
         nisa.register_load(every, turns[:, 2 * half + 1 : 2 * half + 2])
@@ -125,14 +128,15 @@ class Groups(nl.NKIObject):
         nl.fori_loop(0, seen, all_see)
         nl.fori_loop(seen, every, some_see)
         self.chunks.finish(works, scratch.shares, turns[:, 2 * half + 1 : 2 * half + 2])
-        for work in works:
-            total = self.ahead[half].total[:, work.tile.u]
-            work.close_into(self.geometry, COMPRESSED, total)
-        self.scores.weigh(self.chunks.row_sums)
         self.pass_on(r, half)
         self.rest.load_pages(r, half)
         self.lists.near = starts[:, 2 * half + 1 : 2 * half + 2]
-        steps = self.lists.steps_of(self.works[other])
+        steps = []
+        for work in works:
+            steps.append((3, self, "close", work))
+        steps.append((3, self.scores, "weigh", self.chunks.row_sums))
+        steps.append((1, self.chunks, "clear", works))
+        steps += self.lists.steps_of(self.works[other])
 
         def load_near():
             if half == 1:
@@ -148,9 +152,12 @@ class Groups(nl.NKIObject):
             self.rest.store(work, target[QUERIES * tile : QUERIES * (tile + 1)])
             sums = self.behind[half].sums[:, work.tile.u]
             nisa.tensor_reduce(self.lowest[:, tile : tile + 1], nl.minimum, sums, axis=(1, 2))
-        self.lists.spread()
         self.lists.gather(self.rest.selected.rows)
-        self.lists.hide()
+
+    def close(self, work):
+        """Ends a tile's compressed branch."""
+        total = self.ahead[work.tile.half].total[:, work.tile.u]
+        work.close_into(self.geometry, COMPRESSED, total)
 
     def pass_on(self, r, half):
         """The pair before goes on; the one after it, of the same half, takes its place."""
@@ -171,10 +178,8 @@ class Groups(nl.NKIObject):
         # NaN counts as unsafe: `less` would let it pass.
         nisa.tensor_scalar(unsafe, self.lowest, nl.greater_equal, SAFE_SUM)
         nisa.tensor_scalar(unsafe, unsafe, nl.multiply, -1.0, op1=nl.add, operand1=1.0)
-        ones = sbuf((g.rows, 1), nl.bfloat16)
-        nisa.memset(ones, 1.0)
         counts, flags = psum((1, GROUP)), sbuf((1, GROUP), nl.float32)
-        nisa.nc_matmul(counts, ones, unsafe, accumulate=False)
+        nisa.nc_matmul(counts, self.ones, unsafe, accumulate=False)
         nisa.tensor_scalar(flags, counts, nl.minimum, 1.0)
         target = self.lane.before_unsafe
         count = target.shape[1] // GROUP

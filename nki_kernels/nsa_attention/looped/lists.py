@@ -9,20 +9,34 @@ import nki.isa as nisa
 import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
+from nki_kernels.common.queues import fetch
 from nki_kernels.nsa_attention.choose import Choice, hide, passes
-from nki_kernels.nsa_attention.geometry import AT_ONCE, CHUNKS, KEYS, PIECE, QUERIES
+from nki_kernels.nsa_attention.geometry import (
+    AT_ONCE,
+    CHUNKS,
+    KEYS,
+    PIECE,
+    QUERIES,
+    TOKENS,
+)
 from nki_kernels.nsa_attention.looped.sizes import GROUPS_OF_ROWS, PAIR, pieces_of
 from nki_kernels.nsa_attention.rows import Numbers
 from nki_kernels.nsa_attention.running import larger
 
 LANE = 16  # partitions apart that nonzero_with_count works on
 LISTED = AT_ONCE * GROUPS_OF_ROWS
+WAITS = {"best": 1, "gather": 2, "merge": 1, "spread": 6, "mark": 1}
+"""Jobs between the steps of a choice, see `steps_of`."""
 
 
 class Chosen(nl.NKIObject):
-    """Of a pair: `turned`, masks [blocks, 32] of each tile in HBM; `numbers`, see `rows`; `turns`,
-    [1, 1] int32, sixteens of the longer list, at least GROUPS_OF_ROWS; `more`, 1 if there are more
-    than that; `hidden` [listed, 32] of each tile, what hides the first ones."""
+    """Of a pair.
+
+    Attributes:
+        turned: masks [blocks, 32] of each tile, in HBM. lists: [pair, blocks + 1] int32 in HBM,
+            blocks of each tile's union, 0s, and how many they are. numbers: see `rows`.
+        counts: [1, pair] int32. hidden: [listed, 32] of each tile, masks of the first ones.
+    """
 
     def __init__(self, geometry, constants, dtype):
         self.turned, self.hidden = [], []
@@ -33,9 +47,39 @@ class Chosen(nl.NKIObject):
             nisa.memset(hidden, 0.0)
             self.hidden.append(hidden)
         self.numbers = Numbers(PAIR, geometry.padded, constants, dtype)
-        self.turns, self.more = sbuf((1, 1), nl.int32), sbuf((1, 1), nl.int32)
-        nisa.memset(self.turns, GROUPS_OF_ROWS)
-        nisa.memset(self.more, 0)
+        shape = (PAIR, geometry.padded + 1)
+        self.lists = nl.ndarray(shape, dtype=nl.int32, buffer=nl.private_hbm)
+        self.counts = sbuf((1, PAIR), nl.int32)
+        nisa.memset(self.counts, 0)
+
+    def turns(self):
+        """Registers: 1 if a list, on any core, has more blocks than are gathered ahead; and turns
+        of sixteen blocks that the longest one takes, at least GROUPS_OF_ROWS."""
+        counts, longest = sbuf((1, PAIR), nl.float32), sbuf((1, 1), nl.float32)
+        nisa.tensor_copy(counts, self.counts, engine=nisa.engine.vector)
+        nisa.tensor_reduce(longest, nl.maximum, counts, axis=1)
+        longest = larger(longest)
+        turns, some = sbuf((1, 1), nl.float32), sbuf((1, 1), nl.int32)
+        # However it is rounded, there are enough; what is too much finds nothing.
+        nisa.tensor_scalar(
+            turns, longest, nl.multiply, 1.0 / AT_ONCE, op1=nl.add, operand1=1.0 - 0.5 / AT_ONCE
+        )
+        many = sbuf((1, 1), nl.int32)
+        nisa.tensor_scalar(many, turns, nl.maximum, float(GROUPS_OF_ROWS))
+        nisa.tensor_scalar(some, longest, nl.greater, float(LISTED))
+        found = [nisa.register_alloc(), nisa.register_alloc()]
+        nisa.register_load(found[0], some)
+        nisa.register_load(found[1], many)
+        return found
+
+    def spread(self):
+        """Row numbers of all turns."""
+        height = LANE * (PAIR - 1) + 1
+        lists = sbuf((height, self.lists.shape[1] - 1), nl.int32)
+        nisa.memset(lists, 0)
+        for u in range(PAIR):
+            fetch(lists[LANE * u : LANE * u + 1, :], self.lists[u : u + 1, 0 : lists.shape[1]])
+        self.numbers.spread(lists, LANE)
 
 
 class Lists(nl.NKIObject):
@@ -43,28 +87,41 @@ class Lists(nl.NKIObject):
 
     Attributes:
         flags: [128, pieces, pair * 16] bfloat16: whether block 128 * piece + row is in the union of
-            a tile, in every 16th column.
+            a tile, in every 16th column. lists: as `Chosen.lists`, in every 16th row.
+        eights, tokens: [128, GROUPS_OF_ROWS] int32: 8, and the token that a lane's row begins with.
     """
 
     def __init__(self, geometry, constants, lane, scores, dtype):
         self.geometry, self.constants, self.lane, self.scores = geometry, constants, lane, scores
         self.flags = sbuf((PIECE, pieces_of(geometry), LANE * PAIR), nl.bfloat16)
         nisa.memset(self.flags, 0.0)
+        self.lists = sbuf((LANE * PAIR, geometry.padded + 1), nl.int32)
+        nisa.memset(self.lists, 0)
+        self.eights = sbuf((KEYS, GROUPS_OF_ROWS), nl.int32)
+        nisa.memset(self.eights, TOKENS)
+        self.tokens = sbuf((KEYS, GROUPS_OF_ROWS), nl.int32)
+        tokens = constants.lane_token.broadcast(1, GROUPS_OF_ROWS)
+        nisa.tensor_copy(self.tokens, tokens, engine=nisa.engine.vector)
         unused = nl.ndarray((1, 1), dtype=dtype, buffer=nl.private_hbm)
         self.choice = Choice(geometry, constants, unused, [])
 
     def steps_of(self, works):
-        """(jobs to wait before, whose, name, of what) of the steps that list what a pair chose."""
+        """(jobs to wait before, whose, name, of what) of the steps that list what a pair chose,
+        those of two tiles in turn, so that no engine waits for another."""
         long = passes(self.scores.width)
         found = [(0, self, "collect", works)]
+        first, second = works
         for work in works:
-            found.append((3 if work.tile.u == 0 else 1 + long, self, "settle", work))
-            for name, wait in self.choice.steps_to_mark(work):
-                found.append((wait, self.choice, name, work))
-            found.append((2 + 3 * long, self, "turn", work))
-        few = pieces_of(self.geometry) // 8
-        for wait, name in ((1, "unite"), (2 + few, "name"), (1, "number"), (1, "count")):
-            found.append((wait, self, name, works))
+            found.append((5 if work.tile.u == 0 else 1 + long, self, "settle", work))
+        names = self.choice.steps_to_mark(first)
+        for n in range(len(names)):
+            name = names[n][0]
+            wait = WAITS[name] + long
+            found.append((wait, self.choice, name, first))
+            found.append((1 + long, self.choice, name, second))
+        found.append((5 + 2 * long, self, "turn", first))
+        found.append((2 + long, self, "turn", second))
+        found.append((4, self, "unite", works))
         return found
 
     def collect(self, works):
@@ -96,8 +153,7 @@ class Lists(nl.NKIObject):
         nisa.tensor_reduce(self.flags[:, :, LANE * u], nl.maximum, by_piece, axis=2)
 
     def unite(self, works):
-        """`lists` [pair * 16, blocks + 1] int32: blocks of a tile's union, 0s, and how many they
-        are, in every 16th row."""
+        """Makes the lists."""
         lanes, pieces = LANE * PAIR, pieces_of(self.geometry)
         unions = sbuf((lanes, pieces * PIECE), nl.float32)
         for first in range(0, pieces, 8):
@@ -108,81 +164,28 @@ class Lists(nl.NKIObject):
                 nisa.nc_transpose(bank[:, i, :], flags, engine=nisa.engine.tensor)
             into = unions[:, first * PIECE : (first + some) * PIECE]
             nisa.tensor_copy(into.reshape_dim(1, (some, PIECE)), bank, engine=nisa.engine.vector)
-        self.lists = sbuf((lanes, pieces * PIECE + 1), nl.int32)
-        nisa.memset(self.lists, 0)
         nisa.nonzero_with_count(self.lists, unions, index_offset=0, padding_val=0)
-
-    def name(self, works):
-        """`places` [128, pair]: the first blocks of the lists, as integers and for PE."""
-        lanes = self.lists.shape[0]
-        names, turned = sbuf((lanes, KEYS), nl.float32), psum((KEYS, lanes))
-        nisa.tensor_copy(names, self.lists[:, 0:KEYS], engine=nisa.engine.vector)
-        nisa.nc_transpose(turned, names, engine=nisa.engine.tensor)
-        self.names = sbuf((KEYS, PAIR), nl.float32)
-        nisa.tensor_copy(self.names, turned[:, 0::LANE], engine=nisa.engine.vector)
-        self.places = []
         for u in range(PAIR):
-            places = sbuf((LISTED, 1), nl.int32)
-            source = self.names[0:LISTED, u : u + 1]
-            nisa.tensor_copy(places, source, engine=nisa.engine.vector)
-            self.places.append(places)
-
-    def number(self, works):
-        """`row_numbers` [128, GROUPS_OF_ROWS] int32 of each tile."""
-        self.row_numbers = []
-        for u in range(PAIR):
-            blocks = psum((KEYS, GROUPS_OF_ROWS))
-            for group in range(GROUPS_OF_ROWS):
-                lanes = self.constants.slot_lanes[0:LISTED, group, :]
-                names = self.names[0:LISTED, u : u + 1]
-                nisa.nc_matmul(blocks[:, group : group + 1], lanes, names, accumulate=False)
-            numbers = sbuf(blocks.shape, nl.int32)
-            self.constants.number_rows(numbers, blocks)
-            self.row_numbers.append(numbers)
-
-    def count(self, works):
-        """How many turns the longest list takes, on any core."""
-        lanes, last = self.lists.shape[0], self.lists.shape[1] - 1
-        counts, turned = sbuf((lanes, 1), nl.float32), psum((1, lanes))
-        nisa.tensor_copy(counts, self.lists[:, last : last + 1], engine=nisa.engine.vector)
-        nisa.nc_transpose(turned, counts, engine=nisa.engine.tensor)
-        longest = sbuf((1, 1), nl.float32)
-        nisa.tensor_reduce(longest, nl.maximum, turned[:, 0::LANE], axis=1)
-        longest = larger(longest)
-        turns = sbuf((1, 1), nl.float32)
-        # However it is rounded, there are enough; what is too much finds nothing.
-        nisa.tensor_scalar(
-            turns, longest, nl.multiply, 1.0 / AT_ONCE, op1=nl.add, operand1=1.0 - 0.5 / AT_ONCE
-        )
-        chosen = self.chosen
-        nisa.tensor_scalar(chosen.turns, turns, nl.maximum, float(GROUPS_OF_ROWS))
-        ahead = float(GROUPS_OF_ROWS * AT_ONCE)
-        nisa.tensor_scalar(chosen.more, longest, nl.greater, ahead)
-
-    def spread(self):
-        """Row numbers of all turns, if there are more than are gathered at once."""
-        more, lists = nisa.register_alloc(), self.lists
-        nisa.register_load(more, self.chosen.more)
-
-        def once(_):
-            self.chosen.numbers.spread(lists[:, 0 : lists.shape[1] - 1], LANE)
-
-        nl.fori_loop(0, more, once)
+            fetch(self.chosen.lists[u : u + 1, :], self.lists[LANE * u : LANE * u + 1, :], "g")
 
     def gather(self, buffers):
         """The first blocks of each tile's list, as rows, and what hides them; buffers: a list of
-        each tile."""
+        each tile. All of it by GpSimd, for which the others do not wait."""
+        chosen, count = self.chosen, self.lists.shape[1] - 1
+        fetch(chosen.counts, chosen.lists[:, count : count + 1].permute((1, 0)), "g")
         for u in range(PAIR):
-            hidden = self.chosen.hidden[u]
-            nisa.dma_copy(hidden, self.chosen.turned[u].vector_select(0, self.places[u]))
+            listed = chosen.lists[u, 0:LISTED]
+            places, rows = sbuf((LISTED, 1), nl.int32), sbuf((KEYS, GROUPS_OF_ROWS), nl.int32)
+            fetch(places, listed.expand_dim(1), "g")
+            by_lane = listed.reshape_dim(0, (GROUPS_OF_ROWS, AT_ONCE)).permute((1, 0))
+            by_lane = by_lane.expand_dim(1).broadcast(1, TOKENS)
+            fetch(rows, by_lane, "g")
+            nisa.tensor_tensor(rows, rows, self.eights, nl.multiply, engine=nisa.engine.gpsimd)
+            nisa.tensor_tensor(rows, rows, self.tokens, nl.add, engine=nisa.engine.gpsimd)
+            nisa.dma_copy(chosen.hidden[u], chosen.turned[u].vector_select(0, places))
             for group in range(GROUPS_OF_ROWS):
-                rows = self.row_numbers[u][:, group : group + 1]
-                nisa.dma_copy(buffers[u][group], self.lane.rows.vector_select(0, rows))
-
-    def hide(self):
-        """Makes what hides blocks of their masks."""
-        for hidden in self.chosen.hidden:
-            hide_in(hidden)
+                row = rows[:, group : group + 1]
+                nisa.dma_copy(buffers[u][group], self.lane.rows.vector_select(0, row))
 
 
 class Masked(nl.NKIObject):

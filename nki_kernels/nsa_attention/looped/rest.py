@@ -82,6 +82,7 @@ class Rest(nl.NKIObject):
         self.selected.pages = [self.pages[half], self.pages[half]]
         for work in works:
             work.hidden = chosen.hidden[work.tile.u]
+            hide_in(work.hidden)
         jobs, waiting, due, windows = self.jobs(works), [], 0, 0
         for now in range(len(jobs)):
             branch, work, x, _ = jobs[now]
@@ -148,12 +149,16 @@ class Rest(nl.NKIObject):
 
     def more(self, works, chosen):
         """Blocks behind those that were gathered ahead, sixteen of each list per turn."""
-        last = nisa.register_alloc()
-        nisa.register_load(last, chosen.turns)
+        some, last = chosen.turns()
         for work in works:
             for b in range(len(work.banks)):
                 kept = banks_of(self.sums[work.tile.u])[b]
-                nisa.tensor_copy(kept, work.banks[b], engine=nisa.engine.vector)
+                nisa.tensor_copy(kept, work.banks[b], engine=nisa.engine.scalar)
+
+        def once(_):
+            chosen.spread()
+
+        nl.fori_loop(0, some, once)
 
         def turn(t):
             jobs, waiting = [], []
@@ -181,7 +186,7 @@ class Rest(nl.NKIObject):
         g = self.geometry
         result = work.close(g, SELECTED)
         by_part = target.reshape_dim(0, (g.parts, g.per_part)).permute((1, 2, 0, 3))
-        fetch(by_part, result)
+        fetch(by_part, result, "g")
 
 
 class Sixteen(nl.NKIObject):

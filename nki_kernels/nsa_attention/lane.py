@@ -23,7 +23,7 @@ class Lane(nl.NKIObject):
         self.turned, self.others = kept
 
     def loop(self, chunks, near, turns, starts, before_o, before_unsafe):
-        """What only `looped` has: see `looped.forward_looped`; `o` and `unsafe` from the group
-        before its first one on."""
+        """What only `looped` has: see `looped.forward_looped`; `o` from the group before its
+        first one on, `unsafe` from the one before that."""
         self.chunks, self.near, self.turns, self.starts = chunks, near, turns, starts
         self.before_o, self.before_unsafe = before_o, before_unsafe

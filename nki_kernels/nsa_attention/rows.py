@@ -77,9 +77,9 @@ class Numbers(nl.NKIObject):
             nisa.dma_copy(into.reshape_dim(1, (some, TURNS)), rows)
 
 
-def turned_rows(buffer, low, wide):
+def turned_rows(buffer, low, wide, copies):
     """K^T of gathered rows [128, TOKENS, columns]: [low, TOKENS, 128]; a list, if K is `wide`, of
-    its channels after 128, [128, TOKENS / 2, 128], tiles in turn on either half."""
+    its channels after 128, [128, TOKENS / 2, 128], tiles in turn on either half, which engine `copies` takes from PSUM."""
     bank = psum((low, TOKENS, KEYS), buffer.dtype)
     for t in range(TOKENS):
         nisa.nc_transpose(bank[:, t, :], buffer[:, t, 0:low], engine=nisa.engine.tensor)
@@ -92,7 +92,7 @@ def turned_rows(buffer, low, wide):
             keys = buffer[:, t : t + 2, low : low + REST]
             nisa.nc_transpose(bank[:, t // 2, :], keys, engine=nisa.engine.tensor)
         upper = sbuf(bank.shape, bank.dtype)
-        nisa.tensor_copy(upper, bank, engine=nisa.engine.vector)
+        nisa.tensor_copy(upper, bank, engine=copies)
         found.append(upper)
     return lower, found
 
@@ -157,7 +157,9 @@ class Part(nl.NKIObject):
         nisa.dma_copy(self.buffer, source.vector_select(0, rows))
 
     def turn(self):
-        self.lower, self.upper = turned_rows(self.buffer, self.low, len(self.tile.q) > 1)
+        self.lower, self.upper = turned_rows(
+            self.buffer, self.low, len(self.tile.q) > 1, nisa.engine.vector
+        )
 
     def weigh(self):
         """P^T [128, TOKENS, rows of the part]."""

@@ -15,7 +15,7 @@ from nki_kernels.nsa_attention.geometry import AT_ONCE, BLOCK, QUADRANT, TOKENS
 from nki_kernels.nsa_attention.rows import turned_rows
 from nki_kernels.nsa_attention.work import SELECTED
 
-EARLY = 2  # jobs between the transposes of gathered rows and their first use
+EARLY = 2
 
 
 class Selected(nl.NKIObject):
@@ -23,6 +23,8 @@ class Selected(nl.NKIObject):
 
     Attributes:
         pages: two buffers of gathered pages, [128, places, columns], used in turn.
+        early, copies: jobs between the transposes of gathered rows and their first use; the engine
+            that takes half of them from PSUM.
         rows: two lists of buffers of gathered rows, [128, TOKENS, columns], see `rows`.
     """
 
@@ -32,6 +34,7 @@ class Selected(nl.NKIObject):
         paged, groups = 0, 0
         for work in works:
             paged, groups = max(paged, work.tile.paged), max(groups, work.tile.groups)
+        self.early, self.copies = EARLY, nisa.engine.vector
         self.pages, self.rows = [], []
         for _ in range(2):
             self.pages.append(sbuf((128, paged, lane.pages.shape[3]), lane.pages.dtype))
@@ -100,10 +103,10 @@ class Selected(nl.NKIObject):
         if x == 0:
             work.turned = []
         for group in range(tile.groups):
-            if x == max(0, pairs + TOKENS * group - EARLY):
+            if x == max(0, pairs + TOKENS * group - self.early):
                 buffer = self.rows[work.index % 2][group]
                 low, wide = work.q[0].shape[0], len(work.q) > 1
-                work.turned.append(turned_rows(buffer, low, wide))
+                work.turned.append(turned_rows(buffer, low, wide, self.copies))
         scores = self.of_pair(work, x) if x < pairs else self.of_rows(work, x - pairs)
         weights = self.exponentials(work, scores)
         if x == 0:  # the tile's own block

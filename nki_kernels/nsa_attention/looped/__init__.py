@@ -37,8 +37,8 @@ def forward_looped(
             CHUNK tiles, as many as there are blocks that are ranked, and one.
         near: [LANES, tiles of keys + 1, 128, columns], see `rest.Rest`.
         turns: int32 [groups + 1, 4], of either half of a group: chunks that all of its queries see,
-            and in all. starts: float32 [groups + 1, 4], see `chunks.Chunks.begin`; and the last
-            block that the pair before may choose.
+            and in all. starts: float32 [groups + 2, 4], of the next pair, see `chunks.Chunks.begin`;
+            and the last block that the pair before may choose; in the last row of the first pair.
         begin: group of 128 tokens, of all, that the loop begins with.
     """
     lanes = q_t.shape[0]
@@ -55,7 +55,7 @@ def forward_looped(
         (batch, QUERIES * (tiles + GROUP + 1), kv_heads * group, dv), dtype=q_t.dtype,
         buffer=nl.shared_hbm,
     )  # fmt: skip
-    flags = nl.ndarray((lanes, 2, GROUP + tiles), dtype=nl.float32, buffer=nl.private_hbm)
+    flags = nl.ndarray((lanes, 2, 2 * GROUP + tiles), dtype=nl.float32, buffer=nl.private_hbm)
     shape = (max(1, first), before.padded, QUERIES)
     turned = nl.ndarray(shape, dtype=q_t.dtype, buffer=nl.private_hbm)
     shape = (first if crowds else 1, geometry.rows, geometry.parts, dv)
@@ -72,7 +72,7 @@ def forward_looped(
         tensors = Lane(
             q_t[lane], k_cmp_t[lane], v_cmp[lane], pages[lane], rows[lane], k_win_t[lane],
             v_win[lane], gates[lane], shifts[lane], every[TOKENS:],
-            flags[lane, :, GROUP:], (turned, others),
+            flags[lane, :, 2 * GROUP :], (turned, others),
         )  # fmt: skip
         tensors.loop(
             chunks[lane], near[lane], turns, starts, every[QUERIES * first :],

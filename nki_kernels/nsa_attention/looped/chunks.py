@@ -80,8 +80,8 @@ class Chunks(nl.NKIObject):
         nisa.dma_copy(self.granules[0], self.lane.chunks[0, 0])
 
     def begin(self, start):
-        """Before a pair's first turn; start: float32 [32, 1], the pair's first position less that
-        of the first key of the first chunk with masks."""
+        """The same; start: float32 [32, 1], the pair's first position less that of the first key of
+        the first chunk with masks."""
         nisa.tensor_scalar(self.limit, self.place, nl.add, start)
         self.mask()
 

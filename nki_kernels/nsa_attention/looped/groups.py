@@ -74,11 +74,17 @@ class Groups(nl.NKIObject):
         """Everything."""
         self.start()
         nl.fori_loop(0, self.turns + 1, self.turn)
+        flags, target = self.flags(), self.lane.before_unsafe
+        nisa.dma_copy(target[:, GROUP * (self.turns + 1) : GROUP * (self.turns + 2)], flags)
 
     def start(self):
         """What the first turn expects of those before it."""
         lane, first = self.lane, self.first
         self.chunks.clear([])
+        start = sbuf((QUERIES, 1), nl.float32)
+        last = lane.starts.shape[0] - 1
+        nisa.dma_copy(start, lane.starts[last:, 0:1].broadcast(0, QUERIES))
+        self.chunks.begin(start)
         for half in range(HALVES):
             tiles = slice(first + PAIR * half, first + PAIR * (half + 1))
             for queries in (self.ahead[half], self.behind[half]):
@@ -106,7 +112,6 @@ class Groups(nl.NKIObject):
         fetch(starts, self.lane.starts.select(0, r).expand_dim(0).broadcast(0, 128), "a")
         for half in range(HALVES):
             self.pair(r, half, turns, starts)
-        self.flag(r)
 
     def pair(self, r, half, turns, starts):
         """A half of group r; turns: of the inner loop, without masks, and in all."""
@@ -114,7 +119,6 @@ class Groups(nl.NKIObject):
         scratch = self.kept.halves[half]
         self.scores.scratch = self.kept.halves[other]
         self.lists.scratch, self.lists.chosen = self.kept.halves[other], self.chosen[other]
-        self.chunks.begin(starts[0:QUERIES, 2 * half : 2 * half + 1])
         seen, every = nisa.register_alloc(), nisa.register_alloc()
         nisa.register_load(seen, turns[:, 2 * half : 2 * half + 1])
         nisa.register_load(every, turns[:, 2 * half + 1 : 2 * half + 2])
@@ -128,6 +132,8 @@ class Groups(nl.NKIObject):
         nl.fori_loop(0, seen, all_see)
         nl.fori_loop(seen, every, some_see)
         self.chunks.finish(works, scratch.shares, turns[:, 2 * half + 1 : 2 * half + 2])
+        if half == 0:
+            self.flag(r)
         self.pass_on(r, half)
         self.rest.load_pages(r, half)
         self.lists.near = starts[:, 2 * half + 1 : 2 * half + 2]
@@ -136,6 +142,8 @@ class Groups(nl.NKIObject):
             steps.append((3, self, "close", work))
         steps.append((3, self.scores, "weigh", self.chunks.row_sums))
         steps.append((1, self.chunks, "clear", works))
+        following = starts[0:QUERIES, 2 * half : 2 * half + 1]
+        steps.append((3, self.chunks, "begin", following))
         steps += self.lists.steps_of(self.works[other])
 
         def load_near():
@@ -172,7 +180,14 @@ class Groups(nl.NKIObject):
         copy_all(old.operands(), sources_of(*some, old), fetch)
 
     def flag(self, r):
-        """Which tiles of the group before are not safe, to HBM."""
+        """Which tiles of the group that the turn before has ended are not safe, to HBM."""
+        target = self.lane.before_unsafe
+        count = target.shape[1] // GROUP
+        by_group = target[:, 0 : count * GROUP].reshape_dim(1, (count, GROUP))
+        fetch(by_group.select(1, r), self.flags())
+
+    def flags(self):
+        """[1, GROUP] float32, 1 where a row's sum is too small."""
         g = self.geometry
         unsafe = sbuf((g.rows, GROUP), nl.bfloat16)
         # NaN counts as unsafe: `less` would let it pass.
@@ -181,9 +196,7 @@ class Groups(nl.NKIObject):
         counts, flags = psum((1, GROUP)), sbuf((1, GROUP), nl.float32)
         nisa.nc_matmul(counts, self.ones, unsafe, accumulate=False)
         nisa.tensor_scalar(flags, counts, nl.minimum, 1.0)
-        target = self.lane.before_unsafe
-        count = target.shape[1] // GROUP
-        fetch(target[:, 0 : count * GROUP].reshape_dim(1, (count, GROUP)).select(1, r), flags)
+        return flags
 
 
 def work_of(place, queries):

@@ -10,7 +10,8 @@ import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.queues import fetch
-from nki_kernels.nsa_attention.choose import Choice, hide, passes
+from nki_kernels.common.spans import spans
+from nki_kernels.nsa_attention.choose import BANK, Choice, hide, passes
 from nki_kernels.nsa_attention.geometry import (
     AT_ONCE,
     CHUNKS,
@@ -19,7 +20,7 @@ from nki_kernels.nsa_attention.geometry import (
     QUERIES,
     TOKENS,
 )
-from nki_kernels.nsa_attention.looped.sizes import GROUPS_OF_ROWS, PAIR, pieces_of
+from nki_kernels.nsa_attention.looped.sizes import GROUPS_OF_ROWS, PAIR
 from nki_kernels.nsa_attention.rows import Numbers
 from nki_kernels.nsa_attention.running import larger
 
@@ -86,15 +87,17 @@ class Lists(nl.NKIObject):
     """The pair whose lists are in the making.
 
     Attributes:
-        flags: [128, pieces, pair * 16] bfloat16: whether block 128 * piece + row is in the union of
-            a tile, in every 16th column. lists: as `Chosen.lists`, in every 16th row.
+        ones: [128, pair, pair * 16] bfloat16, 1 in a tile's column. masks: of each tile. lists: as `Chosen.lists`, in every 16th row.
         eights, tokens: [128, GROUPS_OF_ROWS] int32: 8, and the token that a lane's row begins with.
     """
 
     def __init__(self, geometry, constants, lane, scores, dtype):
         self.geometry, self.constants, self.lane, self.scores = geometry, constants, lane, scores
-        self.flags = sbuf((PIECE, pieces_of(geometry), LANE * PAIR), nl.bfloat16)
-        nisa.memset(self.flags, 0.0)
+        self.ones = sbuf((128, PAIR, LANE * PAIR), nl.bfloat16)
+        nisa.memset(self.ones, 0.0)
+        for u in range(PAIR):
+            nisa.memset(self.ones[:, u, LANE * u], 1.0)
+        self.masks = [[], []]
         self.lists = sbuf((LANE * PAIR, geometry.padded + 1), nl.int32)
         nisa.memset(self.lists, 0)
         self.eights = sbuf((KEYS, GROUPS_OF_ROWS), nl.int32)
@@ -145,25 +148,29 @@ class Lists(nl.NKIObject):
                 blocks = mask[:, (first + i) * PIECE : (first + i + 1) * PIECE]
                 into = bank[:, i].reshape((PIECE, CHUNKS * QUERIES))
                 nisa.nc_transpose(into, blocks, engine=nisa.engine.tensor)
-            nisa.tensor_copy(by_lane[:, first : first + some], bank, engine=nisa.engine.vector)
+            nisa.tensor_copy(by_lane[:, first : first + some], bank, engine=nisa.engine.scalar)
         u, pieces = work.tile.u, CHUNKS * count
-        by_piece = rows.reshape((PIECE, pieces, QUERIES))
         target = self.chosen.turned[u].reshape_dim(0, (pieces, PIECE)).permute((1, 0, 2))
-        nisa.dma_copy(target, by_piece)
-        nisa.tensor_reduce(self.flags[:, :, LANE * u], nl.maximum, by_piece, axis=2)
+        nisa.dma_copy(target, rows.reshape((PIECE, pieces, QUERIES)))
+        self.masks[u] = mask
 
     def unite(self, works):
         """Makes the lists."""
-        lanes, pieces = LANE * PAIR, pieces_of(self.geometry)
-        unions = sbuf((lanes, pieces * PIECE), nl.float32)
-        for first in range(0, pieces, 8):
-            some = min(8, pieces - first)
-            bank = psum((lanes, some, PIECE), nl.bfloat16)
-            for i in range(some):
-                flags = self.flags[:, first + i, :]
-                nisa.nc_transpose(bank[:, i, :], flags, engine=nisa.engine.tensor)
-            into = unions[:, first * PIECE : (first + some) * PIECE]
-            nisa.tensor_copy(into.reshape_dim(1, (some, PIECE)), bank, engine=nisa.engine.vector)
+        lanes, width = LANE * PAIR, self.scores.width
+        unions = sbuf((lanes, CHUNKS * width), nl.float32)
+        for c in range(CHUNKS):
+            own = slice(QUERIES * c, QUERIES * (c + 1))
+            for first, some in spans(width, BANK):
+                counts = psum((lanes, some))
+                for u in range(PAIR):
+                    nisa.nc_matmul(
+                        counts, self.ones[own, u, :], self.masks[u][own, first : first + some],
+                        accumulate=u > 0, tile_position=(QUERIES * c, 0),
+                        tile_size=(QUERIES, QUERIES),
+                    )  # fmt: skip
+                start = c * width + first
+                into = unions[:, start : start + some]
+                nisa.tensor_copy(into, counts, engine=nisa.engine.scalar)
         nisa.nonzero_with_count(self.lists, unions, index_offset=0, padding_val=0)
         for u in range(PAIR):
             fetch(self.chosen.lists[u : u + 1, :], self.lists[LANE * u : LANE * u + 1, :], "g")

@@ -31,6 +31,7 @@ class Rest(nl.NKIObject):
         self.first = first
         self.dk, self.dv = lane.q_t.shape[1], lane.v_win.shape[1] - 1
         self.selected = Selected(geometry, constants, lane, scale, places)
+        self.selected.early, self.selected.copies = 5, nisa.engine.scalar
         for some in self.selected.rows:
             for buffer in some:
                 nisa.memset(buffer, 0.0)
@@ -205,7 +206,8 @@ class Sixteen(nl.NKIObject):
         self.buffer = sbuf((KEYS, TOKENS, source.shape[2]), source.dtype)
         nisa.dma_copy(self.buffer, source.vector_select(0, rows))
         hide_in(self.hidden)
-        self.turned = [turned_rows(self.buffer, self.q[0].shape[0], len(self.q) > 1)]
+        low, wide = self.q[0].shape[0], len(self.q) > 1
+        self.turned = [turned_rows(self.buffer, low, wide, nisa.engine.scalar)]
 
     def weigh(self, n):
         selected = self.rest_of.selected

@@ -175,8 +175,11 @@ class Loop:
         turns = torch.stack((whole, every), 1).int().reshape(-1, 4)
         # The blocks that the pair before may choose end before its local ones.
         near = 2 * self.begin - 1 + torch.arange(2 * (self.groups + 1), device=device) - local
-        starts = torch.stack((t0 - STRIDE * OF_CHUNK * whole, near), 1).float().reshape(-1, 4)
-        return turns, starts
+        start = t0 - STRIDE * OF_CHUNK * whole
+        following = torch.cat((start[1:], start[-1:]))
+        starts = torch.stack((following, near), 1).float().reshape(-1, 4)
+        first = F.pad(start[:1].float(), (0, 3))[None]
+        return turns, torch.cat((starts, first))
 
 
 def _tiles(x: Tensor, before: int, after: int, kv_heads: int) -> Tensor:

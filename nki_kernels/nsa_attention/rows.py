@@ -79,7 +79,8 @@ class Numbers(nl.NKIObject):
 
 def turned_rows(buffer, low, wide, copies):
     """K^T of gathered rows [128, TOKENS, columns]: [low, TOKENS, 128]; a list, if K is `wide`, of
-    its channels after 128, [128, TOKENS / 2, 128], tiles in turn on either half, which engine `copies` takes from PSUM."""
+    its channels after 128, [128, TOKENS / 2, 128], tiles in turn on either half. Engine `copies`
+    takes these from PSUM."""
     bank = psum((low, TOKENS, KEYS), buffer.dtype)
     for t in range(TOKENS):
         nisa.nc_transpose(bank[:, t, :], buffer[:, t, 0:low], engine=nisa.engine.tensor)

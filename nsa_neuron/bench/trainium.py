@@ -24,6 +24,7 @@ from torch import Tensor
 from nsa_neuron import records
 from nsa_neuron.backends import neuron
 from nsa_neuron.backends.neuron import limits, plans, whole
+from nsa_neuron.backends.neuron.launch import nsa_attention as fused
 from nsa_neuron.bench import looped
 from nsa_neuron.bench.record import Modelled
 from nsa_neuron.ops import get
@@ -154,7 +155,7 @@ def _stage(problem: Problem, stage: Stage) -> Modelled:
 
 def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]:
     """Ns per query and kv head, over the sequence, and how that was found."""
-    looping = stage.op == "select_blocks" and _selection_loops(problem)
+    looping = _loops(problem, stage.op)
     # Selection's loops go by pieces of 16K tokens, so a line through nearer positions is rough.
     tokens = min(problem.tokens, LONGEST * (4 if looping or stage.op == WHOLE else 1))
     shares = (1.0,) if stage.per_token else GAUSS
@@ -162,6 +163,7 @@ def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]
     bands = [_per_query(problem, stage, position, looping) for position in positions]
     told: dict[str, Any] = {
         "how": "some queries at " + " and ".join(map(str, positions)),
+        "hardware loops": looping,
         "ns per query and kv head": [round(band[1], 1) for band in bands],
     }
     middle = problem.tokens / 2
@@ -177,10 +179,14 @@ def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]
     return [a + slope * (middle - p1) for a, slope in zip(one, line, strict=True)], told
 
 
-def _selection_loops(problem: Problem) -> bool:
-    """Whether `select_blocks` of the whole sequence is a hardware loop."""
+def _loops(problem: Problem, op: str) -> bool:
+    """Whether `select_blocks` or all of NSA, of the whole sequence, runs in hardware loops."""
+    if op == WHOLE:
+        heads = -(-problem.kv_heads // 2)
+        count = fused.instructions(heads, problem.tokens, problem.tokens, WINDOW)
+        return bool(count > plans.load(WHOLE)["looped"]["most_unrolled"])
     tiles = problem.kv_heads * (problem.tokens / 128) * (problem.tokens / 2 / 16 / 128)
-    return bool(tiles > plans.load("select_blocks")["forward"]["unrolled_key_tiles"])
+    return bool(op == "select_blocks" and tiles > plans.load(op)["forward"]["unrolled_key_tiles"])
 
 
 def _per_query(problem: Problem, stage: Stage, position: int, looping: bool) -> list[float]:
@@ -227,15 +233,17 @@ def _cores(lnc: int) -> Iterator[None]:
 
 @contextmanager
 def _looping(looping: bool) -> Iterator[None]:
-    """Inside, `select_blocks` runs as hardware loops, as it does for the whole sequence."""
-    plan: Any = plans.load("select_blocks")
-    before = plan["forward"]
+    """Inside, selection and all of NSA run in hardware loops if the whole sequence does."""
+    selection: Any = plans.load("select_blocks")
+    every: Any = plans.load(WHOLE)
+    before = selection["forward"], every["looped"]
     if looping:
-        plan["forward"] = {**before, "unrolled_key_tiles": -1}
+        selection["forward"] = {**before[0], "unrolled_key_tiles": -1}
+        every["looped"] = {"most_unrolled": -1}
     try:
         yield
     finally:
-        plan["forward"] = before
+        selection["forward"], every["looped"] = before
 
 
 def _saved(stage: Stage, made: Values) -> Values:

@@ -10,7 +10,7 @@ import torch
 from test_neuron_records import assert_equal_programs, assert_static
 
 from nsa_neuron.backends import neuron
-from nsa_neuron.backends.neuron import whole
+from nsa_neuron.backends.neuron import plans, whole
 from nsa_neuron.cases import exact_normal
 from nsa_neuron.ops import get
 from nsa_neuron.ops.nsa_attention import nsa_attention_forward
@@ -233,3 +233,48 @@ def test_a_program_that_no_compiler_takes_is_refused_on_hardware_only(monkeypatc
     bound = get("nsa_attention").bind(problem(96, 300))
     found = [whole.hindrance(bound, mode, 2) for mode in ("hw", "sim")]
     assert found[0].rule == "program" and "about" in found[0].reason and found[1] is None
+
+
+@pytest.fixture
+def looped(monkeypatch):
+    """Calls that can are in hardware loops, however short."""
+    monkeypatch.setitem(plans.load("nsa_attention"), "looped", {"most_unrolled": -1})
+
+
+def turns_of_groups(run: Any) -> list[int]:
+    """Turns of the loop over groups of 128 tokens, of each kv head of a core."""
+    core = run.cores[0]
+    found = []
+    for turns in outermost(core.loops):
+        some = core.instructions[turns[0].first : turns[0].last]
+        if sum(i.opcode == "nonzero_with_count" for i in some) == 2:
+            found.append(len(turns))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "turns", "again"),
+    [
+        (problem(700, 700, num_selected=4, window=100), 3, 0),
+        (problem(150, 900, (8, 2), (80, 33), num_selected=5, window=64), 4, 0),
+        (problem(33, 1100, (16, 1), (192, 128), alike=0.0, num_selected=8, window=256), 2, 0),
+        (problem(70, 1000, (1, 1), block=64, window=1, num_selected=7, scale=-0.2), 2, 0),
+        (problem(40, 17_500, (2, 1), (130, 16), alike=0.0, num_selected=9, num_local=3), 2, 0),
+        (problem(33, 33_000, (1, 1), alike=0.5, num_selected=9, num_initial=3), 2, 0),
+        (sharp_at(problem(80, 800, (4, 1), num_selected=5, window=90), 70), 3, 1),
+    ],
+    ids=["from_0", "kv_heads", "paper", "block_64", "two_chunks", "three_chunks", "unsafe"],
+)
+def test_in_hardware_loops(looped, values, turns, again):
+    """As above, and the turns of the loop: one more than there are groups ends its pipeline."""
+    with recording() as runs:
+        judged.judge("nsa_attention", values, torch.bfloat16)
+    assert [run.kernel for run in runs] == ["forward_looped"] * 3
+    for run in (runs[0], runs[2]):
+        assert set(turns_of_groups(run)) == {turns}
+        assert done_again(run) == [again] * (again > 0)
+        for core in run.cores:
+            assert core.relaxed == []
+            for instruction in core.instructions:
+                assert_static(instruction)
+    assert_equal_programs(*runs[2].cores)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from nsa_neuron import simulator
-from nsa_neuron.backends.neuron import limits, plans, run
+from nsa_neuron.backends.neuron import limits, plans, run, whole
+from nsa_neuron.backends.neuron.launch import nsa_attention as fused
 from nsa_neuron.simulator import ShapeDtype
 from nsa_neuron.simulator.cost.trips import TripCounts
 
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.sim
 
 GROUP, DK, DV = 16, 192, 128
 LENGTHS = (65_536, 1_048_576)
+LENGTHS_OF_WHOLE = (65_536, 262_144)
 BF16, FP32, INT = "bfloat16", "float32", "int32"
 
 
@@ -68,6 +71,54 @@ def test_range_attention(stem, from_start):
         found.append((forward - 3 * -(-tokens // queries // 2048), dq, dkv))
     assert found[0] == found[1]
     assert 1000 < min(found[0]) and max(found[0]) < limits.LOOPED_INSTRUCTIONS
+
+
+class Counted:
+    """Kernels of `nsa_attention` that run on shapes alone, and how long their programs are."""
+
+    # Of either half of a group: chunks without masks (0 to 1), with (0 to 1), whether there are
+    # more blocks, and their turns, 3 to 4; then of a tile that is done again: chunks, twice,
+    # blocks, and the window's tiles from 0 to 1.
+    answers = (*(1, 0, 1, 1, 4) * 2, 1, 1, 1, 1, 0, 1)
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.found: dict[str, int] = {}
+
+    def __getattr__(self, name: str):
+        def launch(*tensors, **constants):
+            kernel = getattr(run.package().load("nsa_attention"), name)
+            asked = TripCounts("one turn", lambda k: self.answers[k])
+            shown = simulator.simulate(kernel[1], data=False, iterations=1, unknown=asked)
+            shapes = (ShapeDtype(tuple(x.shape), str(x.dtype)[6:]) for x in tensors)
+            shown(*shapes, **constants)
+            self.found[name] = len(shown.run.cores[0].instructions)
+            return (torch.empty(1, self.tokens + 4096, GROUP, DV, device="meta"),)
+
+        return launch
+
+
+def test_nsa_attention():
+    """With its unrolled first tiles, both loops over chunks, long lists, and tiles done again."""
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    plan = {**plans.load("nsa_attention"), "looped": {"most_unrolled": 0}}
+    sizes = []
+    for tokens in LENGTHS_OF_WHOLE:
+        values = {"q": meta(1, tokens, GROUP, DK), "gates": meta(1, tokens, GROUP, 3)}
+        for branch, keys in (("cmp", (tokens - 32) // 16 + 1), ("slc", tokens), ("win", tokens)):
+            values[f"k_{branch}"] = meta(1, keys, 1, DK)
+            values[f"v_{branch}"] = meta(1, keys, 1, DV)
+        counted = Counted(tokens)
+        fused.forward(
+            counted, plan, **values, block=32, stride=16, select_block=64, num_selected=16,
+            num_initial=1, num_local=2, window=512, scale=0.07,
+        )  # fmt: skip
+        assert list(counted.found) == ["forward_looped"]
+        sizes += counted.found.values()
+    assert 10_000 < sizes[0] and max(sizes) < whole.LOOPED_INSTRUCTIONS
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])

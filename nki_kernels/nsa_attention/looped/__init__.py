@@ -1,4 +1,22 @@
-"""The same in a hardware loop, for lengths whose unrolled programs no compiler takes."""
+"""The same in a hardware loop, for lengths whose unrolled programs no compiler takes.
+
+Tiles before the loop's first group, where blocks are few, are unrolled as in the other kernel; they
+come behind it, since the first turns of the loop write rows before its first tile. Modules:
+`groups`, the loop and its order; `chunks`, the compressed branch in an inner loop; `scores`, what
+its shares make of blocks; `lists`, what queries chose; `rest`, the window and the selected branch;
+`sizes`.
+
+What differs: shares wait in HBM for their rows' sums (SBUF has no room for those of four tiles, and
+no compute engine writes to run-time addresses), and are summed over heads beside the next pair's
+products; listed blocks come by rows only, 48 at once, those of longer lists in an inner loop, so no
+tile is `crowded`; a list is made by one instruction of GpSimd.
+
+Modelled as the other, ns per (query, kv head): 1,900 at 52K and 3,950 at 207K, where the unrolled
+program takes 1,407 and 3,442. Chunks of 1,024 compressed keys are visited whole: at 52K a fifth of
+that work, at 207K 3 %. Of a group at 207K, 506 us: PE 453, VectorE 398, ScalarE 342, the queue of
+sync 336. Weighed: chunks of 512 keys (300 ns of every engine per turn, and six DMAs of 1.6 us);
+sums of products kept in PSUM over the loop (AWS's compiler is reported to refuse it).
+"""
 
 import nki
 import nki.language as nl
@@ -37,16 +55,17 @@ def forward_looped(
             CHUNK tiles, as many as there are blocks that are ranked, and one.
         near: [LANES, tiles of keys + 1, 128, columns], see `rest.Rest`.
         turns: int32 [groups + 1, 4], of either half of a group: chunks that all of its queries see,
-            and in all. starts: float32 [groups + 2, 4], of the next pair, see `chunks.Chunks.begin`;
-            and the last block that the pair before may choose; in the last row of the first pair.
+            and in all.
+        starts: float32 [groups + 2, 4]: of the next pair, see `chunks.Chunks.begin`; and the last
+            block that the pair before may choose; in the last row of the first pair.
         begin: group of 128 tokens, of all, that the loop begins with.
     """
     lanes = q_t.shape[0]
     kv_heads, groups = lanes // batch, turns.shape[0] - 1
     dv, slots = v_cmp.shape[2] - 1, slot_keys.shape[0]
-    sizes = (group, block, count, initial, local, window, slots, by_rows, past)
-    geometry = Geometry(*sizes, tokens)
-    before = Geometry(*sizes, min(tokens, TOKENS * begin))
+    geometry = Geometry(group, block, count, initial, local, window, slots, by_rows, past, tokens)
+    short = min(tokens, TOKENS * begin)
+    before = Geometry(group, block, count, initial, local, window, slots, by_rows, past, short)
     first = (TOKENS * begin - before.first) // QUERIES
     before.tiles = first
     before.behind = geometry.tiles = geometry.behind = first + GROUP * groups

@@ -223,7 +223,8 @@ def sources_of(q_t, gates, shifts, queries):
 
 def copy_all(targets, sources, copy):
     """Copies; a source with as many rows as half of the partitions hold goes to both halves."""
-    for target, source in zip(targets, sources):
+    for i in range(len(targets)):
+        target, source = targets[i], sources[i]
         rows = source.shape[0]
         if rows == target.shape[0]:
             copy(target, source)

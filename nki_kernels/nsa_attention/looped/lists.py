@@ -87,7 +87,8 @@ class Lists(nl.NKIObject):
     """The pair whose lists are in the making.
 
     Attributes:
-        ones: [128, pair, pair * 16] bfloat16, 1 in a tile's column. masks: of each tile. lists: as `Chosen.lists`, in every 16th row.
+        ones: [128, pair, pair * 16] bfloat16, 1 in a tile's column. masks: of each tile.
+        lists: as `Chosen.lists`, in every 16th row.
         eights, tokens: [128, GROUPS_OF_ROWS] int32: 8, and the token that a lane's row begins with.
     """
 

@@ -135,7 +135,9 @@ class Scores(nl.NKIObject):
             into = before[lanes, 1:].reshape_dim(1, (granules, GRANULE))
             nisa.dma_copy(into, own[:, :, WHOLE:EXTRA])
             if c > 0:
-                nisa.dma_copy(before[lanes, 0:1], by_granule[c * granules - 1, :, EXTRA - 1 : EXTRA])
+                nisa.dma_copy(
+                    before[lanes, 0:1], by_granule[c * granules - 1, :, EXTRA - 1 : EXTRA]
+                )
         return scores.reshape((128, self.width)), before
 
     def reach(self, near):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nsa_neuron.backends.neuron import plans
+from nsa_neuron.backends.neuron.launch import nsa_attention as fused
 from nsa_neuron.backends.neuron.limits import MOST_INSTRUCTIONS
 from nsa_neuron.registry import Unsupported
 
@@ -25,10 +27,9 @@ MOST_BLOCKS = 4096
 MOST_TAKEN = 32
 """Selected blocks of a query; a list for 32 queries has 48 places."""
 
-QUERIES = 32  # of a tile
-
-OF_LANE, OF_TILE, OF_KEYS = 3_500, 390, 19
-"""Instructions of a kv head, of a tile of 32 queries, and of one against 128 keys."""
+LOOPED_INSTRUCTIONS = 16_000
+"""Of the looped kernel for a kv head, at most, whatever the length
+(`tests/neuron/test_neuron_programs.py` counts them)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def _selection(bound: Bound) -> Unsupported | None:
 
 def _program(bound: Bound, mode: str, cores: int) -> Unsupported | None:
     """The simulator takes any program, in time."""
-    count = instructions(bound, cores)
+    lanes = math.ceil(bound["B"] * bound["Hkv"] / cores)
+    count = lanes * LOOPED_INSTRUCTIONS if loops(bound) else instructions(bound, lanes)
     if mode == "sim" or count <= MOST_INSTRUCTIONS:
         return None
     reason = (
@@ -90,11 +92,16 @@ def _program(bound: Bound, mode: str, cores: int) -> Unsupported | None:
     return Unsupported("program", reason)
 
 
-def instructions(bound: Bound, cores: int) -> int:
-    """About how many instructions the kernel has on a core: it is unrolled over tiles of queries
-    and of compressed keys (`tests/neuron/test_neuron_nsa_attention.py` counts them)."""
-    tiles = bound["S"] / QUERIES + 1
-    keys = (bound["T"] - bound["S"] / 2) / bound["d"] / 128  # tiles of them, on average
-    near = bound["w"] / 128 + 1
-    lanes = math.ceil(bound["B"] * bound["Hkv"] / cores)
-    return int(lanes * (OF_LANE + tiles * (OF_TILE + OF_KEYS * (keys + near))))
+def loops(bound: Bound) -> bool:
+    """Whether the kernel runs in hardware loops over queries and compressed keys."""
+    forced = (bound.scalars["num_initial"], bound.scalars["num_local"])
+    sizes = (bound["B"] * bound["Hkv"], bound["S"], bound["T"])
+    return (
+        fused.loop_of(plans.load(FUSED), sizes, bound["l"], bound["n"], forced, bound["w"])
+        is not None
+    )
+
+
+def instructions(bound: Bound, lanes: int) -> int:
+    """About how many the unrolled kernel has for so many kv heads of batch rows."""
+    return fused.instructions(lanes, bound["S"], bound["T"], bound["w"])

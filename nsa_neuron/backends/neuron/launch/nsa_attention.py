@@ -61,10 +61,8 @@ def forward(
     batch, queries, heads, _ = q.shape
     tokens, kv_heads = k_slc.shape[1], k_slc.shape[2]
     group, past = heads // kv_heads, tokens - queries
-    loop = None
-    shape = (batch * kv_heads, queries, tokens, window)
-    if instructions(*shape) > plan["looped"]["most_unrolled"]:
-        loop = Loop.of(past, tokens, block, num_selected, num_initial, num_local, window)
+    sizes, forced = (batch * kv_heads, queries, tokens), (num_initial, num_local)
+    loop = loop_of(plan, sizes, block, num_selected, forced, window)
     end = loop.end if loop else tokens
     q, scale = positive_scale(q, scale)
     before = past % (TOKENS if loop and past >= TOKENS * loop.begin else QUERIES)
@@ -121,6 +119,23 @@ def instructions(lanes: int, queries: int, tokens: int, window: int) -> int:
     keys = (tokens - queries / 2) / STRIDE / KEYS  # tiles of them, on average
     near = window / KEYS + 1
     return int(lanes * (OF_LANE + tiles * (OF_TILE + OF_KEYS * (keys + near))))
+
+
+def loop_of(
+    plan: Plan, sizes: tuple[int, int, int], block: int, count: int, forced: tuple[int, int],
+    window: int,
+) -> Loop | None:  # fmt: skip
+    """The loop of a call, if it has one: unrolled, its program for one of two cores would have too
+    many instructions. So one and two cores do the same.
+
+    Args:
+        sizes: kv heads of all batch rows, S, T. block: l. count: n. forced: num_initial, num_local.
+    """
+    lanes, queries, tokens = sizes
+    longest = plan["looped"]["most_unrolled"]
+    if instructions(-(-lanes // 2), queries, tokens, window) <= longest:
+        return None
+    return Loop.of(tokens - queries, tokens, block, count, *forced, window)
 
 
 @dataclass(frozen=True)
@@ -201,7 +216,8 @@ def _chunks(k: Tensor, v: Tensor, count: int) -> Tensor:
     """Compressed keys and values by half chunks, [B * Hkv, count + 1, 2, 128, columns]."""
     keys = (count + 1) * OF_CHUNK
     k, v = (_longer(x, keys - x.shape[1]) for x in (k, v))
-    return _packed(k, v, OF_CHUNK // 2 // KEYS).unflatten(1, (-1, 2))
+    halves: Tensor = _packed(k, v, OF_CHUNK // 2 // KEYS).unflatten(1, (-1, 2))
+    return halves
 
 
 def _packed(k: Tensor, v: Tensor, size: int) -> Tensor:
@@ -222,7 +238,8 @@ def _packed(k: Tensor, v: Tensor, size: int) -> Tensor:
         for tile in range(size):
             by_half[:, :, tile % 2, :rest, tile // 2] = k_t[:, :, low:, tile]
     lower = F.pad(k_t[:, :, :low].flatten(3), (0, 0, 0, KEYS - low))
-    return torch.cat((lower, upper, rows.transpose(2, 3).flatten(3)), -1).contiguous()
+    packed: Tensor = torch.cat((lower, upper, rows.transpose(2, 3).flatten(3)), -1)
+    return packed
 
 
 def _keys(k: Tensor, run: int) -> Tensor:

@@ -60,7 +60,7 @@ def close(values: dict, o: torch.Tensor) -> None:
 def test_one_head_of_a_core_is_as_right_as_several(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel with keys on the partitions, beside the one with heads on them."""
+    """The kernel with tokens and heads on the partitions, beside the one with heads on them."""
     values, taken = a_named(name, dtype), []
     real = single.Call.run
     monkeypatch.setattr(single.Call, "run", lambda *a, **k: taken.append(1) or real(*a, **k))
@@ -81,6 +81,22 @@ def test_any_case_of_one_head(case: Case, page: int) -> None:
     options = {"tokens": case.options["tokens"][:1], "pages": (ratio * 4, 1, page)}
     values = SPEC.arguments(replace(case, sizes=sizes, options=options), torch.float32)
     close(values, launched(values))
+
+
+@examples(8)
+@given(a_case(), st.sampled_from([32, 96, 192]))
+def test_keys_that_dma_turns_are_those_that_tensor_engine_turns(case: Case, dk: int) -> None:
+    """A key's channels begin at any quarter of the partitions; rows hold one or two kv heads."""
+    ratio = case.scalars["select_block"] // case.scalars["stride"]
+    sizes = {**case.sizes, "B": 1, "S": 1, "Dk": dk}
+    options = {"tokens": case.options["tokens"][:1], "pages": (ratio * 4, 4, 8)}
+    scalars = {**case.scalars, "num_selected": 127}  # rows of whole blocks
+    case = replace(case, sizes=sizes, options=options, scalars=scalars)
+    values = SPEC.arguments(case, torch.bfloat16)
+    o = launched(values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(single.Call, "by_dma", False)
+        torch.testing.assert_close(o, launched(values), rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("dims", [(130, 33), (192, 128)])

@@ -129,7 +129,12 @@ class ByteLanguageModel(CheckedModule):
     ) -> Tensor:
         """States `[B, S, dim]` behind the first `layers` blocks (default: all)."""
         self._check(tokens, step)
-        x: Tensor = self.embedding(tokens)
+        try:
+            x: Tensor = self.embedding(tokens)
+        except IndexError:
+            found = f"from {int(tokens.min())} to {int(tokens.max())}"
+            expected = f"bytes, from 0 to {self.VOCABULARY - 1}"
+            raise InvalidArgument("forward", "tokens", found, expected) from None
         for i, block in enumerate(self.blocks[:layers]):
             x = self.run_block(block, x, cu_seqlens, None if step is None else step.layers[i])
         return x

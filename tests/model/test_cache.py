@@ -226,6 +226,7 @@ def enter(cache, *args):
         (lambda n, c: c.fork(0, 2), InvalidArgument, "from 0 to 1"),
         (lambda n, c: c.reorder([0, 2]), InvalidArgument, r"within 0 \.\. 1"),
         (lambda n, c: fed(n, TOKENS[:1, :3], [3], c), InvalidArgument, "of 1 sequences"),
+        (lambda n, c: fed(n, TOKENS[:, :3] + 256, [3], c), InvalidArgument, "bytes, from 0 to 255"),
         (lambda n, c: fed(n.float(), TOKENS[:, :3], [3], c), InvalidType, "torch.float64"),
         (lambda n, c: fed(model(("nsa",)), TOKENS[:, :3], [3], c), InvalidArgument, "4 layers"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,9 +14,21 @@ from nsa_neuron.nn.checkpoint import SHIPPED, load_checkpoint
 
 
 @pytest.fixture(scope="module")
-def result():
+def ran():
+    """The demo's result, and the warnings that it gave."""
     torch._dynamo.reset()
-    return demo.run(prompt=700, options={"rest": "eager"})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        return demo.run(prompt=700, options={"rest": "eager"}), [str(w.message) for w in told]
+
+
+@pytest.fixture(scope="module")
+def result(ran):
+    return ran[0]
+
+
+def test_nothing_is_warned_of(ran):
+    assert ran[1] == []
 
 
 def test_the_document_is_real_english():

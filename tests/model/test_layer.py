@@ -337,6 +337,8 @@ def test_a_state_dict_with_rows_by_set_is_refused_and_can_be_turned():
             "on cpu like the layer",
         ),
         (lambda net: net(bytes_of(1, 0)), InvalidArgument, "S at least 1"),
+        (lambda net: net(torch.tensor([[7, 256]])), InvalidArgument, "from 7 to 256; it must be"),
+        (lambda net: net(torch.tensor([[7, -1]])), InvalidArgument, "from -1 to 7; it must be"),
         (lambda net: net(bytes_of(1, 30)), InvalidArgument, "max_positions = 20"),
         (lambda net: attention_of(net)(torch.zeros(1, 5, 8)), InvalidArgument, "dim = 16"),
         (lambda net: next_token_loss(net(bytes_of(1, 1)), bytes_of(1, 1)), InvalidArgument, "2"),

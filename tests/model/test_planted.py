@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from tiny import model
 from nsa_neuron import demo, planted
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn.checkpoint import RECALL, load_checkpoint
+from nsa_neuron.training import evaluate
+from nsa_neuron.training.presets import task_of
 
 NET = model(("nsa", "nsa"), torch.float32)
 
@@ -46,6 +49,13 @@ def test_the_shipped_model_finds_facts_that_windows_cannot_reach():
     found = [planted.plant(net, demo.document()[:4096], seed=seed) for seed in range(3)]
     reach = len(net.kinds) * net.config.window
     assert all(a.asked - a.place > reach for one in found for a in one.answers)
-    assert sum(one.right for one in found) >= 20  # of 24
+    assert sum(one.right for one in found) >= 22  # of 24
     picked = [a for one in found for a in one.answers if a.seen]
     assert len(picked) >= 12
+
+
+def test_the_shipped_model_recalls_at_twice_the_longest_text_of_its_first_runs():
+    """Its card says 99 % with 8,192 bytes; windows are at chance, one in thirteen."""
+    net, _ = load_checkpoint(RECALL)
+    task = replace(task_of("needle"), rounds=1, near=len(net.kinds) * net.config.window)
+    assert evaluate(net, task, 4, 8192)["accuracy"] >= 0.95  # 31 of 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, settings
@@ -18,12 +19,20 @@ settings.register_profile(
 )
 settings.load_profile("nsa")
 
+gc.disable()  # until all tests are collected: what importing makes stays
 try:
     import torch
 except ImportError:  # the simulator's tests run without torch
     pass
 else:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Takes modules and tests from the collector, which would walk through them again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -53,15 +53,17 @@ def is_type_checking(node: ast.AST) -> bool:
 
 def walk(node: ast.AST, while_importing: bool = False) -> Iterator[ast.AST]:
     """All nodes; or those that run while the module is imported, so none for type checkers."""
+    if not while_importing:
+        yield from ast.walk(node)
+        return
     for child in ast.iter_child_nodes(node):
-        if while_importing and (
-            is_type_checking(child) or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-        ):
-            continue
-        yield child
-        yield from walk(child, while_importing)
+        function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not (function or is_type_checking(child)):
+            yield child
+            yield from walk(child, while_importing)
 
 
+@cache
 def imports(path: Path, own: str, while_importing: bool = False) -> set[str]:
     """Dotted names that a file imports; `from a import b` is `a.b`."""
     names = set()
@@ -207,6 +209,7 @@ def test_a_planted_circle_is_found(how: str, tmp_path: Path) -> None:
         (folder / f"{name}.py").write_text(text)
     assert circle(tmp_path) == ""
     modules.cache_clear()
+    imports.cache_clear()
     (folder / "c.py").write_text(PLANTED[how])
     assert circle(tmp_path) == "nsa_neuron.a -> nsa_neuron.b -> nsa_neuron.c -> nsa_neuron.a"
 

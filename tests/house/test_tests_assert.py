@@ -23,28 +23,33 @@ def functions() -> list[tuple[str, ast.FunctionDef]]:
     ]
 
 
-def judges(function: ast.FunctionDef) -> bool:
-    """Whether it asserts by itself."""
+def called(function: ast.expr) -> list[str]:
+    """The parts of the dotted name that is called."""
+    names = []
+    while isinstance(function, ast.Attribute):
+        names.append(function.attr)
+        function = function.value
+    return [*names, function.id] if isinstance(function, ast.Name) else names
+
+
+def looked_at(function: ast.FunctionDef) -> tuple[bool, set[str]]:
+    """Whether it asserts by itself, and the names that it calls or hands on."""
+    judges, used = False, set()
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
-            return True
-        if isinstance(node, ast.Call) and any(j in ast.unparse(node.func) for j in JUDGES):
-            return True
-    return False
-
-
-def used(function: ast.FunctionDef) -> set[str]:
-    """Names that it calls or hands on."""
-    calls = {
-        node.func.attr
-        for node in ast.walk(function)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    }
-    return calls | {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+            judges = True
+        elif isinstance(node, ast.Name):
+            used.add(node.id)
+        elif isinstance(node, ast.Call):
+            names = called(node.func)
+            judges |= any(judge in name for judge in JUDGES for name in names)
+            if isinstance(node.func, ast.Attribute):
+                used.add(node.func.attr)
+    return judges, used
 
 
 def test_every_test_asserts():
-    known = [(path, f.name, judges(f), used(f)) for path, f in functions()]
+    known = [(path, f.name, *looked_at(f)) for path, f in functions()]
     asserting = {name for _, name, does, _ in known if does}
     while more := {name for _, name, _, uses in known if uses & asserting} - asserting:
         asserting |= more

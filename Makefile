@@ -26,7 +26,9 @@ install: $(STAMP) ## virtual environment with everything (torch: a CPU build)
 demo: $(STAMP) ## the main job: NSA on a real text (ARGS='--target trn2 --mode sim')
 	$(BIN)/nsa demo --page out/demo.html $(ARGS)
 
-# Tests start a hundred processes, each of which would compile this project's modules anew.
+# A worker for each core: with threads of BLAS as well, each waits for cores that others keep busy.
+# A hundred processes start, each of which would compile this project's modules anew.
+test test-fast: export OMP_NUM_THREADS = 1
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: test

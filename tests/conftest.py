@@ -1,8 +1,9 @@
-"""Settings of the whole suite: one torch thread, repeatable property tests, slow files first."""
+"""Settings of the whole suite: one thread, repeatable property tests, slow files first."""
 
 from __future__ import annotations
 
 import gc
+import os
 from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, settings
@@ -19,6 +20,7 @@ settings.register_profile(
 )
 settings.load_profile("nsa")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's and children's; as `make test` has it
 gc.disable()  # until all tests are collected: what importing makes stays
 try:
     import torch

@@ -11,13 +11,14 @@ reuses space as late as it can).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ..memory.allocation import access_at
 from ..run.coverage import Coverage
 from .loops import allocated_once, gates
-from .storage import NOBODY, Region, Relations, Space, Spares, Storage
-from .timeline import Cause
+from .space import Space
+from .storage import NOBODY, Addressed, Patterns, Region, Relations, Spares, Storage, users_of
+from .timeline import SHIFT, Cause
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
     from ..issue.record import CoreTrace, Instruction
     from ..machine.trn2 import Machine
     from ..memory.allocation import Access, Allocation
-    from ..memory.layout import Form, Place
+    from ..memory.layout import Form
 
 RAW, WAR, WAW = int(Cause.RAW), int(Cause.WAR), int(Cause.WAW)
 SPACE, EDGE = int(Cause.SPACE), int(Cause.EDGE)
 LOAD = "register_load"
-SHIFT = 3  # a dependency is (producer << SHIFT) | cause
-
+_RAW_TO_WAW = WAW - RAW
 _MANY = 4  # dependencies worth thinning out
 
 
@@ -55,7 +55,7 @@ class Tracker:
         self.pair = pair
         self.relations = Relations()
         self.spares = Spares()
-        self.first: dict[Allocation, Region] = {}  # of each tensor that is ever written
+        self.used: dict[Allocation, Patterns] = {}  # of tensors that an instruction writes
         self.arenas = {buffer: Storage(self.relations) for buffer in ("sbuf", "psum")}
         used = {a.form for a in trace.allocations if a.last_use >= 0}
         self.spaces = {
@@ -63,46 +63,43 @@ class Tracker:
             "psum": Space(_shared_out(used, "psum", machine), machine.psum_bank_bytes, machine),
         }
         self.indexed = trace.indexed
-        self._everywhere: dict[Place, Place] = {}
-        self._dead: list[Allocation] = []  # in the instruction looked at
+        self._gates = gates(trace, lanes)
+        self._loads: dict[int, list[int]] = {}  # what waits for a register waits for its source
         self._fences: list[int] = []
         self._shared_users: dict[int, int] = {}
 
     def run(self) -> list[list[int]]:
         """Dependencies of each instruction, as `producer << SHIFT | cause`."""
-        first, lanes, in_order = self.first, self.lanes, self.in_order
-        dead, sync = self._dead, self.in_order - 1
-        once = allocated_once(self.trace)
-        accesses, self.indexed = once or (None, self.trace.indexed)
-        gated = gates(self.trace, lanes)
-        loads: dict[int, list[int]] = {}  # what waits for a register waits for its source
+        used, lanes, in_order, gated = self.used, self.lanes, self.in_order, self._gates
+        accesses, self.indexed = allocated_once(self.trace) or (None, self.trace.indexed)
+        sync, pair = in_order - 1, self.pair
+        dead: list[Allocation] = []  # in the instruction looked at
         result: list[list[int]] = []
         for me, i in enumerate(self.trace.instructions):
             lane = lanes[me]
             deps: list[int] = []
-            writes, reads = (i.writes, i.reads) if accesses is None else accesses[me]
+            if accesses is None:
+                writes, reads = i.writes, i.reads
+            else:
+                writes, reads = accesses[me]
             if lane == sync and i.opcode == LOAD:
-                loads[me] = self._load(reads[0], me, lane)
+                self._loads[me] = self._load(reads[0], me)
                 result.append(deps)
                 continue
             for access in reads:
                 allocation = access.allocation
-                region = first.get(allocation)
-                if region is None:
+                try:
+                    region = used[allocation][access.place]
+                except KeyError:
                     if not allocation.written:
                         continue  # an input nobody writes
-                    region = self._new_tensor(access, lane, deps)
-                elif region.place is not access.place:
-                    others = region.others
-                    if others is None or access.place not in others:
-                        region = self._pattern(region, access)
-                    else:
-                        region = others[access.place]
+                    region = self._first_use(access, me, lane, deps)
                 if region.writer >= 0:
-                    deps.append(region.writer << SHIFT | RAW)
-                for other in region.near:
-                    if other.writer >= 0:
-                        deps.append(other.writer << SHIFT | RAW)
+                    deps.append(region.writer)
+                if region.near:  # few have neighbours, and a loop over none has its price
+                    for other in region.near:
+                        if other.writer >= 0:
+                            deps.append(other.writer)
                 reader = region.reader
                 if reader < 0 or (lane < in_order and lanes[reader] == lane):
                     region.reader = me
@@ -112,102 +109,77 @@ class Tracker:
                     dead.append(allocation)
             for access in writes:
                 allocation = access.allocation
-                region = first.get(allocation)
-                if region is None:
-                    region = self._new_tensor(access, lane, deps)
-                elif region.place is not access.place:
-                    others = region.others
-                    if others is None or access.place not in others:
-                        region = self._pattern(region, access)
-                    else:
-                        region = others[access.place]
-                if not region.written:
-                    region.written = True
-                    if region.storage is not None:
-                        region.storage.write(region)
-                writer, reader, near = region.writer, region.reader, region.near
-                region.writer = me
-                if writer >= 0 or reader >= 0 or near:
-                    # A queue runs its transfers in order: where a run-time address only may be
-                    # that of an earlier one, it does not wait for that to be complete.
-                    own = lane if lane < in_order or access.place.dynamic else -1
-                    if writer >= 0 and lanes[writer] != own:
-                        deps.append(writer << SHIFT | WAW)
-                    if reader >= 0:
-                        if reader != me and lanes[reader] != own:
-                            deps.append(reader << SHIFT | WAR)
-                        region.reader = -1
-                        if region.readers:
-                            for reader in region.readers:
-                                if reader != me and lanes[reader] != own:
-                                    deps.append(reader << SHIFT | WAR)
-                            region.readers = NOBODY
-                    if near:
-                        self._write_near(region, me, own, deps)
+                if allocation in used:
+                    region = used[allocation][access.place]
+                else:
+                    region = self._first_use(access, me, lane, deps)
+                if region.writer >= 0 or region.reader >= 0 or region.near or not region.written:
+                    self._overwrite(region, me, lane, deps)
+                region.writer = me << SHIFT | RAW
                 if allocation.last_use == me:
                     dead.append(allocation)
             if dead:
-                self._release()
-            if me in gated:
-                for load in gated[me]:
-                    deps += loads.get(load, ())
-            if i.after:
-                for e in i.after:
-                    if e.opcode == LOAD:
-                        deps += loads.get(e.index, ())
-                    else:
-                        deps.append(e.index << SHIFT | EDGE)
-            if self.pair:
-                self._order_cores(i, me, lane, deps)
-            if lane == 0:
-                for d in deps:
-                    if not lanes[d >> SHIFT]:
-                        deps = [d for d in deps if lanes[d >> SHIFT]]
-                        break
-            if len(deps) > _MANY:
-                deps = self._latest(deps)
-            result.append(deps)
+                self._release(dead)
+                dead.clear()
+            if i.after or pair or me in gated:
+                self._wait_in_order(i, me, lane, deps)
+            result.append(deps if len(deps) <= _MANY else self._latest(deps))
         return result
 
-    def _load(self, access: Access, me: int, lane: int) -> list[int]:
+    def _load(self, access: Access, me: int) -> list[int]:
         """What a register load waits for; it takes no time, what uses the register does."""
-        allocation, deps = access.allocation, list[int]()
-        region = self.first.get(allocation)
-        if region is None:
-            return deps  # an input nobody writes
-        if region.place is not access.place:
-            region = self._pattern(region, access)
-        writers = (region.writer, *(other.writer for other in region.near))
-        deps += [writer << SHIFT | RAW for writer in writers if writer >= 0]
+        allocation = access.allocation
+        patterns = self.used.get(allocation)
+        if patterns is None:
+            return []  # an input nobody writes
+        region = patterns[access.place]
+        deps = [r.writer for r in (region, *region.near) if r.writer >= 0]
         if allocation.last_use == me:
-            self._dead.append(allocation)
-            self._release()
+            self._release([allocation])
         return deps
 
     def _latest(self, deps: list[int]) -> list[int]:
         """Drop what an in-order lane's later instruction implies; the latest first."""
         lanes, in_order = self.lanes, self.in_order
         deps.sort(reverse=True)
-        latest: list[int] = []
-        seen, last = 0, -1
+        latest: dict[int, int] = {}
         for code in deps:
-            if code == last:
-                continue
-            last = code
             lane = lanes[code >> SHIFT]
-            if lane < in_order:
-                if seen >> lane & 1:
-                    continue
-                seen |= 1 << lane
-            latest.append(code)
-        return latest
+            key = lane if lane < in_order else ~code
+            if key not in latest:
+                latest[key] = code
+        return list(latest.values())
 
-    def _write_near(self, region: Region, me: int, own: int, deps: list[int]) -> None:
+    def _overwrite(self, region: Region, me: int, lane: int, deps: list[int]) -> None:
+        """WAW and WAR of a write, on its own pattern and on those that it meets."""
+        if not region.written:
+            region.written = True
+            if region.storage is not None:
+                region.storage.write(region)
+        lanes = self.lanes
+        # A queue runs its transfers in order: where a run-time address only may be that of an
+        # earlier one, it does not wait for that to be complete.
+        own = lane if lane < self.in_order or region.place.dynamic else -1
+        if region.writer >= 0 and lanes[region.writer >> SHIFT] != own:
+            deps.append(region.writer + _RAW_TO_WAW)
+        if region.reader >= 0:
+            if region.reader != me and lanes[region.reader] != own:
+                deps.append(region.reader << SHIFT | WAR)
+            region.reader = -1
+            if region.readers:
+                for reader in region.readers:
+                    if reader != me and lanes[reader] != own:
+                        deps.append(reader << SHIFT | WAR)
+                region.readers = NOBODY
+        if region.near:
+            self._overwrite_near(region, me, own, deps)
+
+    def _overwrite_near(self, region: Region, me: int, own: int, deps: list[int]) -> None:
         """WAW and WAR of a write on the neighbours; `own` is its lane if it needs none on that."""
         lanes = self.lanes
         for r in region.near:
-            if r.writer >= 0 and lanes[r.writer] != own:
-                deps.append(r.writer << SHIFT | WAW)
+            if r.writer >= 0 and lanes[r.writer >> SHIFT] != own:
+                deps.append(r.writer + _RAW_TO_WAW)
             if r.reader >= 0:
                 for reader in (r.reader, *r.readers):
                     if reader != me and lanes[reader] != own:
@@ -216,90 +188,51 @@ class Tracker:
             r.writer = r.reader = -1
             r.readers = NOBODY
 
-    def _new_tensor(self, access: Access, lane: int, deps: list[int]) -> Region:
-        """The region of the first access to a tensor, which takes its room."""
+    def _first_use(self, access: Access, me: int, lane: int, deps: list[int]) -> Region:
+        """Begin to follow a tensor, which takes its room; return the region of the access."""
         allocation = access.allocation
-        form = allocation.form
-        if form.address is not None:
-            region = self._addressed(self._region(access))
-        elif not form.on_chip:
-            region = self._region(access)
-        else:
-            kept = self.spares.get(access.place)
-            region = kept.pop() if kept else self._region(access)
-            space = self.spaces[form.buffer]
-            space.free -= space.size[form]
+        kept = self.spares.get(access.place)
+        patterns = self.used[allocation] = kept.pop() if kept else self._patterns(access)
+        space = patterns.space
+        if space is not None:
+            space.free -= patterns.size
             if space.free < 0:
-                own = lane if lane < self.in_order else -1
+                lanes, own = self.lanes, lane if lane < self.in_order else -1
                 for user in space.reclaim():
-                    if self.lanes[user] != own:
+                    if user != me and lanes[user] != own:  # it may read an address from there
                         deps.append(user << SHIFT | SPACE)
-        self.first[allocation] = region
-        return region
+        return patterns.first
 
-    def _region(self, access: Access) -> Region:
-        """A region of its own; where it is known at run time only, as far as bytes go."""
-        region = Region(access, access.place)
-        if access.place.dynamic:
-            region.access = self._anywhere(access)
-        return region
+    def _patterns(self, access: Access) -> Patterns:
+        """The patterns of a tensor of a kind that was not used before."""
+        form = access.allocation.form
+        if form.address is not None:
+            return Addressed(access, self.relations, self.arenas[form.buffer])
+        patterns = Patterns(access, self.relations)
+        if form.on_chip:
+            patterns.space = space = self.spaces[form.buffer]
+            patterns.size = space.size[form]
+        return patterns
 
-    def _pattern(self, first: Region, access: Access) -> Region:
-        """The region of an access to a tensor that was first accessed by another pattern."""
-        place = access.place
-        known = first.others
-        if known is not None and place in known:
-            return known[place]
-        if access.allocation.address is not None:
-            if known is None:
-                known = first.others = {}
-            region = known[place] = self._addressed(self._region(access))
-            return region
-        owner = first.access.allocation
-        if owner is not access.allocation:  # patterns are compared within the one that lent them
-            access = access_at(owner, place)
-        region = self._region(access)
-        storage = first.storage or Storage.of_tensor(first, self.relations)
-        return storage.add(place, region)
-
-    def _addressed(self, region: Region) -> Region:
-        """The region of these bytes of a memory, whichever tensor's they are."""
-        allocation, place = region.access.allocation, region.place
-        arena = self.arenas[allocation.buffer]
-        key = allocation.address, allocation.shape, place.layout, place.start, place.dynamic
-        return arena.regions.get(key) or arena.add(key, region)
-
-    def _anywhere(self, access: Access) -> Access:
-        """A run-time index may touch all of the tensor: the compiler must assume it does."""
-        allocation, place = access.allocation, access.place
-        whole = self._everywhere.get(place)
-        if whole is None:
-            whole = self._everywhere[place] = place.anywhere(allocation.form)
-        return access_at(allocation, whole)
-
-    def _release(self) -> None:
+    def _release(self, dead: Iterable[Allocation]) -> None:
         """Tensors were used for the last time: others may have their room.
 
         What is known of them is dropped, so that memory stays small, but for those that addresses
         are still read from.
         """
-        for allocation in self._dead:
-            form = allocation.form
-            if not form.on_chip or form.address is not None:
-                continue
-            first = self.first.pop(allocation, None)
-            if first is None:
-                continue  # twice an operand of its last instruction
-            space = self.spaces[form.buffer]
+        for allocation in dead:
+            patterns = self.used.get(allocation)
+            if patterns is None or patterns.space is None:
+                continue  # twice an operand of its last instruction; not placed by the compiler
+            released = patterns.space.released
             if allocation not in self.indexed:
                 # Who used it is found now: when its room is taken, they have long left the cache.
-                space.released.append((space.size[form], self.spares.keep(first), ()))
-                continue
-            self.first[allocation] = first
-            if not first.released:
-                first.released = True
-                space.lend(allocation, first)
-        self._dead.clear()
+                del self.used[allocation]
+                released.append((patterns.size, self.spares.keep(patterns), None))
+            elif not patterns.lent:
+                patterns.lent = True
+                regions = (patterns.first,) if len(patterns) == 1 else patterns.values()
+                released.append((patterns.size, (), partial(users_of, regions)))
 
     def _note(self, region: Region, me: int, lane: int) -> None:
         """Add a reader beside the first; in-order lanes need only their latest."""
@@ -313,6 +246,21 @@ class Tracker:
                     readers[k] = me
                     return
         readers.append(me)
+
+    def _wait_in_order(self, i: Instruction, me: int, lane: int, deps: list[int]) -> None:
+        """What orders instructions beside the bytes: loops, `depends_on`, the other core."""
+        loads = self._loads
+        for load in self._gates.get(me, ()):
+            deps += loads.get(load, ())
+        for e in i.after:
+            if e.opcode == LOAD:
+                deps += loads.get(e.index, ())
+            else:
+                deps.append(e.index << SHIFT | EDGE)
+        if self.pair:
+            self._order_cores(i, me, lane, deps)
+        if not lane:  # TensorE never waits for itself
+            deps[:] = [d for d in deps if self.lanes[d >> SHIFT]]
 
     def _order_cores(self, i: Instruction, me: int, lane: int, deps: list[int]) -> None:
         """Meetings wait for all earlier use of shared HBM; later use waits for them.

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from .dependencies import MEETINGS, SHIFT, Tracker
+import numpy as np
+
+from .dependencies import MEETINGS, Tracker
 from .instructions import COMPUTE, Cost, cost_of
 from .loops import iteration_ends
 from .parameters import Parameters, load
+from .timeline import SHIFT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,10 +56,8 @@ class Program:
     @cached_property
     def order(self) -> list[list[int]]:
         """The instructions of each lane."""
-        order: list[list[int]] = [[] for _ in range(len(LANES) * self.run.lnc)]
-        for index, lane in enumerate(self.lane):
-            order[lane].append(index)
-        return order
+        lanes = np.array(self.lane, np.int16)
+        return [np.flatnonzero(lanes == k).tolist() for k in range(len(LANES) * self.run.lnc)]
 
     @cached_property
     def banks(self) -> dict[int, list[object]]:

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import tables
-from .dependencies import SHIFT
 from .dma import ENGINES, Transfer
 from .program import IN_ORDER, LANE, LANES, Program, costs_of
-from .timeline import Cause, Timeline
+from .timeline import SHIFT, Cause, Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -394,8 +393,9 @@ class _Scheduler:
 
     def _timeline(self) -> Timeline:
         program = self.program
-        why = np.array(self.why, np.int64)
-        lane = np.array(program.lane, np.int16)
+        n = len(self.why)
+        why = np.fromiter(self.why, np.int64, n)
+        lane = np.frombuffer(bytes(program.lane), np.uint8).astype(np.int16)
         cores = program.run.lnc
         busy = np.zeros((cores, ENGINES))
         for number, count in enumerate(self.counts):
@@ -404,7 +404,7 @@ class _Scheduler:
                     for e, time in cost.transfer.parts:
                         busy[number, e] += used * time
         times = (self.start, self.issue, self.begin, self.free, self.end)
-        start, issue, begin, free, end = (np.array(x, np.float64) for x in times)
+        start, issue, begin, free, end = (np.fromiter(x, np.float64, n) for x in times)
         return Timeline(
             program.run,
             self.p,

@@ -1,19 +1,19 @@
-"""What is known of the bytes of each tensor: who wrote them last, who read them since; and room."""
+"""What is known of the bytes of each tensor: who wrote them last, and who read them since."""
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from ..run.coverage import QUARTERS, quarters
+from ..memory.allocation import access_at
 from .overlap import may_overlap
+from .timeline import SHIFT
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Iterable
 
-    from ..machine.trn2 import Machine
-    from ..memory.allocation import Access, Allocation
-    from ..memory.layout import Form, Place
+    from ..memory.allocation import Access
+    from ..memory.layout import Place
+    from .space import Space
 
 _NARROW_ENOUGH = 64  # stretches a region may span before it is kept aside
 _FEW = 8  # regions that are sooner looked through than looked up
@@ -28,14 +28,12 @@ class Region:
     Attributes:
         access: the pattern.
         place: what the regions of one tensor are told apart by.
-        writer: index of the last instruction that wrote it, -1 before.
+        writer: what a reader depends on: the last instruction that wrote it, as `producer << SHIFT
+            | Cause.RAW`; -1 before.
         reader, readers: who read it since, at most the latest per lane: the first of them, -1
             before any, and the others, `NOBODY` where there are none.
         near: other patterns that may touch the same bytes, of which one of the two was written.
         inside: those of them that a write here overwrites as a whole.
-        others: of the first region of a tensor: all of the tensor's, by place, once it has several.
-        released: of the first region of a tensor that addresses are read from: True once its room
-            was given back.
         storage: what the patterns of its bytes are in, once there are several.
         written: True once an instruction wrote it, or wrote what it was before (see `Spares`).
     """
@@ -44,11 +42,9 @@ class Region:
         "access",
         "inside",
         "near",
-        "others",
         "place",
         "reader",
         "readers",
-        "released",
         "storage",
         "writer",
         "written",
@@ -60,9 +56,8 @@ class Region:
         self.writer = self.reader = -1
         self.readers = NOBODY
         self.near = self.inside = _NONE
-        self.others: dict[Place, Region] | None = None
         self.storage: Storage | None = None
-        self.written = self.released = False
+        self.written = False
 
     def meets(self, other: Region, relation: int) -> None:
         """Make neighbours of two regions."""
@@ -80,47 +75,27 @@ class Region:
             other.inside = [*other.inside, self]
 
 
-class Spares(dict["Place", list[Region]]):
-    """First regions of tensors that are no more, for the next tensor made and first used alike.
-
-    A loop's tensors come and go, so their patterns are found and compared once, not in every
-    iteration. What the next tensor does not use of them has neither writer nor readers: nobody
-    ever waits for it.
-    """
-
-    __slots__ = ()
-
-    def keep(self, first: Region) -> list[int]:
-        """Take in the regions of a tensor; return who used it."""
-        others = first.others
-        regions: Collection[Region] = (first,) if others is None else others.values()
-        users: list[int] = []
-        for region in regions:
-            if region.reader >= 0:
-                users.append(region.reader)
-                region.reader = -1
-                if region.readers:
-                    users += region.readers
-                    region.readers = NOBODY
-            elif region.writer >= 0:
-                users.append(region.writer)
-            region.writer = -1
-        if len(regions) < _FEW:
-            if first.place in self:
-                self[first.place].append(first)
-            else:
-                self[first.place] = [first]
-        return users
-
-
 class Relations:
     """How access patterns lie to each other: equal ones meet in tensor after tensor."""
 
-    __slots__ = ("_known", "_starts")
+    __slots__ = ("_everywhere", "_known", "_starts")
 
     def __init__(self) -> None:
         self._known: dict[tuple[Place, Place], int] = {}
         self._starts: dict[tuple[Place, bool], Stage] = {}
+        self._everywhere: dict[Place, Place] = {}
+
+    def region(self, access: Access) -> Region:
+        """A region of its own; known at run time only, it may be all of the tensor's bytes."""
+        place = access.place
+        region = Region(access, place)
+        if place.dynamic:
+            allocation = access.allocation
+            whole = self._everywhere.get(place)
+            if whole is None:
+                whole = self._everywhere[place] = place.anywhere(allocation.form)
+            region.access = access_at(allocation, whole)
+        return region
 
     def start(self, first: Region) -> Stage:
         """The stage of tensors of which one pattern was used, this one."""
@@ -243,13 +218,13 @@ class Storage:
         self.written: Index | None = None
 
     @classmethod
-    def of_tensor(cls, first: Region, relations: Relations) -> Storage:
+    def of_tensor(cls, regions: Patterns, first: Region, relations: Relations) -> Storage:
         """The storage of a tensor of which a second pattern is about to appear."""
         new = cls(relations)
-        new.regions[first.place] = first
+        new.regions = regions
         new.patterns.append(first)
         new.stage = relations.start(first)
-        first.others, first.storage = new.regions, new
+        first.storage = new
         return new
 
     def add(self, key: Any, region: Region) -> Region:
@@ -342,65 +317,42 @@ class Storage:
                 self.written.insert(region)
 
 
-def _bytes(access: Access) -> tuple[int, int]:
-    """Hull in bytes of a partition of the memory, or of the tensor."""
-    address, place = access.allocation.address, access.place
-    base = address[1] if address else 0
-    return place.lo + base, place.hi + base
-
-
-class Sizes(dict["Form", int]):
-    """Bytes in whole granules by form; less where a tile leaves quarters of the partitions free."""
-
-    def __init__(self, granule: int, machine: Machine) -> None:
-        super().__init__()
-        self.granule = granule
-        self.machine = machine
-
-    def __missing__(self, form: Form) -> int:
-        bytes_ = -(-form.pitch_bytes // self.granule) * self.granule
-        size = self[form] = -(-bytes_ * quarters(form, self.machine) // QUARTERS)
-        return size
-
-
-class Space:
-    """Bytes per partition of one memory that the compiler shares out, on average over partitions.
+class Patterns(dict[Any, Region]):
+    """The regions of one tensor by place; one that is looked up for the first time is added.
 
     Args:
-        limit: what there is.
-        granule: a PSUM bank, else 1.
-        machine: sizes.
+        access: the tensor's first.
+        relations: of patterns.
+
+    Attributes:
+        first: the region of the first access; patterns are compared within its tensor, which lends
+            them to others (see `Spares`).
+        space, size: where the compiler makes room for the tensor, and bytes; None for all others.
+        lent: True once that room was given back although addresses are still read from the tensor.
     """
 
-    def __init__(self, limit: int, granule: int, machine: Machine) -> None:
-        self.free = limit
-        self.size = Sizes(granule, machine)
-        # Bytes, their last users, and regions that may yet get others.
-        self.released: deque[tuple[int, Sequence[int], Collection[Region]]] = deque()
+    __slots__ = ("first", "lent", "relations", "size", "space")
 
-    def reclaim(self) -> list[int]:
-        """Make up for taking more than there was; return the instructions that must have ended."""
-        users: list[int] = []
-        free, released = self.free, self.released
-        while free < 0 and released:
-            size, known, regions = released.popleft()
-            free += size
-            if free > 0:  # the rest can be had once the same instructions have ended
-                released.appendleft((free, known, regions))
-                free = 0
-            users += known
-            if regions:
-                users += _users(regions)
-        self.free = free
-        return users
+    def __init__(self, access: Access, relations: Relations) -> None:
+        super().__init__()
+        self.relations = relations
+        self.space: Space | None = None
+        self.size = 0
+        self.lent = False
+        self.first = self._first(access)
 
-    def lend(self, a: Allocation, first: Region) -> None:
-        """Note that a tensor was used for the last time, but that addresses are read from yet."""
-        regions = (first,) if first.others is None else first.others.values()
-        self.released.append((self.size[a.form], (), regions))
+    def _first(self, access: Access) -> Region:
+        region = self[access.place] = self.relations.region(access)
+        return region
+
+    def __missing__(self, place: Place) -> Region:
+        first = self.first
+        region = self.relations.region(access_at(first.access.allocation, place))
+        storage = first.storage or Storage.of_tensor(self, first, self.relations)
+        return storage.add(place, region)
 
 
-def _users(regions: Iterable[Region]) -> list[int]:
+def users_of(regions: Iterable[Region]) -> list[int]:
     """Who must have ended before the bytes of a tensor can be another's."""
     users: list[int] = []
     for region in regions:
@@ -409,5 +361,73 @@ def _users(regions: Iterable[Region]) -> list[int]:
             if region.readers:
                 users += region.readers
         elif region.writer >= 0:
-            users.append(region.writer)
+            users.append(region.writer >> SHIFT)
     return users
+
+
+class Addressed(Patterns):
+    """The regions of a tensor with an address, whose bytes others may have: found by their bytes.
+
+    Args:
+        access: the tensor's first.
+        relations: of patterns.
+        arena: the memory.
+    """
+
+    __slots__ = ("allocation", "arena")
+
+    def __init__(self, access: Access, relations: Relations, arena: Storage) -> None:
+        self.allocation = access.allocation
+        self.arena = arena
+        super().__init__(access, relations)
+
+    def _first(self, access: Access) -> Region:
+        return self[access.place]
+
+    def __missing__(self, place: Place) -> Region:
+        allocation, known = self.allocation, self.arena.regions
+        key = allocation.address, allocation.shape, place.layout, place.start, place.dynamic
+        region = known.get(key)
+        if region is None:
+            region = self.arena.add(key, self.relations.region(access_at(allocation, place)))
+        self[place] = region
+        return region
+
+
+class Spares(dict["Place", list[Patterns]]):
+    """Patterns of tensors that are no more, for the next tensor made and first used alike.
+
+    A loop's tensors come and go, so their patterns are found and compared once, not in every
+    iteration. What the next tensor does not use of them has neither writer nor readers: nobody
+    ever waits for it.
+    """
+
+    __slots__ = ()
+
+    def keep(self, patterns: Patterns) -> list[int]:
+        """Take in the patterns of a tensor; return who used it."""
+        users: list[int] = []
+        for region in patterns.values():
+            if region.reader >= 0:
+                users.append(region.reader)
+                region.reader = -1
+                if region.readers:
+                    users += region.readers
+                    region.readers = NOBODY
+            elif region.writer >= 0:
+                users.append(region.writer >> SHIFT)
+            region.writer = -1
+        if len(patterns) < _FEW:
+            place = patterns.first.place
+            if place in self:
+                self[place].append(patterns)
+            else:
+                self[place] = [patterns]
+        return users
+
+
+def _bytes(access: Access) -> tuple[int, int]:
+    """Hull in bytes of a partition of the memory, or of the tensor."""
+    address, place = access.allocation.address, access.place
+    base = address[1] if address else 0
+    return place.lo + base, place.hi + base

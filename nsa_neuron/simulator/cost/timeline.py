@@ -42,6 +42,9 @@ class Cause(IntEnum):
     TRIGGER = 7  # the engine that triggers DMA was busy
 
 
+SHIFT = 3  # a dependency is (producer << SHIFT) | cause
+
+
 @dataclass(frozen=True)
 class Step:
     """One instruction on the critical path.

@@ -266,7 +266,10 @@ def make_plan(
         raise checker.violations[-1] from error
     registers = sum(isinstance(value, RunTimeScalar) for value in reads)
     accumulator = spec.timing.accumulator and sum(value is not None for value in writes) > 1
-    return Plan(engine, spec.timing, formula, accumulator, payload, checker.violations, registers)
+    inside = all(o.access.place.inside for o in checker.operands.values() if o)
+    return Plan(
+        engine, spec.timing, formula, accumulator, payload, checker.violations, registers, inside
+    )
 
 
 def _check_width(c: Checker) -> None:

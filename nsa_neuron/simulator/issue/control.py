@@ -102,6 +102,7 @@ def _mark(
 
 def _close(core: Any, made: int) -> None:
     """Tensors made in the body of a hardware loop are invisible after it."""
+    core.closes = True
     for allocation in core.trace.allocations[made:]:
         allocation.closed = True
 

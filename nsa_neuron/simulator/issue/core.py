@@ -15,7 +15,7 @@ from ..memory.storage import AbsentMemory, Arena, Memory, Pool
 from ..memory.tensor import NkiTensor, resolved, whole
 from ..rules.errors import SimulationWarning
 from ..rules.registers import RunTimeScalar
-from ..rules.session import CORE, SITES, call_site, locate, violate, violation
+from ..rules.session import CORE, call_site, locate, running, site_at, violate, violation
 from ..rules.versions import is_in
 from . import faults
 from .accumulators import Accumulators
@@ -38,14 +38,13 @@ if TYPE_CHECKING:
 # that the engine's sequencer carries out.
 _RUN_TIME = ("tensor_copy", "register_load", "register_store", "scalar_load", "scalar_store")
 
-# Operands that stand for nothing but themselves.
-_CONSTANT = frozenset({type(None), bool, int, float})
-
 # What Python's default filter has shown, by file: once for each line, not once for each run.
 _SHOWN: dict[str, dict[Any, Any]] = {}
 
-# Checked plans by (target, relaxed rules); shared by all runs of the process.
-_PLANS: dict[tuple[str, frozenset[str]], dict[Any, Plan]] = {}
+# Checked plans by (target, relaxed rules), shared by all runs of the process; each a tree, by spec,
+# parameters, what each operand looks like, and None. A key of all of that would be made, hashed and
+# compared for each instruction.
+_PLANS: dict[tuple[str, frozenset[str]], dict[Any, Any]] = {}
 
 
 class NeuronCore:
@@ -59,6 +58,7 @@ class NeuronCore:
         accumulators: reduce registers per engine ("scalar", "vector").
         pending: receiving ends of `sendrecv` still under way: (access, message, description).
         unfinished: what is wrong if the kernel ends now, or None.
+        closes: True once a hardware loop has ended, after which its tensors are no more.
         state: scratch of instructions with state (random generators), by name.
     """
 
@@ -69,10 +69,12 @@ class NeuronCore:
         self.machine = options.machine
         self.data = options.data
         self.trace = CoreTrace(index)
+        self._record = self.trace.instructions
         self.accumulators = {e: Accumulators(self.machine.partitions) for e in ("scalar", "vector")}
         self.pending: list[tuple[Access, Message, str]] = []
         self.state: dict[Any, Any] = {}
         self.unfinished: SimulationError | None = None
+        self.closes = False
         self._deprecated: set[tuple[str, Any]] = set()
         self._loads: list[Instruction] = []  # of registers that the instruction at hand uses
         self._precise = options.precise
@@ -125,10 +127,10 @@ class NeuronCore:
         trace = self.trace
         created = len(trace.instructions)
         frame = _getframe(2)
-        site = SITES.get(frame.f_lasti)
+        site = site_at(frame.f_lasti)
         if site is None or site[0] is not frame.f_code:
             site = call_site(3)
-        allocation = allocation_of(form, launch.next_id(), self.index, name, created, site, role)
+        allocation = allocation_of(form, next(launch.ids), self.index, name, created, site, role)
         if address is not None:
             faults.check_address(allocation, self.machine)
         if not form.on_chip:
@@ -210,72 +212,55 @@ class NeuronCore:
         Args:
             spec: the instruction.
             writes, reads: operands in the order of the spec's roles: tensors, or for a read
-                operand a scalar, a register or None.
-            params: hashable compile-time parameters; part of the cached check's key by value,
-                whereas scalar operands enter by type only.
+                operand a scalar, a register or None, whose type counts in checks, not their value.
+            params: hashable compile-time parameters, whose value counts.
             name: the kernel's `name=`.
             extra: run-time facts for the record.
             indices: tensors that were read for the addresses of the operands.
         """
         if name is not None and type(name) is not str:
             faults.check_name(spec, name)
-        record = self.trace.instructions
-        index = len(record)
-        key: list[Any] = [spec, params]
+        index = len(self._record)
         accesses: list[Access] = []
-        sound = True
-        for tensor in writes + reads:
-            kind = type(tensor)
-            if kind is not NkiTensor:
-                key.append(kind)
-                if kind not in _CONSTANT and isinstance(tensor, RunTimeScalar):
-                    self._loads += tensor.loads
-                continue
-            access = tensor._access
-            if access is None:
-                if tensor.dynamic is not None:
-                    found: list[Access] = []
-                    writes = tuple([self.static(t, spec, found) for t in writes])
-                    reads = tuple([self.static(t, spec, found) for t in reads])
-                    return self.issue(spec, writes, reads, params, name, extra, tuple(found))
-                access = tensor.access()
-            place, allocation = access.place, access.allocation
-            key.append(place.signature)
-            accesses.append(access)
-            if allocation.last_use < 0:
-                allocation.first_use = index
-            allocation.last_use = index
-            if allocation.closed or not place.inside:
-                sound = False
-        known = tuple(key)
-        plan = self._plans.get(known)
+        plan: Plan | None = None
+        try:
+            node = self._plans[spec][params]
+            for tensor in writes + reads:
+                if type(tensor) is not NkiTensor:
+                    node = node[type(tensor)]
+                    if isinstance(tensor, RunTimeScalar):
+                        self._loads += tensor.loads
+                    continue
+                access = tensor._access
+                if access is None:
+                    if tensor.dynamic is not None:
+                        break
+                    access = tensor.access()
+                accesses.append(access)
+                node = node[access.place.signature]
+                allocation = access.allocation
+                if allocation.last_use < 0:
+                    allocation.first_use = index
+                allocation.last_use = index
+            else:
+                plan = node[None]
+        except KeyError:
+            pass  # nothing of the kind was issued before
         if plan is None:
-            plan = self._plans[known] = make_plan(
-                spec, self.machine, self.options.relax, writes, reads, params
-            )
-        if plan.violations:
-            self.trace.relaxed.extend(plan.violations)
-        if not sound:
-            faults.misplaced(spec, accesses)
+            return self._issue_first(spec, writes, reads, params, name, extra, indices)
+        if plan.doubtful or self.closes:
+            self._note_doubts(spec, plan, accesses)
         if self.data:
-            if self.pending:
-                self.settle(accesses)
-            self._execute(spec, plan, writes, reads, params)
+            self._execute(spec, plan, writes, reads, params, accesses)
         if len(writes) == 1:
-            first = accesses.pop(0)
+            first, *others = accesses
             first.allocation.written = True
             outs: tuple[Access, ...] = (first,)
-            ins = tuple(accesses)
+            ins = tuple(others)
         else:
-            count = len([t for t in writes if t is not None])
-            outs, ins = tuple(accesses[:count]), tuple(accesses[count:])
-            for access in outs:
-                access.allocation.written = True
-        if indices:
-            ins += indices
-            self.trace.indexed.update([a.allocation for a in indices])
+            outs, ins = _parted(writes, accesses)
         frame = _getframe(2)  # the kernel's, nearly always: no call of `call_site` then
-        site = SITES.get(frame.f_lasti)
+        site = site_at(frame.f_lasti)
         if site is None or site[0] is not frame.f_code:
             site = call_site(3)
         issued = Instruction()
@@ -290,18 +275,64 @@ class NeuronCore:
         issued.after = ()
         issued.extra = extra
         issued.plan = plan
+        self._record.append(issued)
+        if indices or self._loads or self._alternate:
+            self._note_order(issued, indices)
+        return issued
+
+    def _issue_first(
+        self,
+        spec: Spec,
+        writes: tuple[Any, ...],
+        reads: tuple[Any, ...],
+        params: tuple[Any, ...],
+        name: str | None,
+        extra: Any,
+        indices: tuple[Access, ...],
+    ) -> Instruction:
+        """`issue` of what looks like nothing before, or is at a run-time address."""
+        found: list[Access] = [*indices]
+        writes = tuple([self.static(t, spec, found) for t in writes])
+        reads = tuple([self.static(t, spec, found) for t in reads])
+        looks = [
+            t.access().place.signature if type(t) is NkiTensor else type(t) for t in writes + reads
+        ]
+        node = self._plans
+        for key in (spec, params, *looks):
+            node = node.setdefault(key, {})
+        if None not in node:
+            node[None] = make_plan(spec, self.machine, self.options.relax, writes, reads, params)
+        return self.issue(spec, writes, reads, params, name, extra, tuple(found))
+
+    def _note_doubts(self, spec: Spec, plan: Plan, accesses: list[Access]) -> None:
+        """Write down relaxed rules; refuse tensors that are no more, and places outside them."""
+        if plan.violations:
+            self.trace.relaxed.extend(plan.violations)
+        faults.misplaced(spec, accesses)
+
+    def _note_order(self, issued: Instruction, indices: tuple[Access, ...]) -> None:
+        """What an instruction waits for beside its operands; the other core's turn."""
+        if indices:
+            issued.reads += indices
+            self.trace.indexed.update([a.allocation for a in indices])
         if self._loads:
             issued.depends_on(*dict.fromkeys(self._loads))
             self._loads.clear()
-        record.append(issued)
         if self._alternate:
             self.launch.meeting.take_turns(self.index)  # type: ignore[union-attr]
-        return issued
 
     def _execute(
-        self, spec: Spec, plan: Plan, writes: Any, reads: Any, params: tuple[Any, ...]
+        self,
+        spec: Spec,
+        plan: Plan,
+        writes: Any,
+        reads: Any,
+        params: tuple[Any, ...],
+        accesses: list[Access],
     ) -> None:
         """Check what depends on data, run the arithmetic, note what was written."""
+        if self.pending:
+            self.settle(accesses)
         for tensor in reads[: spec.checked]:
             if type(tensor) is NkiTensor:
                 memory = tensor.memory
@@ -486,7 +517,7 @@ class NeuronCore:
         self.trace.relaxed.append(error)
 
     def __enter__(self) -> NeuronCore:
-        self._previous = CORE.get()
+        self._previous = running()
         CORE.set(self)
         return self
 
@@ -494,9 +525,17 @@ class NeuronCore:
         CORE.set(self._previous)
 
 
+def _parted(
+    writes: tuple[Any, ...], accesses: list[Access]
+) -> tuple[tuple[Access, ...], tuple[Access, ...]]:
+    """Accesses of what is written, some of it optional, and of what is read."""
+    count = len([t for t in writes if t is not None])
+    for access in accesses[:count]:
+        access.allocation.written = True
+    return tuple(accesses[:count]), tuple(accesses[count:])
+
+
 def _fill_sentinel(memory: Memory) -> None:
     """NaN for floats and 4 for integers, as AWS's simulator shows unwritten memory."""
-    allocation = memory.allocation
-    shape = allocation.shape
-    tensor = NkiTensor(shape, allocation.dtype, memory)
-    tensor.array()[...] = np.nan if allocation.dtype.is_float else 4
+    floats = memory.allocation.dtype.is_float
+    whole(memory, "").array()[...] = np.nan if floats else 4

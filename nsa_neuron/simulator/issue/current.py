@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..rules.session import CORE, violation
+from ..rules.session import running, violation
 
 if TYPE_CHECKING:
     from .core import NeuronCore
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def current_core() -> NeuronCore | None:
     """The core this thread simulates, or None outside a kernel."""
-    core: NeuronCore | None = CORE.get()
+    core: NeuronCore | None = running()
     return core
 
 
@@ -22,7 +22,7 @@ def require_core(what: str) -> NeuronCore:
     Raises:
         UsageError: no kernel is being simulated.
     """
-    core: NeuronCore | None = CORE.get()
+    core: NeuronCore | None = running()
     if core is None:
         raise violation(
             "usage",

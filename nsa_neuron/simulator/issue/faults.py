@@ -102,7 +102,7 @@ def misplaced(spec: Spec, accesses: Iterable[Access]) -> None:
     for access in accesses:
         if access.allocation.closed:
             _out_of_scope(spec, access)
-        if not access.inside:
+        if not access.place.inside:
             _out_of_bounds(spec, access)
 
 

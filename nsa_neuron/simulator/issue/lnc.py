@@ -36,7 +36,7 @@ class Launch:
         meeting: where two cores meet, or None with one core.
         world: the ranks of the run.
         rank: rank of this launch among them.
-        next_id: gives a fresh allocation id.
+        ids: fresh numbers of allocations.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Launch:
         self.rank = rank
         self.meeting = Meeting(self.world, rank) if lnc > 1 else None
         self.races = Races() if lnc > 1 and options.data else None
-        self.next_id = count().__next__
+        self.ids = count()
         self._shared: list[Memory] = []
         self._made = [0] * lnc
 

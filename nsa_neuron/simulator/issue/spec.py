@@ -83,6 +83,7 @@ class Plan:
         formula: how long it takes there.
         accumulator: a result is read out of the engine's accumulator registers.
         timing: the spec's, for what another engine would take.
+        doubtful: True where a rule is broken that is relaxed, or an operand leaves its tensor.
         payload: anything that `run` needs, worked out once.
         violations: broken rules that are relaxed.
         registers: how many operands are values of registers.
@@ -90,6 +91,7 @@ class Plan:
 
     __slots__ = (
         "accumulator",
+        "doubtful",
         "engine",
         "formula",
         "payload",
@@ -107,7 +109,9 @@ class Plan:
         payload: Any,
         violations: list[SimulationError],
         registers: int,
+        inside: bool,
     ) -> None:
+        self.doubtful = bool(violations) or not inside
         self.engine = engine
         self.timing = timing
         self.formula = formula

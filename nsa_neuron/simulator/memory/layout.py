@@ -87,7 +87,7 @@ def layout_of(shape: Shape, strides: Shape, dtype: DType, pitch: int) -> Layout:
 
 
 _NOWHERE = (0, 0)
-_SIGNATURES: dict[tuple[Layout, str, tuple[int, int], bool], object] = {}
+_SIGNATURES: dict[tuple[Layout, str, tuple[int, int], bool, bool], object] = {}
 
 
 class Place:
@@ -140,7 +140,7 @@ class Place:
             spot = _NOWHERE
         self.p0, self.p1, self.lo, self.hi = p0, p1, lo, hi
         self.inside = lo >= 0 and hi <= form.pitch_bytes and p0 >= 0 and p1 <= form.partitions
-        key = (layout, form.buffer, spot, dynamic)
+        key = (layout, form.buffer, spot, dynamic, self.inside)
         self.signature = _SIGNATURES.get(key) or _SIGNATURES.setdefault(key, object())
 
     def anywhere(self, form: Form) -> Place:

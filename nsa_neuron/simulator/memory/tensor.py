@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from .storage import Memory
 
-_new = object.__new__
 _INDEX = object()  # after an index, where a slice has its end
 
 __all__ = ["Dynamic", "DynamicSlice", "NKIObject", "NkiTensor", "resolved", "whole"]
@@ -59,44 +58,30 @@ class NkiTensor(BaseTensor):
         Kernels slice for nearly every operand, and tensors made alike in the same few ways, so
         what comes of a slice is kept with the place that it is taken of.
         """
-        if type(key) is not tuple or self.dynamic is not None:
-            return self._general(key)
-        asked: list[Any] = []
-        for item in key:
-            if type(item) is slice:
-                first, stop = item.start, item.stop
-                # True and 1.0 would be found as 1.
-                plain = type(first) is int and type(stop) is int
-                if item.step is not None or not (plain or (first is None and stop is None)):
-                    return self._general(key)
-                asked.append(first)
-                asked.append(stop)
-            elif type(item) is int:
-                asked.append(item)
-                asked.append(_INDEX)
-            else:
-                return self._general(key)
         access = self._access
         if access is None:
-            if 0 in self.shape:
+            if self.dynamic is not None or 0 in self.shape:
                 return self._general(key)
             access = self.access()
-        known = tuple(asked)
-        found = access.place.views.get(known)
+        known = _asked(key)
+        if known is None:
+            return self._general(key)
+        sliced = access.place.views
+        found = sliced.get(known)
         if found is None:
             found = self._sliced(key)
             if found is None:
                 return self._general(key)
-            access.place.views[known] = found
-        new = _new(NkiTensor)
+            sliced[known] = found
+        new: NkiTensor = NkiTensor()
         new.shape, new.strides, new.offset, place = found
         new.dtype = self.dtype
         new.memory = self.memory
         new.name = self.name
+        new.dynamic = new._array = None
         new._access = own = Access()  # as `access_at`: every slice would pay for the call
         own.allocation = access.allocation
         own.place = place
-        new.dynamic = new._array = None
         return new
 
     def _sliced(self, key: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -468,11 +453,56 @@ class NkiTensor(BaseTensor):
         return view
 
 
+def _asked(key: Any) -> tuple[Any, ...] | None:
+    """A key of plain integers as something to look up; None for all others."""
+    if type(key) is not tuple:
+        return None
+    index: Any = _INDEX
+    if len(key) == 2:
+        row, column = key
+    elif len(key) == 3:
+        row, index, column = key
+        if type(index) is not int:
+            return _asked_of_each(key)
+    else:
+        return _asked_of_each(key)
+    if type(row) is not slice or type(column) is not slice:
+        return _asked_of_each(key)
+    a, b, c, d = row.start, row.stop, column.start, column.stop
+    # 1.0 would be found as 1.
+    if not ((type(a) is int and type(b) is int) or (a is None and b is None)):
+        return None
+    if not ((type(c) is int and type(d) is int) or (c is None and d is None)):
+        return None
+    if row.step is not None or column.step is not None:
+        return None
+    return a, b, index, c, d
+
+
+def _asked_of_each(key: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """`_asked`, dim by dim."""
+    asked: list[Any] = []
+    for item in key:
+        if type(item) is slice:
+            first, stop = item.start, item.stop
+            plain = type(first) is int and type(stop) is int
+            if item.step is not None or not (plain or (first is None and stop is None)):
+                return None
+            asked.append(first)
+            asked.append(stop)
+        elif type(item) is int:
+            asked.append(item)
+            asked.append(_INDEX)
+        else:
+            return None
+    return tuple(asked)
+
+
 def whole(memory: Memory, name: str) -> NkiTensor:
     """The view of all of a memory, in the shape it was made with."""
     allocation = memory.allocation
     form = allocation.form
-    new = _new(NkiTensor)
+    new: NkiTensor = NkiTensor()
     new.shape = form.shape
     new.strides = form.strides
     new.offset = 0
@@ -524,7 +554,8 @@ def _vector_index(index: Any) -> int:
             f"{index.dtype} {index.memory.allocation.buffer}",
             "integer sbuf",
         )
-    return index.shape[0]
+    rows: int = index.shape[0]
+    return rows
 
 
 def resolved(tensor: NkiTensor, value: int) -> NkiTensor:

@@ -10,15 +10,12 @@ import numpy as np
 
 from ..rules.registers import RunTimeScalar
 from ..rules.session import current_session, violate, violation
-from . import views
 from .allocation import Access, access_at
 from .layout import layout_of
 from .nki_object import NKIObject
 from .views import ViewError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
     from typing_extensions import Self
 
@@ -82,27 +79,17 @@ class BaseTensor(NKIObject):
         "strides",
     )
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        dtype: DType,
-        storage: Memory,
-        buffer: Any = None,
-        name: str = "",
-        *,
-        strides: tuple[int, ...] | None = None,
-        offset: int = 0,
-        dynamic: Dynamic | None = None,
-    ) -> None:
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.memory = storage
-        self.name = name
-        self.strides = views.row_major(self.shape) if strides is None else strides
-        self.offset = offset
-        self.dynamic = dynamic
-        self._access: Access | None = None
-        self._array: NDArray[Any] | None = None
+    __init__ = object.__init__  # Python runs it without a frame: see `tensor.whole`, `_view`
+
+    memory: Memory
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: DType
+    name: str
+    dynamic: Dynamic | None
+    _access: Access | None
+    _array: NDArray[Any] | None
 
     @property
     def buffer(self) -> Any:
@@ -255,7 +242,7 @@ class BaseTensor(NKIObject):
         dtype: DType | None = None,
         dynamic: Dynamic | None = None,
     ) -> Self:
-        new = object.__new__(type(self))
+        new: Self = type(self)()
         new.shape = shape
         new.strides = strides
         new.offset = self.offset if offset is None else offset

@@ -9,7 +9,7 @@ from ..issue.current import require_core
 from ..machine.dtypes import bool_, load_f32, round_tf32, store, tfloat32
 from ..memory.tensor import NkiTensor
 from ..rules.registers import VirtualRegister
-from ..rules.session import CORE, violate, violation
+from ..rules.session import running, violate, violation
 
 
 class Operator:
@@ -40,9 +40,26 @@ def instruction(function):
     return function
 
 
+class Interned(dict):
+    """Parameters of a kind by their fields: equal ones are one object, which is hashed by identity.
+
+    A look-up is cheaper than another named tuple, and parameters are part of what every
+    instruction's checked plan is found by. For kinds of which a program has few: none is forgotten.
+    """
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        kind.__hash__ = object.__hash__
+
+    def __missing__(self, fields):
+        made = self[fields] = self.kind(*fields)
+        return made
+
+
 def core_of(name):
     """The current core, or an error that names the instruction."""
-    return CORE.get() or require_core(f"nisa.{name}")
+    return running() or require_core(f"nisa.{name}")
 
 
 def op_name(op, instruction_name, role):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost import program_of
 from ..cost import schedule as schedule_program
-from ..cost.dependencies import SHIFT
 from ..cost.program import LANES, costs_of
+from ..cost.timeline import SHIFT
 from .flow import Flow
 from .lines import Key, Lines
 from .sketch import Sketch

@@ -67,11 +67,14 @@ class Session(Protocol):
 # Every instruction reads it, so it is untyped, and no attribute of a `threading.local`, which takes
 # three times as long.
 CORE: ContextVar[Any] = ContextVar("core", default=None)
+# Bound here: Python makes a method of an imported name anew at each call.
+running = CORE.get
+site_at = SITES.get
 
 
 def current_session() -> Session | None:
     """The run this thread is in, or None outside a kernel."""
-    session: Session | None = CORE.get()
+    session: Session | None = running()
     return session
 
 
@@ -91,7 +94,7 @@ def call_site(known: int = 2) -> tuple[CodeType, int] | None:
             return None
         code = frame.f_code
     last = frame.f_lasti
-    site = SITES.get(last)
+    site = site_at(last)
     if site is None or site[0] is not code:
         site = SITES[last] = code, last
     return site

@@ -15,7 +15,7 @@ from ..machine.dtypes import DType, find, int64, resolve
 from ..memory.allocation import allocation_of
 from ..memory.layout import Form
 from ..memory.storage import Memory
-from ..memory.tensor import NKIObject, NkiTensor
+from ..memory.tensor import NKIObject, NkiTensor, whole
 from ..rules.session import locate, violation
 from ..rules.versions import is_in
 
@@ -168,9 +168,9 @@ class Arguments:
         if 0 in shape:
             raise self._refuse(name, "a tensor has no elements", shape, "dims >= 1")
         form = Form("shared_hbm", shape, dtype, None)
-        allocation = allocation_of(form, self._launch.next_id(), 0, name, 0, None, "input")
+        allocation = allocation_of(form, next(self._launch.ids), 0, name, 0, None, "input")
         memory = self._memory(value, allocation, name)
-        tensor = NkiTensor(shape, dtype, memory, name=name)
+        tensor = whole(memory, name)
         self._made[id(value)] = tensor
         self._keep.append(value)
         self._sources[id(memory)] = value
@@ -198,7 +198,7 @@ class Arguments:
             allocation, store.reshape(-1).view(np.uint8), 0, width, options.precise, True
         )
         if not usable:
-            tensor = NkiTensor(allocation.shape, allocation.dtype, memory)
+            tensor = whole(memory, "")
             self._copies.append((tensor, array, store.copy()))
         return memory
 

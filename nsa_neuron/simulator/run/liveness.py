@@ -38,13 +38,13 @@ def peak(trace: CoreTrace, buffer: str, machine: Machine) -> tuple[int, list[All
 
     PSUM tensors count in whole banks of 2 KiB; HBM has no partitions.
     """
-    return _peak(_used(trace)[buffer], machine)
+    return _peak(_used(trace.allocations)[buffer], machine)
 
 
-def _used(trace: CoreTrace) -> dict[str, list[Allocation]]:
+def _used(allocations: Iterable[Allocation]) -> dict[str, list[Allocation]]:
     """The tensors of each memory that an instruction touched."""
     found: dict[str, list[Allocation]] = {r: [] for r in REGIONS}
-    for a in trace.allocations:
+    for a in allocations:
         if a.last_use >= 0:
             found[a.buffer].append(a)
     return found
@@ -199,7 +199,7 @@ def check(trace: CoreTrace, machine: Machine) -> dict[str, int]:
     Raises:
         CapacityError: the largest live tensors and the lines that made them.
     """
-    peaks, used = {}, _used(trace)
+    peaks, used = {}, _used([a for a in trace.allocations if a.on_chip])
     for buffer, limit in (("sbuf", machine.sbuf_bytes), ("psum", machine.psum_bytes)):
         peaks[buffer], live = _peak(used[buffer], machine)
         if peaks[buffer] > limit:
@@ -235,7 +235,7 @@ def check_hbm(run: Run, machine: Machine) -> int:
     """
     live = list(run.arguments)
     for core in run.cores:
-        used = _used(core)
+        used = _used([a for a in core.allocations if not a.on_chip])
         shared = used["shared_hbm"]
         live += _peak(shared, machine)[1] if run.lnc == 1 else shared
         live += _peak(used["private_hbm"], machine)[1]

@@ -14,6 +14,7 @@ from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import Cause
 from nsa_neuron.simulator.cost.estimate import program_of
 from nsa_neuron.simulator.cost.storage import Spares
+from nsa_neuron.simulator.cost.timeline import SHIFT
 from nsa_neuron.simulator.machine.trn2 import TRN2
 from nsa_neuron.simulator.profiler import memory
 
@@ -232,3 +233,29 @@ def test_what_is_known_of_a_tensor_that_is_no_more_never_reaches_the_next(steps,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Spares, "get", lambda self, place: None)
         assert found == [sorted(deps) for deps in program_of(run).deps]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_who_reads_an_address_from_a_tensor_whose_room_it_takes_does_not_wait_for_itself(parts):
+    rows = 4
+
+    def body():
+        source = hbm((8, 128, 4096))
+        lists = [sbuf((1, rows), nl.int32) for _ in range(2)]
+        for which in lists:
+            for part in range(parts):
+                nisa.memset(which[:, part * rows // parts : (part + 1) * rows // parts], 0)
+        for which in lists:
+            for slot in range(rows):
+                view = source.ap(
+                    [[4096, 128], [1, 4096]],
+                    scalar_offset=which[0:1, slot : slot + 1],
+                    indirect_dim=0,
+                )
+                made = sbuf((128, 24 * 1024))
+                nisa.dma_copy(made[:, :4096], view)
+
+    program = program_of(record(body))
+    assert any(code & 7 == Cause.SPACE for deps in program.deps for code in deps)
+    for me, deps in enumerate(program.deps):
+        assert all(code >> SHIFT < me for code in deps)

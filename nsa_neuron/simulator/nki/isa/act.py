@@ -1,7 +1,6 @@
 """Scalar Engine: activation, activation_reduce."""
 
 from collections import namedtuple
-from functools import lru_cache
 
 import numpy as np
 
@@ -9,12 +8,22 @@ from ...issue.spec import Spec
 from ...issue.timing import Scalar, timing
 from ...machine.dtypes import float32
 from ...semantics import activation as functions
-from ..binding import core_of, finish, instruction, load, load_scalar, op_name, result_array, save
+from ..binding import (
+    Interned,
+    core_of,
+    finish,
+    instruction,
+    load,
+    load_scalar,
+    op_name,
+    result_array,
+    save,
+)
 from .constants import reduce_cmd as commands
 from .shared import command_of, on_chip, one_of, operand, same_tiles
 
 ActivationParams = namedtuple("ActivationParams", "op reduce_op reduce_cmd")
-_params = lru_cache(ActivationParams)  # a look-up is cheaper than another named tuple
+_params = Interned(ActivationParams)
 
 
 def _check_activation(c):
@@ -123,7 +132,7 @@ def activation(
 ):
     """dst = op(data * scale + bias), with an optional running sum per partition."""
     reduce = None if reduce_op is None else op_name(reduce_op, "activation", "reduce_op")
-    params = _params(op_name(op, "activation", "op"), reduce, command_of(reduce_cmd, "activation"))
+    params = _params[op_name(op, "activation", "op"), reduce, command_of(reduce_cmd, "activation")]
     core = core_of("activation")
     return core.issue(ACTIVATION, (dst, reduce_res), (data, bias, scale), params, name)
 
@@ -132,6 +141,6 @@ def activation(
 def activation_reduce(dst, op, data, reduce_op, reduce_res, bias=None, scale=1.0, name=None):
     """`activation` that also sums its outputs of each partition into reduce_res."""
     what = "activation_reduce"
-    params = _params(op_name(op, what, "op"), op_name(reduce_op, what, "reduce_op"), "reset_reduce")
+    params = _params[op_name(op, what, "op"), op_name(reduce_op, what, "reduce_op"), "reset_reduce"]
     core = core_of(what)
     return core.issue(ACTIVATION_REDUCE, (dst, reduce_res), (data, bias, scale), params, name)

@@ -1,7 +1,6 @@
 """DMA: dma_copy, with gather and scatter of rows."""
 
 from collections import namedtuple
-from functools import lru_cache
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from ...issue.timing import Dma, timing
 from ...machine.dtypes import bits, int64, load_f32, store
 from ...memory.tensor import NkiTensor
 from ...rules.session import violation
-from ..binding import core_of, enum_of, instruction, load, save
+from ..binding import Interned, core_of, enum_of, instruction, load, save
 from .constants import dge_mode as dge_modes
 from .constants import engine as engines
 from .constants import oob_mode as oob_modes
@@ -21,7 +20,7 @@ REACH = ("sbuf", "private_hbm", "shared_hbm")
 HBM = ("private_hbm", "shared_hbm")
 
 CopyParams = namedtuple("CopyParams", "priority dge_mode engine skip")
-_params = lru_cache(CopyParams)  # a look-up is cheaper than another named tuple
+_params = Interned(CopyParams)
 _SKIP = oob_modes.skip
 
 
@@ -227,8 +226,9 @@ def dma_copy(
     core = core_of("dma_copy")
     skip = enum_of(oob_modes, oob_mode, "dma_copy", "oob_mode") is _SKIP
     dge = enum_of(dge_modes, dge_mode, "dma_copy", "dge_mode")
-    make = CopyParams if priority is not None else _params
-    params = make(priority, dge, engine_of(engine, "dma_copy"), skip)
+    if priority is not None and type(priority) is not int:
+        priority = repr(priority)  # refused; what is no number may have no hash
+    params = _params[priority, dge, engine_of(engine, "dma_copy"), skip]
     if not is_vector(dst) and not is_vector(src):
         if skip:
             views = [core.static(t, DMA_COPY, [], skip=True) for t in (dst, src)]

@@ -1,7 +1,6 @@
 """Vector Engine: copies and element-wise arithmetic of two tensors."""
 
 from collections import namedtuple
-from functools import lru_cache
 from numbers import Integral
 
 import numpy as np
@@ -11,14 +10,14 @@ from ...issue.timing import GpSimd, Scalar, Vector, timing
 from ...machine.dtypes import store_bits
 from ...rules.session import violation
 from ...semantics import alu, elementwise
-from ..binding import core_of, finish, instruction, load, op_name, result_array, save
+from ..binding import Interned, core_of, finish, instruction, load, op_name, result_array, save
 from .constants import engine as engines
 from .shared import arithmetic, engine_for, engine_of, integers, on_chip, one_psum_input, same_tiles
 
 EngineParams = namedtuple("EngineParams", "engine")
 TensorTensorParams = namedtuple("TensorTensorParams", "op engine")
-_engine_params = lru_cache(EngineParams)  # a look-up is cheaper than another named tuple
-_two_params = lru_cache(TensorTensorParams)
+_engine_params = Interned(EngineParams)
+_two_params = Interned(TensorTensorParams)
 
 
 def _check_copy(c):
@@ -46,7 +45,7 @@ COPY = Spec(
 @instruction
 def tensor_copy(dst, src, engine=engines.unknown, name=None):
     """dst = src; bit-exact between equal dtypes, through fp32 otherwise and on Scalar."""
-    params = _engine_params(engine_of(engine, "tensor_copy"))
+    params = _engine_params[(engine_of(engine, "tensor_copy"),)]
     return core_of("tensor_copy").issue(COPY, (dst,), (src,), params, name)
 
 
@@ -106,7 +105,7 @@ MEMSET = Spec(
 @instruction
 def memset(dst, value, engine=engines.unknown, name=None):
     """Fill dst with a constant."""
-    params = _engine_params(engine_of(engine, "memset"))
+    params = _engine_params[(engine_of(engine, "memset"),)]
     return core_of("memset").issue(MEMSET, (dst,), (value,), params, name)
 
 
@@ -162,5 +161,8 @@ TENSOR_TENSOR = Spec(
 @instruction
 def tensor_tensor(dst, data1, data2, op, engine=engines.unknown, name=None):
     """dst = data1 op data2, element by element; exact for 32-bit integers on GpSimd."""
-    params = _two_params(op_name(op, "tensor_tensor", "op"), engine_of(engine, "tensor_tensor"))
+    params = _two_params[
+        op_name(op, "tensor_tensor", "op"),
+        engine_of(engine, "tensor_tensor"),
+    ]
     return core_of("tensor_tensor").issue(TENSOR_TENSOR, (dst,), (data1, data2), params, name)

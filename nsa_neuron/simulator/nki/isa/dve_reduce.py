@@ -1,13 +1,12 @@
 """Vector Engine: reductions, statistics and scans."""
 
 from collections import namedtuple
-from functools import lru_cache
 
 from ...issue.spec import Spec
 from ...issue.timing import Vector, timing
 from ...machine.dtypes import store_bits
 from ...semantics import alu, reduction
-from ..binding import core_of, instruction, load, load_scalar, op_name, save
+from ..binding import Interned, core_of, instruction, load, load_scalar, op_name, save
 from .shared import (
     arithmetic,
     elements,
@@ -21,7 +20,7 @@ from .shared import (
 
 ReduceParams = namedtuple("ReduceParams", "op axis negate keepdims")
 ScanParams = namedtuple("ScanParams", "op0 op1 reverse0 reverse1")
-_reduce_params = lru_cache(ReduceParams)  # a look-up is cheaper than another named tuple
+_reduce_params = Interned(ReduceParams)
 
 
 def _check_tensor_reduce(c):
@@ -83,7 +82,7 @@ TENSOR_REDUCE = Spec(
 def tensor_reduce(dst, op, data, axis, negate=False, keepdims=False, name=None):
     """dst = reduction of data over trailing free axes."""
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    params = _reduce_params(op_name(op, "tensor_reduce", "op"), axes, bool(negate), bool(keepdims))
+    params = _reduce_params[op_name(op, "tensor_reduce", "op"), axes, bool(negate), bool(keepdims)]
     return core_of("tensor_reduce").issue(TENSOR_REDUCE, (dst,), (data,), params, name)
 
 

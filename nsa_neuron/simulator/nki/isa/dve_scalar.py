@@ -1,7 +1,6 @@
 """Vector Engine: arithmetic with one scalar per partition."""
 
 from collections import namedtuple
-from functools import lru_cache
 
 from ...issue.spec import Spec
 from ...issue.timing import GpSimd, Scalar, Vector, timing
@@ -9,7 +8,16 @@ from ...machine.dtypes import float32, store_bits
 from ...memory.tensor import NkiTensor
 from ...rules.session import violation
 from ...semantics import alu, elementwise
-from ..binding import core_of, finish, instruction, load, load_scalar, op_name, result_array
+from ..binding import (
+    Interned,
+    core_of,
+    finish,
+    instruction,
+    load,
+    load_scalar,
+    op_name,
+    result_array,
+)
 from .constants import engine as engines
 from .shared import (
     arithmetic,
@@ -25,9 +33,8 @@ from .shared import (
 
 TensorScalarParams = namedtuple("TensorScalarParams", "op0 reverse0 op1 reverse1 engine")
 ScalarTensorTensorParams = namedtuple("ScalarTensorTensorParams", "op0 reverse0 op1 reverse1")
-# A look-up is cheaper than another named tuple.
-_scalar_params = lru_cache(TensorScalarParams)
-_two_params = lru_cache(ScalarTensorTensorParams)
+_scalar_params = Interned(TensorScalarParams)
+_two_params = Interned(ScalarTensorTensorParams)
 
 # Operator pairs of the Scalar Engine on trn2 (isa docstring of tensor_scalar).
 _SCALAR_ENGINE = (("multiply", "add"), ("multiply", None), ("add", None))
@@ -127,9 +134,13 @@ def tensor_scalar(
     no_operand(first, operand0, "tensor_scalar", "operand0")
     if second is None or second in alu.UNARY:
         _unused(operand1, second)
-    params = _scalar_params(
-        first, bool(reverse0), second, bool(reverse1), engine_of(engine, "tensor_scalar")
-    )
+    params = _scalar_params[
+        first,
+        bool(reverse0),
+        second,
+        bool(reverse1),
+        engine_of(engine, "tensor_scalar"),
+    ]
     core = core_of("tensor_scalar")
     return core.issue(TENSOR_SCALAR, (dst,), (data, operand0, operand1), params, name)
 
@@ -190,7 +201,7 @@ def scalar_tensor_tensor(
     what = "scalar_tensor_tensor"
     first, second = op_name(op0, what, "op0"), op_name(op1, what, "op1")
     no_operand(first, operand0, what, "operand0")
-    params = _two_params(first, bool(reverse0), second, bool(reverse1))
+    params = _two_params[first, bool(reverse0), second, bool(reverse1)]
     return core_of(what).issue(
         SCALAR_TENSOR_TENSOR, (dst,), (data, operand0, operand1), params, name
     )

@@ -10,7 +10,7 @@ from ...issue.timing import Tensor, Vector, timing
 from ...machine import dtypes as dt
 from ...rules.session import violate, violation
 from ...semantics import pe as semantics
-from ..binding import core_of, enum_of, instruction, save
+from ..binding import Interned, core_of, enum_of, instruction, save
 from .constants import engine as engines
 from .constants import matmul_perf_mode
 from .shared import engine_of
@@ -351,21 +351,27 @@ def nc_matmul(
         perf_mode = enum_of(matmul_perf_mode, perf_mode, "nc_matmul", "perf_mode")
     if accumulate is not None and type(accumulate) is not bool:
         accumulate = _flag(accumulate)
-    params = _params(
-        bool(is_transpose),
-        accumulate,
-        tuple(tile_position) if tile_position else (),
-        tuple(tile_size) if tile_size else (),
-        perf_mode,
-        bool(is_stationary_onezero),
-        bool(is_moving_onezero),
-    )
+    flags = is_transpose, is_stationary_onezero, is_moving_onezero
+    if tile_position or tile_size or perf_mode is not _PLAIN_MODE or flags != _NO_FLAGS:
+        params = _params[
+            bool(is_transpose),
+            accumulate,
+            tuple(tile_position) if tile_position else (),
+            tuple(tile_size) if tile_size else (),
+            perf_mode,
+            bool(is_stationary_onezero),
+            bool(is_moving_onezero),
+        ]
+    else:
+        params = _PLAIN[accumulate]  # nearly always: seven arguments take longer to look up
     return core.issue(MATMUL, (dst,), (stationary, moving), params, name)
 
 
-# A look-up is cheaper than another named tuple.
-_params = lru_cache(MatmulParams)
-_transpose_params = lru_cache(TransposeParams)
+_params = Interned(MatmulParams)
+_PLAIN_MODE = matmul_perf_mode.none
+_NO_FLAGS = (False, False, False)
+_PLAIN = {a: _params[False, a, (), (), _PLAIN_MODE, False, False] for a in (None, False, True)}
+_transpose_params = Interned(TransposeParams)
 
 
 def _flag(value):
@@ -437,5 +443,5 @@ TRANSPOSE = Spec(
 @instruction
 def nc_transpose(dst, data, engine=engines.unknown, name=None):
     """dst[F, P] = data[P, F], bit-exact, on the Tensor or Vector Engine."""
-    params = _transpose_params(engine_of(engine, "nc_transpose"))
+    params = _transpose_params[(engine_of(engine, "nc_transpose"),)]
     return core_of("nc_transpose").issue(TRANSPOSE, (dst,), (data,), params, name)

@@ -7,7 +7,7 @@ from ...machine.dtypes import bfloat16, float32
 from ...machine.regions import MemoryRegion
 from ...machine.trn2 import TRN2
 from ...memory.tensor import DynamicSlice, NKIObject, NkiTensor
-from ...rules.session import CORE, violation
+from ...rules.session import running, violation
 from .. import isa
 
 sbuf = MemoryRegion.sbuf
@@ -72,7 +72,7 @@ def _no_region(buffer):
 
 def ndarray(shape, dtype, buffer=sbuf, name="", address=None):
     """A new tensor with undefined contents."""
-    core = CORE.get() or require_core("nl.ndarray")
+    core = running() or require_core("nl.ndarray")
     if type(buffer) is not MemoryRegion:
         raise _no_region(buffer)
     # .value is a slow descriptor

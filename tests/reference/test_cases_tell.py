@@ -73,3 +73,34 @@ def test_every_case_is_tried_or_timed() -> None:
     for spec in OPS:
         for case in spec.cases:
             assert set(case.tags) <= {*TAGS, "bench"} and case.tags, case
+
+
+WITH_STATISTICS = [spec.name for spec in OPS if "grad_lse" in spec.names]
+
+
+@pytest.mark.parametrize("op", WITH_STATISTICS)
+def test_rows_that_see_nothing_have_nan_in_grad_lse(op: str) -> None:
+    """As autograd gives it: exp(lse) of a dead row has no gradient that anyone may use."""
+    spec, dead = get(op), 0
+    for case in edges(spec):
+        values = spec.arguments(case, torch.float32)
+        if values["grad_lse"] is not None:
+            assert torch.equal(values["grad_lse"].isnan(), values["lse"].isneginf()), case.name
+            dead += int(values["lse"].isneginf().sum())
+    assert dead or op != "compressed_attention_backward", "only there rows may see nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("op", WITH_STATISTICS)
+def test_statistics_stay_wide_in_narrow_calls(op: str, dtype: torch.dtype) -> None:
+    spec = get(op)
+    values = spec.arguments(next(case for case in spec.cases if "smoke" in case.tags), dtype)
+    for arg in spec.tensors:
+        if arg.dtype != "i32" and values[arg.name] is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            assert values[arg.name].dtype == (wide if arg.dtype == "stat" else dtype), arg.name
+
+
+def test_cases_of_different_names_have_different_numbers() -> None:
+    names = {case.name: case.generator().initial_seed() for spec in OPS for case in spec.cases}
+    assert len(set(names.values())) == len(names)

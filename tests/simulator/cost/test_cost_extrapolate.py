@@ -113,3 +113,30 @@ def test_the_wrong_degree_is_refused():
 def test_sizes_that_have_not_filled_sbuf_are_refused():
     with pytest.raises(ValueError, match="have not filled SBUF"):
         extrapolate(run_matmul, (512, 768, 1024), 8192, 1)
+
+
+def cleared(tiles):
+    """So many tiles of 2 KiB of each partition, of which SBUF has room for 104 (208 KiB)."""
+
+    def body():
+        for _ in range(tiles):
+            nisa.memset(sbuf((128, 512)), 0.0)
+
+    return record(body)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "target", "filled"),
+    [
+        ((150, 208, 260), 400, True),
+        ((150, 206, 260), 400, False),  # once is not enough: loads still run ahead
+        ((50, 60, 70), 207, True),  # it is not filled twice at the target either
+        ((50, 60, 70), 209, False),
+    ],
+)
+def test_sbuf_must_be_filled_twice_if_it_will_be(sizes, target, filled):
+    if filled:
+        assert extrapolate(cleared, sizes, target).target == target
+        return
+    with pytest.raises(ValueError, match="have not filled SBUF twice"):
+        extrapolate(cleared, sizes, target)

@@ -207,6 +207,31 @@ def test_loops_that_have_not_settled_are_refused():
         simulator.profile(slower, iterations=10)(X)
 
 
+@pytest.mark.parametrize(("more", "settled"), [(103, True), (106, False)])
+def test_the_pace_may_change_by_two_percent(more, settled):
+    """100 instructions in each iteration of the third quarter, `more` in the last."""
+
+    def kernel(x):
+        tile, work = nl.load(x), []
+
+        def step(i):
+            work.append(i)
+            for _ in range(100 if len(work) <= 12 else more):
+                nisa.tensor_scalar(tile, tile, nl.add, 1.0)
+
+        nl.fori_loop(0, 400, step)
+        out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
+        nl.store(out, tile)
+        return out
+
+    profile = simulator.profile(kernel, iterations=16)
+    if settled:
+        assert profile(X) is not None
+        return
+    with pytest.raises(ValueError, match=r"its pace still changes by 2\.\d%, more than 2%"):
+        profile(X)
+
+
 @pytest.mark.parametrize("wrong", [-1, 2.5])
 def test_iterations_is_a_count(wrong):
     with pytest.raises(ValueError, match="iterations is 0 or a positive integer"):

@@ -67,6 +67,12 @@ def test_unreadable_trip_counts(text):
         trips.parse(text)
 
 
+@pytest.mark.parametrize("text", ["-1", "3,-1", "draw:3,-1"])
+def test_trip_counts_are_not_negative(text):
+    with pytest.raises(ValueError, match="-1 is less than none"):
+        trips.parse(text)
+
+
 def run_matmul(rows):
     kernel = simulator.simulate(matmul.loads_hoisted, data=False)
     kernel(

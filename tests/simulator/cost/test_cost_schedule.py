@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from cost_helpers import P, hbm, nisa, nl, of, psum, record, sbuf, timeline
 
 from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import Cause
+from nsa_neuron.simulator.cost.loops import Continued
 
 SEMAPHORE = P.semaphore
 VECTOR, SCALAR = 0.96, 1.2
@@ -75,6 +78,29 @@ def test_halves_of_a_tile_are_independent():
     assert t.cause[2] == Cause.RAW
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((slice(0, 64), slice(None)), (slice(64, 128), slice(None))),
+        ((slice(64, 128), slice(None)), (slice(0, 64), slice(None))),
+        ((slice(None), slice(0, 256)), (slice(None), slice(256, 512))),
+        ((slice(None), slice(256, 512)), (slice(None), slice(0, 256))),
+    ],
+)
+def test_a_write_to_one_half_stands_for_no_more_than_that(one, other):
+    """A write to the other half waits for the readers of the whole, too."""
+
+    def body():
+        tile, source = sbuf((128, 512)), sbuf((128, 512))
+        nisa.activation(sbuf((128, 512)), nl.copy, tile)
+        nisa.tensor_copy(tile[one], source[one])
+        nisa.memset(tile[other], 0.0, engine=nisa.engine.gpsimd)
+
+    t = timeline(body)
+    assert list(t.cause[1:]) == [Cause.WAR] * 2 and list(t.blocker[1:]) == [0, 0]
+    assert t.issue[1] == t.issue[2] > 512 / SCALAR
+
+
 def test_columns_of_a_matrix_in_hbm_are_independent():
     def body():
         out = hbm((256, 256))
@@ -127,6 +153,23 @@ def test_sbuf_bytes_are_reused_when_their_tensor_was_used_last():
     assert t.issue[2] == pytest.approx(t.free[0])
     assert (t.cause[4], t.blocker[4]) == (Cause.SPACE, 1)
     assert t.issue[4] == pytest.approx(t.end[1] + SEMAPHORE)
+
+
+def test_the_room_of_one_tensor_serves_several_each_after_its_last_use():
+    def body():
+        big = sbuf((128, 50_000))  # 200,000 of 212,984 bytes
+        nisa.memset(big, 0.0)
+        seen = sbuf((128, 16))
+        nisa.activation(seen, nl.copy, big[:, 0:16])
+        left, right = sbuf((128, 20_000)), sbuf((128, 20_000))
+        nisa.memset(left, 0.0)
+        nisa.memset(right, 0.0, engine=nisa.engine.gpsimd)
+        nisa.tensor_copy(left, right)
+        nisa.tensor_copy(left[:, 0:16], seen)
+
+    t = timeline(body, scalar_latency=200_000)
+    assert list(t.cause[2:4]) == [Cause.SPACE] * 2 and list(t.blocker[2:4]) == [1, 1]
+    assert t.issue[2] == t.issue[3] == pytest.approx(t.end[1] + SEMAPHORE)
 
 
 def test_loads_run_ahead_of_compute():
@@ -345,3 +388,19 @@ def test_the_estimate_orders_its_band():
 
     band = cost.estimate(record(body)).band
     assert band.low < band.central < band.high
+
+
+@pytest.mark.parametrize(
+    ("totals", "band"),
+    [
+        ((1, 2, 3), (1, 2, 3)), ((3, 2, 1), (2, 2, 2)),
+        ((2.5, 2, 3), (2, 2, 3)), ((1, 2, 1), (1, 2, 2)),
+    ],
+)  # fmt: skip
+def test_a_band_holds_its_middle_whatever_constants_do_to_each_other(totals, band):
+    timelines = [SimpleNamespace(total=total) for total in totals]
+    found = cost.Estimate(*timelines).band
+    assert (found.low, found.central, found.high) == band
+    rest = tuple(Continued(added=10.0 * k) for k in (1, 2, 3))
+    found = cost.Estimate(*timelines, rest).band
+    assert found.central == totals[1] + 20 and found.high == totals[2] + 30

@@ -34,12 +34,19 @@ def greedy(subject: Subject, steps: int) -> Continuation:
     """The likeliest tokens behind the prompt.
 
     Raises:
-        NsaError: the model gives no logits `[B, S, V]` or `[B, V]`.
+        NsaError: the model gives no logits `[B, S, V]` or `[B, V]`, or the subject's own `decode`
+            something else than was asked for.
     """
     prompt = subject.prompt
     assert prompt is not None
     decode = subject.decode or again
     tokens, logits = decode(subject.model, prompt, steps)
+    wanted = (prompt.shape[0], steps)
+    if tuple(tokens.shape) != wanted or tuple(logits.shape[:-1]) != wanted:
+        raise NsaError(
+            f"decode returned tokens {list(tokens.shape)} and logits {list(logits.shape)}; they "
+            f"must be {list(wanted)} and [{wanted[0]}, {wanted[1]}, V]"
+        )
     return Continuation(tokens.cpu(), logits.detach().cpu())
 
 

@@ -66,6 +66,7 @@ def _compare(
     best = Judgement(True, "", 0.0, 0.0)
     share = -1.0
     for item, mine, oracle, eager in zip(spec.returns, got, exact, plain, strict=True):
+        mine, oracle, eager = _without_nan(mine, oracle, eager)
         diff = spec.compare[item.name](mine, oracle, eager, values)
         if not diff.ok:
             where = _worst_place(item.name, mine, oracle)
@@ -76,6 +77,17 @@ def _compare(
         if used > share:
             share, best = used, Judgement(True, item.name, diff.error, diff.budget)
     return best
+
+
+def _without_nan(got: Tensor, oracle: Tensor, eager: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All with 0 where both the results and the reference are NaN: a call that got NaN gives NaN,
+    and the fault is where it came from."""
+    if got.shape != oracle.shape or not oracle.is_floating_point():
+        return got, oracle, eager
+    both = got.isnan() & oracle.isnan()
+    if not both.any():
+        return got, oracle, eager
+    return got.masked_fill(both, 0), oracle.masked_fill(both, 0), eager.masked_fill(both, 0)
 
 
 def _take_apart(
@@ -141,7 +153,7 @@ def _worst_place(name: str, got: Tensor, oracle: Tensor) -> str:
     """Where the largest error is, with both values; empty where shapes differ or nothing does."""
     if got.shape != oracle.shape or not got.numel() or not got.is_floating_point():
         return ""
-    error = (got.double() - oracle.double()).abs()
+    error = (got.double() - oracle.double()).abs().masked_fill(got == oracle, 0)  # -inf - -inf
     error = torch.where(error.isnan(), torch.inf, error)
     flat = int(error.argmax())
     place = []

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from nsa_neuron.agree.judge import judge
+from nsa_neuron.agree.judge import Judgement, judge
 from nsa_neuron.agree.report import BACKWARD, FORWARD, Call
 from nsa_neuron.agree.saved import save
 from nsa_neuron.agree.subject import tensors
+from nsa_neuron.errors import ContractViolation
+from nsa_neuron.library import check_results
 from nsa_neuron.registry import REGISTRY, Lowered, Target, Unsupported, Verdict, use_backend
 
 if TYPE_CHECKING:
@@ -122,15 +124,27 @@ class RecordingBackend:
         run = self._backend.lower(bound, plan)
 
         def call(**values: Any) -> Any:
-            results = run(**values)
             module = self._recorder.maker(bound, values)
-            found = judge(bound.spec, self._target, values, results)
-            facts = {**vars(found), "inputs": bound.describe()}
-            self._recorder.add(bound, module, "right" if facts.pop("ok") else "wrong", **facts)
-            self._recorder.keep(self._target, bound.spec, values)
+            try:
+                results = run(**values)
+                check_results(bound, results, self._target)
+            except Exception as error:
+                said = str(error) if isinstance(error, ContractViolation) else _raised(error)
+                self._add(bound, values, module, Judgement(False, "", 0.0, 0.0, said))
+                raise
+            self._add(bound, values, module, judge(bound.spec, self._target, values, results))
             return results
 
         return call
+
+    def _add(self, bound: Bound, values: Mapping[str, Any], module: str, found: Judgement) -> None:
+        facts = {**vars(found), "inputs": bound.describe()}
+        self._recorder.add(bound, module, "right" if facts.pop("ok") else "wrong", **facts)
+        self._recorder.keep(self._target, bound.spec, values)
+
+
+def _raised(error: Exception) -> str:
+    return f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 @contextmanager

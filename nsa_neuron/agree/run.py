@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,10 +14,18 @@ from torch import Tensor
 import nsa_neuron.library  # noqa: F401  registers torch.ops.nsa
 from nsa_neuron.agree import decoding
 from nsa_neuron.agree.record import Recorder, judged, watched
-from nsa_neuron.agree.report import BACKWARD, DECODE, FORWARD, Agreement, Point, Run
+from nsa_neuron.agree.report import (
+    BACKWARD,
+    DECODE,
+    FORWARD,
+    Agreement,
+    Point,
+    Run,
+    module_name,
+)
 from nsa_neuron.agree.subject import Subject, tensors
 from nsa_neuron.conformance.targets import find_targets
-from nsa_neuron.errors import NoLowering, NsaError
+from nsa_neuron.errors import InvalidArgument, NoLowering, NsaError
 from nsa_neuron.numerics import Budget
 from nsa_neuron.registry import REGISTRY, Target, use_backend
 
@@ -24,7 +33,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GRADIENT_FLOOR = 1e-6
-"""Gradients are judged down to this magnitude; the policy's usual floor is for values near 1."""
+"""Gradients are judged down to this magnitude, and to the policy's floor (which is for values near
+1) times the model's largest gradient: what is 0 because terms cancel, as of a query with one key,
+is the rounding of those terms, which are as large as other gradients."""
 
 
 @dataclass
@@ -64,9 +75,15 @@ def agree(
         save: folder that gets each target's first wrong call; `load` makes a subject of its file.
 
     Raises:
+        InvalidArgument: `decode` or `seed` is out of range.
         UnknownBackend, BackendUnavailable: of the targets.
-        NsaError: the subject cannot be run in float64 on the reference, which is the truth.
+        NsaError: the subject cannot be run in float64 on the reference, which is the truth, or
+            gives nothing that could be compared.
     """
+    if decode < 0:
+        raise InvalidArgument("agree", "decode", decode, "0 or more tokens")
+    if not -(2**63) <= seed < 2**63:
+        raise InvalidArgument("agree", "seed", seed, "a 64-bit number")
     chosen = list(dict.fromkeys(REGISTRY.target(name) for name in targets))
     for target in chosen:
         REGISTRY.usable(target)
@@ -79,7 +96,10 @@ def agree(
             if one is not other and one.target in finals and other.target in finals:
                 one.between[other.target] = _apart(finals[one.target], finals[other.target])
     if not any(run.calls for run in runs):
-        plan.notes.append("no nsa op was called: only the rest of the model was compared")
+        plan.notes.append(
+            "no nsa op was called on any target: only the rest of the model was compared "
+            "(a use_backend of the model's own goes before the targets)"
+        )
     return Agreement(subject.name, subject.describe(), runs, plan.notes)
 
 
@@ -104,26 +124,53 @@ class _Plan:
         """A run of the reference, in float64 or in the subject's own dtype."""
         made, recorder = Truth(), Recorder()
         subject = self.subject.placed("cpu", dtype)
+        kind = "float64" if dtype else "its own dtype"
 
         def visit(name: str, count: int, outputs: list[Tensor]) -> None:
             made.modules[name, count] = [x.detach().clone() for x in outputs]
 
-        try:
-            with use_backend("reference"):
+        with use_backend("reference"):
+            with self._must_run(f"be run in {kind}"):
                 with watched(subject.modules, recorder, visit):
                     made.outputs = self._forward(subject)
                 made.gradients = self._gradients(subject, made.outputs)
-                made.outputs = [x.detach() for x in made.outputs]
+            made.outputs = [x.detach() for x in made.outputs]
+            with self._must_run(f"decode in {kind}", "; decode=0 (--decode 0) leaves that out"):
                 made.continuation = self._continue(subject)
-        except NsaError:
+        if dtype:
+            self._must_tell(made)
+        return made
+
+    @contextmanager
+    def _must_run(self, what: str, hint: str = "") -> Iterator[None]:
+        """Without a truth there is nothing to compare with: what it raises ends everything."""
+        try:
+            yield
+        except InvalidArgument:
             raise
         except Exception as error:
-            kind = "float64" if dtype else "its own dtype"
+            said = str(error) if isinstance(error, NsaError) else f"{type(error).__name__}: {error}"
             raise NsaError(
-                f"{self.subject.name} cannot be run in {kind} on the reference: "
-                f"{type(error).__name__}: {error}"
+                f"{self.subject.name} cannot {what} on the reference: {said}{hint}"
             ) from error
-        return made
+
+    def _must_tell(self, exact: Truth) -> None:
+        """Refuses a run that gives nothing to compare; notes what is left out."""
+        if any(x.isnan().any() for x in exact.outputs):
+            found = exact.modules.items()
+            first = next((n for (n, _), xs in found if any(x.isnan().any() for x in xs)), "")
+            raise NsaError(
+                f"{self.subject.name} gives NaN in float64 on the reference, first in "
+                f"{module_name(first)}: there is nothing to compare with"
+            )
+        if not exact.outputs:
+            self.notes.append(
+                "outputs were not compared: there is no floating tensor in what the model returns"
+            )
+        if self.backward and not exact.gradients:
+            self.notes.append(
+                "gradients were not compared: no output has any, of a parameter or an input"
+            )
 
     def run(self, target: Target, exact: Truth, plain: Truth) -> Run:
         """One target's run; an error ends its phase and is part of the result."""
@@ -146,17 +193,22 @@ class _Plan:
                 with _phase(run, recorder, BACKWARD):
                     found = self._gradients(subject, outputs)
                     depth = len(recorder.calls)
-                    for name, mine in found.items():
-                        truths = [exact.gradients[name]], [plain.gradients[name]]
+                    largest = max((_largest(x) for x in exact.gradients.values()), default=0.0)
+                    floor = max(GRADIENT_FLOOR, Budget.floor * largest)
+                    for name in dict.fromkeys([*exact.gradients, *found]):
+                        mine, wanted, eager = (
+                            _of(x, name) for x in (found, exact.gradients, plain.gradients)
+                        )
                         run.points.append(
-                            _point(BACKWARD, name, 0, [mine], *truths, depth, GRADIENT_FLOOR)
+                            _point(BACKWARD, name, 0, mine, wanted, eager, depth, floor)
                         )
             with _phase(run, recorder, DECODE), watched(subject.modules, recorder, _nothing):
                 written = self._continue(subject)
                 if written and exact.continuation and plain.continuation:
                     run.decoded = self.decode
-                    wanted, eager = exact.continuation, plain.continuation
-                    run.tokens = decoding.differences(written, wanted, eager)
+                    run.tokens = decoding.differences(
+                        written, exact.continuation, plain.continuation
+                    )
         run.calls = recorder.calls
         run.saved = str(recorder.saved or "")
         return run
@@ -174,7 +226,7 @@ class _Plan:
         asked = [x for x in outputs if x.requires_grad]
         directions = [torch.randn(x.shape, generator=gen).to(x) for x in asked]
         leaves = subject.leaves
-        if not asked:
+        if not asked or not leaves:
             return {}
         grads = torch.autograd.grad(asked, [*leaves.values()], directions, allow_unused=True)
         found = zip(leaves, grads, strict=True)
@@ -200,6 +252,14 @@ def _phase(run: Run, recorder: Recorder, name: str) -> Iterator[None]:
             run.failure = f"{name} ended with {type(error).__name__}: {said}"
 
 
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _of(gradients: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    return [gradients[name]] if name in gradients else []
+
+
 def _nothing(name: str, count: int, outputs: list[Tensor]) -> None:
     """Modules are not compared while decoding: continuations may differ."""
 
@@ -219,8 +279,11 @@ def _point(
     Args:
         calls: nsa calls before; each may have added one rounding of its result.
     """
-    if exact is None or plain is None or len(got) != len(exact):
-        return Point(phase, name, visit, False, 0.0, 0.0, "the reference's run has no such output")
+    if exact is None or plain is None or not len(got) == len(exact) == len(plain):
+        what = "gradient" if phase == BACKWARD else "output"
+        has = "another number of them" if got and exact else "one" if exact else "none"
+        detail = f"{len(got) or 'no'} {what}; the reference's run has {has}"
+        return Point(phase, name, visit, False, 0.0, 0.0, detail)
     compare = Budget(floor=floor, roundings=1 + calls)
     worst = Point(phase, name, visit, True, 0.0, 0.0)
     share = -1.0
@@ -235,7 +298,12 @@ def _point(
 
 
 def _apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Largest difference of two runs' final outputs."""
-    pairs = zip(one, other, strict=True)
-    apart = [float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()]
-    return max(apart, default=0.0)
+    """Largest difference of two runs' final outputs; infinite where they cannot be compared."""
+    if [x.shape for x in one] != [x.shape for x in other]:
+        return math.inf
+    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if a.numel()]
+    # Equal infinities are no distance apart, NaN is from everything.
+    gaps = [
+        torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf) for a, b in pairs
+    ]
+    return max((float(gap.max()) for gap in gaps), default=0.0)

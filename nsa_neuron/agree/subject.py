@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import sys
 import traceback
@@ -33,7 +34,7 @@ class Subject:
     Attributes:
         name: for people.
         model: called as `model(*args, **kwargs)`.
-        args, kwargs: its inputs; tensors may stand in tuples, lists and dictionaries.
+        args, kwargs: its inputs; tensors may stand in tuples, lists, dictionaries, dataclasses.
         decode: how it continues token ids; None: by running the whole again for each token, if its
             only positional input is integers `[B, S]`.
     """
@@ -131,10 +132,13 @@ def load(text: str) -> Subject:
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
         raise NsaError(f"{text} returned {type(made).__name__}; it must return (model, inputs)")
     model, inputs = made
-    args = inputs if isinstance(inputs, tuple) else ()
+    if not isinstance(inputs, (Tensor, tuple, dict)):
+        raise NsaError(
+            f"{text} returned inputs of type {type(inputs).__name__}; they must be a tensor, a "
+            "tuple of positional or a dict of keyword inputs"
+        )
+    args = (inputs,) if isinstance(inputs, Tensor) else inputs if isinstance(inputs, tuple) else ()
     kwargs = inputs if isinstance(inputs, dict) else {}
-    if isinstance(inputs, Tensor):
-        args = (inputs,)
     return Subject(text, model, args, kwargs, getattr(module, "decode", None))
 
 
@@ -143,10 +147,12 @@ def imported(path: Path) -> Iterator[ModuleType]:
     """The module of a file, whose folder is on the path meanwhile."""
     if not path.is_file():
         raise NsaError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: a user's `random.py` must not become everybody's `random`.
+    spec = importlib.util.spec_from_file_location(f"subject_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise NsaError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their annotations up there
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:
@@ -162,28 +168,42 @@ def _said_briefly(what: str) -> Iterator[None]:
     """Turns what a user's file raises into one line with its place; NSA_DEBUG=1 shows all."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would say that every target agrees
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{frame.filename}:{frame.lineno}"
         raise NsaError(f"{what} raised {type(error).__name__}: {error} ({place})") from error
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A value with a function applied to every tensor in its tuples, lists and dictionaries."""
+    """A value with a function applied to every tensor in its tuples, lists, dictionaries and
+    dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
         return {name: mapped(function, x) for name, x in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*(mapped(function, x) for x in value))
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(function, x) for x in value)
+    if fields := _fields(value):
+        return dataclasses.replace(value, **mapped(function, fields))
     return value
 
 
 def tensors(value: Any) -> Sequence[Tensor]:
-    """The tensors in a value's tuples, lists and dictionaries (transformers' outputs are those)."""
+    """The tensors in a value's tuples, lists, dictionaries (transformers' outputs are those) and
+    dataclasses."""
     if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, (Mapping, tuple, list)):
-        return [x for part in parts for x in tensors(part)]
-    return []
+    if isinstance(value, Mapping):
+        return [x for part in value.values() for x in tensors(part)]
+    if isinstance(value, (tuple, list)):
+        return [x for part in value for x in tensors(part)]
+    return [x for part in _fields(value).values() for x in tensors(part)]
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """What a dataclass's object is made of; empty: it is none."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return {}
+    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}

@@ -99,6 +99,26 @@ def shifted_lse(right: Callable[..., Any]) -> Lowered:
     return call
 
 
+def lost_dk(right: Callable[..., Any]) -> Lowered:
+    """No gradient where one is promised."""
+
+    def call(**values: Any) -> Any:
+        dq, _, dv = right(**values)
+        return dq, None, dv
+
+    return call
+
+
+def nan_in_dead_rows(right: Callable[..., Any]) -> Lowered:
+    """The rows that see no compressed block divide by a sum of 0."""
+
+    def call(**values: Any) -> Any:
+        o, lse = right(**values)
+        return o.masked_fill(lse.isinf()[..., None], torch.nan), lse
+
+    return call
+
+
 def raises(right: Callable[..., Any]) -> Lowered:
     def call(**values: Any) -> Any:
         raise RuntimeError("out of registers")
@@ -113,5 +133,7 @@ FAULTS: dict[str, Fault] = {
     "dropped block": ("selected_attention", dropped_block),
     "scale in dq": ("sliding_window_attention_backward", scale_forgotten_in_dq),
     "lse": ("sliding_window_attention", shifted_lse),
+    "lost dk": ("sliding_window_attention_backward", lost_dk),
+    "nan in dead rows": ("compressed_attention", nan_in_dead_rows),
     "crash": ("gated_sum", raises),
 }

@@ -82,6 +82,8 @@ def test_a_right_backend_agrees_in_every_phase() -> None:
         ("window edge", "forward", "nsa_attention_forward", ("sliding_window_attention",)),
         ("bf16 accumulation", "forward", "compress", ()),
         ("dropped block", "forward", "nsa_attention_forward", ("selected_attention",)),
+        # What only gets the NaN is not blamed.
+        ("nan in dead rows", "forward", "nsa_attention_forward", ("compressed_attention",)),
         (
             "scale in dq",
             "backward",
@@ -133,6 +135,16 @@ def test_a_crash_is_reported_and_ends_its_phase_only() -> None:
     run = run_with("crash", decode=1)
     assert run.failure == "forward ended with RuntimeError: out of registers"
     assert not run.ok and not [c for c in run.calls if c.phase == "backward"]
+    said = "layers.1: call 6, nsa_attention_forward is wrong: it raised RuntimeError: out of regis"
+    assert said in run.first
+
+
+def test_results_that_break_the_contract_are_found_where_they_are() -> None:
+    run = run_with("lost dk")
+    wrong = run.bad_calls[0]
+    assert (wrong.module, wrong.op) == ("layers.1", "nsa_attention_backward")
+    assert "acme:eager returned dk_win of nsa_attention_backward as a NoneType" in wrong.detail
+    assert run.failure.startswith("backward ended with ContractViolation")
 
 
 def test_targets_are_compared_with_each_other() -> None:

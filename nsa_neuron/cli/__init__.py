@@ -8,7 +8,9 @@ only when it is asked for, so that `nsa simulate` never imports torch. Exit code
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -91,8 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] not in known:
         return _front_page(words, list(known.values()))
     command = known[words[0]]
+    _let_write_anywhere()
     try:
-        return _carry_out(command, words[1:])
+        code = _carry_out(command, words[1:])
+        if sys.stdout:
+            sys.stdout.flush()  # a reader that went away shows here, and not when Python exits
+        return code
     except NsaError as error:
         if os.environ.get("NSA_DEBUG") == "1":
             raise
@@ -100,10 +106,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNUSABLE
     except BrokenPipeError:
         # The reader of a pipe went away (`nsa ops | head`); nothing is left to say to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 0
+    except OSError as error:  # a file of the user's, mostly: its name is in the message
+        if os.environ.get("NSA_DEBUG") == "1":
+            raise
+        print(f"nsa {command.name}: {error}", file=sys.stderr)
+        _forget_output()
+        return UNUSABLE
     except KeyboardInterrupt:
         return 130
+
+
+def _let_write_anywhere() -> None:
+    """A terminal of few letters gets `?` for the others, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _forget_output() -> None:
+    """Python tries to write what is left in the buffer once more when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _front_page(words: Sequence[str], commands: Sequence[Command]) -> int:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_neuron import bench, environment
 from nsa_neuron.bench.record import Absent, Modelled, Record
-from nsa_neuron.cli import need_torch
+from nsa_neuron.cli import need_torch, values
 from nsa_neuron.errors import NsaError
 
 if TYPE_CHECKING:
@@ -68,14 +68,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--forward", action="store_true", help="no gradients, of --part native")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", help="default 2048 8192 16384, on trn2 65536"
+        "--tokens", type=values.whole(), nargs="+", help="default 2048 8192 16384, on trn2 65536"
     )
     parser.add_argument(
         "--dims", nargs="+", default=["192/128"], metavar="DK/DV", help="head dims, on trn2"
     )
     parser.add_argument(
         "--replaced",
-        type=float,
+        type=values.share,
         default=0.05,
         help="share of a query's blocks that the next one replaces, on trn2; 1 is random",
     )
@@ -85,7 +85,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="on trn2: 2 share a sequence, 8 (a chip) its kv heads as well",
     )  # fmt: skip
     parser.add_argument(
-        "--decode", type=int, nargs="+", metavar="BATCH",
+        "--decode", type=values.whole(), nargs="+", metavar="BATCH",
         help="a decode step of a chip for these batches, on trn2",
     )  # fmt: skip
     parser.add_argument(
@@ -93,12 +93,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="only these ops, on trn2: " + ", ".join(STAGES),
     )  # fmt: skip
     parser.add_argument("--no-dense", action="store_true", help="no dense attention, on trn2")
-    parser.add_argument("--rounds", type=int, default=150, help="interleaved rounds of overhead")
+    parser.add_argument(
+        "--rounds", type=values.whole(), default=150, help="interleaved rounds of overhead"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to a file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out:  # what cannot be written shall be known before minutes of measuring
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.open("a").close()
     here = environment.describe()
     if args.simulator:
         parts = _simulator()
@@ -107,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
     records = [record for measured, _ in parts for record in measured]
     lines = bench.to_lines(records, here)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as file:
             file.write("".join(f"{line}\n" for line in lines))
     texts = [to_text(measured) for measured, to_text in parts]
@@ -153,7 +157,7 @@ def _cpu(args: argparse.Namespace) -> list[Part]:
 def _shape(text: str) -> tuple[tuple[int, int], int, str]:
     """`16/1/128/float32` as heads, head dim and dtype."""
     words = text.split("/")
-    sizes = [int(word) for word in words[:3] if word.isdigit() and int(word)]
+    sizes = [int(word) for word in words[:3] if word.isdecimal() and int(word)]
     known = ("float32", "bfloat16", "float16")
     if len(words) != 4 or len(sizes) != 3 or words[3] not in known or sizes[0] % sizes[1]:
         raise NsaError(f"--shape is {text!r}; it must be HQ/HKV/D/DTYPE, such as 16/1/128/float32")
@@ -181,6 +185,6 @@ def _trn2(args: argparse.Namespace) -> list[Part]:
 def _dims(text: str) -> tuple[int, int]:
     """`192/128` as numbers."""
     parts = text.split("/")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise NsaError(f"--dims is {text!r}; it must be DK/DV, such as 192/128")
     return int(parts[0]), int(parts[1])

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nsa_neuron import compile_check
-from nsa_neuron.cli import FAILED, shared
+from nsa_neuron.cli import FAILED, shared, values
+from nsa_neuron.errors import NsaError
 from nsa_neuron.terminal import progress, table
 
 if TYPE_CHECKING:
@@ -26,14 +27,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "CPU time); default: what reaches every row of every plan, and every dtype",
     )  # fmt: skip
     parser.add_argument("--op", help="only the kernels of this op")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=values.whole(), default=_cores())
     shared.add_json(parser)
 
 
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run(args: argparse.Namespace) -> int:
-    jobs = [
-        job for job in compile_check.jobs(full=args.all) if args.op in (None, job.entry.op)
-    ]  # fmt: skip
+    every = compile_check.jobs(full=args.all)
+    jobs = [job for job in every if args.op in (None, job.entry.op)]
+    if not jobs:
+        known = ", ".join(sorted({job.entry.op for job in every}))
+        raise NsaError(f"--op: '{args.op}' has no kernel; there are those of {known}")
     rows = []
     with progress("compile-check", len(jobs)) as advance:
         for row in compile_check.run(jobs, args.processes):

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa_neuron import conformance
-from nsa_neuron.cli import FAILED, UNUSABLE, shared
+from nsa_neuron.cli import FAILED, UNUSABLE, shared, values
 from nsa_neuron.conformance import history, html, text
 from nsa_neuron.conformance.gaps import load_gaps
 from nsa_neuron.conformance.problems import TAGS, problems
 from nsa_neuron.errors import NsaError
+from nsa_neuron.registry import REGISTRY
 
 if TYPE_CHECKING:
     import argparse
@@ -46,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="known gaps of a third party's backend",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
+    parser.add_argument("--html", type=values.new_file, metavar="FILE", help="write a page as well")
     parser.add_argument(
         "--history",
         nargs="+",
@@ -70,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
         dtypes=args.dtype,
         tags=args.tag,
         case=args.case,
-        gaps={name: load_gaps(path) for name, path in gaps.items()},
+        gaps={REGISTRY.resolve(name): load_gaps(path) for name, path in gaps.items()},
         device=args.device,
     )
     if args.html:
-        args.html.write_text(html.page(report, past, _tried(args)))
+        args.html.write_text(html.page(report, past, _tried(args)), encoding="utf-8")
     if args.json:
         print(report.to_json())
     else:

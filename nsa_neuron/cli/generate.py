@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nsa_neuron.cli import values
 from nsa_neuron.nn import Sampling, stream
 from nsa_neuron.nn.checkpoint import load_checkpoint
 
@@ -20,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest byte")
     parser.add_argument("--top-k", type=int, default=0, help="of the k likeliest bytes only")
     parser.add_argument("--top-p", type=float, default=1.0, help="of the likeliest, up to this sum")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=values.seed, default=0)
 
 
 def run(args: argparse.Namespace) -> int:

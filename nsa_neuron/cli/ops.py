@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_neuron.cli import shared
+from nsa_neuron.errors import NsaError
 from nsa_neuron.ops import OPS, get
 from nsa_neuron.spec import OpSpec, TensorArg
 from nsa_neuron.terminal import table
@@ -30,6 +31,10 @@ def run(args: argparse.Namespace) -> int:
     specs = [get(name) for name in args.op] or list(OPS)
     sizes = shared.sizes_of(args)
     scalars = shared.pairs(args.set, "--set")
+    known = {arg.name for spec in OPS for arg in spec.scalars}
+    if unknown := scalars.keys() - known:
+        names = ", ".join(sorted(known))
+        raise NsaError(f"--set: no op has a scalar argument '{min(unknown)}'; there are {names}")
     rows = [describe(spec, sizes, scalars, args.dtype, strict=bool(args.op)) for spec in specs]
     if args.json:
         shared.print_json(rows)

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from nsa_neuron.cli import shared
+from nsa_neuron.cli import shared, values
 from nsa_neuron.distributed.plan.machines import MACHINES, Machine
 from nsa_neuron.distributed.plan.model import ASSUMED, Problem, best, neighbours
 from nsa_neuron.errors import NsaError
@@ -33,7 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", nargs="+", default=["64"], help="numbers, or ranges of doublings: 16..4096"
     )
-    parser.add_argument("--rows", type=int, default=6, help="neighbours shown; default 6")
+    parser.add_argument(
+        "--rows", type=values.whole(0), default=6, help="neighbours shown; default 6"
+    )
     shared.add_json(parser)
 
 
@@ -76,7 +78,7 @@ def count(word: str) -> int:
     """A whole number, `64K` or `1M`."""
     unit = UNITS.get(word[-1:].upper(), 1)
     digits = word[:-1] if unit > 1 else word
-    if not digits.isdigit() or int(digits) < 1:
+    if not digits.isdecimal() or int(digits) < 1:
         raise argparse.ArgumentTypeError(f"'{word}' is no whole number above 0, such as 64K or 1M")
     return int(digits) * unit
 
@@ -86,7 +88,8 @@ def numbers(words: list[str]) -> list[int]:
     found = []
     for word in words:
         first, dots, last = word.partition("..")
-        if not first.isdigit() or int(first) < 1 or (dots and not last.isdigit()):
+        bad = not first.isdecimal() or (dots and not last.isdecimal())
+        if bad or not 1 <= int(first) <= int(last or first):
             raise NsaError(f"--devices: '{word}' is no number, nor a range such as 16..4096")
         at = int(first)
         while at <= int(last or first):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from nsa_neuron.errors import NsaError
 from nsa_neuron.ops import OPS, common
-from nsa_neuron.spec import FLOATS, Bound, OpSpec
+from nsa_neuron.spec import FLOATS, MAX_INT, Bound, OpSpec
 
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 PAGES = {"cmp": 64, "slc": 256, "win": 64}
@@ -76,8 +77,8 @@ def sizes_of(args: argparse.Namespace) -> dict[str, int]:
     given = {}
     for name, text in pairs(args.size, "--size").items():
         _known(name)
-        if not text.isdigit():
-            raise NsaError(f"--size: {name} is '{text}'; it must be a whole number")
+        if not text.isdecimal() or int(text) > MAX_INT:
+            raise NsaError(f"--size: {name} is '{text}'; it must be a whole number up to {MAX_INT}")
         given[name] = int(text)
     return given
 
@@ -125,6 +126,8 @@ def bind(
         if not arg.optional or arg.name in WEIGHTS.get(str(values.get("method")), ()):
             kind = {"float": dtype, "i32": torch.int32}.get(arg.dtype, _stat(dtype))
             shape = [full[s] if s in full else int(s) for s in arg.forms[0]]
+            if math.prod(shape) >= 2**60:
+                raise NsaError(f"{spec.name}: {arg.name} of shape {shape} is more than fits memory")
             values[arg.name] = torch.empty(shape, dtype=kind, device="meta")
     return spec.bind(values)
 
@@ -171,4 +174,15 @@ def _derive(sizes: dict[str, int]) -> None:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, default=str))
+    """Prints plain data; JSON has neither infinity nor NaN, which are written as text."""
+    print(json.dumps(_finite(value), indent=1, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return value

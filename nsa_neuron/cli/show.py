@@ -7,9 +7,11 @@ apart, per layer and kv head, with gates, compressed and window attention.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nsa_neuron.cli import values
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn import generate
 from nsa_neuron.nn.checkpoint import SHIPPED, load_checkpoint
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST = 128 * 1024  # bytes of a text
 ANSWER = 48  # bytes that are written behind a question
+POSITION = re.compile("-?[0-9]+")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +35,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ask", action="append", default=[], metavar="POSITION_OR_TEXT",
         help="may be repeated, but for one question; default: the last byte",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("show.html"), help="default show.html")
-    parser.add_argument("--png", type=Path, help="write a picture as well")
+    parser.add_argument(
+        "--out", type=values.new_file, default="show.html", help="default show.html"
+    )
+    parser.add_argument("--png", type=values.new_file, help="write a picture as well")
 
 
 def run(args: argparse.Namespace) -> int:
-    for option, path in (("--out", args.out), ("--png", args.png)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            expected = "a file in a folder that exists"
-            raise InvalidArgument("nsa show", option, repr(str(path)), expected)
     model, _ = load_checkpoint(args.checkpoint)
     try:
         text = args.file.read_bytes()
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         (answer,) = generate(model, [text], ANSWER)
         about += f" Asked: {questions[0]!r}. Wrote: {answer.decode(errors='replace')!r}."
     found = look(model, text, [*positions, *([-1] if questions or not positions else [])])
-    args.out.write_text(html(found, f"What {args.file.name} was searched for", about))
+    args.out.write_text(
+        html(found, f"What {args.file.name} was searched for", about), encoding="utf-8"
+    )
     print(f"page     {args.out}")
     if args.png:
         picture(found, args.png, args.file.name)
@@ -73,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _asked(words: list[str]) -> tuple[list[int], list[str]]:
     """Positions and questions."""
-    positions = [int(word) for word in words if word.lstrip("-").isdigit()]
-    questions = [word for word in words if not word.lstrip("-").isdigit()]
+    positions = [int(word) for word in words if POSITION.fullmatch(word)]
+    questions = [word for word in words if not POSITION.fullmatch(word)]
     if len(questions) > 1:
         raise InvalidArgument("nsa show", "--ask", f"{len(questions)} questions", "one at most")
     return positions, questions

@@ -7,10 +7,11 @@ lie farther back than a window reaches. Compare `--attention nsa`, `full` and `w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_neuron.cli import shared
+from nsa_neuron.cli import shared, values
 from nsa_neuron.nn.attention import KINDS
 from nsa_neuron.nn.checkpoint import load_checkpoint
 from nsa_neuron.terminal import progress
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from nsa_neuron.nn.config import NsaConfig
 
-NUMBERS = {
-    "steps": int, "batch": int, "length": int, "rate": float, "muon": float, "seed": int,
+NUMBERS: dict[str, Callable[[str], float]] = {
+    "steps": int, "batch": int, "length": int, "rate": float, "muon": float, "seed": values.seed,
     "save_every": int,
 }  # fmt: skip
 
@@ -39,11 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--attention",
         help=f"of all layers, or of each: {kinds}; default: nsa, or the model's to begin with",
     )
-    for name, kind in NUMBERS.items():
+    for name, read in NUMBERS.items():
         word = f"--{name.replace('_', '-')}"
-        parser.add_argument(word, type=kind, help="default: the task's own")
+        parser.add_argument(word, type=read, help="default: the task's own")
     parser.add_argument("--begin-with", type=Path, help="a checkpoint: weights to start from")
-    parser.add_argument("--until", type=int, help="stop before this step")
+    parser.add_argument("--until", type=values.whole(0), help="stop before this step")
     shared.add_json(parser)
 
 

@@ -46,9 +46,18 @@ def known_gaps(backend: str) -> tuple[Gap, ...]:
 
 
 def load_gaps(source: str | Path | Sequence[Gap]) -> tuple[Gap, ...]:
-    """Gaps from a file of the form `{"gaps": [{"op": ..., "mode": ..., ...}]}`, or as given."""
+    """Gaps from a file of the form `{"gaps": [{"op": ..., "mode": ..., ...}]}`, or as given.
+
+    Raises:
+        NsaError: the file cannot be read, or is not of that form.
+    """
     if isinstance(source, (str, Path)):
-        return _parse(Path(source).read_text(), str(source))
+        try:
+            return _parse(Path(source).read_text(encoding="utf-8"), str(source))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NsaError(
+                f"{source} is no file of known gaps: {type(error).__name__}: {error}"
+            ) from error
     return tuple(source)
 
 

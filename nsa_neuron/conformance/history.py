@@ -43,8 +43,8 @@ def load(paths: Sequence[Path]) -> list[Past]:
     found = []
     for path in paths:
         try:
-            found.append(of(json.loads(path.read_text())))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found.append(of(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise NsaError(
                 f"{path} is no report of `nsa conform --json`: {type(error).__name__}: {error}"
             ) from error

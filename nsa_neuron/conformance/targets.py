@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_neuron.errors import UnknownBackend
+from nsa_neuron.errors import BackendUnavailable, UnknownBackend
 from nsa_neuron.registry import AUTOMATIC, REGISTRY, Target
 
 
@@ -37,7 +37,10 @@ def find_targets(names: Sequence[str] = (), device: str | None = None) -> list[P
 
     Raises:
         UnknownBackend: no such backend or mode.
+        BackendUnavailable: there is no such device here, or it holds no numbers.
     """
+    if device and not _exists(device):
+        raise BackendUnavailable(f"there is no device '{device}' here that tensors could lie on")
     places = []
     for name in names or REGISTRY.names():
         backend, _, mode = name.partition(":")
@@ -71,7 +74,6 @@ def _device(target: Target, hindrance: str) -> str:
 
 def _exists(device: str) -> bool:
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device.type != "meta"
     except (RuntimeError, AssertionError, NotImplementedError):
         return False
-    return True

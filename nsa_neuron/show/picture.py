@@ -42,4 +42,4 @@ def picture(found: Look, path: str | Path, title: str = "") -> None:
         panel.set_title(f"byte {at:,}", loc="left", fontsize=10)
         panel.set_xlabel(f"block of {found.select_block} bytes (blue: picked)")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")  # whatever the name ends with

@@ -66,6 +66,10 @@ class TrainConfig:
         for name in ("steps", "batch", "length", "warm_up", "save_every"):
             if getattr(self, name) < 1:
                 raise InvalidArgument("TrainConfig", name, getattr(self, name), "at least 1")
+        if self.length < 2:  # a byte and the next, which it is asked for
+            raise InvalidArgument("TrainConfig", "length", self.length, "at least 2")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InvalidArgument("TrainConfig", "seed", self.seed, "a 64-bit number")
         for name in ("rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidArgument("TrainConfig", name, getattr(self, name), "finite, above 0")

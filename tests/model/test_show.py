@@ -158,7 +158,10 @@ def test_the_command(tmp_path, capsys):
     shipped = ["show", words[1], "--ask", "150", "--out", str(tmp_path / "own.html")]
     assert main(shipped) == 0
     assert "read by bytes-small.safetensors" in (tmp_path / "own.html").read_text()
-    assert main([*shipped[:-1], str(tmp_path / "no" / "such" / "folder.html")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*shipped[:-1], str(tmp_path / "no" / "such" / "folder.html")])
+    assert main([*shipped, "--png", str(tmp_path / "png without a suffix")]) == 0
+    assert (tmp_path / "png without a suffix").read_bytes().startswith(b"\x89PNG")
     assert main([*words, "--ask", "500"]) == 2
     assert main([*words, "--ask", "a?", "--ask", "b?"]) == 2
     assert main(["show", str(tmp_path / "none"), words[2]]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, settings
@@ -25,7 +26,7 @@ gc.disable()  # until all tests are collected: what importing makes stays
 try:
     import torch
 except ImportError:  # the simulator's tests run without torch
-    pass
+    torch = None
 else:
     torch.set_num_threads(1)
 
@@ -35,6 +36,13 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    """The same numbers in every test, whatever ran before it in this process."""
+    random.seed(0)
+    if torch is not None:
+        torch.default_generator.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

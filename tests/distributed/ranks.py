@@ -32,7 +32,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=200),
     )
     while (work := pipe.recv()) is not None:
         check, args = work

@@ -39,7 +39,7 @@ class Pipe:
         return data
 
     def close(self) -> None:
-        self.process.communicate(timeout=10)
+        self.process.communicate(timeout=120)
 
 
 class Processor:

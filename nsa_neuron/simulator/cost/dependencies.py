@@ -121,7 +121,7 @@ class Tracker:
             if dead:
                 self._release(dead)
                 dead.clear()
-            if i.after or pair or me in gated:
+            if i.after or pair or (gated and me in gated):
                 self._wait_in_order(i, me, lane, deps)
             result.append(deps if len(deps) <= _MANY else self._latest(deps))
         return result

@@ -148,7 +148,7 @@ class _Scheduler:
             for code in deps[i]:
                 d = code >> SHIFT
                 t = done[d]
-                if t < 0:
+                if t < 0.0:  # as a float: Python compares like with like faster
                     waiters.setdefault(d, []).append(me)
                     yield
                     t = done[d]
@@ -194,7 +194,7 @@ class _Scheduler:
                 for code in deps[i]:
                     d = code >> SHIFT
                     t = done[d]
-                    if t < 0:
+                    if t < 0.0:  # as a float: Python compares like with like faster
                         self.waiters.setdefault(d, []).append(self.resume[lane])
                         waits = True
                         yield
@@ -226,7 +226,7 @@ class _Scheduler:
             for code in deps[i]:
                 d = code >> SHIFT
                 t = done[d]
-                if t < 0:
+                if t < 0.0:  # as a float: Python compares like with like faster
                     waiters.setdefault(d, []).append(me)
                     yield
                     t = done[d]

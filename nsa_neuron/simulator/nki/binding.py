@@ -41,24 +41,38 @@ def instruction(function):
 
 
 class Interned(dict):
-    """Parameters of a kind by their fields: equal ones are one object, which is hashed by identity.
+    """Parameters of a kind by arguments: one object for equal ones, which is hashed by identity.
 
     A look-up is cheaper than another named tuple, and parameters are part of what every
     instruction's checked plan is found by. For kinds of which a program has few: none is forgotten.
     """
 
-    def __init__(self, kind):
+    def __init__(self, kind, read=None):
+        """Makes none yet.
+
+        Args:
+            kind: a named tuple.
+            read: what makes its fields of arguments that are new; None: they are the fields.
+        """
         super().__init__()
         self.kind = kind
+        self.read = read
+        self.made = {}  # by fields
         kind.__hash__ = object.__hash__
 
-    def __missing__(self, fields):
-        made = self[fields] = self.kind(*fields)
+    def __missing__(self, given):
+        fields = given if self.read is None else self.read(*given)
+        made = self.made.get(fields) or self.made.setdefault(fields, self.kind(*fields))
+        if self.read is None or int not in map(type, given):
+            self[given] = made  # an integer for an enum breaks a rule, each time
         return made
 
 
 def core_of(name):
-    """The current core, or an error that names the instruction."""
+    """The current core, or an error that names the instruction.
+
+    The commonest instructions ask for the core that is `running` first, which saves a call.
+    """
     return running() or require_core(f"nisa.{name}")
 
 

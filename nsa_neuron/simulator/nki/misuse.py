@@ -97,9 +97,16 @@ def _inside(error: Exception, entry: FrameType, where: Location) -> SimulationEr
         "usage",
         f"cannot use these arguments ({type(error).__name__}: {error})",
         instruction=name,
+        operand=_without_hash(entry) if str(error).startswith("unhashable") else None,
         location=where,
         hint=f"{name}{signature}",
     )
+
+
+def _without_hash(entry: FrameType) -> str | None:
+    """The first argument of a call that is a list or the like, where it must be one of a few."""
+    names = entry.f_code.co_varnames[: entry.f_code.co_argcount]
+    return next((n for n in names if type(entry.f_locals.get(n)).__hash__ is None), None)
 
 
 def _just_relaxed(where: Location) -> SimulationError | None:

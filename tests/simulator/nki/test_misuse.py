@@ -455,3 +455,37 @@ def test_a_name_is_a_string():
     with pytest.raises(SimulationError, match="name= is a string") as caught:
         simulator.simulate(numbered)(X)
     assert caught.value.location.function == "numbered"
+
+
+@pytest.mark.parametrize("argument", ["op", "engine"])
+def test_an_argument_without_a_hash_is_named(argument):
+    @facade.jit
+    def kernel(x):
+        given = {"op": nl.add, argument: [1]}
+        nisa.tensor_tensor(tile(x), tile(x), tile(x), **given)
+
+    with pytest.raises(SimulationError, match=rf"tensor_tensor\.{argument}: .*list"):
+        simulator.simulate(kernel)(X)
+
+
+@pytest.mark.parametrize("instruction", ["copy", "activation"])
+def test_a_relaxed_integer_for_an_enum_is_noted_each_time_and_later_refused(instruction):
+    """Parameters are kept by the arguments that they were made of; those that break a rule not."""
+
+    @facade.jit
+    def kernel(x):
+        t, out = tile(x), nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
+        for _ in range(2):
+            if instruction == "copy":
+                nisa.tensor_copy(t, t, engine=5)
+            else:
+                nisa.activation(t, nl.exp, t, reduce_cmd=1)
+        nisa.dma_copy(out, t)
+        return out
+
+    for _ in range(2):
+        relaxed = simulator.simulate(kernel, relax=["enum"])
+        relaxed(X)
+        assert [e.rule for e in relaxed.run.cores[0].relaxed] == ["enum", "enum"]
+    with pytest.raises(SimulationError, match="must be a member of nisa"):
+        simulator.simulate(kernel)(X)

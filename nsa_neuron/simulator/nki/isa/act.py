@@ -7,6 +7,7 @@ import numpy as np
 from ...issue.spec import Spec
 from ...issue.timing import Scalar, timing
 from ...machine.dtypes import float32
+from ...rules.session import running
 from ...semantics import activation as functions
 from ..binding import (
     Interned,
@@ -23,7 +24,21 @@ from .constants import reduce_cmd as commands
 from .shared import command_of, on_chip, one_of, operand, same_tiles
 
 ActivationParams = namedtuple("ActivationParams", "op reduce_op reduce_cmd")
-_params = Interned(ActivationParams)
+
+
+def _read(op, reduce_op, command):
+    what = "activation"
+    reduce = None if reduce_op is None else op_name(reduce_op, what, "reduce_op")
+    return op_name(op, what, "op"), reduce, command_of(command, what)
+
+
+def _read_reduce(op, reduce_op):
+    what = "activation_reduce"
+    return op_name(op, what, "op"), op_name(reduce_op, what, "reduce_op"), "reset_reduce"
+
+
+_params = Interned(ActivationParams, _read)
+_reduce_params = Interned(ActivationParams, _read_reduce)
 
 
 def _check_activation(c):
@@ -131,16 +146,14 @@ def activation(
     name=None,
 ):
     """dst = op(data * scale + bias), with an optional running sum per partition."""
-    reduce = None if reduce_op is None else op_name(reduce_op, "activation", "reduce_op")
-    params = _params[op_name(op, "activation", "op"), reduce, command_of(reduce_cmd, "activation")]
-    core = core_of("activation")
+    core = running() or core_of("activation")
+    params = _params[op, reduce_op, reduce_cmd]
     return core.issue(ACTIVATION, (dst, reduce_res), (data, bias, scale), params, name)
 
 
 @instruction
 def activation_reduce(dst, op, data, reduce_op, reduce_res, bias=None, scale=1.0, name=None):
     """`activation` that also sums its outputs of each partition into reduce_res."""
-    what = "activation_reduce"
-    params = _params[op_name(op, what, "op"), op_name(reduce_op, what, "reduce_op"), "reset_reduce"]
-    core = core_of(what)
+    core = running() or core_of("activation_reduce")
+    params = _reduce_params[op, reduce_op]
     return core.issue(ACTIVATION_REDUCE, (dst, reduce_res), (data, bias, scale), params, name)

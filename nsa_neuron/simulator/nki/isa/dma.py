@@ -8,7 +8,7 @@ from ...issue.spec import Spec
 from ...issue.timing import Dma, timing
 from ...machine.dtypes import bits, int64, load_f32, store
 from ...memory.tensor import NkiTensor
-from ...rules.session import violation
+from ...rules.session import running, violation
 from ..binding import Interned, core_of, enum_of, instruction, load, save
 from .constants import dge_mode as dge_modes
 from .constants import engine as engines
@@ -223,7 +223,7 @@ def dma_copy(
     name=None,
 ):
     """dst = src between HBM and SBUF, casting through fp32; gathers and scatters rows."""
-    core = core_of("dma_copy")
+    core = running() or core_of("dma_copy")
     skip = enum_of(oob_modes, oob_mode, "dma_copy", "oob_mode") is _SKIP
     dge = enum_of(dge_modes, dge_mode, "dma_copy", "dge_mode")
     if priority is not None and type(priority) is not int:

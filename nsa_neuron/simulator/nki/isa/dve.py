@@ -8,7 +8,7 @@ import numpy as np
 from ...issue.spec import Spec
 from ...issue.timing import GpSimd, Scalar, Vector, timing
 from ...machine.dtypes import store_bits
-from ...rules.session import violation
+from ...rules.session import running, violation
 from ...semantics import alu, elementwise
 from ..binding import Interned, core_of, finish, instruction, load, op_name, result_array, save
 from .constants import engine as engines
@@ -16,8 +16,15 @@ from .shared import arithmetic, engine_for, engine_of, integers, on_chip, one_ps
 
 EngineParams = namedtuple("EngineParams", "engine")
 TensorTensorParams = namedtuple("TensorTensorParams", "op engine")
-_engine_params = Interned(EngineParams)
-_two_params = Interned(TensorTensorParams)
+_copy_params = Interned(EngineParams, lambda engine: (engine_of(engine, "tensor_copy"),))
+_fill_params = Interned(EngineParams, lambda engine: (engine_of(engine, "memset"),))
+_two_params = Interned(
+    TensorTensorParams,
+    lambda op, engine: (
+        op_name(op, "tensor_tensor", "op"),
+        engine_of(engine, "tensor_tensor"),
+    ),
+)
 
 
 def _check_copy(c):
@@ -45,8 +52,8 @@ COPY = Spec(
 @instruction
 def tensor_copy(dst, src, engine=engines.unknown, name=None):
     """dst = src; bit-exact between equal dtypes, through fp32 otherwise and on Scalar."""
-    params = _engine_params[(engine_of(engine, "tensor_copy"),)]
-    return core_of("tensor_copy").issue(COPY, (dst,), (src,), params, name)
+    core = running() or core_of("tensor_copy")
+    return core.issue(COPY, (dst,), (src,), _copy_params[engine,], name)
 
 
 def _check_memset(c):
@@ -105,8 +112,8 @@ MEMSET = Spec(
 @instruction
 def memset(dst, value, engine=engines.unknown, name=None):
     """Fill dst with a constant."""
-    params = _engine_params[(engine_of(engine, "memset"),)]
-    return core_of("memset").issue(MEMSET, (dst,), (value,), params, name)
+    core = running() or core_of("memset")
+    return core.issue(MEMSET, (dst,), (value,), _fill_params[engine,], name)
 
 
 def _check_tensor_tensor(c):
@@ -161,8 +168,5 @@ TENSOR_TENSOR = Spec(
 @instruction
 def tensor_tensor(dst, data1, data2, op, engine=engines.unknown, name=None):
     """dst = data1 op data2, element by element; exact for 32-bit integers on GpSimd."""
-    params = _two_params[
-        op_name(op, "tensor_tensor", "op"),
-        engine_of(engine, "tensor_tensor"),
-    ]
-    return core_of("tensor_tensor").issue(TENSOR_TENSOR, (dst,), (data1, data2), params, name)
+    core = running() or core_of("tensor_tensor")
+    return core.issue(TENSOR_TENSOR, (dst,), (data1, data2), _two_params[op, engine], name)

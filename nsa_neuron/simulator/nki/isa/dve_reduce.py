@@ -5,6 +5,7 @@ from collections import namedtuple
 from ...issue.spec import Spec
 from ...issue.timing import Vector, timing
 from ...machine.dtypes import store_bits
+from ...rules.session import running
 from ...semantics import alu, reduction
 from ..binding import Interned, core_of, instruction, load, load_scalar, op_name, save
 from .shared import (
@@ -83,7 +84,8 @@ def tensor_reduce(dst, op, data, axis, negate=False, keepdims=False, name=None):
     """dst = reduction of data over trailing free axes."""
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     params = _reduce_params[op_name(op, "tensor_reduce", "op"), axes, bool(negate), bool(keepdims)]
-    return core_of("tensor_reduce").issue(TENSOR_REDUCE, (dst,), (data,), params, name)
+    core = running() or core_of("tensor_reduce")
+    return core.issue(TENSOR_REDUCE, (dst,), (data,), params, name)
 
 
 def _check_scan(c):

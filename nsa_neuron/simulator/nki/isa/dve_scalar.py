@@ -6,7 +6,7 @@ from ...issue.spec import Spec
 from ...issue.timing import GpSimd, Scalar, Vector, timing
 from ...machine.dtypes import float32, store_bits
 from ...memory.tensor import NkiTensor
-from ...rules.session import violation
+from ...rules.session import running, violation
 from ...semantics import alu, elementwise
 from ..binding import (
     Interned,
@@ -141,7 +141,7 @@ def tensor_scalar(
         bool(reverse1),
         engine_of(engine, "tensor_scalar"),
     ]
-    core = core_of("tensor_scalar")
+    core = running() or core_of("tensor_scalar")
     return core.issue(TENSOR_SCALAR, (dst,), (data, operand0, operand1), params, name)
 
 
@@ -202,9 +202,8 @@ def scalar_tensor_tensor(
     first, second = op_name(op0, what, "op0"), op_name(op1, what, "op1")
     no_operand(first, operand0, what, "operand0")
     params = _two_params[first, bool(reverse0), second, bool(reverse1)]
-    return core_of(what).issue(
-        SCALAR_TENSOR_TENSOR, (dst,), (data, operand0, operand1), params, name
-    )
+    core = running() or core_of(what)
+    return core.issue(SCALAR_TENSOR_TENSOR, (dst,), (data, operand0, operand1), params, name)
 
 
 def _check_reciprocal(c):

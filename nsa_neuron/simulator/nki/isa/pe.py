@@ -8,7 +8,7 @@ import numpy as np
 from ...issue.spec import Spec
 from ...issue.timing import Tensor, Vector, timing
 from ...machine import dtypes as dt
-from ...rules.session import violate, violation
+from ...rules.session import running, violate, violation
 from ...semantics import pe as semantics
 from ..binding import Interned, core_of, enum_of, instruction, save
 from .constants import engine as engines
@@ -346,7 +346,7 @@ def nc_matmul(
     name=None,
 ):
     """dst[M, N] (+)= stationary[K, M].T @ moving[K, N] on the Tensor Engine."""
-    core = core_of("nc_matmul")
+    core = running() or core_of("nc_matmul")
     if type(perf_mode) is not matmul_perf_mode:
         perf_mode = enum_of(matmul_perf_mode, perf_mode, "nc_matmul", "perf_mode")
     if accumulate is not None and type(accumulate) is not bool:
@@ -371,7 +371,7 @@ _params = Interned(MatmulParams)
 _PLAIN_MODE = matmul_perf_mode.none
 _NO_FLAGS = (False, False, False)
 _PLAIN = {a: _params[False, a, (), (), _PLAIN_MODE, False, False] for a in (None, False, True)}
-_transpose_params = Interned(TransposeParams)
+_transpose_params = Interned(TransposeParams, lambda engine: (engine_of(engine, "nc_transpose"),))
 
 
 def _flag(value):
@@ -443,5 +443,5 @@ TRANSPOSE = Spec(
 @instruction
 def nc_transpose(dst, data, engine=engines.unknown, name=None):
     """dst[F, P] = data[P, F], bit-exact, on the Tensor or Vector Engine."""
-    params = _transpose_params[(engine_of(engine, "nc_transpose"),)]
-    return core_of("nc_transpose").issue(TRANSPOSE, (dst,), (data,), params, name)
+    core = running() or core_of("nc_transpose")
+    return core.issue(TRANSPOSE, (dst,), (data,), _transpose_params[engine,], name)

@@ -65,6 +65,8 @@ def _public(reference: Callable[P, R]) -> Callable[P, R]:
         result: R = op(*args, **kwargs)
         return result
 
+    call.__module__ = __name__  # where pickle finds it; the reference is found at its own place
+
     def _explain(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         given = inspect.signature(reference).bind(*args, **kwargs)
         given.apply_defaults()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ def table(
     rows: Sequence[Sequence[str]],
     styles: Sequence[str] | None = None,
 ) -> str:
-    """A table as text in aligned columns; coloured only where stdout is a terminal.
+    """A table as text in aligned columns; coloured where stdout is a terminal and NO_COLOR unset.
 
     Args:
         title: a line above; may be empty.
@@ -36,7 +37,7 @@ def table(
 
     rule = "  ".join("-" * width for width in widths)
     body = [line(row) for row in rows]
-    if styles and sys.stdout.isatty():
+    if styles and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         colors = [COLORS[style] for style in styles]
         body = [f"{c}{text}{RESET}" if c else text for c, text in zip(colors, body, strict=True)]
     return "\n".join([*([title] if title else []), *map(line, heads), rule, *body])

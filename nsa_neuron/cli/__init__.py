@@ -96,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _let_write_anywhere()
     try:
         code = _carry_out(command, words[1:])
-        if sys.stdout:
-            sys.stdout.flush()  # a reader that went away shows here, and not when Python exits
+        sys.stdout.flush()  # a reader that went away shows here, and not when Python exits
         return code
     except NsaError as error:
         if os.environ.get("NSA_DEBUG") == "1":
@@ -119,7 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _let_write_anywhere() -> None:
-    """A terminal of few letters gets `?` for the others, not a traceback."""
+    """What is closed reads as empty and takes everything; a terminal of few letters gets `?`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -61,7 +61,7 @@ def load_checkpoint(path: str | Path) -> tuple[ByteLanguageModel, dict[str, Any]
         model.load_state_dict(tensors)
     except (KeyError, TypeError, NsaError) as error:
         raise StateMismatch(f"{path} does not describe a model: {error}") from error
-    return model.eval(), about["notes"]
+    return model.eval(), about.get("notes") or {}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Any) -> None:
@@ -88,6 +88,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["about"])
+            if not isinstance(about, dict):
+                raise KeyError("about")
             return {name: file.get_tensor(name) for name in file.keys()}, about
     except FileNotFoundError:
         raise StateMismatch(f"there is no checkpoint {path}") from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.errors import InvalidArgument, InvalidType
 
 if TYPE_CHECKING:
     from nsa_neuron.nn.cache import KvCache
@@ -33,14 +33,28 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         rules = (
             ("temperature", 0 <= self.temperature < float("inf"), "finite and at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit number"),
         )
         for name, holds, expected in rules:
             if not holds:
                 raise InvalidArgument("Sampling", name, getattr(self, name), expected)
+
+    def _check_types(self) -> None:
+        for name, kinds in (
+            ("temperature", (int, float)),
+            ("top_k", int),
+            ("top_p", (int, float)),
+            ("seed", int),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                expected = "an int" if kinds is int else "a number"
+                raise InvalidType("Sampling", name, f"{value!r} ({type(value).__name__})", expected)
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """A token for each row of `[B, V]`: `[B]` int64."""
@@ -105,6 +119,11 @@ def stream(
     chunk: int = 4096,
 ) -> Iterator[Tensor]:
     """`generate`, giving each step's new bytes `[B]` as they come."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    other = [type(x).__name__ for x in texts if not isinstance(x, (bytes, bytearray))]
+    if other:
+        expected = "a list of bytes, one for each text"
+        raise InvalidType("generate", "prompts", f"of type {other[0]}", expected)
     if not prompts or not all(prompts):
         raise InvalidArgument("generate", "prompts", "empty", "one or more texts, none empty")
     if count < 1 or chunk < 1:

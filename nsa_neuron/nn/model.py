@@ -69,6 +69,9 @@ class ByteLanguageModel(CheckedModule):
         super().__init__()
         self.config = config
         self.run_block: Callable[..., Tensor] = run_block
+        if isinstance(layers, (bool, float, str)):
+            expected = "a number of layers, or the kind of each"
+            raise InvalidType("ByteLanguageModel", "layers", repr(layers), expected)
         self.kinds = ("nsa",) * layers if isinstance(layers, int) else tuple(layers)
         if not self.kinds:
             raise InvalidArgument("ByteLanguageModel", "layers", repr(layers), "at least one")
@@ -106,6 +109,8 @@ class ByteLanguageModel(CheckedModule):
         Raises:
             InvalidArgument, InvalidType: arguments that do not fit.
         """
+        if last is not None and last < 1:
+            raise InvalidArgument("forward", "last", last, "at least 1")
         if mask is not None:
             if step is not None or cu_seqlens is not None:
                 other = "step" if step is not None else "cu_seqlens"
@@ -152,6 +157,8 @@ class ByteLanguageModel(CheckedModule):
         return self.run_block
 
     def _check(self, tokens: Tensor, step: Step | None) -> None:
+        if not isinstance(tokens, Tensor):
+            raise InvalidType("forward", "tokens", f"a {type(tokens).__name__}", "a torch.Tensor")
         if tokens.dtype != torch.int64:
             raise InvalidType("forward", "tokens", str(tokens.dtype), "torch.int64")
         if tokens.dim() != 2 or tokens.shape[1] == 0:

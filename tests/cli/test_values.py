@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_neuron import cli
+from nsa_neuron import cli, terminal
 from nsa_neuron.cli import main, values
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "porting" / "model.py")
@@ -126,3 +126,18 @@ def test_an_op_without_kernels_is_nothing_that_compiles(capsys) -> None:
     pytest.importorskip("triton")
     assert main(["compile-check", "--op", "nothing"]) == cli.UNUSABLE
     assert "'nothing' has no kernel; there are those of attention" in capsys.readouterr().err
+
+
+def test_closed_streams_are_empty_and_take_everything() -> None:
+    ops = [sys.executable, "-m", "nsa_neuron.cli", "plan"]
+    closed = ["bash", "-c", '"$@" <&- >&-', "-", *ops]
+    found = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unwanted", [True, False])
+def test_tables_are_coloured_unless_nobody_wants_it(unwanted: bool, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1" if unwanted else "")
+    made = terminal.table("", ["target"], [["cpu"]], ["good"])
+    assert ("\x1b" not in made) is unwanted

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import MIXED, bytes_of, fed, model
 
 from nsa_neuron.errors import CacheExhausted, InvalidArgument, InvalidType, NsaError
+from nsa_neuron.nn.cache import ContiguousCache
 from nsa_neuron.nn.cache import cache as caches
 
 KINDS = {
@@ -219,6 +220,8 @@ def enter(cache, *args):
         (lambda n, c: enter(c, 3, [1]), InvalidArgument, "one per sequence"),
         (lambda n, c: enter(c, 3, [1, 4]), InvalidArgument, "from 0 to 3"),
         (lambda n, c: enter(c, 3, [1, -1]), InvalidArgument, "from 0 to 3"),
+        (lambda n, c: enter(c, 3, [0, 0]), InvalidArgument, "not all 0"),
+        (lambda n, c: c.truncate([[1], [1, 2]]), InvalidArgument, "2 ints"),
         (lambda n, c: c.truncate([41, 0]), InvalidArgument, "sequences'"),
         (lambda n, c: c.truncate([-1, 0]), InvalidArgument, "from 0"),
         (lambda n, c: c.truncate([1.5, 0]), InvalidArgument, "2 ints"),
@@ -290,6 +293,15 @@ def test_bad_sizes(size):
     assert caught.value.argument == next(iter(size))
     with pytest.raises(NsaError):
         NETS["separate"].new_cache(1, 64, paged=True, slack=-1)
+
+
+@pytest.mark.parametrize("kinds", ["nsa", ["nsa", "sparse"], []])
+def test_bad_kinds_and_dtypes(kinds):
+    config = NETS["separate"].config
+    with pytest.raises(InvalidArgument, match=r"'kinds'.*a kind for each layer"):
+        ContiguousCache(config, kinds, 1, 64)
+    with pytest.raises(InvalidType, match=r"'dtype' is torch.int32"):
+        NETS["separate"].new_cache(1, 64, dtype=torch.int32)
 
 
 def test_a_cache_keeps_no_graph_and_can_be_copied():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import model
 
-from nsa_neuron.errors import InvalidArgument
-from nsa_neuron.nn.generation import Sampling, prefill
+from nsa_neuron.errors import InvalidArgument, InvalidType
+from nsa_neuron.nn.generation import Sampling, generate, prefill
 
 ODDS = (0.15, 0.5, 0.05, 0.3)  # of the bytes 0 to 3; ranked: 1, 3, 0, 2
 DRAWS = 2000
@@ -57,11 +57,17 @@ def test_temperature_divides_logits_and_zero_takes_the_likeliest():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -0.1), ("temperature", float("inf")), ("top_k", -1), ("top_p", 0.0),
-     ("top_p", 1.1)],
+     ("top_p", 1.1), ("temperature", "hot"), ("top_k", 1.5), ("seed", 2**63), ("seed", True)],
 )  # fmt: skip
 def test_bad_limits(name, value):
     with pytest.raises(InvalidArgument, match=name):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("prompts", ["text", ["text"], b"text", [None]])
+def test_prompts_that_are_no_list_of_bytes(prompts):
+    with pytest.raises(InvalidType, match=r"'prompts'.*a list of bytes, one for each text"):
+        generate(model(), prompts, 3)
 
 
 def test_prompts_of_unequal_lengths_are_each_read_as_alone():

@@ -327,6 +327,8 @@ def test_a_state_dict_with_rows_by_set_is_refused_and_can_be_turned():
     [
         (lambda net: net(bytes_of(1, 5).int()), InvalidType, "torch.int32"),
         (lambda net: net(bytes_of(5)), InvalidArgument, r"of shape \[5\]"),
+        (lambda net: net(b"bytes"), InvalidType, "a torch.Tensor"),
+        (lambda net: net(bytes_of(1, 5), last=0), InvalidArgument, "'last' is 0"),
         (lambda net: net(bytes_of(1, 5).to("meta")), InvalidArgument, "on cpu like the model"),
         (lambda net: attention_of(net)(torch.zeros(1, 5, 16)), InvalidType, "torch.float64 like"),
         (
@@ -344,6 +346,7 @@ def test_a_state_dict_with_rows_by_set_is_refused_and_can_be_turned():
         (lambda net: next_token_loss(net(bytes_of(1, 1)), bytes_of(1, 1)), InvalidArgument, "2"),
         (lambda net: ByteLanguageModel(net.config, ["none"]), InvalidArgument, "nsa, full, window"),
         (lambda net: ByteLanguageModel(net.config, 0), InvalidArgument, "at least one"),
+        (lambda net: ByteLanguageModel(net.config, 1.5), InvalidType, "a number of layers"),
         (lambda net: net.new_cache(1, 21), InvalidArgument, "max_positions = 20"),
     ],
 )

@@ -99,6 +99,8 @@ def test_the_schedule():
         {"steps": 0},
         {"rate": 0.0},
         {"batch": -1},
+        {"length": 1},
+        {"seed": 2**63},
         {"clip": float("nan")},
         {"muon": -1.0},
         {"growth": ((0.5, 96), (0.2, 200))},
@@ -235,7 +237,8 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     other = {**about, "config": {**about["config"], "dim": 32}}
     write_tensors(tmp_path / "other", tensors, other)
     write_tensors(tmp_path / "bad", tensors, {**about, "config": {"dim": 32}})
-    for name in (*cases, "newer", "less", "other", "bad", "absent"):
+    write_tensors(tmp_path / "list", tensors, [about])
+    for name in (*cases, "newer", "less", "other", "bad", "list", "absent"):
         with pytest.raises(StateMismatch, match=name):
             load_checkpoint(tmp_path / name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -104,3 +105,10 @@ def test_no_grad_of_tensors_that_want_gradients_records_nothing(q: torch.Tensor)
     assert not o.requires_grad and not lse.requires_grad
     o, _ = nsa.attention(wanting, q, q)
     assert o.requires_grad
+
+
+def test_public_functions_can_be_pickled() -> None:
+    """A user's module keeps one as an attribute and is saved whole, or goes to another process."""
+    for name in ("attention", "nsa_attention", "decode"):
+        function = getattr(nsa, name)
+        assert pickle.loads(pickle.dumps(function)) is function

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_neuron.errors import CacheExhausted, InvalidArgument
+from nsa_neuron.errors import CacheExhausted, InvalidArgument, InvalidType
 from nsa_neuron.nn.cache.pages import Books, Ints, PageTable
 from nsa_neuron.nn.cache.plan import plan_step
 from nsa_neuron.nn.cache.step import LayerStep, Pools, Step
+from nsa_neuron.spec import FLOATS
 
 if TYPE_CHECKING:
     from nsa_neuron.nn.config import NsaConfig
@@ -61,6 +62,14 @@ class KvCache:
         if capacity > config.max_positions:
             expected = f"at most max_positions = {config.max_positions}"
             raise InvalidArgument(type(self).__name__, "capacity", capacity, expected)
+        wrong = [kind for kind in kinds if kind not in ("nsa", "full", "window")]
+        if wrong or isinstance(kinds, str) or not kinds:
+            expected = "a kind for each layer: nsa, full, window"
+            raise InvalidArgument(type(self).__name__, "kinds", repr(kinds), expected)
+        if dtype not in FLOATS:
+            raise InvalidType(
+                type(self).__name__, "dtype", str(dtype), "a floating dtype of the ops"
+            )
         self.config, self.kinds, self.slack = config, tuple(kinds), slack
         self.batch, self.capacity, self.longest_step = batch, capacity, longest_step
         self.dtype, self.device = dtype, torch.device(device)
@@ -197,12 +206,16 @@ class KvCache:
         given = self._per_sequence(
             "cache step", "counts", [tokens] * self.batch if counts is None else counts
         )
-        if (given < 0).any() or (given > tokens).any():
-            raise InvalidArgument("cache step", "counts", counts, f"from 0 to {tokens}")
+        if (given < 0).any() or (given > tokens).any() or not given.any():
+            expected = f"from 0 to {tokens}, not all 0"
+            raise InvalidArgument("cache step", "counts", counts, expected)
         return given
 
     def _per_sequence(self, op: str, name: str, values: Sequence[int]) -> Ints:
-        array = np.asarray(values)
+        try:
+            array = np.asarray(values)
+        except ValueError:  # rows of several lengths
+            array = np.empty(0)
         if array.shape != (self.batch,) or not np.issubdtype(array.dtype, np.integer):
             raise InvalidArgument(op, name, values, f"{self.batch} ints, one per sequence")
         return array.astype(np.int64)

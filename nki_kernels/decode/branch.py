@@ -13,6 +13,7 @@ from nki_kernels.decode.lanes import (
     multiply,
     turn_keys,
 )
+from nki_kernels.decode.turned import Chunks
 
 
 class Branch(nl.NKIObject):
@@ -28,6 +29,7 @@ class Branch(nl.NKIObject):
             at = first_kept + i * tokens
             kept = sequence.kept[0:count, at : at + tokens]
             self.tiles.append(Tile(first, index, tokens, kept))
+            self.tiles[i].whole = sequence.index[:, first_tile + i : first_tile + i + 1]
         numbers = sequence.numbers[:, 3 + first_bound : 3 + first_bound + 2 * tokens]
         self.bounds = (numbers[:, 0:tokens], numbers[:, tokens : 2 * tokens])
 
@@ -41,7 +43,13 @@ class Branch(nl.NKIObject):
         """Asks for all keys, if they fit."""
         if self.fits(self.cache.k, most_bytes):
             for tile in self.tiles:
-                tile.k = self.cache.gather(self.cache.k, tile.index)
+                tile.k = self.gather_tile(tile)
+
+    def gather_tile(self, tile):
+        """Asks for the keys of a tile, turned if DMA can."""
+        if self.sequence.by_dma:
+            return Chunks(self.cache, tile.whole)
+        return self.cache.gather(self.cache.k, tile.index)
 
     def gather_values(self, most_bytes):
         if self.fits(self.cache.v, most_bytes):
@@ -55,9 +63,9 @@ class Branch(nl.NKIObject):
             self.scores = Scores(lanes, len(self.tiles) * self.cache.tokens)
             self.waiting = []
         for tile in self.tiles[first_tile : first_tile + count]:
-            k = tile.k if tile.k is not None else self.cache.gather(self.cache.k, tile.index)
+            k = tile.k if tile.k is not None else self.gather_tile(tile)
             tile.k = None
-            turned = turn_keys(by_head(k), lanes)
+            turned = k if self.sequence.by_dma else turn_keys(by_head(k), lanes)
             self.flush()
             self.waiting.append((tile, turned))
 
@@ -68,8 +76,9 @@ class Branch(nl.NKIObject):
             values = self.scores.next_values(tile.columns)
             for first, tokens in groups_of(tile.rows, tile.tokens):
                 logits = multiply(
-                    lanes, sequence.columns, turned, tile.rows, first, tokens, tile.tokens
-                )
+                    lanes, sequence.columns, turned, tile.rows, first, tokens, tile.tokens,
+                    sequence.by_dma,
+                )  # fmt: skip
                 for i in range(tokens):
                     start = (first + i) * tile.rows
                     part = values[:, start : start + tile.rows]

@@ -15,6 +15,7 @@ from nki_kernels.decode.lanes import (
     turn_keys,
 )
 from nki_kernels.decode.selection import by_lane, choose, look_up, placed, seen_tokens
+from nki_kernels.decode.turned import Chunks
 
 HIDDEN = -3.0e38
 """What a hidden logit is replaced by; `range_select` has a number of its own, a little below."""
@@ -58,9 +59,15 @@ class Chosen(nl.NKIObject):
         if len(self.tiles) * per_tile * times > MOST_BYTES:
             return
         for tile in self.tiles:
-            tile.k = cache.gather_by_head(cache.k, tile.index)
+            tile.k = self.gather_keys(tile)
         for tile in self.tiles:
             tile.v = cache.gather_by_head(cache.v, tile.index)
+
+    def gather_keys(self, tile):
+        """Asks for the keys of a tile, turned if DMA can."""
+        if self.sequence.by_dma:
+            return Chunks(self.cache, tile.index)
+        return self.cache.gather_by_head(self.cache.k, tile.index)
 
     def rows_of(self, s, first, rows):
         """Row numbers [rows, heads] of the blocks of query s, from one of the chosen rows on; keeps
@@ -108,14 +115,16 @@ class Chosen(nl.NKIObject):
         for tile in tiles:
             k = tile.k
             if k is None:
-                k = self.cache.gather_by_head(self.cache.k, tile.index)
+                k = self.gather_keys(tile)
             tile.k = None
-            turned = turn_keys(k, lanes)
+            by_dma = self.sequence.by_dma
+            turned = k if by_dma else turn_keys(k, lanes)
             values = scores.next_values(tile.columns)
             for first, count in groups_of(tile.rows, tile.tokens):
                 logits = multiply(
-                    lanes, self.sequence.columns, turned, tile.rows, first, count, tile.tokens
-                )
+                    lanes, self.sequence.columns, turned, tile.rows, first, count, tile.tokens,
+                    by_dma,
+                )  # fmt: skip
                 part = values[:, first * tile.rows : (first + count) * tile.rows]
                 hide_unseen(part, logits, self.shown(tile, first, count), scores.next_top())
         scores.shift_by_maximum(call.scale)

@@ -103,8 +103,13 @@ def groups_of(rows, tokens):
     return spans(tokens, most - most % 2 if most > 1 else 1)
 
 
-def multiply(lanes, columns, turned, rows, first, count, tokens):
-    """Logits [rows of lanes, count, rows] in PSUM of `count` tokens of each row from `first` on."""
+def multiply(lanes, columns, turned, rows, first, count, tokens, by_dma):
+    """Logits [rows of lanes, count, rows] in PSUM of `count` tokens of each row from `first` on.
+
+    turned: from `turn_keys`, or `turned.Chunks` if DMA turned them.
+    """
+    if by_dma:
+        return turned.multiply(lanes, columns, rows, first, count)
     logits = psum((lanes.rows, count, rows))
     for h in range(lanes.heads):
         part = logits[lanes.of(h)]

@@ -11,6 +11,7 @@ from nki_kernels.decode.caches import Cache
 from nki_kernels.decode.chosen import Chosen
 from nki_kernels.decode.lanes import load_columns
 from nki_kernels.decode.selection import BANK, importance, preference, shared_weights
+from nki_kernels.decode.turned import load_chunks, may_turn
 
 AHEAD = 52_000
 """Bytes of a partition for keys, or values, of a branch that are not needed yet."""
@@ -38,7 +39,10 @@ class Sequence(nl.NKIObject):
         self.index, self.kept = sbuf(index.shape, nl.int32), sbuf(kept.shape, kept.dtype)
         self.numbers, self.place = sbuf(numbers.shape, nl.float32), sbuf(place.shape, nl.float32)
         fetch(self.index, index)
-        self.columns = load_columns(q_t)
+        self.by_dma = may_turn((self.cache(0), self.cache(1), self.cache(2)))
+        for _, rows in spans(self.call.chosen_rows, self.call.block_rows):
+            self.by_dma = self.by_dma and rows % 16 == 0
+        self.columns = load_chunks(q_t) if self.by_dma else load_columns(q_t)
         fetch(self.numbers, numbers)
         fetch(self.place, place)
         fetch(self.kept, kept)

@@ -14,6 +14,7 @@ import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.spans import spans
+from nki_kernels.decode.caches import Cache
 
 PARTITIONS = 128
 
@@ -41,6 +42,73 @@ def gather_keys(cache, pool, index, by_dma):
     chunks = sbuf((PARTITIONS, wide // PARTITIONS, index.shape[0]), own.dtype)
     nisa.dma_transpose(chunks, own.vector_select(0, index.view(nl.uint32)))
     return chunks
+
+
+def may_turn(caches):
+    """Whether DMA can turn the keys of all caches: 16-bit numbers, DK a multiple of 32, whole
+    chunks."""
+    for cache in caches:
+        heads = cache.k.shape[2] if cache.apart == 0 else 1
+        wide = cache.tokens * heads * cache.k.shape[-1]
+        if cache.k.dtype == nl.float32 or cache.k.shape[-1] % 32 > 0 or wide % PARTITIONS > 0:
+            return False
+    return True
+
+
+def load_chunks(q_t):
+    """q^T [DK, rows] as keys of `Chunks` want it, [128, places, rows]."""
+    dk, rows = q_t.shape
+    tile = sbuf((PARTITIONS, every(dk) * dk // PARTITIONS, rows), q_t.dtype)
+    for k in range(every(dk)):
+        for place, start, height, channel in cut(k * dk, dk):
+            own = tile[start : start + height, place, :]
+            nisa.dma_copy(own, q_t[channel : channel + height, :])
+    return tile
+
+
+class Chunks(nl.NKIObject):
+    """Keys of several kv heads, turned by DMA, each in rows of its own or all in the same ones.
+
+    index: [rows, 1] int32, or a column for each head.
+    """
+
+    def __init__(self, cache, index):
+        self.tokens, self.dk, self.heads = cache.tokens, cache.k.shape[-1], []
+        for h in range(cache.heads):
+            head = cache.first_head + h
+            own = Cache(cache.k, cache.v, cache.apart, head, 1)
+            in_row = cache.k.shape[2] if cache.apart == 0 else 1
+            if h == 0 or cache.apart > 0 or index.shape[1] > 1:
+                column = index[:, h : h + 1] if index.shape[1] > 1 else index
+                chunks = gather_keys(own, cache.k, column, True)
+            self.heads.append((chunks, in_row, head if cache.apart == 0 else 0))
+
+    def multiply(self, lanes, queries, rows, first, count):
+        """Logits as `lanes.multiply` has them, [rows of lanes, count, rows] in PSUM.
+
+        queries: from `load_chunks`. Tokens whose channels lie alike go through PE together.
+        """
+        logits, period = psum((lanes.rows, count, rows)), every(self.dk)
+        for h in range(lanes.heads):
+            chunks, in_row, head = self.heads[h]
+            step = 1
+            while step * in_row % period > 0:
+                step += 1
+            apart = step * in_row * self.dk // PARTITIONS
+            for j in range(min(step, count)):
+                number = (first + j) * in_row + head
+                alike = (count - j + step - 1) // step
+                out = logits[lanes.of(h), j:count:step, :]
+                phase, pieces = number % period * self.dk, cut(number * self.dk, self.dk)
+                for i in range(len(pieces)):
+                    place, row, height, _ = pieces[i]
+                    query = cut(phase, self.dk)[i][0]
+                    moving = chunks[
+                        row : row + height, place : place + (alike - 1) * apart + 1 : apart, 0:rows
+                    ]
+                    own = queries[row : row + height, query, lanes.of(h)]
+                    lanes.matmul(out, own, moving, h, i > 0, row, height)
+        return logits
 
 
 class Turned(nl.NKIObject):

@@ -32,13 +32,13 @@ def run_all(sequences):
         own.chosen.choose(own.ranked, own.place)
         if early and i > 0:
             finish(sequences[i - 1])
-        own.weigh_far(0, 1)
         own.chosen.find()
         if early:
             own.chosen.gather()
             if i < last:
                 sequences[i + 1].gather_values()
-        own.weigh_far(1, len(own.far.tiles) - 1)
+        own.clear_values()
+        own.weigh_far(0, len(own.far.tiles))
         own.weigh_near()
         own.add_known()
         if not early:

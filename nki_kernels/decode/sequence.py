@@ -106,12 +106,14 @@ class Sequence(nl.NKIObject):
         shares = shared_weights(call.owners, self.far.scores.inverse, call.length, call.ratio)
         for first, count in spans(call.blocks, BANK):
             found = importance(shares, self.ordered, 1 - call.length, first, count, call.ratio)
-            if first == 0:  # VectorE need not wait for that
-                self.far.clear_values()
-                self.near.clear_values()
             part = self.ranked[:, first : first + count]
             nisa.tensor_tensor(part, part, found, nl.add)
         self.ordered = None
+
+    def clear_values(self):
+        """Of the compressed branch and the window."""
+        self.far.clear_values()
+        self.near.clear_values()
 
     def weigh_far(self, first_tile, count):
         """Some tiles of the compressed branch."""

@@ -9,13 +9,21 @@ import sys
 from functools import cache
 from typing import Any
 
+import fresh
 import pytest
 
 
-def python(code: str) -> Any:
-    """Runs code in a new interpreter and parses the JSON in its last line."""
-    env = {name: value for name, value in os.environ.items() if name != "NSA_BACKEND"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+def python(code: str, torch_first: bool = False) -> Any:
+    """Runs code in a new interpreter and parses the JSON in its last line.
+
+    Args:
+        torch_first: torch may be imported before the code runs.
+    """
+    if torch_first:
+        done = fresh.run(code, NSA_BACKEND="")
+    else:
+        env = {name: value for name, value in os.environ.items() if name != "NSA_BACKEND"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -56,7 +64,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_ops_are_registered_in_every_import_order(order: str) -> None:
-    names, shape = python(ORDERS[order] + CALL)
+    names, shape = python(ORDERS[order] + CALL, order == "torch first")
     assert names == ["nsa.attention.default", "attention"] and shape == [1, 4, 2, 4]
 
 
@@ -72,7 +80,8 @@ def loaded_by_a_call() -> list[str]:
     found: list[str] = python(
         "import json, sys, torch, numpy, ml_dtypes\nbefore = set(sys.modules)\n"
         "import nsa_neuron; nsa_neuron.attention\n"
-        "print(json.dumps(sorted(set(sys.modules) - before)))"
+        "print(json.dumps(sorted(set(sys.modules) - before)))",
+        torch_first=True,
     )
     return found
 
@@ -112,7 +121,7 @@ print(json.dumps([asked, torch.cuda.is_initialized()]))
 
 def test_no_gpu_is_queried() -> None:
     """Neither by importing nor by running on CPU tensors."""
-    assert python(GPU_QUERIES) == [[], False]
+    assert python(GPU_QUERIES, torch_first=True) == [[], False]
 
 
 def test_unknown_attributes_raise_attribute_error() -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import fresh
 import pytest
 import torch
 from torch import Tensor
@@ -308,12 +309,13 @@ def test_choices_are_remembered_until_backends_change(add: Callable[..., Fake]) 
         assert len(one.asked) == 3
 
 
-def python(code: str, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}
-    )
+def output(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def python(code: str, **env: str) -> str:
+    return output(fresh.run(code, **env))
 
 
 CALL = """
@@ -399,7 +401,10 @@ print(sys.modules["acme_nsa"].BACKEND.calls)
 """
     )
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    assert python(code, PYTHONPATH=paths).split() == ["True", "False", "1"]
+    env = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert output(done).split() == ["True", "False", "1"]
 
 
 def test_pinned_ops_ask_one_target_only(add: Callable[..., Fake]) -> None:

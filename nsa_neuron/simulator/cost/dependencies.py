@@ -212,6 +212,7 @@ class Tracker:
         if form.on_chip:
             patterns.space = space = self.spaces[form.buffer]
             patterns.size = space.size[form]
+            patterns.alike = self.spares.setdefault(access.place, [])
         return patterns
 
     def _release(self, dead: Iterable[Allocation]) -> None:
@@ -231,7 +232,7 @@ class Tracker:
                 released.append((patterns.size, self.spares.keep(patterns), None))
             elif not patterns.lent:
                 patterns.lent = True
-                regions = (patterns.first,) if len(patterns) == 1 else patterns.values()
+                regions = (patterns.first,) if len(patterns) == 1 else patterns.regions
                 released.append((patterns.size, (), partial(users_of, regions)))
 
     def _note(self, region: Region, me: int, lane: int) -> None:

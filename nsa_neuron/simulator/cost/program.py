@@ -19,9 +19,8 @@ from .parameters import Parameters, load
 from .timeline import SHIFT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ..issue.record import Instruction, Run
+    from ..issue.spec import Plan
     from ..machine.trn2 import Machine
 
 LANES = (*COMPUTE, "dma-load", "dma-store", "dma-copy", "dma-sync", "dma-scalar", "dma-gpsimd")
@@ -36,7 +35,7 @@ class Program:
     Attributes:
         run: the record.
         instructions: of all cores.
-        kind: number of the signature of each.
+        plans: the signature of each.
         examples: one instruction of each signature.
         lane: lane of each, core after core.
         deps: `producer << SHIFT | cause` of each, by global index.
@@ -46,8 +45,8 @@ class Program:
 
     run: Run
     instructions: list[Instruction]
-    kind: list[int]
-    examples: list[Instruction]
+    plans: list[Plan]
+    examples: dict[Plan, Instruction]
     lane: list[int]
     deps: list[list[int]]
     partner: dict[int, int]
@@ -86,27 +85,20 @@ class Program:
 def analyse(run: Run, machine: Machine) -> Program:
     """Find lanes, dependencies and meetings of a run."""
     instructions = run.instructions
-    kind, examples = _kinds(instructions)
-    lane_of_kind = [_lane(cost) for cost in _costs(examples, load(), machine)]
+    plans = [i.plan for i in instructions]
+    examples = dict(zip(reversed(plans), reversed(instructions), strict=True))
+    lane_of = {plan: _lane(cost) for plan, cost in _costs(examples, load(), machine).items()}
     lane: list[int] = []
     deps: list[list[int]] = []
     for number, core in enumerate(run.cores):
         offset = len(lane)
-        own = [lane_of_kind[k] for k in kind[offset : offset + len(core.instructions)]]
+        own = [lane_of[plan] for plan in plans[offset : offset + len(core.instructions)]]
         found = Tracker(core, machine, own, IN_ORDER, run.lnc > 1).run()
         if number:
             found = [[d + (offset << SHIFT) for d in ds] for ds in found]
         lane += [k + number * len(LANES) for k in own] if number else own
         deps += found
-    return Program(run, instructions, kind, examples, lane, deps, _partners(run), machine)
-
-
-def _kinds(instructions: Sequence[Instruction]) -> tuple[list[int], list[Instruction]]:
-    """Number of the signature of each instruction, and an instruction of each signature."""
-    plans = [i.plan for i in instructions]
-    first = dict(zip(reversed(plans), reversed(instructions), strict=True))
-    number = {plan: k for k, plan in enumerate(dict.fromkeys(plans))}
-    return [number[plan] for plan in plans], [first[plan] for plan in number]
+    return Program(run, instructions, plans, examples, lane, deps, _partners(run), machine)
 
 
 def costs_of(program: Program, p: Parameters) -> list[Cost]:
@@ -118,21 +110,21 @@ def costs_of(program: Program, p: Parameters) -> list[Cost]:
     if cores > 1:
         p = replace(p, hbm_stack=p.hbm_stack / cores)
     costs = _costs(program.examples, p, program.machine)
-    found = [costs[k] for k in program.kind]
+    found = [costs[plan] for plan in program.plans]
     _add_iterations(program, found, p)
     return found
 
 
 def _add_iterations(program: Program, costs: list[Cost], p: Parameters) -> None:
     """What each engine spends on an iteration of a hardware loop, after its last instruction."""
-    known: dict[tuple[int, int], Cost] = {}
+    known: dict[tuple[Plan, int], Cost] = {}
     offset = 0
     for core in program.run.cores:
         if core.loops:
             part = costs[offset : offset + len(core.instructions)]
             engine = [c.transfer.trigger if c.transfer else c.engine for c in part]
             for index, count in iteration_ends(core, engine).items():
-                key = (program.kind[offset + index], count)
+                key = (program.plans[offset + index], count)
                 if key not in known:
                     known[key] = part[index].followed_by(count * p.loop_iteration)
                 costs[offset + index] = known[key]
@@ -145,15 +137,15 @@ def _known_costs(p: Parameters, machine: Machine) -> dict[object, Cost]:
     return {}
 
 
-def _costs(examples: list[Instruction], p: Parameters, machine: Machine) -> list[Cost]:
-    """The cost of an instruction of each signature; looked up where another run had it."""
+def _costs(examples: dict[Plan, Instruction], p: Parameters, machine: Machine) -> dict[Plan, Cost]:
+    """The cost of each signature; looked up where another run had it."""
     known = _known_costs(p, machine)
-    costs = []
-    for i in examples:
-        cost = known.get(i.plan)
+    costs = {}
+    for plan, example in examples.items():
+        cost = known.get(plan)
         if cost is None:
-            cost = known[i.plan] = cost_of(i, p, machine)
-        costs.append(cost)
+            cost = known[plan] = cost_of(example, p, machine)
+        costs[plan] = cost
     return costs
 
 

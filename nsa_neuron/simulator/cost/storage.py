@@ -329,9 +329,11 @@ class Patterns(dict[Any, Region]):
             them to others (see `Spares`).
         space, size: where the compiler makes room for the tensor, and bytes; None for all others.
         lent: True once that room was given back although addresses are still read from the tensor.
+        regions: all of them, in the order of their first use.
+        alike: the spare ones of tensors made and first used alike.
     """
 
-    __slots__ = ("first", "lent", "relations", "size", "space")
+    __slots__ = ("alike", "first", "lent", "regions", "relations", "size", "space")
 
     def __init__(self, access: Access, relations: Relations) -> None:
         super().__init__()
@@ -339,7 +341,9 @@ class Patterns(dict[Any, Region]):
         self.space: Space | None = None
         self.size = 0
         self.lent = False
+        self.alike: list[Patterns] = []
         self.first = self._first(access)
+        self.regions = [self.first]
 
     def _first(self, access: Access) -> Region:
         region = self[access.place] = self.relations.region(access)
@@ -349,6 +353,7 @@ class Patterns(dict[Any, Region]):
         first = self.first
         region = self.relations.region(access_at(first.access.allocation, place))
         storage = first.storage or Storage.of_tensor(self, first, self.relations)
+        self.regions.append(region)
         return storage.add(place, region)
 
 
@@ -407,7 +412,7 @@ class Spares(dict["Place", list[Patterns]]):
     def keep(self, patterns: Patterns) -> list[int]:
         """Take in the patterns of a tensor; return who used it."""
         users: list[int] = []
-        for region in patterns.values():
+        for region in patterns.regions:
             if region.reader >= 0:
                 users.append(region.reader)
                 region.reader = -1
@@ -417,12 +422,8 @@ class Spares(dict["Place", list[Patterns]]):
             elif region.writer >= 0:
                 users.append(region.writer >> SHIFT)
             region.writer = -1
-        if len(patterns) < _FEW:
-            place = patterns.first.place
-            if place in self:
-                self[place].append(patterns)
-            else:
-                self[place] = [patterns]
+        if len(patterns.regions) < _FEW:
+            patterns.alike.append(patterns)
         return users
 
 

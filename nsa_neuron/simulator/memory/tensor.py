@@ -9,7 +9,7 @@ from ..rules.registers import NkiScalar, RunTimeScalar
 from ..rules.session import current_session
 from ..rules.versions import require
 from . import views
-from .allocation import Access, access_at
+from .allocation import Access
 from .nki_object import NKIObject
 from .tensor_base import BaseTensor, Dynamic, same_width
 from .views import ViewError
@@ -510,7 +510,13 @@ def whole(memory: Memory, name: str) -> NkiTensor:
     new.memory = memory
     new.name = name
     new.dynamic = new._array = None
-    new._access = None if form.whole is None else access_at(allocation, form.whole)
+    place = form.whole
+    if place is None:
+        new._access = None
+    else:
+        new._access = own = Access()  # as `access_at`: every tensor would pay for the call
+        own.allocation = allocation
+        own.place = place
     return new
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from ..run.coverage import Coverage
 from .loops import allocated_once, gates
+from .patterns import Addressed, Patterns, Spares, users_of
 from .space import Space
-from .storage import NOBODY, Addressed, Patterns, Region, Relations, Spares, Storage, users_of
+from .storage import NOBODY, Region, Relations, Storage
 from .timeline import SHIFT, Cause
 
 if TYPE_CHECKING:

@@ -6,17 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..memory.allocation import access_at
 from .overlap import may_overlap
-from .timeline import SHIFT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ..memory.allocation import Access
     from ..memory.layout import Place
-    from .space import Space
 
 _NARROW_ENOUGH = 64  # stretches a region may span before it is kept aside
-_FEW = 8  # regions that are sooner looked through than looked up
+FEW = 8  # regions that are sooner looked through than looked up
 _MEETS, _COVERS, _COVERED = 1, 2, 4
 _NONE: list[Region] = []  # never appended to
 NOBODY: list[int] = []  # likewise
@@ -218,7 +214,7 @@ class Storage:
         self.written: Index | None = None
 
     @classmethod
-    def of_tensor(cls, regions: Patterns, first: Region, relations: Relations) -> Storage:
+    def of_tensor(cls, regions: dict[Any, Region], first: Region, relations: Relations) -> Storage:
         """The storage of a tensor of which a second pattern is about to appear."""
         new = cls(relations)
         new.regions = regions
@@ -230,7 +226,7 @@ class Storage:
     def add(self, key: Any, region: Region) -> Region:
         """Take in the region of a new pattern; find the written regions it meets."""
         stage = self.stage
-        if stage is not None and len(self.patterns) < _FEW:
+        if stage is not None and len(self.patterns) < FEW:
             step = stage.added.get(key)
             if step is None:
                 step = stage.added[key] = self._step(region, True)
@@ -295,7 +291,7 @@ class Storage:
         """Find the written regions that one meets among many, or among those of other tensors."""
         self.stage = None
         regions = self.regions
-        if self.all is None and len(regions) >= _FEW:
+        if self.all is None and len(regions) >= FEW:
             self._make_indices()
         if self.all is not None and self.written is not None:
             others = self.written.around(region)
@@ -315,116 +311,6 @@ class Storage:
             self.all.insert(region)
             if region.written:
                 self.written.insert(region)
-
-
-class Patterns(dict[Any, Region]):
-    """The regions of one tensor by place; one that is looked up for the first time is added.
-
-    Args:
-        access: the tensor's first.
-        relations: of patterns.
-
-    Attributes:
-        first: the region of the first access; patterns are compared within its tensor, which lends
-            them to others (see `Spares`).
-        space, size: where the compiler makes room for the tensor, and bytes; None for all others.
-        lent: True once that room was given back although addresses are still read from the tensor.
-        regions: all of them, in the order of their first use.
-        alike: the spare ones of tensors made and first used alike.
-    """
-
-    __slots__ = ("alike", "first", "lent", "regions", "relations", "size", "space")
-
-    def __init__(self, access: Access, relations: Relations) -> None:
-        super().__init__()
-        self.relations = relations
-        self.space: Space | None = None
-        self.size = 0
-        self.lent = False
-        self.alike: list[Patterns] = []
-        self.first = self._first(access)
-        self.regions = [self.first]
-
-    def _first(self, access: Access) -> Region:
-        region = self[access.place] = self.relations.region(access)
-        return region
-
-    def __missing__(self, place: Place) -> Region:
-        first = self.first
-        region = self.relations.region(access_at(first.access.allocation, place))
-        storage = first.storage or Storage.of_tensor(self, first, self.relations)
-        self.regions.append(region)
-        return storage.add(place, region)
-
-
-def users_of(regions: Iterable[Region]) -> list[int]:
-    """Who must have ended before the bytes of a tensor can be another's."""
-    users: list[int] = []
-    for region in regions:
-        if region.reader >= 0:
-            users.append(region.reader)
-            if region.readers:
-                users += region.readers
-        elif region.writer >= 0:
-            users.append(region.writer >> SHIFT)
-    return users
-
-
-class Addressed(Patterns):
-    """The regions of a tensor with an address, whose bytes others may have: found by their bytes.
-
-    Args:
-        access: the tensor's first.
-        relations: of patterns.
-        arena: the memory.
-    """
-
-    __slots__ = ("allocation", "arena")
-
-    def __init__(self, access: Access, relations: Relations, arena: Storage) -> None:
-        self.allocation = access.allocation
-        self.arena = arena
-        super().__init__(access, relations)
-
-    def _first(self, access: Access) -> Region:
-        return self[access.place]
-
-    def __missing__(self, place: Place) -> Region:
-        allocation, known = self.allocation, self.arena.regions
-        key = allocation.address, allocation.shape, place.layout, place.start, place.dynamic
-        region = known.get(key)
-        if region is None:
-            region = self.arena.add(key, self.relations.region(access_at(allocation, place)))
-        self[place] = region
-        return region
-
-
-class Spares(dict["Place", list[Patterns]]):
-    """Patterns of tensors that are no more, for the next tensor made and first used alike.
-
-    A loop's tensors come and go, so their patterns are found and compared once, not in every
-    iteration. What the next tensor does not use of them has neither writer nor readers: nobody
-    ever waits for it.
-    """
-
-    __slots__ = ()
-
-    def keep(self, patterns: Patterns) -> list[int]:
-        """Take in the patterns of a tensor; return who used it."""
-        users: list[int] = []
-        for region in patterns.regions:
-            if region.reader >= 0:
-                users.append(region.reader)
-                region.reader = -1
-                if region.readers:
-                    users += region.readers
-                    region.readers = NOBODY
-            elif region.writer >= 0:
-                users.append(region.writer >> SHIFT)
-            region.writer = -1
-        if len(patterns.regions) < _FEW:
-            patterns.alike.append(patterns)
-        return users
 
 
 def _bytes(access: Access) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import Cause
 from nsa_neuron.simulator.cost.estimate import program_of
-from nsa_neuron.simulator.cost.storage import Spares
+from nsa_neuron.simulator.cost.patterns import Spares
 from nsa_neuron.simulator.cost.timeline import SHIFT
 from nsa_neuron.simulator.machine.trn2 import TRN2
 from nsa_neuron.simulator.profiler import memory

@@ -7,7 +7,7 @@ keys along the free axis. So softmax is one reduction per row, a mask one Vector
 kv heads of a 64/4 model with one new token take as long as one.
 
     per sequence, per group of kv heads:
-        compressed   gather rows; K turned by PE; S = q K^T; hide; p = exp(scale (S - max))
+        compressed   gather rows, K turned by DMA or PE; S = q K^T; hide; p = exp(scale (S - max))
         window       the same
         selection    importance = p summed by PE over heads and over overlapping compressed blocks;
                      forced blocks first; the n best by rounds of 8, lowest number on ties
@@ -19,14 +19,16 @@ Sequences of a body overlap, see `order`: while one chooses, the next one's keys
 Only DMA has run-time addresses. Lengths are data: bounds of what each row sees come as
 numbers. Logits that do not fit SBUF go to HBM, see `long`.
 
-Bound by VectorE: at 64K tokens, 64/4/192/128, bfloat16, it has 46 us per sequence, beside 43 of DMA
-(14.4 MB), 38 of GpSimd's descriptors, 34 each of ScalarE and TensorE. Modelled: 83 us for one
-sequence, 75 each for four. Reading all of a dense cache at full rate would take 524. One token of
+Bound by DMA: at 64K tokens, 64/4/192/128, bfloat16, it has 48 us per sequence (14.4 MB), beside 38
+each of VectorE and of GpSimd's descriptors, 26 of TensorE, 20 of ScalarE. Modelled: 83 us for one
+sequence, 70 each for four. Reading all of a dense cache at full rate would take 524. One token of
 one or two kv heads in all goes through `single`.
 Weighed: a DMA with a run-time address for each page of a branch (221 of 1.6 us, 188 us for each of
 four sequences); values cleared by a select (24 us of VectorE instead of 12); overlapping blocks
 added by VectorE instead of TensorE (8 us); a table of blocks on each pair's partition, looked up by
-GpSimd (7 us instead of 2.6 of DMA). Not tried: keys beside values in a row, half the descriptors.
+GpSimd (7 us instead of 2.6 of DMA); keys turned by PE (VectorE 46 us instead of 38, 75 for each of
+four sequences); the layout of `single` for four heads (55 of VectorE, 83 for one sequence). Not
+tried: keys beside values in a row, half the descriptors.
 """
 
 import nki

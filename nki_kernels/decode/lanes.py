@@ -1,7 +1,8 @@
 """Which partition holds which row: the rows of several kv heads side by side on 128 partitions.
 
-Keys are turned by PE and multiplied here; a width of 32 or 64 that is left of Dk after 128 lies on
-the partitions twice, for an even and an odd token, so that half as many columns leave PSUM.
+Keys are turned by DMA, see `turned`, or by PE here; then a width of 32 or 64 that is left of Dk
+after 128 lies on the partitions twice, for an even and an odd token, so that half as many columns
+leave PSUM.
 """
 
 import nki.isa as nisa

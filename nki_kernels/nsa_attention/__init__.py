@@ -34,8 +34,8 @@ equal scores go to the lowest block; the device itself finds which tiles it must
 
 Program: unrolled, 550 to 2,800 instructions per tile of queries between 8K and 256K tokens, and
 1,600 to 2,400 per kv head for `again`, 400 to 600 for `crowded`. Where that is more than AWS's
-compiler takes, `looped` does the same in hardware loops: about 11,000 instructions per kv head
-whatever the length. HBM of a core keeps what the
+compiler takes, `looped` does the same in hardware loops: 11,000 to 12,500 instructions per kv head
+whatever the length, up to 1M tokens. HBM of a core keeps what the
 queries of a kv head chose, 64 bytes per tile and block, and their output without the selected
 branch, in float32: 134 and 537 MB at 64K tokens. SBUF keeps all compressed keys up to 8,192 (128K
 tokens); beyond, they are loaded ahead, eight tiles at a time, for each tile of queries. What ends

@@ -24,6 +24,7 @@ import nki.language as nl
 
 from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.queues import fetch
+from nki_kernels.common.spans import spans
 from nki_kernels.nsa_attention.choose import HIDDEN, LANES, NOTHING, TAKEN
 from nki_kernels.nsa_attention.flagged import for_flagged
 from nki_kernels.nsa_attention.geometry import BLOCK, BLOCKS_OF_KEYS, KEYS, PIECE, QUERIES
@@ -36,6 +37,8 @@ first key of its tile's window tiles."""
 FORCED_SCORE = 1e30
 SHARES = BLOCKS_OF_KEYS + 2
 AT_ONCE = 2 * LANES  # blocks gathered before they are used
+WIDE = 2048  # blocks that are marked at a time
+RUNS = 16  # of keys whose shares are cleared at a time
 
 
 class Tables(nl.NKIObject):
@@ -155,9 +158,11 @@ class Again(nl.NKIObject):
         for p in range(g.parts):
             shifts.append(branch.negative_lse(p))
         nisa.memset(base, 0.0)
-        nothing = sbuf((128, runs, CHUNK // KEYS * SHARES), nl.float32)
+        nothing = sbuf((128, min(runs, RUNS), CHUNK // KEYS * SHARES), nl.float32)
         nisa.memset(nothing, 0.0)
-        nisa.dma_copy(self.scratch.shares.flatten_dims(2, 3).permute((1, 0, 2)), nothing)
+        shares = self.scratch.shares.flatten_dims(2, 3).permute((1, 0, 2))
+        for first, some in spans(runs, RUNS):
+            nisa.dma_copy(shares[:, first : first + some, :], nothing[:, 0:some, :])
         nl.fori_loop(0, many, share)
         return branch
 
@@ -195,29 +200,37 @@ class Again(nl.NKIObject):
             first = scores[:, 1:tiles, 0]
             nisa.tensor_tensor(first, first, extra[:, 0 : tiles - 1, 0], nl.add)
         scores = scores.reshape((128, blocks))
-        names, marked = sbuf((128, blocks), nl.float32), sbuf((128, blocks), nl.float32)
-        nisa.iota(names, [[1, blocks]], offset=0, channel_multiplier=0)
         ranks = self.queries.ranks
         near, own = ranks[:, NEAR : NEAR + 1], ranks[:, OWN : OWN + 1]
         nisa.memset(scores[:, 0 : g.initial], FORCED_SCORE)
-        nisa.tensor_scalar(marked, names, nl.greater, near, op1=nl.multiply, operand1=FORCED_SCORE)
-        nisa.tensor_tensor(scores, scores, marked, nl.maximum)
-        nisa.tensor_scalar(
-            marked, names, nl.greater, own, op1=nl.multiply, operand1=-4.0 * FORCED_SCORE
-        )
-        nisa.tensor_tensor(scores, scores, marked, nl.add)
-        current = scores
+        for start, some in spans(blocks, WIDE):
+            names, marked = sbuf((128, some), nl.float32), sbuf((128, some), nl.float32)
+            part = scores[:, start : start + some]
+            nisa.iota(names, [[1, some]], offset=start, channel_multiplier=0)
+            nisa.tensor_scalar(
+                marked, names, nl.greater, near, op1=nl.multiply, operand1=FORCED_SCORE
+            )
+            nisa.tensor_tensor(part, part, marked, nl.maximum)
+            nisa.tensor_scalar(
+                marked, names, nl.greater, own, op1=nl.multiply, operand1=-4.0 * FORCED_SCORE
+            )
+            nisa.tensor_tensor(part, part, marked, nl.add)
+        current, following = scores, sbuf((128, blocks), nl.float32)
         for found in range(0, g.count, LANES):
-            top, following = sbuf((128, LANES), nl.float32), sbuf((128, blocks), nl.float32)
+            top = sbuf((128, LANES), nl.float32)
             nisa.max8(top, current)
             if g.count - found < LANES:
                 nisa.memset(top[:, g.count - found : LANES], NOTHING)
             nisa.nc_match_replace8(following, current, top, TAKEN)
-            current = following
+            current, following = following, current
         chosen = sbuf((128, blocks), nl.bfloat16)
-        nisa.tensor_scalar(marked, current, nl.equal, TAKEN)
-        nisa.scalar_tensor_tensor(marked, scores, nl.greater_equal, 0.0, nl.multiply, marked)
-        nisa.scalar_tensor_tensor(chosen, names, nl.less, own, nl.multiply, marked)
+        for start, some in spans(blocks, WIDE):
+            names, marked = sbuf((128, some), nl.float32), sbuf((128, some), nl.float32)
+            part = slice(start, start + some)
+            nisa.iota(names, [[1, some]], offset=start, channel_multiplier=0)
+            nisa.tensor_scalar(marked, current[:, part], nl.equal, TAKEN)
+            # What is behind the own one counts for nothing, though there were too few others.
+            nisa.scalar_tensor_tensor(chosen[:, part], names, nl.less, own, nl.multiply, marked)
         self.mask = chosen
         for start in range(0, blocks, PIECE):
             turned = psum((PIECE, 128), nl.bfloat16)

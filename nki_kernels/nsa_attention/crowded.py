@@ -36,7 +36,7 @@ LANE = 16  # partitions apart that nonzero_with_count works on
 def do_crowded(geometry, constants, lane, tables, numbers, scale):
     """Does the tiles of a kv head whose flags say so."""
     once = Crowded(geometry, constants, lane, tables, numbers, scale)
-    for_flagged(geometry, lane.crowded, once.tile)
+    for_flagged(geometry, lane.crowded[:, 0 : geometry.tiles], once.tile)
 
 
 class Crowded(nl.NKIObject):
@@ -78,7 +78,7 @@ class Crowded(nl.NKIObject):
             nisa.dma_copy(page, lane.pages[0, block])
             self.add_page(page, False)
         self.close()
-        self.numbers.spread(self.lists[:, 0 : g.padded], LANE)
+        self.numbers.spread(self.lists[:, 0 : g.padded], LANE, 0)
         rows = Rows(self, self.numbers)
         nl.fori_loop(0, self.turns(), rows.add)
         result = sbuf((g.rows, g.parts, self.dv), lane.o.dtype)

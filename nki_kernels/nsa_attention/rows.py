@@ -42,15 +42,15 @@ class Numbers(nl.NKIObject):
         nisa.dma_copy(self.rows[:, turns - 1, :], nothing)
         nisa.dma_copy(self.blocks[turns - 1], nothing[0:listed, 0:1])
 
-    def spread(self, lists, step):
-        """Writes `rows` and `blocks` of all turns but the last.
+    def spread(self, lists, step, start):
+        """Writes `rows` and `blocks` of some turns.
 
-        lists: int32 [parts * step, places], those of part p in row p * step.
+        lists: int32 [parts * step, places], those of part p in row p * step, from place `start` on.
         """
         height, places = lists.shape
-        turns = places // AT_ONCE
+        turns, before = places // AT_ONCE, start // AT_ONCE
         for p in range(self.parts):
-            into = self.blocks[0:turns, AT_ONCE * p : AT_ONCE * (p + 1), 0]
+            into = self.blocks[before : before + turns, AT_ONCE * p : AT_ONCE * (p + 1), 0]
             row = lists[step * p : step * p + 1, :].reshape((1, turns, AT_ONCE))
             nisa.dma_copy(into.expand_dim(0), row)
         names = sbuf(lists.shape, nl.float32)
@@ -73,19 +73,20 @@ class Numbers(nl.NKIObject):
                 )  # fmt: skip
             rows = sbuf(by_lane.shape, nl.int32)
             self.constants.number_rows(rows, by_lane)
-            into = self.rows[:, first * TURNS : (first + some) * TURNS, :]
+            turn = before + first * TURNS
+            into = self.rows[:, turn : turn + some * TURNS, :]
             nisa.dma_copy(into.reshape_dim(1, (some, TURNS)), rows)
 
 
 def turned_rows(buffer, low, wide, copies):
     """K^T of gathered rows [128, TOKENS, columns]: [low, TOKENS, 128]; a list, if K is `wide`, of
     its channels after 128, [128, TOKENS / 2, 128], tiles in turn on either half. Engine `copies`
-    takes these from PSUM."""
+    takes all of it from PSUM."""
     bank = psum((low, TOKENS, KEYS), buffer.dtype)
     for t in range(TOKENS):
         nisa.nc_transpose(bank[:, t, :], buffer[:, t, 0:low], engine=nisa.engine.tensor)
     lower = sbuf(bank.shape, bank.dtype)
-    nisa.tensor_copy(lower, bank, engine=nisa.engine.vector)
+    nisa.tensor_copy(lower, bank, engine=copies)
     found = []
     if wide:
         bank = psum((2 * REST, TOKENS // 2, KEYS), buffer.dtype)

@@ -62,6 +62,7 @@ class Problem:
         replaced: share of a query's free blocks that the next query does not choose; 1: random.
         backward: the backward pass instead of the forward one.
         cores: 1; 2: a launch of two, each half of the sequence; 8: a chip, two for each kv head.
+        longest: length of the sequence that this one is the start of.
     """
 
     tokens: int
@@ -70,6 +71,7 @@ class Problem:
     replaced: float
     backward: bool = False
     cores: int = 1
+    longest: int = 0
 
     @property
     def group(self) -> int:
@@ -77,7 +79,7 @@ class Problem:
 
     def has(self, op: str) -> bool:
         """Whether a stage is modelled: one with this pass, and for one kernel a length it takes."""
-        if op == WHOLE and self.tokens > whole.MOST_BLOCKS * 64:
+        if op == WHOLE and self.tokens > whole.LOOPED_BLOCKS * 64:
             return False
         return not (self.backward and op in WITHOUT_GRADIENT)
 
@@ -191,7 +193,7 @@ def _loops(problem: Problem, op: str) -> bool:
 
 def _per_query(problem: Problem, stage: Stage, position: int, looping: bool) -> list[float]:
     """Ns (low, central, high) of a query and kv head at a position: of 2n queries, less n."""
-    shorter = replace(problem, tokens=position, cores=problem.lnc)
+    shorter = replace(problem, tokens=position, cores=problem.lnc, longest=problem.tokens)
     queries = stage.queries * problem.lnc
     one, two = (_time(stage, shorter, position, queries * k, looping) for k in (1, 2))
     return [(b - a) / queries for a, b in zip(one, two, strict=True)]
@@ -207,7 +209,12 @@ def _time(
     if problem.backward:
         made |= _saved(stage, made)
     values = {name: made[name] for name in spec.names}
-    with _cores(problem.lnc), _looping(looping), records.recording() as runs, torch.no_grad():
+    with (
+        _cores(problem.lnc),
+        _looping(looping, problem.longest),
+        records.recording() as runs,
+        torch.no_grad(),
+    ):
         bound = spec.bind(values)
         verdict = neuron.BACKEND.supports(bound, "sim")
         assert isinstance(verdict, Supported), verdict
@@ -232,14 +239,15 @@ def _cores(lnc: int) -> Iterator[None]:
 
 
 @contextmanager
-def _looping(looping: bool) -> Iterator[None]:
-    """Inside, selection and all of NSA run in hardware loops if the whole sequence does."""
+def _looping(looping: bool, tokens: int) -> Iterator[None]:
+    """Inside, selection and all of NSA run in hardware loops if the whole sequence does, of
+    `tokens`: the loop ranks as many blocks for every query."""
     selection: Any = plans.load("select_blocks")
     every: Any = plans.load(WHOLE)
     before = selection["forward"], every["looped"]
     if looping:
         selection["forward"] = {**before[0], "unrolled_key_tiles": -1}
-        every["looped"] = {"most_unrolled": -1}
+        every["looped"] = {"most_unrolled": -1, "least_ranked": tokens}
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from test_neuron_records import assert_equal_programs, assert_static
 
 from nsa_neuron.backends import neuron
 from nsa_neuron.backends.neuron import plans, whole
+from nsa_neuron.backends.neuron.run import package
 from nsa_neuron.cases import exact_normal
 from nsa_neuron.ops import get
 from nsa_neuron.ops.nsa_attention import nsa_attention_forward
@@ -238,7 +239,9 @@ def test_a_program_that_no_compiler_takes_is_refused_on_hardware_only(monkeypatc
 @pytest.fixture
 def looped(monkeypatch):
     """Calls that can are in hardware loops, however short."""
-    monkeypatch.setitem(plans.load("nsa_attention"), "looped", {"most_unrolled": -1})
+    monkeypatch.setitem(
+        plans.load("nsa_attention"), "looped", {"most_unrolled": -1, "least_ranked": 0}
+    )
 
 
 def turns_of_groups(run: Any) -> list[int]:
@@ -247,7 +250,7 @@ def turns_of_groups(run: Any) -> list[int]:
     found = []
     for turns in outermost(core.loops):
         some = core.instructions[turns[0].first : turns[0].last]
-        if sum(i.opcode == "nonzero_with_count" for i in some) == 2:
+        if sum(i.opcode == "nonzero_with_count" for i in some) == 8:
             found.append(len(turns))
     return found
 
@@ -261,9 +264,19 @@ def turns_of_groups(run: Any) -> list[int]:
         (problem(70, 1000, (1, 1), block=64, window=1, num_selected=7, scale=-0.2), 2, 0),
         (problem(40, 17_500, (2, 1), (130, 16), alike=0.0, num_selected=9, num_local=3), 2, 0),
         (problem(33, 33_000, (1, 1), alike=0.5, num_selected=9, num_initial=3), 2, 0),
+        (problem(129, 4812, (4, 1), alike=0.0, num_selected=9, window=1, block=16), 3, 0),
         (sharp_at(problem(80, 800, (4, 1), num_selected=5, window=90), 70), 3, 1),
     ],
-    ids=["from_0", "kv_heads", "paper", "block_64", "two_chunks", "three_chunks", "unsafe"],
+    ids=[
+        "from_0",
+        "kv_heads",
+        "paper",
+        "block_64",
+        "two_chunks",
+        "three_chunks",
+        "lists",
+        "unsafe",
+    ],
 )
 def test_in_hardware_loops(looped, values, turns, again):
     """As above, and the turns of the loop: one more than there are groups ends its pipeline."""
@@ -278,3 +291,18 @@ def test_in_hardware_loops(looped, values, turns, again):
             for instruction in core.instructions:
                 assert_static(instruction)
     assert_equal_programs(*runs[2].cores)
+
+
+def test_lengths_that_fill_sbuf_are_done_in_pieces(looped, monkeypatch):
+    """Beyond 256K tokens: the scores of one tile at a time, flags and long lists by sections."""
+    kernels = package()
+    lists = kernels.load("nsa_attention.looped.lists")
+    monkeypatch.setattr(lists, "MOST_AT_ONCE", 0)
+    monkeypatch.setattr(lists, "AT_A_TIME", 128)
+    for name in ("nsa_attention.flagged", "nsa_attention.looped"):
+        monkeypatch.setattr(kernels.load(name), "AT_ONCE", 8)
+    again = kernels.load("nsa_attention.again")
+    monkeypatch.setattr(again, "WIDE", 128)
+    monkeypatch.setattr(again, "RUNS", 1)
+    values = problem(230, 4000, (4, 1), alike=0.0, num_selected=9, window=90)
+    judged.judge("nsa_attention", sharp_at(values, 200), torch.bfloat16)

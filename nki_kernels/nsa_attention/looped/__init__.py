@@ -19,22 +19,26 @@ sums of products kept in PSUM over the loop (AWS's compiler is reported to refus
 """
 
 import nki
+import nki.isa as nisa
 import nki.language as nl
 
+from nki_kernels.common.buffers import sbuf
 from nki_kernels.common.cores import share
 from nki_kernels.nsa_attention.again import Scratch, Tables, do_again
 from nki_kernels.nsa_attention.constants import Constants
 from nki_kernels.nsa_attention.crowded import do_crowded
-from nki_kernels.nsa_attention.flagged import clear, clear_behind
-from nki_kernels.nsa_attention.geometry import QUERIES, Geometry, tiles_of
+from nki_kernels.nsa_attention.flagged import AT_ONCE, clear, clear_behind
+from nki_kernels.nsa_attention.geometry import BLOCKS_OF_KEYS, QUERIES, Geometry, tiles_of
 from nki_kernels.nsa_attention.lane import Lane
 from nki_kernels.nsa_attention.looped.groups import Groups, Kept
+from nki_kernels.nsa_attention.looped.sizes import CHUNK as CHUNK_TILES
 from nki_kernels.nsa_attention.looped.sizes import GROUP
 from nki_kernels.nsa_attention.pipeline import Pipeline
 from nki_kernels.nsa_attention.rows import Numbers
 from nki_kernels.nsa_attention.running import CHUNK
 
 TOKENS = GROUP * QUERIES
+OF_CHUNK = CHUNK_TILES * BLOCKS_OF_KEYS  # blocks
 
 
 @nki.jit
@@ -68,13 +72,15 @@ def forward_looped(
     before = Geometry(group, block, count, initial, local, window, slots, by_rows, past, short)
     first = (TOKENS * begin - before.first) // QUERIES
     before.tiles = first
+    geometry.padded = OF_CHUNK * (chunks.shape[1] - 1)
     before.behind = geometry.tiles = geometry.behind = first + GROUP * groups
     tiles, crowds = geometry.tiles, before.crowded_from() < first
     o = nl.ndarray(
         (batch, QUERIES * (tiles + GROUP + 1), kv_heads * group, dv), dtype=q_t.dtype,
         buffer=nl.shared_hbm,
     )  # fmt: skip
-    flags = nl.ndarray((lanes, 2, 2 * GROUP + tiles), dtype=nl.float32, buffer=nl.private_hbm)
+    flagged = tiles if tiles <= AT_ONCE else (tiles + AT_ONCE - 1) // AT_ONCE * AT_ONCE
+    flags = nl.ndarray((lanes, 2, 2 * GROUP + flagged), dtype=nl.float32, buffer=nl.private_hbm)
     shape = (max(1, first), before.padded, QUERIES)
     turned = nl.ndarray(shape, dtype=q_t.dtype, buffer=nl.private_hbm)
     shape = (first if crowds else 1, geometry.rows, geometry.parts, dv)
@@ -95,10 +101,14 @@ def forward_looped(
         )  # fmt: skip
         tensors.loop(
             chunks[lane], near[lane], turns, starts, every[QUERIES * first :],
-            flags[lane, 0:1, first:],
+            flags[lane, 0:1, first : 2 * GROUP + tiles],
         )  # fmt: skip
         clear_behind(geometry, tensors.o)
         clear(every[0:TOKENS])
+        if flagged > tiles:
+            none = sbuf((1, flagged - tiles), nl.float32)
+            nisa.memset(none, 0.0)
+            nisa.dma_copy(tensors.unsafe[:, tiles:flagged], none)
         Groups(geometry, constants, tensors, scale, kept, begin, first, groups).run()
         if first > 0:
             pipeline = Pipeline(

@@ -74,6 +74,7 @@ class Groups(nl.NKIObject):
         """Everything."""
         self.start()
         nl.fori_loop(0, self.turns + 1, self.turn)
+        self.judge(self.turns)
         flags, target = self.flags(), self.lane.before_unsafe
         nisa.dma_copy(target[:, GROUP * (self.turns + 1) : GROUP * (self.turns + 2)], flags)
 
@@ -132,19 +133,20 @@ class Groups(nl.NKIObject):
         nl.fori_loop(0, seen, all_see)
         nl.fori_loop(seen, every, some_see)
         self.chunks.finish(works, scratch.shares, turns[:, 2 * half + 1 : 2 * half + 2])
-        if half == 0:
-            self.flag(r)
+        self.lists.begin(self.works[other])
         self.pass_on(r, half)
         self.rest.load_pages(r, half)
         self.lists.near = starts[:, 2 * half + 1 : 2 * half + 2]
-        steps = []
+        others = []
         for work in works:
-            steps.append((3, self, "close", work))
-        steps.append((3, self.scores, "weigh", self.chunks.row_sums))
-        steps.append((1, self.chunks, "clear", works))
+            others.append((0, self, "close", work))
+        others.append((0, self.scores, "weigh", self.chunks.row_sums))
+        others.append((0, self.chunks, "clear", works))
         following = starts[0:QUERIES, 2 * half : 2 * half + 1]
-        steps.append((3, self.chunks, "begin", following))
-        steps += self.lists.steps_of(self.works[other])
+        others.append((0, self.chunks, "begin", following))
+        if half == 0:
+            others += [(0, self, "judge", r), (5, self, "flag", r)]
+        steps = self.lists.steps_of(self.works[other], others)
 
         def load_near():
             if half == 1:
@@ -186,15 +188,18 @@ class Groups(nl.NKIObject):
         by_group = target[:, 0 : count * GROUP].reshape_dim(1, (count, GROUP))
         fetch(by_group.select(1, r), self.flags())
 
-    def flags(self):
-        """[1, GROUP] float32, 1 where a row's sum is too small."""
+    def judge(self, r):
+        """`unsafe` [rows, GROUP], 1 where a row's sum is too small."""
         g = self.geometry
-        unsafe = sbuf((g.rows, GROUP), nl.bfloat16)
+        self.unsafe = unsafe = sbuf((g.rows, GROUP), nl.bfloat16)
         # NaN counts as unsafe: `less` would let it pass.
         nisa.tensor_scalar(unsafe, self.lowest, nl.greater_equal, SAFE_SUM)
         nisa.tensor_scalar(unsafe, unsafe, nl.multiply, -1.0, op1=nl.add, operand1=1.0)
+
+    def flags(self):
+        """[1, GROUP] float32: 1 where there is one."""
         counts, flags = psum((1, GROUP)), sbuf((1, GROUP), nl.float32)
-        nisa.nc_matmul(counts, self.ones, unsafe, accumulate=False)
+        nisa.nc_matmul(counts, self.ones, self.unsafe, accumulate=False)
         nisa.tensor_scalar(flags, counts, nl.minimum, 1.0)
         return flags
 

@@ -24,9 +24,12 @@ from nki_kernels.nsa_attention.looped.sizes import GROUPS_OF_ROWS, PAIR
 from nki_kernels.nsa_attention.rows import Numbers
 from nki_kernels.nsa_attention.running import larger
 
-LANE = 16  # partitions apart that nonzero_with_count works on
+LANE = 32  # partitions apart that two tiles' lists are made on
+LANES = LANE * PAIR
 LISTED = AT_ONCE * GROUPS_OF_ROWS
-WAITS = {"best": 1, "gather": 2, "merge": 1, "spread": 6, "mark": 1}
+MOST_AT_ONCE = 1024  # blocks of a lane of which SBUF has room for the scores of two tiles
+AT_A_TIME = 4096  # places of a list whose row numbers are made together
+WAITS = {"best": 1, "gather": 3, "merge": 2, "spread": 7, "mark": 2}
 """Jobs between the steps of a choice, see `steps_of`."""
 
 
@@ -34,8 +37,8 @@ class Chosen(nl.NKIObject):
     """Of a pair.
 
     Attributes:
-        turned: masks [blocks, 32] of each tile, in HBM. lists: [pair, blocks + 1] int32 in HBM,
-            blocks of each tile's union, 0s, and how many they are. numbers: see `rows`.
+        turned: masks [blocks, 32] of each tile, in HBM. lists: [pair, places] int32 in HBM, the
+            blocks of each tile's union, then 0s. ends: [pair, 1], how many. numbers: see `rows`.
         counts: [1, pair] int32. hidden: [listed, 32] of each tile, masks of the first ones.
     """
 
@@ -48,8 +51,9 @@ class Chosen(nl.NKIObject):
             nisa.memset(hidden, 0.0)
             self.hidden.append(hidden)
         self.numbers = Numbers(PAIR, geometry.padded, constants, dtype)
-        shape = (PAIR, geometry.padded + 1)
+        shape = (PAIR, geometry.padded + geometry.padded // CHUNKS)
         self.lists = nl.ndarray(shape, dtype=nl.int32, buffer=nl.private_hbm)
+        self.ends = nl.ndarray((PAIR, 1), dtype=nl.int32, buffer=nl.private_hbm)
         self.counts = sbuf((1, PAIR), nl.int32)
         nisa.memset(self.counts, 0)
 
@@ -65,42 +69,56 @@ class Chosen(nl.NKIObject):
         nisa.tensor_scalar(
             turns, longest, nl.multiply, 1.0 / AT_ONCE, op1=nl.add, operand1=1.0 - 0.5 / AT_ONCE
         )
-        many = sbuf((1, 1), nl.int32)
+        more, many = sbuf((1, 1), nl.float32), sbuf((1, 1), nl.int32)
+        nisa.tensor_scalar(more, longest, nl.greater, float(LISTED))
+        nisa.tensor_tensor(turns, turns, more, nl.multiply)
         nisa.tensor_scalar(many, turns, nl.maximum, float(GROUPS_OF_ROWS))
-        nisa.tensor_scalar(some, longest, nl.greater, float(LISTED))
+        nisa.tensor_copy(some, more, engine=nisa.engine.vector)
         found = [nisa.register_alloc(), nisa.register_alloc()]
         nisa.register_load(found[0], some)
         nisa.register_load(found[1], many)
         return found
 
     def spread(self):
-        """Row numbers of all turns."""
-        height = LANE * (PAIR - 1) + 1
-        lists = sbuf((height, self.lists.shape[1] - 1), nl.int32)
-        nisa.memset(lists, 0)
-        for u in range(PAIR):
-            fetch(lists[LANE * u : LANE * u + 1, :], self.lists[u : u + 1, 0 : lists.shape[1]])
-        self.numbers.spread(lists, LANE)
+        """Row numbers of all turns, some places at a time."""
+        places = self.turned[0].shape[0]
+        for first in range(0, places, AT_A_TIME):
+            some = min(AT_A_TIME, places - first)
+            lists = sbuf((LANES, some), nl.int32)
+            nisa.memset(lists, 0)
+            for u in range(PAIR):
+                own = lists[LANE * u : LANE * u + 1, :]
+                fetch(own, self.lists[u : u + 1, first : first + some])
+            self.numbers.spread(lists, LANE, first)
 
 
 class Lists(nl.NKIObject):
     """The pair whose lists are in the making.
 
     Attributes:
-        ones: [128, pair, pair * 16] bfloat16, 1 in a tile's column. masks: of each tile.
-        lists: as `Chosen.lists`, in every 16th row.
+        ones: [128, pair, LANES] bfloat16, 1 in a tile's column. masks: of each tile.
+        lists: two buffers of lists of a lane's blocks, in every LANEth row, and how many they are.
+        ends: [LANES, 1] int32, where they begin. none: empty lists, in HBM.
         eights, tokens: [128, GROUPS_OF_ROWS] int32: 8, and the token that a lane's row begins with.
     """
 
     def __init__(self, geometry, constants, lane, scores, dtype):
         self.geometry, self.constants, self.lane, self.scores = geometry, constants, lane, scores
-        self.ones = sbuf((128, PAIR, LANE * PAIR), nl.bfloat16)
+        self.ones = sbuf((128, PAIR, LANES), nl.bfloat16)
         nisa.memset(self.ones, 0.0)
         for u in range(PAIR):
             nisa.memset(self.ones[:, u, LANE * u], 1.0)
         self.masks = [[], []]
-        self.lists = sbuf((LANE * PAIR, geometry.padded + 1), nl.int32)
-        nisa.memset(self.lists, 0)
+        self.lists = []
+        for _ in range(2):
+            self.lists.append(sbuf((LANES, scores.width + 1), nl.int32))
+            nisa.memset(self.lists[-1], 0)
+        self.ends = sbuf((LANES, 1), nl.int32)
+        places = geometry.padded + scores.width
+        self.none = nl.ndarray((PAIR, places), dtype=nl.int32, buffer=nl.private_hbm)
+        for first in range(0, places, scores.width):
+            zeros = self.lists[0][0:PAIR, 0 : scores.width]
+            nisa.dma_copy(self.none[:, first : first + scores.width], zeros)
         self.eights = sbuf((KEYS, GROUPS_OF_ROWS), nl.int32)
         nisa.memset(self.eights, TOKENS)
         self.tokens = sbuf((KEYS, GROUPS_OF_ROWS), nl.int32)
@@ -109,30 +127,51 @@ class Lists(nl.NKIObject):
         unused = nl.ndarray((1, 1), dtype=dtype, buffer=nl.private_hbm)
         self.choice = Choice(geometry, constants, unused, [])
 
-    def steps_of(self, works):
-        """(jobs to wait before, whose, name, of what) of the steps that list what a pair chose,
-        those of two tiles in turn, so that no engine waits for another."""
+    def steps_of(self, works, others):
+        """(jobs to wait before, whose, name, of what) of the steps that list what a pair chose, and
+        of `others`, which VectorE does while it waits for these."""
         long = passes(self.scores.width)
-        found = [(0, self, "collect", works)]
-        first, second = works
-        for work in works:
-            found.append((5 if work.tile.u == 0 else 1 + long, self, "settle", work))
-        names = self.choice.steps_to_mark(first)
-        for n in range(len(names)):
-            name = names[n][0]
-            wait = WAITS[name] + long
-            found.append((wait, self.choice, name, first))
-            found.append((1 + long, self.choice, name, second))
-        found.append((5 + 2 * long, self, "turn", first))
-        found.append((2 + long, self, "turn", second))
+        found = [(0, self, "limit", works)]
+        if self.scores.width > MOST_AT_ONCE:
+            found += others
+            for work in works:
+                if work.tile.u > 0:
+                    found.append((0, self, "collect", work))
+                found.append((5, self, "settle", work))
+                for name, wait in self.choice.steps_to_mark(work):
+                    found.append((wait, self.choice, name, work))
+                found.append((5 + 2 * long, self, "turn", work))
+        else:
+            found += self.steps_in_turn(works, others)
         found.append((4, self, "unite", works))
         return found
 
-    def collect(self, works):
-        """Scores from HBM."""
+    def steps_in_turn(self, works, others):
+        """Those of both tiles' masks, in turn, so that no engine waits for another."""
+        long, found = passes(self.scores.width), []
+        first, second = works
         for work in works:
-            work.scores, work.before = self.scores.collect(self.scratch, work.tile.u)
+            found.append((10 if work.tile.u == 0 else 1 + long, self, "settle", work))
+        for name, _ in self.choice.steps_to_mark(first):
+            found.append((WAITS[name] + long, self.choice, name, first))
+            found.append((2 + long, self.choice, name, second))
+            if name == "gather":
+                found += others
+        found.append((5 + 2 * long, self, "turn", first))
+        found.append((2 + long, self, "turn", second))
+        return found
+
+    def limit(self, works):
         self.scores.reach(self.near)
+
+    def begin(self, works):
+        """Scores from HBM, as many as there is room for."""
+        for work in works:
+            if work.tile.u == 0 or self.scores.width <= MOST_AT_ONCE:
+                self.collect(work)
+
+    def collect(self, work):
+        work.scores, work.before = self.scores.collect(self.scratch, work.tile.u)
 
     def settle(self, work):
         self.scores.settle(work, work.scores, work.before)
@@ -156,31 +195,41 @@ class Lists(nl.NKIObject):
         self.masks[u] = mask
 
     def unite(self, works):
-        """Makes the lists."""
-        lanes, width = LANE * PAIR, self.scores.width
-        unions = sbuf((lanes, CHUNKS * width), nl.float32)
+        """Makes the lists, of a lane's blocks after the other's, each begun where the one before
+        ends; a list's zeros are behind all of it."""
+        width, chosen = self.scores.width, self.chosen
+        nisa.memset(self.ends, 0, engine=nisa.engine.gpsimd)
+        fetch(chosen.lists, self.none, "g")
         for c in range(CHUNKS):
             own = slice(QUERIES * c, QUERIES * (c + 1))
+            unions, lists = sbuf((LANES, width), nl.float32), self.lists[c % len(self.lists)]
             for first, some in spans(width, BANK):
-                counts = psum((lanes, some))
+                counts = psum((LANES, some))
                 for u in range(PAIR):
                     nisa.nc_matmul(
                         counts, self.ones[own, u, :], self.masks[u][own, first : first + some],
                         accumulate=u > 0, tile_position=(QUERIES * c, 0),
-                        tile_size=(QUERIES, QUERIES),
+                        tile_size=(QUERIES, LANES),
                     )  # fmt: skip
-                start = c * width + first
-                into = unions[:, start : start + some]
+                into = unions[:, first : first + some]
                 nisa.tensor_copy(into, counts, engine=nisa.engine.scalar)
-        nisa.nonzero_with_count(self.lists, unions, index_offset=0, padding_val=0)
+            nisa.nonzero_with_count(lists, unions, index_offset=c * width, padding_val=0)
+            for u in range(PAIR):
+                end = self.ends[LANE * u : LANE * u + 1, :]
+                into = chosen.lists[u : u + 1, :].ap(
+                    [[1, 1], [1, width]], scalar_offset=end, indirect_dim=1
+                )
+                fetch(into, lists[LANE * u : LANE * u + 1, 0:width], "g")
+            count = lists[:, width : width + 1]
+            nisa.tensor_tensor(self.ends, self.ends, count, nl.add, engine=nisa.engine.gpsimd)
         for u in range(PAIR):
-            fetch(self.chosen.lists[u : u + 1, :], self.lists[LANE * u : LANE * u + 1, :], "g")
+            fetch(chosen.ends[u : u + 1, :], self.ends[LANE * u : LANE * u + 1, :], "g")
 
     def gather(self, buffers):
         """The first blocks of each tile's list, as rows, and what hides them; buffers: a list of
         each tile. All of it by GpSimd, for which the others do not wait."""
-        chosen, count = self.chosen, self.lists.shape[1] - 1
-        fetch(chosen.counts, chosen.lists[:, count : count + 1].permute((1, 0)), "g")
+        chosen = self.chosen
+        fetch(chosen.counts, chosen.ends.permute((1, 0)), "g")
         for u in range(PAIR):
             listed = chosen.lists[u, 0:LISTED]
             places, rows = sbuf((LISTED, 1), nl.int32), sbuf((KEYS, GROUPS_OF_ROWS), nl.int32)

@@ -31,7 +31,7 @@ class Rest(nl.NKIObject):
         self.first = first
         self.dk, self.dv = lane.q_t.shape[1], lane.v_win.shape[1] - 1
         self.selected = Selected(geometry, constants, lane, scale, places)
-        self.selected.early, self.selected.copies = 5, nisa.engine.scalar
+        self.selected.early, self.selected.copies = 8, nisa.engine.scalar
         for some in self.selected.rows:
             for buffer in some:
                 nisa.memset(buffer, 0.0)

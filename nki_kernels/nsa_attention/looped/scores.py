@@ -59,7 +59,7 @@ class Scores(nl.NKIObject):
 
     Attributes:
         selectors: [rows, parts, 32] float32 of each tile: 1 / a row's sum in its query's column.
-        scratch: of that pair. names: [128, width] float32, the block that a lane's column is for.
+        scratch: of that pair.
     """
 
     def __init__(self, geometry, constants):
@@ -72,10 +72,6 @@ class Scores(nl.NKIObject):
             self.selectors.append(selector)
             self.buffers.append(sbuf((g.rows, PAIR, g.parts, GRANULE, SHARES), nl.float32))
         self.width = g.padded // CHUNKS
-        self.names = sbuf((128, self.width), nl.float32)
-        for c in range(CHUNKS):
-            lanes = self.names[QUERIES * c : QUERIES * (c + 1), :]
-            nisa.iota(lanes, [[1, self.width]], offset=c * self.width, channel_multiplier=0)
 
     def weigh(self, row_sums):
         """`selectors` of the next pair; row_sums: [rows, pair, parts]."""
@@ -131,21 +127,20 @@ class Scores(nl.NKIObject):
         for c in range(CHUNKS):
             lanes = slice(QUERIES * c, QUERIES * (c + 1))
             own = by_granule[c * granules : (c + 1) * granules].permute((1, 0, 2))
-            nisa.dma_copy(scores[lanes], own[:, :, 0:WHOLE])
+            fetch(scores[lanes], own[:, :, 0:WHOLE])
             into = before[lanes, 1:].reshape_dim(1, (granules, GRANULE))
-            nisa.dma_copy(into, own[:, :, WHOLE:EXTRA])
+            fetch(into, own[:, :, WHOLE:EXTRA])
             if c > 0:
-                nisa.dma_copy(
-                    before[lanes, 0:1], by_granule[c * granules - 1, :, EXTRA - 1 : EXTRA]
-                )
+                fetch(before[lanes, 0:1], by_granule[c * granules - 1, :, EXTRA - 1 : EXTRA])
         return scores.reshape((128, self.width)), before
 
     def reach(self, near):
         """What scores are limited by: ALL up to block `near` [128, 1], 0 behind."""
-        self.limit = sbuf((128, self.width), nl.float32)
-        nisa.tensor_scalar(
-            self.limit, self.names, nl.less_equal, near, op1=nl.multiply, operand1=ALL
-        )
+        names, self.limit = sbuf((128, self.width), nl.float32), sbuf((128, self.width), nl.float32)
+        for c in range(CHUNKS):
+            lanes = names[QUERIES * c : QUERIES * (c + 1), :]
+            nisa.iota(lanes, [[1, self.width]], offset=c * self.width, channel_multiplier=0)
+        nisa.tensor_scalar(self.limit, names, nl.less_equal, near, op1=nl.multiply, operand1=ALL)
 
     def settle(self, work, scores, before):
         """What `choose.Choice.best` wants of a tile."""

@@ -21,14 +21,16 @@ GROUPS = (1, 2, 4, 8, 16)
 """Heads of a group: with 32 queries 32 to 512 rows, what TensorE takes at once."""
 
 MOST_WINDOW = 4096
-MOST_BLOCKS = 4096
-"""Window and selection blocks (256K tokens) whose keys and scores fit into SBUF."""
+SHORT_WINDOW = 512
+LOOPED_BLOCKS = 16_384
+"""Window, and selection blocks (1M tokens) whose scores fit into SBUF in hardware loops, beside a
+short window; beside a longer one, half as many."""
 
 MOST_TAKEN = 32
 """Selected blocks of a query; a list for 32 queries has 48 places."""
 
 LOOPED_INSTRUCTIONS = 16_000
-"""Of the looped kernel for a kv head, at most, whatever the length
+"""Of the looped kernel for a kv head, at most, beside its first tiles, whatever the length
 (`tests/neuron/test_neuron_programs.py` counts them)."""
 
 
@@ -74,15 +76,18 @@ def _selection(bound: Bound) -> Unsupported | None:
         return Unsupported("selected", f"n = {bound['n']} > {MOST_TAKEN}")
     if bound["w"] > MOST_WINDOW:
         return Unsupported("window", f"w = {bound['w']} > {MOST_WINDOW}")
-    if bound["T"] > MOST_BLOCKS * bound["m"]:
-        return Unsupported("length", f"{bound['T']} tokens > {MOST_BLOCKS * bound['m']}")
+    longest = fused.MOST_TOKENS
+    if loop_of(bound):
+        longest = LOOPED_BLOCKS * bound["m"] // (1 if bound["w"] <= SHORT_WINDOW else 2)
+    if bound["T"] > longest:
+        return Unsupported("length", f"{bound['T']} tokens > {longest}")
     return None
 
 
 def _program(bound: Bound, mode: str, cores: int) -> Unsupported | None:
     """The simulator takes any program, in time."""
     lanes = math.ceil(bound["B"] * bound["Hkv"] / cores)
-    count = lanes * LOOPED_INSTRUCTIONS if loops(bound) else instructions(bound, lanes)
+    count = instructions(bound, lanes)
     if mode == "sim" or count <= MOST_INSTRUCTIONS:
         return None
     reason = (
@@ -92,16 +97,19 @@ def _program(bound: Bound, mode: str, cores: int) -> Unsupported | None:
     return Unsupported("program", reason)
 
 
-def loops(bound: Bound) -> bool:
-    """Whether the kernel runs in hardware loops over queries and compressed keys."""
+def loop_of(bound: Bound) -> fused.Loop | None:
+    """The kernel's hardware loop over queries, if it is not unrolled."""
     forced = (bound.scalars["num_initial"], bound.scalars["num_local"])
     sizes = (bound["B"] * bound["Hkv"], bound["S"], bound["T"])
-    return (
-        fused.loop_of(plans.load(FUSED), sizes, bound["l"], bound["n"], forced, bound["w"])
-        is not None
-    )
+    plan = plans.load(FUSED)
+    return fused.loop_of(plan, sizes, bound["l"], bound["n"], forced, bound["w"])
 
 
 def instructions(bound: Bound, lanes: int) -> int:
-    """About how many the unrolled kernel has for so many kv heads of batch rows."""
-    return fused.instructions(lanes, bound["S"], bound["T"], bound["w"])
+    """About how many the kernel has for so many kv heads of batch rows."""
+    loop = loop_of(bound)
+    if loop is None:
+        return fused.instructions(lanes, bound["S"], bound["T"], bound["w"])
+    first = fused.TOKENS * loop.begin  # tiles before it are unrolled
+    unrolled = max(0, first - bound["T"] + bound["S"])
+    return lanes * LOOPED_INSTRUCTIONS + fused.instructions(lanes, unrolled, first, bound["w"])

@@ -23,6 +23,7 @@ BLOCK, STRIDE = 64, 16  # of selection and of compression, what the kernel is ma
 TOKENS = 128  # of a turn of the looped kernel
 OF_CHUNK = 1024  # compressed keys of a turn of its inner loop
 SPARE = 8  # tiles behind its last one, which it loads
+MOST_TOKENS = 262_144  # whose keys and scores fit into SBUF, unrolled
 
 OF_LANE, OF_TILE, OF_KEYS = 3_500, 390, 19
 """Instructions of a kv head, of a tile of 32 queries, and of one against 128 keys."""
@@ -126,16 +127,18 @@ def loop_of(
     window: int,
 ) -> Loop | None:  # fmt: skip
     """The loop of a call, if it has one: unrolled, its program for one of two cores would have too
-    many instructions. So one and two cores do the same.
+    many instructions (so one and two cores do the same), or SBUF too little room.
 
     Args:
         sizes: kv heads of all batch rows, S, T. block: l. count: n. forced: num_initial, num_local.
     """
     lanes, queries, tokens = sizes
-    longest = plan["looped"]["most_unrolled"]
-    if instructions(-(-lanes // 2), queries, tokens, window) <= longest:
+    sizes_of_loop = plan["looped"]
+    unrolled = instructions(-(-lanes // 2), queries, tokens, window)
+    if unrolled <= sizes_of_loop["most_unrolled"] and tokens <= MOST_TOKENS:
         return None
-    return Loop.of(tokens - queries, tokens, block, count, *forced, window)
+    ranked = max(tokens, sizes_of_loop["least_ranked"])
+    return Loop.of(tokens - queries, tokens, block, count, *forced, window, ranked)
 
 
 @dataclass(frozen=True)
@@ -143,24 +146,27 @@ class Loop:
     """What the looped kernel does in its loop: groups of 128 tokens.
 
     Attributes:
-        begin: the first of them, of all. groups: how many. tokens: T. block: l.
+        begin: the first of them, of all. groups: how many. block: l.
+        ranked: tokens whose blocks are ranked, T at least.
     """
 
     begin: int
     groups: int
-    tokens: int
     block: int
+    ranked: int
 
     @classmethod
     def of(
-        cls, past: int, tokens: int, block: int, count: int, initial: int, local: int, window: int
-    ) -> Loop | None:
+        cls, past: int, tokens: int, block: int, count: int, initial: int, local: int,
+        window: int, ranked: int,
+    ) -> Loop | None:  # fmt: skip
         """Before it each query's window, forced and chosen blocks are there, one group earlier."""
         of_window = 1 + (window + KEYS - 2) // KEYS
         of_blocks = 1 + (max(count, initial + local) + 2) // 2
         begin = max(of_window, of_blocks, past // TOKENS)
         groups = -(-tokens // TOKENS) - begin
-        return cls(begin, groups, tokens, block) if groups > 0 and count > initial + local else None
+        possible = groups > 0 and count > initial + local
+        return cls(begin, groups, block, ranked) if possible else None
 
     @property
     def end(self) -> int:
@@ -170,7 +176,7 @@ class Loop:
     @property
     def chunks(self) -> int:
         """Runs of 1024 compressed keys, in whole pieces of what is ranked by a lane."""
-        keys = max(1, (self.tokens - self.block) // STRIDE + 1)
+        keys = max(1, (self.ranked - self.block) // STRIDE + 1)
         return -(-keys // (2 * OF_CHUNK)) * 2
 
     def tables(

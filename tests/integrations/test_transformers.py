@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from nsa_neuron.errors import CacheExhausted, InvalidArgument, StateMismatch  # noqa: E402
 from nsa_neuron.integrations.transformers import NsaForCausalLM, NsaLmConfig, convert  # noqa: E402
 from nsa_neuron.integrations.transformers import cache as hf_cache  # noqa: E402
+from nsa_neuron.integrations.transformers.attention import attention_mask  # noqa: E402
 from nsa_neuron.nn.cache import cache as caches  # noqa: E402
 
 GEOMETRY = {
@@ -330,6 +331,37 @@ def test_the_training_free_form_refuses_what_it_cannot_mean():
     net.set_attn_implementation("nsa")
     with pytest.raises(InvalidArgument, match="sliding_window"):
         net(ids_of(1, 20))
+
+
+PACKED = torch.tensor([[*range(20), *range(33), *range(1), *range(10)], [*range(64)]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["own", "training-free"])
+def test_sequences_packed_by_position_ids_do_not_see_each_other(name):
+    net, ids = (NET, ids_of(2, 64)) if name == "own" else (sized(llama()), ids_of(2, 64))
+    if name != "own":
+        net.set_attn_implementation("nsa")
+    got = net(ids, position_ids=PACKED, use_cache=name == "own").logits
+    for row, first, last in ((0, 0, 20), (0, 20, 53), (0, 53, 54), (0, 54, 64), (1, 0, 64)):
+        alone = net(ids[row : row + 1, first:last], use_cache=False).logits[0]
+        torch.testing.assert_close(got[row, first:last], alone, rtol=1e-4, atol=1e-5)
+    if name == "own":
+        cache = transformers.DynamicCache(config=net.config)
+        with pytest.raises(InvalidArgument, match="'position_ids' is those of packed sequences"):
+            net(ids, position_ids=PACKED, cache=cache)
+
+
+def test_the_training_free_form_refuses_caches_and_masks_that_it_would_misread():
+    net, ids = sized(llama()), ids_of(1, 20)
+    net.set_attn_implementation("nsa")
+    with pytest.raises(InvalidArgument, match=r"'cache' is of 25 rows for 20 tokens.*DynamicCache"):
+        net.generate(ids, max_new_tokens=6, cache_implementation="static", **GREEDY)
+    sees_all = {"mask_function": lambda b, h, q, k: (q >= 0) & (k >= 0)}
+    with pytest.raises(InvalidArgument, match="sees what comes later"):
+        attention_mask(1, 8, 8, allow_is_causal_skip=False, **sees_all)
+    with pytest.raises(InvalidArgument, match="of the model's own"):
+        attention_mask(1, 8, 8, use_vmap=True)
 
 
 @torch.no_grad()

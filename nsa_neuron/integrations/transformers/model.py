@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -18,6 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.integrations.transformers.attention import edges_of
 from nsa_neuron.integrations.transformers.cache import NsaCacheLayer
 from nsa_neuron.integrations.transformers.config import NsaLmConfig
 from nsa_neuron.nn.attention import attention_layer
@@ -145,19 +147,24 @@ class NsaModel(NsaPreTrainedModel):
             input_ids: `[B, S]`, or `inputs_embeds`.
             attention_mask: `[B, seen + S]`, 0 at padding: on either side, or on the left where a
                 cache is used.
-            position_ids: not used: a token's position is the number of real tokens before it.
+            position_ids: tell where sequences begin that are packed into rows, if there is neither
+                mask nor cache; else a token's position is the number of real tokens before it.
             cache: `DynamicCache(config=...)`.
             inputs_embeds: `[B, S, hidden]`.
             use_cache: whether to make a cache when none is given.
 
         Raises:
-            InvalidArgument: a mask of another shape, or padding where it cannot be.
+            InvalidArgument: a mask of another shape, or padding or packing where it cannot be.
         """
         if (input_ids is None) == (inputs_embeds is None):
             found = "None" if input_ids is None else "given with inputs_embeds"
             raise InvalidArgument("NsaModel", "input_ids", found, "given, or inputs_embeds")
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and cache is None:
+        packed = _packed(position_ids, x) if attention_mask is None else None
+        if packed is not None and cache is not None:
+            expected = "those of one sequence a row: a cache has one a row"
+            raise InvalidArgument("NsaModel", "position_ids", "those of packed sequences", expected)
+        if use_cache and cache is None and packed is None:
             cache = DynamicCache(config=self.config)
         seen = 0 if cache is None else cache.get_seq_length()
         mask = _real_tokens(attention_mask, x, seen)
@@ -166,12 +173,28 @@ class NsaModel(NsaPreTrainedModel):
             counts = [x.shape[1]] * x.shape[0] if mask is None else _left_padded(mask)
         elif mask is not None:
             x, cu_seqlens = pack(x, mask)
+        elif packed is not None:
+            shape, cu_seqlens = x.shape, packed
+            x = x.reshape(1, -1, shape[-1])
         for layer in self.layers:
             x = layer(x, cu_seqlens=cu_seqlens, counts=counts, cache=cache)
         x = self.norm(x)
         if cu_seqlens is not None and mask is not None:
             x = unpack(x, mask)
+        elif packed is not None:
+            x = x.view(shape)
         return BaseModelOutputWithPast(last_hidden_state=x, cache=cache)
+
+
+def _packed(position_ids: Tensor | None, x: Tensor) -> Tensor | None:
+    """Offsets of the sequences that are packed into rows; None: a row is a sequence.
+
+    Not for compiled calls: their number would be a size.
+    """
+    if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
+        return None
+    sequences = find_packed_sequence_indices(position_ids.expand(x.shape[0], -1))
+    return None if sequences is None else edges_of(sequences)
 
 
 def _real_tokens(attention_mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:

@@ -83,6 +83,23 @@ def test_any_case_of_one_head(case: Case, page: int) -> None:
     close(values, launched(values))
 
 
+@pytest.mark.parametrize(("tokens", "block", "tiles"), [(2600, 8, 2), (4300, 12, 3)])
+def test_compressed_keys_of_one_head_in_several_tiles(
+    tokens: int, block: int, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks count keys of the row before, which another tile holds, or another partition."""
+    case = next(case for case in SPEC.cases if case.name == "custom_scale")
+    options = {"tokens": (tokens,), "pages": (4, 2, 8)}
+    scalars = {**case.scalars, "block": block, "num_selected": 11}
+    values = SPEC.arguments(replace(case, options=options, scalars=scalars), F32)
+    taken, real = [], single.Call.run
+    monkeypatch.setattr(
+        single.Call, "run", lambda call, *a, **k: taken.append(call.tiles) or real(call, *a, **k)
+    )
+    close(values, launched(values))
+    assert taken == [tiles]
+
+
 @examples(8)
 @given(a_case(), st.sampled_from([32, 96, 192]))
 def test_keys_that_dma_turns_are_those_that_tensor_engine_turns(case: Case, dk: int) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import masked_oracle as oracle
 import pytest
+import rounding_kernel as ROUNDING
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +122,16 @@ def test_scale_is_honoured_and_not_rounded_into_q(scale):
     """0.11 and 1.7 are not bfloat16 numbers: rounding q * scale would move lse by 1e-3."""
     problem = oracle.Problem.random(1, 20, 20, 1, 2, 64, 16, torch.bfloat16, scale=scale)
     check(problem, 0, plan(16, 16))
+
+
+def test_bfloat16_operands_are_rounded_to_nearest_even():
+    """The interpreter by itself cuts them off."""
+    ties = 1 + torch.arange(-32, 32) * 2.0**-8
+    x = torch.cat([torch.randn(190, generator=torch.Generator().manual_seed(0)), ties])
+    x = torch.cat([x, torch.tensor([0.0, -3e38])])
+    out = torch.empty_like(x)
+    ROUNDING.rounded[(1,)](x, out, N=256)
+    assert torch.equal(out, x.bfloat16().float())
 
 
 def test_strided_inputs():

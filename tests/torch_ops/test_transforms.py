@@ -104,8 +104,8 @@ def test_vmap_is_a_loop(name: str, in_dim: int) -> None:
 
 @by_op
 def test_vmap_over_one_input_only(name: str) -> None:
-    """Per-sample queries against shared keys."""
-    values = inputs(name)
+    """Per-sample queries against shared keys, of a batch each."""
+    values = inputs(name, batch=2)
     many = torch.stack([values[0], values[0] * 2])
     got = vmap(lambda x: first(OPS[name](x, *values[1:])))(many)
     wanted = torch.stack([first(OPS[name](x, *values[1:])) for x in many])

@@ -68,7 +68,10 @@ def _public(reference: Callable[P, R]) -> Callable[P, R]:
     call.__module__ = __name__  # where pickle finds it; the reference is found at its own place
 
     def _explain(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        given = inspect.signature(reference).bind(*args, **kwargs)
+        try:
+            given = inspect.signature(reference).bind(*args, **kwargs)
+        except TypeError as error:  # a name that there is not, or one too few
+            raise TypeError(f"{spec.name}: {error}") from None
         given.apply_defaults()
         spec.bind(given.arguments)
         raise InvalidType(spec.name, "*args", "of an unexpected type", "as documented")

@@ -212,6 +212,10 @@ class Registry:
         Raises:
             UnknownBackend: no such backend or mode.
         """
+        if not isinstance(text, str):
+            raise UnknownBackend(
+                f"a backend is named by text, such as 'cpu:torch', not by {text!r}"
+            )
         name, _, mode = text.partition(":")
         name = self.resolve(name)
         modes = self.get(name).modes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,29 +12,23 @@ from torch import Tensor
 
 import nsa_neuron.library  # noqa: F401  registers torch.ops.nsa
 from nsa_neuron.agree import decoding
+from nsa_neuron.agree.compare import apart, gradient_floor, point
 from nsa_neuron.agree.record import Recorder, judged, watched
 from nsa_neuron.agree.report import (
     BACKWARD,
     DECODE,
     FORWARD,
     Agreement,
-    Point,
     Run,
     module_name,
 )
 from nsa_neuron.agree.subject import Subject, tensors
 from nsa_neuron.conformance.targets import find_targets
 from nsa_neuron.errors import InvalidArgument, NoLowering, NsaError
-from nsa_neuron.numerics import Budget
 from nsa_neuron.registry import REGISTRY, Target, use_backend
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-GRADIENT_FLOOR = 1e-6
-"""Gradients are judged down to this magnitude, and to the policy's floor (which is for values near
-1) times the model's largest gradient: what is 0 because terms cancel, as of a query with one key,
-is the rounding of those terms, which are as large as other gradients."""
 
 
 @dataclass
@@ -94,7 +87,7 @@ def agree(
     for one in runs:
         for other in runs:
             if one is not other and one.target in finals and other.target in finals:
-                one.between[other.target] = _apart(finals[one.target], finals[other.target])
+                one.between[other.target] = apart(finals[one.target], finals[other.target])
     if not any(run.calls for run in runs):
         plan.notes.append(
             "no nsa op was called on any target: only the rest of the model was compared "
@@ -180,7 +173,7 @@ class _Plan:
         def visit(name: str, count: int, outputs: list[Tensor]) -> None:
             calls = len(recorder.calls)
             truth = (exact.modules.get((name, count)), plain.modules.get((name, count)))
-            run.points.append(_point(recorder.phase, name, count, outputs, *truth, calls))
+            run.points.append(point(recorder.phase, name, count, outputs, *truth, calls))
 
         with judged(target, recorder):
             with _phase(run, recorder, FORWARD):
@@ -188,19 +181,18 @@ class _Plan:
                     outputs = self._forward(subject)
                 if not subject.modules:
                     truth = (exact.outputs, plain.outputs)
-                    run.points.append(_point(FORWARD, "", 0, outputs, *truth, len(recorder.calls)))
+                    run.points.append(point(FORWARD, "", 0, outputs, *truth, len(recorder.calls)))
                 self.finals[run.target] = [x.detach().cpu() for x in outputs]
                 with _phase(run, recorder, BACKWARD):
                     found = self._gradients(subject, outputs)
                     depth = len(recorder.calls)
-                    largest = max((_largest(x) for x in exact.gradients.values()), default=0.0)
-                    floor = max(GRADIENT_FLOOR, Budget.floor * largest)
+                    floor = gradient_floor(exact.gradients.values())
                     for name in dict.fromkeys([*exact.gradients, *found]):
                         mine, wanted, eager = (
                             _of(x, name) for x in (found, exact.gradients, plain.gradients)
                         )
                         run.points.append(
-                            _point(BACKWARD, name, 0, mine, wanted, eager, depth, floor)
+                            point(BACKWARD, name, 0, mine, wanted, eager, depth, floor)
                         )
             with _phase(run, recorder, DECODE), watched(subject.modules, recorder, _nothing):
                 written = self._continue(subject)
@@ -252,58 +244,9 @@ def _phase(run: Run, recorder: Recorder, name: str) -> Iterator[None]:
             run.failure = f"{name} ended with {type(error).__name__}: {said}"
 
 
-def _largest(x: Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
-
-
 def _of(gradients: Mapping[str, Tensor], name: str) -> list[Tensor]:
     return [gradients[name]] if name in gradients else []
 
 
 def _nothing(name: str, count: int, outputs: list[Tensor]) -> None:
     """Modules are not compared while decoding: continuations may differ."""
-
-
-def _point(
-    phase: str,
-    name: str,
-    visit: int,
-    got: Sequence[Tensor],
-    exact: Sequence[Tensor] | None,
-    plain: Sequence[Tensor] | None,
-    calls: int,
-    floor: float = Budget.floor,
-) -> Point:
-    """The worst of some tensors against the truth.
-
-    Args:
-        calls: nsa calls before; each may have added one rounding of its result.
-    """
-    if exact is None or plain is None or not len(got) == len(exact) == len(plain):
-        what = "gradient" if phase == BACKWARD else "output"
-        has = "another number of them" if got and exact else "one" if exact else "none"
-        detail = f"{len(got) or 'no'} {what}; the reference's run has {has}"
-        return Point(phase, name, visit, False, 0.0, 0.0, detail)
-    compare = Budget(floor=floor, roundings=1 + calls)
-    worst = Point(phase, name, visit, True, 0.0, 0.0)
-    share = -1.0
-    for mine, oracle, eager in zip(got, exact, plain, strict=True):
-        diff = compare(mine, oracle, eager, {})
-        if not diff.ok:
-            return Point(phase, name, visit, False, diff.error, diff.budget, diff.detail)
-        used = diff.error / diff.budget if diff.budget else 0.0
-        if used > share:
-            share, worst = used, Point(phase, name, visit, True, diff.error, diff.budget)
-    return worst
-
-
-def _apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Largest difference of two runs' final outputs; infinite where they cannot be compared."""
-    if [x.shape for x in one] != [x.shape for x in other]:
-        return math.inf
-    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if a.numel()]
-    # Equal infinities are no distance apart, NaN is from everything.
-    gaps = [
-        torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf) for a, b in pairs
-    ]
-    return max((float(gap.max()) for gap in gaps), default=0.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import nsa_neuron
 from nsa_neuron.agree import Agreement, Subject, agree, load
-from nsa_neuron.agree.run import _apart
+from nsa_neuron.agree.compare import apart, gradient_floor
 from nsa_neuron.cli.shared import print_json
 from nsa_neuron.errors import InvalidArgument, NsaError
 
@@ -146,6 +146,11 @@ def test_gradients_that_cancel_are_judged_by_what_cancels() -> None:
     assert min(left) > 1e-8, "nothing was left: this tests nothing"
 
 
+def test_a_gradient_without_end_makes_others_no_laxer() -> None:
+    x = torch.tensor([torch.inf, torch.nan, 2.0])
+    assert gradient_floor([x, torch.zeros(0)]) == 0.1 and gradient_floor([x[:2]]) == 1e-6
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -173,11 +178,11 @@ def test_a_decode_that_stops_early_is_refused() -> None:
         agree(hidden, ["cpu:torch"])
 
 
-def test_results_of_targets_that_cannot_be_compared_are_infinitely_apart() -> None:
+def test_results_of_targets_that_cannot_be_compared_are_infinitelyapart() -> None:
     one, two = torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf])
-    assert _apart([one], [two]) == 0.5 and _apart([one], [one]) == 0
-    assert _apart([one], [two[:1]]) == _apart([one], []) == torch.inf
-    assert _apart([one], [one * torch.nan]) == torch.inf
+    assert apart([one], [two]) == 0.5 and apart([one], [one]) == 0
+    assert apart([one], [two[:1]]) == apart([one], []) == torch.inf
+    assert apart([one], [one * torch.nan]) == torch.inf
 
 
 def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:

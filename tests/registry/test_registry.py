@@ -239,6 +239,12 @@ def test_unknown_names_list_the_known_ones() -> None:
         REGISTRY.target("reference:sim")
 
 
+@pytest.mark.parametrize("name", [None, 3, ("cpu", "torch")])
+def test_a_backend_is_named_by_text(name: Any) -> None:
+    with pytest.raises(UnknownBackend, match="a backend is named by text"), use_backend(name):
+        pass
+
+
 def test_machines_are_names_of_backends_everywhere() -> None:
     assert str(REGISTRY.target("h200:sim")) == "cuda:sim" and REGISTRY.resolve("trn2") == "neuron"
     with use_backend("h200:sim") as target:

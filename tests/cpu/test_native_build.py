@@ -87,6 +87,18 @@ def test_a_folder_that_cannot_be_written_is_replaced_by_one_of_the_process(
     assert extension.load().nsa_call_size() > 0
 
 
+def test_a_user_without_a_home_has_a_folder_of_the_process(fresh, tmp_path, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("CXX", copying_compiler(tmp_path, fresh))
+    for name in ("NSA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build.Path, "home", nobody)
+    assert build.library().parent == build._own_folder() == build.cache_folder()
+    assert build.cached() == build.library()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "no digest", "empty digest"])
 def test_a_damaged_library_is_compiled_again(fresh, tmp_path, monkeypatch, damage):
     folder = tmp_path / "cache"

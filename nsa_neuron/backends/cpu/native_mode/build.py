@@ -103,10 +103,16 @@ def _digest(library: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """`$NSA_CACHE`, else `nsa_neuron` in the user's cache folder."""
+    """`$NSA_CACHE`, else `nsa_neuron` in the user's cache folder.
+
+    A user without a home, as in a container with an arbitrary uid, has a folder of the process.
+    """
     if given := os.environ.get("NSA_CACHE"):
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return _own_folder()
     return Path(base) / "nsa_neuron"
 
 

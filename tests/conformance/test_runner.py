@@ -21,6 +21,7 @@ from nsa_neuron.conformance import (
 from nsa_neuron.conformance.problems import scatter
 from nsa_neuron.conformance.pytest_suite import settle
 from nsa_neuron.conformance.runner import poisoned_allocations
+from nsa_neuron.errors import BackendUnavailable
 from nsa_neuron.numerics import Diff
 from nsa_neuron.ops import get
 
@@ -213,12 +214,18 @@ def test_what_cannot_run_here_is_not_run_and_never_a_pass() -> None:
     [
         ("cuda:hw", None, "cuda"),  # also where torch sees none: it is not run then
         ("cuda:sim", None, "cpu"), ("reference", None, "cpu"), ("cpu:torch", None, "cpu"),
-        ("reference", "meta", "meta"),
+        ("cuda:hw", "cpu", "cpu"),  # as told
     ],
 )  # fmt: skip
 def test_tensors_lie_where_the_automatic_choice_would_use_a_target(target, device, found) -> None:
     (place,) = find_targets([target], device)
     assert (str(place.target).partition(":")[0], place.device) == (target.partition(":")[0], found)
+
+
+@pytest.mark.parametrize("device", ["meta", "nowhere"])
+def test_a_device_without_numbers_or_that_is_none_is_refused(device) -> None:
+    with pytest.raises(BackendUnavailable, match=f"no device '{device}' here"):
+        find_targets(["reference"], device)
 
 
 def test_a_known_gap_excuses_a_failure_and_keeps_its_reason() -> None:

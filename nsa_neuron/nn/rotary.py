@@ -33,9 +33,10 @@ def turned(x: Tensor, turn: Turn | None) -> Tensor:
         return x
     cos, sin = turn
     a, b = x.chunk(2, -1)
-    if not x.requires_grad and not torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Three passes over memory, not seven; autograd would copy what is written in place, and a
-        # compiler makes one pass of either form.
+        # compiler makes one pass of either form. x.requires_grad would not tell: inside of vmap it
+        # is False whatever autograd records outside.
         y = x * cos
         first, second = y.chunk(2, -1)
         first.addcmul_(b, sin, value=-1)

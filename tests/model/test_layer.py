@@ -292,6 +292,16 @@ def attention_of(net):
     return net.blocks[0].attention
 
 
+@pytest.mark.parametrize("kind", ["nsa", "window"])
+def test_a_layer_that_trains_can_be_mapped(kind):
+    """Inside of vmap nothing says that autograd records outside."""
+    net, x = model((kind,)), torch.randn(3, 1, 21, 16, dtype=torch.float64)
+    layer = net.blocks[0].attention
+    mapped = torch.vmap(layer)(x)
+    assert mapped.requires_grad
+    torch.testing.assert_close(mapped[:, 0], layer(x[:, 0]), rtol=0, atol=1e-12)
+
+
 @torch.no_grad()
 def test_a_state_dict_with_rows_by_set_is_refused_and_can_be_turned():
     net, other = model(), model(seed=5)

@@ -30,11 +30,13 @@ class Choice(nl.NKIObject):
     unions: see `unite.Unions`, which learns what each tile chose.
     selectors: [rows, parts, 32] float32. places: [128, most chosen] float32, 0, 1, 2, ...
     nothing: [128, 32], masks of blocks that nobody chose.
+    taken: [128, 1] float32, TAKEN, where GpSimd makes masks of marks; a list that is empty if not.
     """
 
     def __init__(self, geometry, constants, turned, unions):
         self.geometry, self.constants = geometry, constants
         self.turned, self.unions = turned, unions
+        self.taken = []
         self.selectors = []
         for _ in range(2):
             selector = sbuf((geometry.rows, geometry.parts, QUERIES), nl.float32)
@@ -194,7 +196,11 @@ class Choice(nl.NKIObject):
             nisa.nc_match_replace8(following, current, values[:, first : first + LANES], TAKEN)
             current = following
         work.mask = sbuf(current.shape, self.turned.dtype)
-        nisa.tensor_scalar(work.mask, current, nl.equal, TAKEN)
+        for taken in self.taken:
+            every = taken.broadcast(1, current.shape[1])
+            nisa.tensor_tensor(work.mask, current, every, nl.equal, engine=nisa.engine.gpsimd)
+        if len(self.taken) == 0:
+            nisa.tensor_scalar(work.mask, current, nl.equal, TAKEN)
 
     def turn(self, work):
         """Writes a tile's mask to HBM with a block per row, and what it has to its union."""

@@ -138,6 +138,8 @@ class Groups(nl.NKIObject):
         self.rest.load_pages(r, half)
         self.lists.near = starts[:, 2 * half + 1 : 2 * half + 2]
         others = []
+        if half == 0:
+            others.append((0, self, "judge", r))
         for work in works:
             others.append((0, self, "close", work))
         others.append((0, self.scores, "weigh", self.chunks.row_sums))
@@ -145,7 +147,7 @@ class Groups(nl.NKIObject):
         following = starts[0:QUERIES, 2 * half : 2 * half + 1]
         others.append((0, self.chunks, "begin", following))
         if half == 0:
-            others += [(0, self, "judge", r), (5, self, "flag", r)]
+            others.append((5, self, "flag", r))
         steps = self.lists.steps_of(self.works[other], others)
 
         def load_near():

@@ -11,7 +11,7 @@ import nki.language as nl
 from nki_kernels.common.buffers import psum, sbuf
 from nki_kernels.common.queues import fetch
 from nki_kernels.common.spans import spans
-from nki_kernels.nsa_attention.choose import BANK, Choice, hide, passes
+from nki_kernels.nsa_attention.choose import BANK, TAKEN, Choice, hide, passes
 from nki_kernels.nsa_attention.geometry import (
     AT_ONCE,
     CHUNKS,
@@ -126,6 +126,9 @@ class Lists(nl.NKIObject):
         nisa.tensor_copy(self.tokens, tokens, engine=nisa.engine.vector)
         unused = nl.ndarray((1, 1), dtype=dtype, buffer=nl.private_hbm)
         self.choice = Choice(geometry, constants, unused, [])
+        taken = sbuf((128, 1), nl.float32)
+        nisa.memset(taken, TAKEN)
+        self.choice.taken.append(taken)
 
     def steps_of(self, works, others):
         """(jobs to wait before, whose, name, of what) of the steps that list what a pair chose, and

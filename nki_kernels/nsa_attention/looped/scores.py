@@ -72,6 +72,9 @@ class Scores(nl.NKIObject):
             self.selectors.append(selector)
             self.buffers.append(sbuf((g.rows, PAIR, g.parts, GRANULE, SHARES), nl.float32))
         self.width = g.padded // CHUNKS
+        self.most, self.forced = sbuf((128, 1), nl.float32), sbuf((128, 1), nl.float32)
+        nisa.memset(self.most, ALL)
+        nisa.memset(self.forced, FORCED)
 
     def weigh(self, row_sums):
         """`selectors` of the next pair; row_sums: [rows, pair, parts]."""
@@ -135,12 +138,18 @@ class Scores(nl.NKIObject):
         return scores.reshape((128, self.width)), before
 
     def reach(self, near):
-        """What scores are limited by: ALL up to block `near` [128, 1], 0 behind."""
+        """`limit` [128, width] of scores, by GpSimd, as VectorE has more to do: ALL up to block
+        `near` [128, 1], FORCED behind."""
         names, self.limit = sbuf((128, self.width), nl.float32), sbuf((128, self.width), nl.float32)
         for c in range(CHUNKS):
             lanes = names[QUERIES * c : QUERIES * (c + 1), :]
             nisa.iota(lanes, [[1, self.width]], offset=c * self.width, channel_multiplier=0)
-        nisa.tensor_scalar(self.limit, names, nl.less_equal, near, op1=nl.multiply, operand1=ALL)
+        steps = ((nl.less_equal, near), (nl.multiply, self.most), (nl.add, self.forced))
+        current = names
+        for op, operand in steps:
+            every = operand.broadcast(1, self.width)
+            nisa.tensor_tensor(self.limit, current, every, op, engine=nisa.engine.gpsimd)
+            current = self.limit
 
     def settle(self, work, scores, before):
         """What `choose.Choice.best` wants of a tile."""
@@ -148,7 +157,7 @@ class Scores(nl.NKIObject):
         first = scores.reshape_dim(1, (tiles, BLOCKS_OF_KEYS))[:, :, 0]
         nisa.tensor_tensor(first, first, before[:, 0:tiles], nl.add)
         ranking = sbuf(scores.shape, nl.float32)
-        nisa.scalar_tensor_tensor(ranking, self.limit, nl.subtract, 1.0, nl.minimum, scores)
+        nisa.tensor_tensor(ranking, self.limit, scores, nl.minimum, engine=nisa.engine.gpsimd)
         forced = ranking[0:QUERIES, 0 : self.geometry.initial]
         nisa.memset(forced, FORCED, engine=nisa.engine.vector)
         work.ranking, work.left = ranking, ranking

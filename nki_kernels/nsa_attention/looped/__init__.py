@@ -11,10 +11,11 @@ no compute engine writes to run-time addresses), and are summed over heads besid
 products; listed blocks come by rows only, 48 at once, those of longer lists in an inner loop, so no
 tile is `crowded`; a list is made by one instruction of GpSimd.
 
-Modelled as the other, ns per (query, kv head): 1,900 at 52K and 3,950 at 207K, where the unrolled
-program takes 1,407 and 3,442. Chunks of 1,024 compressed keys are visited whole: at 52K a fifth of
-that work, at 207K 3 %. Of a group at 207K, 506 us: PE 453, VectorE 398, ScalarE 342, the queue of
-sync 336. Weighed: chunks of 512 keys (300 ns of every engine per turn, and six DMAs of 1.6 us);
+Modelled as the other, ns per (query, kv head) of 256K tokens: 2,152 at 55K and 3,892 at 207K, where
+the unrolled program takes 1,445 and 3,442. Chunks of 1,024 compressed keys are visited whole, at
+55K a fifth of that work, at 207K 3 %, and all tiles rank as many blocks as the last. Of a group at
+207K, 496 us: PE 453, VectorE 382, ScalarE 352, the queue of sync 339, GpSimd 93 and its queue 114.
+Weighed: chunks of 512 keys (300 ns of every engine per turn, and six DMAs of 1.6 us);
 sums of products kept in PSUM over the loop (AWS's compiler is reported to refuse it).
 """
 

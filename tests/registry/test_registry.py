@@ -167,11 +167,13 @@ def test_automatic_choice_falls_back_and_logs_once(
         with caplog.at_level(logging.WARNING, "nsa_neuron"):
             for s in (5, 6, 7, 5):
                 nsa.attention(*qkv(s))
+                nsa.sliding_window_attention(*qkv(s), window=3)
     finally:
         REGISTRY.forget()
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 1
-    assert all(part in told[0] for part in ("attention", "reference:eager", "picky:hw", "rank"))
+    for message, op in zip(told, ("attention ", "sliding_window_attention "), strict=True):
+        assert message.startswith(op)
+        assert all(part in message for part in ("reference:eager", "picky:hw", "rank"))
 
 
 def test_cpu_tensors_never_choose_a_simulator() -> None:

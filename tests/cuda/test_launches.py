@@ -20,6 +20,7 @@ from nsa_neuron.backends.cuda import BACKEND, plans
 from nsa_neuron.backends.cuda.kernel_table import KERNELS, Shape
 from nsa_neuron.backends.cuda.launch import (
     attention,
+    common,
     compress,
     compressed_attention,
     decode,
@@ -331,3 +332,17 @@ def test_a_wrong_launch_is_noticed():
 
 
 assert math.prod(LIMITS) > 0
+
+
+@pytest.mark.parametrize(
+    ("strides", "copied"),
+    [
+        ((1, 2**22 - 1, 2**22 - 1, 1), False),  # 512 tokens of a tile are 2**31 elements apart
+        ((1, 2**22, 8, 1), True), ((1, 8, 2**22, 1), True), ((2**40, 64, 8, 1), False),
+        ((64, 32, 16, 2), True),
+    ],
+)  # fmt: skip
+def test_what_a_tile_cannot_address_in_32_bits_is_copied(strides, copied):
+    x = torch.empty_strided((2, 3, 2, 8), strides, device="meta")
+    taken = common.addressable(x)
+    assert (taken is not x) is copied and (taken.is_contiguous() or not copied)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from itertools import pairwise
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from profile_helpers import example, matmuls, pipeline, profile_of, shapes
 from profile_helpers import two_cores as copies
@@ -56,6 +58,14 @@ def test_slices_of_a_row_never_overlap(found):
         slices.sort()
         for (ts, dur), (following, _) in pairwise(slices):
             assert ts + dur <= following
+
+
+def test_what_runs_at_once_gets_rows_of_its_own():
+    """The second begins while the first runs and ends after it, the third within both."""
+    at = SimpleNamespace(begin=np.array([0.0, 5.0, 6.0, 10.0, 12.2]))
+    until = np.array([10.0, 12.0, 8.0, 10.2, 13.0])
+    rows = list(trace._rows(at, np.arange(5), until))
+    assert rows == [(0, 0, 0, 10), (1, 1, 5, 12), (2, 2, 6, 8), (3, 0, 10, 11), (4, 0, 12, 13)]
 
 
 def test_every_instruction_is_a_slice_with_its_line(found):

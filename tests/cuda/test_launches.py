@@ -346,3 +346,15 @@ def test_what_a_tile_cannot_address_in_32_bits_is_copied(strides, copied):
     x = torch.empty_strided((2, 3, 2, 8), strides, device="meta")
     taken = common.addressable(x)
     assert (taken is not x) is copied and (taken.is_contiguous() or not copied)
+
+
+@pytest.mark.parametrize(
+    ("dim", "tiles"),
+    [
+        (1, (16, 0)), (8, (16, 0)), (16, (16, 0)), (17, (32, 0)), (24, (32, 0)), (33, (32, 16)),
+        (48, (32, 16)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (100, (128, 0)),
+        (128, (128, 0)), (192, (128, 64)), (256, (256, 0)),
+    ],
+)  # fmt: skip
+def test_head_dims_are_cut_where_that_saves_columns(dim, tiles):
+    assert common.split_head_dim(dim) == tiles

@@ -358,3 +358,19 @@ def test_what_a_tile_cannot_address_in_32_bits_is_copied(strides, copied):
 )  # fmt: skip
 def test_head_dims_are_cut_where_that_saves_columns(dim, tiles):
     assert common.split_head_dim(dim) == tiles
+
+
+@pytest.mark.parametrize(
+    ("window", "programs", "splits"),
+    [(1, 99, 1), (64, 99, 1), (65, 99, 2), (512, 99, 8), (512, 6, 3), (512, 1, 1)],
+)
+def test_a_window_has_no_more_splits_than_tiles_nor_than_programs_are_wanted(
+    window, programs, splits
+):
+    """Two items (one query, two kv heads), tiles of 64 keys; 6 programs are 3 for each item."""
+    planned = {"score": {"KEYS": 64, "BLOCK_N": 64, "PROGRAMS": programs}}
+    geometry = decode.Geometry(32, 16, 64, 16, 1, 2, window, 1.0)
+    pool, table = torch.empty(4, 16, 2, 8, device="meta"), torch.empty(1, 4, device="meta")
+    caches = SimpleNamespace(k_cmp=pool, v_cmp=pool, cmp_table=table)
+    sizes = decode._Sizes.of(planned, torch.empty(1, 1, 4, 8, device="meta"), caches, geometry)
+    assert sizes.win_splits == splits and sizes.items == 2

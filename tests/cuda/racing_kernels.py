@@ -77,3 +77,14 @@ with triton_interpreter():
         if arrived == size - 1:
             parts = tl.load(out + tl.arange(0, 4))
             tl.store(out + size, tl.sum(parts, 0))
+
+    @triton.jit
+    def one_stays_away(out, counter, size):
+        """As `last_adds_up`, but program 1 never comes to the atomic."""
+        me = tl.program_id(0)
+        tl.store(out + me, (me + 1).to(tl.float32))
+        if me != 1:
+            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            if arrived == size - 2:
+                parts = tl.load(out + tl.arange(0, 4))
+                tl.store(out + size, tl.sum(parts, 0))

@@ -29,6 +29,7 @@ from nsa_neuron.backends.cuda.launch import (
     selected_attention,
     sliding_window_attention,
 )
+from nsa_neuron.backends.launching import with_scale
 from nsa_neuron.ops import get
 from nsa_neuron.registry import Supported, Unsupported
 
@@ -374,3 +375,21 @@ def test_a_window_has_no_more_splits_than_tiles_nor_than_programs_are_wanted(
     caches = SimpleNamespace(k_cmp=pool, v_cmp=pool, cmp_table=table)
     sizes = decode._Sizes.of(planned, torch.empty(1, 1, 4, 8, device="meta"), caches, geometry)
     assert sizes.win_splits == splits and sizes.items == 2
+
+
+@pytest.mark.parametrize(("given", "launched"), [(None, 0.25), (0.0, 0.0), (-0.5, -0.5)])
+def test_a_scale_of_zero_is_none_s_no_more_than_another(given, launched):
+    scale_of = with_scale(get("attention"), lambda **values: values["scale"])
+    assert scale_of(q=torch.empty(1, 1, 1, 16), scale=given) == launched
+
+
+@pytest.mark.parametrize(
+    ("dk", "dv", "taken"), [(256, 256, True), (257, 64, False), (64, 257, False)]
+)
+def test_head_dims_without_plans_are_refused(dk, dv, taken):
+    spec = get("attention")
+    q, k, v = (torch.empty(1, 4, 1, dim) for dim in (dk, dk, dv))
+    given = {**dict.fromkeys(spec.names), **spec.defaults, "q": q, "k": k, "v": v}
+    verdict = BACKEND.supports(spec.bind(given), "sim")
+    assert isinstance(verdict, Supported) is taken
+    assert taken or verdict.rule == "head_dim"

@@ -87,6 +87,8 @@ def test_the_last_program_may_read_what_the_others_stored_before_an_atomic():
         assert out.tolist() == [1, 2, 3, 4, 10]
     with pytest.raises(KernelFault, match="a race"):
         KERNELS.last_adds_up[(4,)](out, counter.zero_(), 4, False)
+    with program_order("ascending"), pytest.raises(KernelFault, match="a race"):
+        KERNELS.one_stays_away[(4,)](out, counter.zero_(), 4)  # excused are those who came
 
 
 def test_a_view_is_its_elements_not_its_storage():

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .. import lint
-from ..rules.versions import NEWEST
+from ..rules.versions import NEWEST, check_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,10 +31,13 @@ def lint_main(argv: Sequence[str]) -> int:
     parser.add_argument("--rules", action="store_true", help="list the rules and their sources")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
+    try:
+        check_version(args.nki)
+    except ValueError as error:
+        print(f"nsa lint: {error}", file=sys.stderr)
+        return UNUSABLE
     if args.rules:
-        for rule in lint.RULES.values():
-            only = "" if args.nki in rule.versions else f" (NKI {', '.join(rule.versions)} only)"
-            print(f"{rule.id:18} {rule.severity:8} {rule.text}{only}  [{rule.source}]")
+        print(_rules_json() if args.json else _rules(args.nki))
         return 0
     unknown = sorted(set(args.ignore) - lint.RULES.keys())
     if unknown or not args.paths:
@@ -54,3 +57,15 @@ def lint_main(argv: Sequence[str]) -> int:
             print(finding)
         print(f"{len(errors)} errors, {len(found) - len(errors)} warnings")
     return FAILED if errors else 0
+
+
+def _rules(nki: str) -> str:
+    lines = []
+    for rule in lint.RULES.values():
+        only = "" if nki in rule.versions else f" (NKI {', '.join(rule.versions)} only)"
+        lines.append(f"{rule.id:18} {rule.severity:8} {rule.text}{only}  [{rule.source}]")
+    return "\n".join(lines)
+
+
+def _rules_json() -> str:
+    return json.dumps([asdict(rule) for rule in lint.RULES.values()], indent=1)

@@ -42,6 +42,8 @@ def imported(path: str | Path) -> Iterator[Any]:
     file = Path(path).resolve()
     if not file.is_file():
         raise LoadingError(f"no file {path}")
+    if file.suffix != ".py":
+        raise LoadingError(f"{path} is no Python file: write FILE.py::KERNEL")
     names, root = [file.stem], file.parent
     while (root / "__init__.py").exists():
         names.insert(0, root.name)
@@ -52,7 +54,7 @@ def imported(path: str | Path) -> Iterator[Any]:
     sys.path.insert(0, str(root))
     importlib.invalidate_caches()
     try:
-        yield _import(name)
+        yield _import(name, file)
     finally:
         sys.path[:] = saved_path
         for added in [n for n in sys.modules if n not in before and _below(n, root)]:
@@ -61,12 +63,15 @@ def imported(path: str | Path) -> Iterator[Any]:
             sys.modules[name] = before[name]
 
 
-def _import(name: str) -> Any:
+def _import(name: str, file: Path) -> Any:
     """The module, or a refusal at its own line instead of a traceback through the simulator."""
     try:
         return importlib.import_module(name)
     except SyntaxError as error:
-        raise LoadingError(f"{error.filename}:{error.lineno}: {error.msg}") from None
+        place = f"{error.filename or file}:{error.lineno or 1}"
+        raise LoadingError(f"{place}: {error.msg}") from None
+    except SystemExit as error:  # else a test job would read the file's exit code as the kernel's
+        raise LoadingError(f"{file} ends the process (exit code {error.code}) on import") from None
     except Exception as error:
         refusal = translate(error)
         if refusal is None:

@@ -41,9 +41,10 @@ def lint_paths(paths: Iterable[str | Path], nki: str = NEWEST) -> list[Finding]:
     """
     check_version(nki)
     found: list[Finding] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"no file or folder {path}")
+    for named in paths:
+        path = Path(named)
+        if not str(named) or not path.exists():  # Path("") is the folder one stands in
+            raise FileNotFoundError(f"no file or folder {str(named)!r}")
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         for file in files:
             found += lint_file(file, nki)
@@ -52,7 +53,12 @@ def lint_paths(paths: Iterable[str | Path], nki: str = NEWEST) -> list[Finding]:
 
 def lint_file(path: str | Path, nki: str = NEWEST) -> list[Finding]:
     """Findings of one file."""
-    return lint_source(Path(path).read_text(encoding="utf-8"), str(path), nki)
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        return [Finding(str(path), line, 1, "syntax", f"not UTF-8: {error.reason}", "")]
+    return lint_source(source, str(path), nki)
 
 
 def lint_source(source: str, path: str = "<kernel>", nki: str = NEWEST) -> list[Finding]:

@@ -184,6 +184,20 @@ def test_command_lines_that_cannot_be_carried_out(folder, capsys, words, text):
 
 
 @pytest.mark.parametrize(
+    ("file", "content", "text"),
+    [
+        ("user_kernels.txt", b"", "is no Python file"),
+        ("leaves.py", b"import sys; sys.exit(0)", "ends the process (exit code 0) on import"),
+        ("binary.py", b"\xff\x00", "binary.py:1: "),
+    ],
+)
+def test_files_that_cannot_be_imported_are_named(folder, capsys, file, content, text):
+    (folder / file).write_bytes(content)
+    assert cli.simulate_main([f"{file}::scaled"]) == cli.UNUSABLE
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("3", 3),

@@ -329,3 +329,18 @@ def test_examples_of_aws_are_clean():
     """But for one file that is no Python: a parenthesis is never closed."""
     found = lint.lint_paths([AWS_EXAMPLES], "0.6")
     assert [(Path(f.path).name, f.rule) for f in found] == [("layout-dynamic-loop.py", "syntax")]
+
+
+def test_the_list_of_rules_is_for_machines_too_and_knows_the_versions(capsys):
+    assert cli.lint_main(["--rules", "--json"]) == 0
+    assert {rule["id"] for rule in json.loads(capsys.readouterr().out)} == set(lint.RULES)
+    assert cli.lint_main(["--rules", "--nki", "9.9"]) == cli.UNUSABLE
+    assert "'9.9'" in capsys.readouterr().err
+
+
+def test_an_unreadable_file_is_a_finding_and_an_empty_name_no_folder(tmp_path, capsys):
+    (tmp_path / "bytes.py").write_bytes(b"import nki\nx = '\xff'\n")
+    (found,) = lint.lint_paths([tmp_path])
+    assert (found.rule, found.line) == ("syntax", 2) and "bytes.py" in found.path
+    assert cli.lint_main([""]) == cli.UNUSABLE
+    assert "no file or folder ''" in capsys.readouterr().err

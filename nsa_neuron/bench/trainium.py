@@ -4,8 +4,9 @@ Kernels run on the simulator, with data, for some queries at two positions of a 
 model prices their records. Two runs, of n and of 2n queries, give what n queries more cost at that
 position; Gauss's two positions integrate that over the sequence exactly where it is a cubic of the
 position (it is affine, but for steps). Sequences longer than LONGEST continue the line through two
-positions of one that long. Range attention in hardware loops: `looped`. So no start-up is counted,
-nor what a graph adds around kernels. Nothing here is measured, or was run on hardware.
+positions of one that long, but where all of NSA runs in hardware loops. Range attention in hardware
+loops: `looped`. So no start-up is counted, nor what a graph adds around kernels. Nothing here is
+measured, or was run on hardware.
 """
 
 from __future__ import annotations
@@ -158,8 +159,10 @@ def _stage(problem: Problem, stage: Stage) -> Modelled:
 def _means(problem: Problem, stage: Stage) -> tuple[list[float], dict[str, Any]]:
     """Ns per query and kv head, over the sequence, and how that was found."""
     looping = _loops(problem, stage.op)
-    # Selection's loops go by pieces of 16K tokens, so a line through nearer positions is rough.
-    tokens = min(problem.tokens, LONGEST * (4 if looping or stage.op == WHOLE else 1))
+    # Selection's loops go by pieces of 16K tokens, so a line through nearer positions is rough; of
+    # all of NSA in loops, what bounds it changes on the way, so no line continues it.
+    longest = LONGEST * (4 if looping or stage.op == WHOLE else 1)
+    tokens = problem.tokens if looping and stage.op == WHOLE else min(problem.tokens, longest)
     shares = (1.0,) if stage.per_token else GAUSS
     positions = [max(2 * stage.queries * problem.lnc, round(share * tokens)) for share in shares]
     bands = [_per_query(problem, stage, position, looping) for position in positions]

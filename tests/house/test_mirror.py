@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,9 @@ def test_no_line_is_about_a_module_that_is_gone():
 def test_every_folder_of_tests_is_a_folder_of_modules():
     folders = {p.parent.relative_to(TESTS) for p in TESTS.rglob("test_*.py")}
     assert [str(f) for f in sorted(folders) if not (MODULES / f).is_dir()] == []
+
+
+def test_no_two_test_files_have_one_name():
+    """tests/ is no package, so pytest imports a file by its bare name, once."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []

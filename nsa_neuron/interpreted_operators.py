@@ -164,6 +164,8 @@ class _Operands:
         Args:
             ask: what Triton makes of both.
         """
+        if _is_signed_zero(number):
+            return ask()
         key = (x.dtype.name, type(number), number, divided)
         if key not in self.constants:
             both = ask()
@@ -181,6 +183,11 @@ class _Operands:
         else:
             constant = tl.tensor(handle.clone(), dtype)
         return (x, constant) if side else (constant, x)
+
+
+def _is_signed_zero(number: float) -> bool:
+    """Whether it equals a number that it is not: 0.0 and -0.0 are one key of a dictionary."""
+    return not number and type(number) is float
 
 
 def _is_plain(x: Any) -> bool:
@@ -220,13 +227,15 @@ def _quick_operator(
                     into = into if mine else other.type
         elif type(other) in numbers and (kind == "arithmetic" or dtype.name in _COMPARED):
             found = constants.get((dtype.name, type(other), other, False))
-            if found is None or not (dtype is found[0] is left.dtype):
+            if found is None or not (dtype is found[0] is left.dtype) or _is_signed_zero(other):
                 return slow(self, other)
             right = found[1]
         else:
             return slow(self, other)
         if left.data.dtype != right.data.dtype or (kind == "logic" and not dtype.is_int()):
             return slow(self, other)
+        if kind == "arithmetic" and left.data.dtype.kind == "b":
+            return slow(self, other)  # numpy's or; what one bit makes of 1 + 1 is Triton's to say
         if kind == "comparison":
             into = into.with_element_ty(tl.int1) if isinstance(into, tl.block_type) else tl.int1
         handle = interpreter.TensorHandle(ufunc(left.data, right.data), left.dtype.scalar)

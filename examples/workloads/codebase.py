@@ -11,7 +11,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lookup import SPARE, Document, Entry, Occurrence, entries, plain, whole_text
+from lookup import SPARE, Document, Entry, Occurrence, defined_once, entries, plain, whole_text
 
 from nsa_neuron.training import python_corpus
 
@@ -48,7 +48,7 @@ class CodeBase:
             start = draw.randrange(len(text) - 2 * length - SPARE)
             text = text[start : start + length + length // 8 + SPARE]
             found = [Occurrence(m.start(), m.end(), m[1], True) for m in DEFINITION.finditer(text)]
-            if any(o.end < length for o in found):
+            if defined_once(found, length):
                 break  # else a stretch of tables, of which some Pythons have more than others
         found += [Occurrence(m.start(), m.end(), m[1], False) for m in CALL.finditer(text)]
         return whole_text(text, found, length, draw)

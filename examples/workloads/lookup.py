@@ -113,6 +113,12 @@ def bound(
     return Document("".join([*parts, text[done:]]).encode(), places)
 
 
+def defined_once(found: Sequence[Occurrence], length: int) -> list[str]:
+    """Names that a text defines once, and within that many bytes."""
+    times = Counter(o.name for o in found if o.defines)
+    return [o.name for o in found if o.defines and times[o.name] == 1 and o.end < length]
+
+
 def whole_text(
     text: str, found: Sequence[Occurrence], length: int, draw: random.Random
 ) -> Document:
@@ -120,9 +126,8 @@ def whole_text(
 
     Names that are mentioned as well are taken first.
     """
-    times = Counter(o.name for o in found if o.defines)
     mentioned = {o.name for o in found if not o.defines}
-    once = [o.name for o in found if o.defines and times[o.name] == 1 and o.end < length]
+    once = defined_once(found, length)
     draw.shuffle(once)
     once.sort(key=lambda name: name not in mentioned)
     if not once:

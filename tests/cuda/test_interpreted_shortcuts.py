@@ -24,7 +24,7 @@ DTYPES = (
 )  # fmt: skip
 SHAPES = ((), (4,), (2, 4), (1, 4), (2, 1), (8, 1))
 PAIRS = (((), (4,)), ((2, 4), ()), ((4,), (2, 4)), ((1, 4), (2, 1)), ((4,), (4,)), ((8, 1), (2, 4)))
-NUMBERS = (0, 3, -2, 200, 2**31, 2**40, -0.0, 0.5, 1e300, True)
+NUMBERS = (0, 3, -2, 200, 2**31, 2**40, 0.0, -0.0, 0.5, 1e300, True)
 OPERATORS = (
     operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod,
     operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne, operator.and_,

@@ -4,6 +4,7 @@ Such a file:
 
     wing = "conformance"
     tests = ["tests/conformance"]          # what `--wide` runs for those that survive
+    files = ["nsa_neuron/conformance/**/*.py"]         # what `--drawn` draws from
 
     [[fault]]
     name = "budget-factor"
@@ -94,6 +95,12 @@ def load(folder: Path = HERE) -> list[Fault]:
     if twice:
         raise StaleFault(f"two faults are named {', '.join(twice)}")
     return found
+
+
+def files(folder: Path = HERE) -> dict[str, list[str]]:
+    """The patterns of each wing's files, from the project's root."""
+    read = (tomllib.loads(path.read_text()) for path in sorted(folder.glob("*.toml")))
+    return {row["wing"]: row["files"] for row in read}
 
 
 def stale(faults: list[Fault], root: Path) -> list[str]:

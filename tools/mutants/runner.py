@@ -91,7 +91,7 @@ class Runner:
                 return Outcome(fault.wing, fault.name, CAUGHT, noticed)
             if line not in last:
                 return Outcome(fault.wing, fault.name, UNDECIDED, failing)
-        where = f"{fault.file}, {fault.why}; passes {' | '.join(lines)}"
+        where = f"{fault.file}, {fault.why}; passes {' | '.join(lines) or 'no test at all'}"
         return Outcome(fault.wing, fault.name, SURVIVED, where)
 
     def _planted(self, fault: Fault, tests: Pytests, line: str) -> tuple[str, str]:

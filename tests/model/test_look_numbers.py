@@ -81,7 +81,8 @@ def test_a_view_is_its_heads_part_of_what_was_captured():
             wanted = sum(captured[0, h] for h in heads) / 2
             torch.testing.assert_close(torch.tensor(told), wanted, rtol=1e-5, atol=1e-7)
         assert v.importance == pytest.approx(q.importance[0, v.kv_head].tolist())
-        torch.testing.assert_close(torch.tensor(v.gates), q.gates[0, heads.start : heads.stop])
+        gates = q.gates[0, heads.start : heads.stop].float()
+        torch.testing.assert_close(torch.tensor(v.gates), gates)
         for i, branch in enumerate(("cmp", "slc", "win")):
             lengths = [
                 float(q.gates[0, h, i]) * math.dist(q.outputs[branch][0, h].tolist(), [0.0] * 6)

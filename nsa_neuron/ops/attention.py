@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nsa_neuron.ops import common, softmax
@@ -76,7 +75,7 @@ def attention_backward(
 
 
 def _pairs(bound: Bound) -> int:
-    return common.visible_pairs(bound, 0, torch.iinfo(torch.int64).max)
+    return common.visible_pairs(bound, int(bound["T"]))
 
 
 SPEC = OpSpec(

@@ -239,14 +239,18 @@ def no_derived_sizes(bound: Bound) -> None:
     """For ops whose sizes all come from their tensors."""
 
 
-def visible_pairs(bound: Bound, first: int, per_row: int) -> int:
-    """Counts (query, key) pairs where a query at t sees min(per_row, t + 1 - first) keys, >= 0.
+def visible_pairs(bound: Bound, per_row: int) -> int:
+    """Counts (query, key) pairs where a query at t sees min(per_row, t + 1) keys.
 
     Assumes one sequence per batch row; exact for unpacked calls.
     """
     s, t = int(bound["S"]), int(bound["T"])
-    seen = torch.arange(t - s, t, dtype=torch.int64) + 1 - first
-    return int(seen.clamp(min=0, max=per_row).sum()) * int(bound["B"])
+
+    def of_the_first(queries: int) -> int:
+        growing = min(queries, per_row)
+        return growing * (growing + 1) // 2 + (queries - growing) * per_row
+
+    return (of_the_first(t) - of_the_first(t - s)) * int(bound["B"])
 
 
 def attention_flops(bound: Bound, pairs: int) -> int:

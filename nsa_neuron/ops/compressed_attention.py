@@ -123,11 +123,14 @@ def case_blocks(case: Case) -> int:
 
 
 def _pairs(bound: Bound) -> int:
-    s, t = int(bound["S"]), int(bound["T"])
-    seen = (torch.arange(t - s, t) + 1 - int(bound["l"])).div(
-        int(bound["d"]), rounding_mode="floor"
-    )
-    return int((seen + 1).clamp(min=0).sum()) * int(bound["B"])
+    s, t, l, d = (int(bound[symbol]) for symbol in ("S", "T", "l", "d"))
+
+    def of_the_first(queries: int) -> int:
+        seeing = max(0, queries - l + 1)  # one block each, and one more every d queries
+        steps, rest = divmod(seeing, d)
+        return d * steps * (steps + 1) // 2 + rest * (steps + 1)
+
+    return (of_the_first(t) - of_the_first(t - s)) * int(bound["B"])
 
 
 SPEC = OpSpec(

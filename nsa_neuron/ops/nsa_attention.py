@@ -319,8 +319,8 @@ def _cost(passes: float) -> Any:
     def cost(bound: Bound) -> Cost:
         pairs = (
             compressed_attention._pairs(bound)
-            + common.visible_pairs(bound, 0, int(bound["n"] * bound["m"]))
-            + common.visible_pairs(bound, 0, int(bound["w"]))
+            + common.visible_pairs(bound, int(bound["n"] * bound["m"]))
+            + common.visible_pairs(bound, int(bound["w"]))
         )
         flops = int(common.attention_flops(bound, pairs) * passes)
         if passes == 1:

@@ -276,7 +276,7 @@ def _ids(gen: torch.Generator, reach: int, n: int) -> list[int]:
 
 
 def _pairs(bound: Bound) -> int:
-    return common.visible_pairs(bound, 0, int(bound["n"]) * int(bound["m"]))
+    return common.visible_pairs(bound, int(bound["n"]) * int(bound["m"]))
 
 
 SPEC = OpSpec(

@@ -81,7 +81,7 @@ def sliding_window_attention_backward(
 
 
 def _pairs(bound: Bound) -> int:
-    return common.visible_pairs(bound, 0, int(bound["w"]))
+    return common.visible_pairs(bound, int(bound["w"]))
 
 
 SPEC = OpSpec(

@@ -1,0 +1,157 @@
+"""What `nsa bench --target trn2` makes of modelled times: shares of cores, sums, ratios, floors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_neuron.backends import neuron
+from nsa_neuron.backends.neuron import plans
+from nsa_neuron.bench import decoding, looped, trainium
+from nsa_neuron.bench.record import Modelled
+from nsa_neuron.simulator.cost.parameters import load
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
+    """The rows of every table that is printed, by header."""
+    made: list[list[dict[str, str]]] = []
+
+    def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        made.append([dict(zip(headers, row, strict=True)) for row in rows])
+        return title
+
+    for module in (decoding, trainium):
+        monkeypatch.setattr(module, "table", table)
+    return made
+
+
+def test_a_query_s_time_is_what_more_queries_add(monkeypatch) -> None:
+    """100 us of start-up, 2 ns of a query and position and core: only the latter counts."""
+
+    def time(stage: Any, problem: Any, position: int, queries: int, looping: bool) -> Any:
+        assert problem.cores == problem.lnc and problem.tokens == position
+        own = 100e3 + 2 * queries * position / problem.cores
+        return 0.5 * own, own, 4 * own
+
+    monkeypatch.setattr(trainium, "_time", time)
+    monkeypatch.setattr(trainium, "_loops", lambda problem, op: False)
+    stage = trainium.Stage("select_blocks", 32, trainium._select)
+    for cores, heads in ((1, 4), (2, 4), (8, 1)):
+        problem = trainium.Problem(4096, (64, 4), (192, 128), 0.05, cores=cores)
+        found = trainium._stage(problem, stage)
+        # Positions average to half of the sequence.
+        ns = 2 * 2048 * 4096 * heads / min(cores, 2)
+        assert found.central == pytest.approx(ns / 1e6, rel=1e-3)
+        assert (found.low, found.high) == pytest.approx((found.central / 2, 4 * found.central))
+        assert found.unit == "ms" and found.facts["cores"] == cores
+    monkeypatch.setattr(trainium, "LONGEST", 1024)
+    far = trainium._stage(problem, stage)
+    assert far.central == pytest.approx(found.central, rel=1e-3), "a line goes on"
+    assert far.facts["error"] < 1e-3
+
+
+def test_a_model_of_loops_leaves_the_plans_as_they_were() -> None:
+    before = json.dumps([plans.load("select_blocks"), plans.load(trainium.WHOLE)], default=str)
+    with pytest.raises(ZeroDivisionError), trainium._looping(True, 5):
+        assert plans.load("select_blocks")["forward"]["unrolled_key_tiles"] == -1
+        assert plans.load(trainium.WHOLE)["looped"]["least_ranked"] == 5
+        raise ZeroDivisionError
+    after = json.dumps([plans.load("select_blocks"), plans.load(trainium.WHOLE)], default=str)
+    assert after == before
+
+
+def test_the_whole_compresses_keys_and_values_and_is_compared_with_dense(tables) -> None:
+    facts = {
+        "tokens": 64, "Hq": 4, "Hkv": 1, "Dk": 8, "Dv": 8, "replaced": 0.05, "pass": "forward",
+        "cores": 1,
+    }  # fmt: skip
+    names = [stage.op for stage in trainium.STAGES]
+    times = {**dict.fromkeys(names, 1.0), "compress": 3.0, trainium.WHOLE: 5.0, "attention": 33.0}
+    rows = [Modelled("trn2", n, "ms", x / 2, x, 2 * x, facts) for n, x in times.items()]
+    trainium.to_text(rows)
+    shown = {row["stage"]: row["one core, ms (low to high)"] for row in tables[0]}
+    assert shown["nsa (compress twice)"] == "11 (5.5 to 22)"
+    assert shown["nsa in one kernel (compress twice)"] == "11 (5.5 to 22)"
+    assert shown["dense / nsa, central"] == shown["dense / nsa in one kernel, central"] == "3.00"
+    assert shown["dense attention"] == "33 (16.5 to 66)"
+
+
+@pytest.mark.parametrize(
+    ("batch", "sequences", "own", "said"),
+    [(1, 1, 1, "1 of 4 kv heads"), (4, 1, 2, "2 of 4 kv heads"), (8, 1, 4, "1 sequence"),
+     (9, 2, 4, "2 sequences"), (32, 4, 4, "4 sequences")],
+)  # fmt: skip
+def test_a_chip_s_cores_share_a_decode_step(monkeypatch, batch, sequences, own, said) -> None:
+    asked = []
+
+    def step(*given: Any) -> Any:
+        asked.append(given)
+        return [1e3, 2e3, 3e3], {"DMAs of a core": 5}
+
+    monkeypatch.setattr(decoding, "_step", step)
+    nsa, contiguous, dense = decoding._of_batch(65536, batch, (64, 4), (192, 128))
+    assert asked == [(65536, sequences, 16, own, (192, 128), x) for x in (False, True)]
+    assert (nsa.low, nsa.central, nsa.high, nsa.unit) == (1, 2, 3, "us")
+    assert nsa.facts["of each core"] == said and contiguous.name == decoding.CONTIGUOUS
+    # 4095 blocks, 16 blocks of 64, a window of 512; keys and values at two bytes.
+    assert nsa.facts["bytes"] == batch * 4 * 640 * (4095 + 1024 + 512)
+    assert dense.facts["bytes"] == batch * 4 * 640 * 65536
+    stack = load("measured-3p", "central").hbm_stack  # bytes of a ns, of one of four
+    assert dense.central == pytest.approx(dense.facts["bytes"] / (4 * stack) / 1e3)
+    assert dense.low <= dense.central <= dense.high
+
+
+def test_a_core_has_half_of_its_stack(monkeypatch) -> None:
+    """However fast its launch is modelled: two cores read one stack of HBM."""
+    moved = [SimpleNamespace(transfer=SimpleNamespace(hbm_bytes=10**6))] * 3
+    made = SimpleNamespace(
+        band=SimpleNamespace(low=1.0, central=1.0, high=9e9), central=SimpleNamespace(costs=moved)
+    )
+    monkeypatch.setattr(decoding.cost, "estimate", lambda run: made)
+
+    @contextmanager
+    def recording() -> Any:
+        yield ["run"]
+
+    monkeypatch.setattr(decoding.records, "recording", recording)
+    monkeypatch.setattr(type(neuron.BACKEND), "lower", lambda *a: lambda **values: None)
+    band, told = decoding._step(1024, 1, 2, 1, (32, 32))
+    stack = load("measured-3p", "central").hbm_stack
+    assert band[1] == pytest.approx(3e6 / (stack / 2)) and band[2] == 9e9
+    assert told == {"DMAs of a core": 3, "bytes of a core": 3 * 10**6}
+
+
+def test_decode_is_compared_with_dense(tables) -> None:
+    facts = {
+        "tokens": 64, "Hq": 4, "Hkv": 1, "Dk": 8, "Dv": 8, "batch": 2, "of each core": "all",
+    }  # fmt: skip
+    rows = [
+        Modelled("b", n, "us", x, x, x, facts) for n, x in (("a", 2.0), ("b", 5.0), ("c", 10.0))
+    ]
+    assert decoding.to_text(rows).startswith("MODELLED, not measured, not run on hardware")
+    assert (tables[0][0]["dense / NSA"], tables[0][0]["contiguous"]) == ("5.00", "2.00")
+
+
+def test_loops_are_summed_by_their_turns() -> None:
+    """Bodies of 100 ns and 10, 3 and 1 of each turn beyond the first of each loop."""
+
+    def launch(turns: Sequence[int]) -> Any:
+        own = 100.0 + sum(pace * (n - 1) for pace, n in zip((10, 3, 1), turns, strict=True))
+        return own / 2, own, own * 2
+
+    table = torch.tensor([[4, 1, 1], [4, 1, 1], [1, 5, 2], [1, 5, 2]]).double()
+    call = looped.Call("attention", 4096, 4, (64, 64))
+    band, error = looped._sum(call, launch, table)
+    both = 2 * (100 + 3 * 10) + 2 * (100 + 4 * 3 + 1)
+    assert band == pytest.approx((both / 2, both, both * 2)) and error < 1e-9
+    (_, halved, _), _ = looped._sum(
+        looped.Call("attention", 4096, 4, (64, 64), lnc=2), launch, table
+    )
+    assert halved == pytest.approx(both / 2)

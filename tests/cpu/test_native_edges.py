@@ -225,3 +225,15 @@ def test_a_table_one_page_short_is_refused():
     short = values["slc_table"][:, : needed - 1].contiguous()
     with pytest.raises(InvalidArgument, match="longer than its table"):
         IMPLEMENTATIONS["decode"](**{**values, "slc_table": short})
+
+
+@pytest.mark.parametrize(("tokens", "last"), [(64, 3), (65, 4), (79, 4), (80, 4)])
+def test_the_last_block_is_read_and_the_next_refused(tokens, last):
+    """Blocks of 16, the last one whole or not; the last query stands in it."""
+    values = arguments("selected_attention", {"S": 9, "T": tokens}, select_block=16)
+    values["block_indices"] = torch.full((1, 9, 1, 1), last, dtype=torch.int32)
+    _, lse = results("selected_attention", values)
+    assert lse[0, -1].isfinite().all()
+    values["block_indices"] += 1
+    with pytest.raises(InvalidArgument, match=rf"id {last + 1} .* in \[-1, {last + 1}\)"):
+        results("selected_attention", values)

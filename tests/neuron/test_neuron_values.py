@@ -185,3 +185,45 @@ def test_hardware_loops_keep_them_apart(monkeypatch: pytest.MonkeyPatch) -> None
     dirty = {**values, "v": values["v"].clone()}
     dirty["v"][:, SPOILED] = float("nan")
     check(attention, values, grad, dirty, grad, (0, 2, 3))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_kv_head_leaves_the_others_alone(op) -> None:
+    """Of two kv heads with two query heads each only the second one's have such values."""
+    values, grad = given(), normal(1, 40, 4, 8, seed=3)
+    clean = results(op, values, grad)
+    for name in ("k", "v"):
+        dirty = {**values, name: values[name].clone()}
+        dirty[name][:, SPOILED, 1] = float("nan")
+        found = results(op, dirty, grad)
+        for of_query, own, other in ((True, 2, slice(0, 2)), (False, 1, slice(0, 1))):
+            for i in (0, 2) if of_query else (3, 4) if name == "k" else (3,):
+                assert found[i][:, :, other].equal(clean[i][:, :, other])
+                assert not found[i][:, SPOILED, own:].isfinite().all((0, 1, 3)).any()
+    spoiled = grad.clone()
+    spoiled[:, SPOILED, 3] = float("nan")
+    found = results(op, values, spoiled)
+    assert found[2][:, :, :3].equal(clean[2][:, :, :3])
+    for i in (3, 4):
+        assert found[i][:, :, 0].equal(clean[i][:, :, 0])
+        assert not found[i][:, SPOILED, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(("token", "reached"), [(None, False), (22, False), (21, True)])
+@pytest.mark.parametrize("where", ["x", "grad_y"])
+def test_gradients_of_weights_are_everybodys(token, reached: bool, where: str) -> None:
+    """Token 22 is the last of its sequence and in no block of 8 that begins every 4 tokens."""
+    edges = packed()["cu_seqlens_k"]
+    tensors = {"x": given()["k"], "grad_y": normal(1, 9, 2, 16, seed=5)}
+    if token is not None:
+        row = token if where == "x" else 2 if reached else 8  # of 1 + 2 + 3 blocks; 8 is none
+        tensors[where][:, row] = float("nan")
+    x = tensors["x"].requires_grad_()
+    w1 = normal(8 * 16, 16, seed=4).requires_grad_()
+    pe = normal(8, 16, seed=6).requires_grad_()
+    with nsa.use_backend("neuron:sim"):
+        y = nsa.compress(x, w1, pe=pe, method="linear", cu_seqlens_k=edges, **GEOMETRY)
+        dx, dw, dpe = torch.autograd.grad(y, (x, w1, pe), tensors["grad_y"])
+    assert dw.isnan().all().item() == dpe.isnan().all().item() == reached
+    if not reached:
+        assert all(grad.isfinite().all() for grad in (y, dx, dw, dpe))

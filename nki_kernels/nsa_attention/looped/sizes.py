@@ -72,10 +72,6 @@ def of_turn(tensor, first, size, turn):
     return part.reshape_dim(0, (count, size)).select(0, turn)
 
 
-def tokens_of_group():
-    return GROUP * QUERIES
-
-
 def blocks_of_group():
     return GROUP * QUERIES // BLOCK
 

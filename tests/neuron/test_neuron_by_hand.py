@@ -1,0 +1,87 @@
+"""Values that can be told without a reference, where kernels choose a way or round."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nsa_neuron as nsa
+from nsa_neuron.backends.neuron.launch.decode import single
+from nsa_neuron.registry import use_backend
+
+pytestmark = pytest.mark.sim
+
+
+@pytest.fixture(autouse=True)
+def simulated():
+    with use_backend("neuron:sim"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [2, 20])
+def test_blocks_of_no_importance_are_still_chosen(heads, dtype):
+    """All probability lies on key 0, that of all others is exactly 0: the forced blocks, and of
+    the rest the lowest, which have equal importance."""
+    tokens = 96
+    q = torch.ones(1, 40, heads, 1, dtype=dtype)
+    k = torch.zeros(1, tokens // 4, 1, 1, dtype=dtype)
+    k[:, 0] = 4096.0
+    ids = nsa.select_blocks(
+        q, k, torch.full((1, 40, heads), 4096.0), kv_len=tokens, block=4, stride=4, select_block=8,
+        num_selected=6, scale=1.0,
+    )  # fmt: skip
+    for row, t in zip(ids[0, :, 0].tolist(), range(tokens - 40, tokens), strict=True):
+        assert row == [0, 1, 2, 3, t // 8 - 1, t // 8]
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_decode_reads_blocks_of_no_importance(most, monkeypatch):
+    """The same in decode, seen in values that name their block; one kernel or the other."""
+    monkeypatch.setattr(single, "HEADS", most)
+    tokens, page = 88, 16
+    pages = -(-tokens // page)
+    ones, blocks = torch.ones(1, 1, 2, 16), torch.arange(pages * page) // 8
+    k_cmp = torch.zeros(2, 16, 1, 16)
+    k_cmp[0, 0] = 1024.0
+    v_slc = torch.nn.functional.one_hot(blocks, 16).float().view(pages, page, 1, 16)
+    empty = torch.zeros(pages, page, 1, 16)
+    gates = torch.tensor([0.0, 1.0, 0.0]).expand(1, 1, 2, 3)
+    table = torch.arange(pages, dtype=torch.int32)[None]
+    o = nsa.decode(
+        ones, k_cmp, torch.zeros(2, 16, 1, 16), empty, v_slc, empty, empty, gates,
+        torch.tensor([tokens], dtype=torch.int32), table[:, :2].contiguous(), table, table, block=4,
+        stride=4, select_block=8, num_selected=6, num_initial=1, num_local=2, window=8, scale=1.0,
+    )  # fmt: skip
+    assert (o[0, 0] > 0).nonzero()[:, 1].tolist() == [0, 1, 2, 3, 9, 10] * 2
+
+
+@pytest.mark.parametrize("large", [0, 1])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_each_kv_head_has_a_bound_of_its_own(large, batch):
+    """Keys of one kv head are 64 times another's: exponentials relative to the smaller bound would
+    overflow. v is 1 in a head, so o is too, and lse is known from two kinds of logits."""
+    k = torch.full((batch, 64, 2, 16), 1 / 16)
+    k[:, :, large] = 4.0
+    k[batch - 1] *= 2
+    q = torch.full((batch, 64, 4, 16), 1.0)
+    v = torch.ones(batch, 64, 2, 8)
+    o, lse = nsa.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale=1.0)
+    logit = k.sum(-1).repeat_interleave(2, 2)
+    count = torch.arange(1.0, 65).log()[:, None]
+    torch.testing.assert_close(lse, logit + count, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(o, torch.ones_like(o), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_that_meet_16_bit_weights_keep_more_bits(dtype):
+    """Gradients of the two features sum up to 259, which bfloat16 has not, and -256."""
+    x, grad = torch.zeros(1, 259, 1, 2, dtype=dtype), torch.zeros(1, 259, 1, 2, dtype=dtype)
+    x[0, :256], grad[0, :, 0, 0], grad[0, :256, 0, 1] = -1.0, 1.0, -1.0
+    w1 = torch.ones(2, 2, dtype=dtype, requires_grad=True)
+    pe = torch.ones(1, 2, dtype=dtype, requires_grad=True)
+    y = nsa.compress(x, w1, pe=pe, method="linear", block=1, stride=1)
+    dw, dpe = torch.autograd.grad(y, (w1, pe), grad)
+    # x gives -256 and 256; pe adds the sums.
+    assert dw.tolist() == [[3.0, 0.0], [3.0, 0.0]]
+    assert dpe.tolist() == [[3.0, 3.0]]

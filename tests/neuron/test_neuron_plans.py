@@ -1,0 +1,131 @@
+"""What launchers choose from plans: a wrong choice gives right results, slowly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_neuron.backends.neuron import plans
+from nsa_neuron.backends.neuron.launch import decode, select_blocks
+from nsa_neuron.backends.neuron.launch.decode import single
+from nsa_neuron.backends.neuron.launch.selected_attention import sizes
+
+pytestmark = pytest.mark.sim
+
+
+class Asked(Exception):
+    """A kernel was asked for, with these constants."""
+
+
+class Asking:
+    """Kernels that run nothing."""
+
+    cores = 1
+
+    def forward(self, *_: Any, **constants: Any) -> None:
+        raise Asked(constants)
+
+
+def selection(tokens: int, kv_heads: int, group: int = 16) -> dict[str, Any]:
+    """Constants of `select_blocks` on all queries of a sequence, 192 channels, bfloat16."""
+    q = torch.empty(1, tokens, kv_heads * group, 192, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, tokens // 16 - 1, kv_heads, 192, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(Asked) as caught:
+        select_blocks.forward(
+            Asking(), plans.load("select_blocks"), q, k, torch.empty(q.shape[:3], device="meta"),
+            kv_len=tokens, block=32, stride=16, select_block=64, num_selected=16, num_initial=1,
+            num_local=2, scale=0.07,
+        )  # fmt: skip
+    constants: dict[str, Any] = caught.value.args[0]
+    return constants
+
+
+def test_selection_loops_from_a_million_instructions_on():
+    """One program per tile at 64K tokens of 4 kv heads, as its page says, hardware loops beyond."""
+    for tokens, heads, loops in ((65_536, 4, False), (262_144, 1, True)):
+        constants = selection(tokens, heads)
+        assert (constants["reach"] == ()) is loops
+        assert constants["length"] == 128  # queries of a tile, as many as there are partitions
+
+
+def test_pieces_of_keys_fill_a_bank_of_psum():
+    """480 of 512 columns unrolled; in loops a sixteenth of all keys, between 256 and 480 blocks."""
+    assert [selection(n, 1)["piece"] for n in (512, 65_536, 262_144, 1_048_576)] == [
+        32, 480, 256, 480,
+    ]  # fmt: skip
+
+
+def test_tiles_of_large_groups_have_fewer_queries():
+    """Transposed queries take 48 KiB of a partition: 768 heads of 32 bytes, or 32 queries."""
+    assert [selection(4096, 1, group)["length"] for group in (16, 12, 48, 256)] == [
+        128,
+        128,
+        128,
+        32,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "blocks", "dtype", "at_once"),
+    [
+        (4095, 1024, torch.bfloat16, 4),  # 64K tokens
+        (4095, 1024, torch.float32, 1),
+        (1023, 256, torch.float32, 4),
+        (8191, 2048, torch.bfloat16, 1),  # 128K tokens: their keys leave no room for another's
+        (65_535, 16_384, torch.bfloat16, 0),  # 1M: not even one row of logits
+    ],
+)
+def test_sequences_of_decode_that_overlap(keys, blocks, dtype, at_once):
+    assert decode.sequences_at_once(keys, blocks, torch.empty(1, dtype=dtype)) == at_once
+
+
+def alone(group: int = 16, tokens: int = 65_536, window: int = 512, chosen: int = 16, **more: int):
+    """The form of `single` for one kv head of 192/128 in pages of 64 rows."""
+    known = {"block": 32, "stride": 16, "size": 64} | more
+
+    def pools(rows: int) -> tuple[torch.Tensor, ...]:
+        count = -(-rows // 64)
+        table = torch.empty(1, count, dtype=torch.int32, device="meta")
+        k, v = (
+            torch.empty(count, 64, 1, dim, dtype=torch.bfloat16, device="meta")
+            for dim in (192, 128)
+        )
+        return k, v, table
+
+    return single.Call.of(
+        group, 1, pools(tokens // 16), pools(tokens), pools(tokens), selected=chosen,
+        window=window, **known,
+    )  # fmt: skip
+
+
+def test_which_calls_one_kernel_for_one_head_takes():
+    """Whatever does not fit partitions or banks goes to the kernel with heads on partitions."""
+    assert alone() is not None and alone(1) is not None
+    # Rows of 8 tokens of a block lie on two groups of lanes: 512 logits, what a bank holds.
+    assert alone(64) is not None and alone(65) is None
+    assert alone(tokens=262_144) is not None and alone(tokens=524_288) is None  # 128 keys a lane
+    # 126 whole rows of 16 tokens, and two that the window cuts; longer rows fill no bank.
+    assert alone(window=2033) is not None and alone(window=2034) is None
+    assert alone(stride=64, block=64) is not None
+    assert alone(block=512, size=512) is None  # 31 strides of overlap, rows of 16
+
+
+@pytest.mark.parametrize(
+    ("group", "queries"), [(1, 128), (2, 64), (4, 32), (16, 32), (32, 32), (64, 16), (1024, 1)]
+)
+def test_queries_of_a_tile_of_selected_attention(group, queries):
+    assert sizes.queries_of(group) == queries
+
+
+def test_bodies_and_trips_of_selected_attention():
+    """The paper's sizes reach the plan's limits forward; long lists of ids leave one tile."""
+    forward = plans.load("selected_attention")["forward"]
+    cut = sizes.choose(forward, 64, 16, (192, 128), 16, 2, backward=False)
+    assert (cut.page, cut.queries, cut.body, cut.blocks) == (64, 32, 16, 48)
+    many = sizes.choose(forward, 64, 1, (192, 128), 3000, 2, backward=False)
+    assert many.body == 1
+    backward = plans.load("selected_attention")["backward"]
+    cut = sizes.choose(backward, 64, 16, (192, 128), 16, 2, backward=True)
+    assert cut.body == 4 and 40 <= cut.blocks <= 48

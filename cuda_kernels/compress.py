@@ -113,7 +113,8 @@ def mean_forward(
     rows = first + start[:, None] * stride_xt + column[None, :]
     acc = tl.zeros([BLOCK_I, WIDTH], tl.float32)
     for r in range(BLOCK):
-        acc += tl.load(rows + r * stride_xt, mask=mask, other=0.0).to(tl.float32)
+        row = rows + tl.cast(r, tl.int64) * stride_xt
+        acc += tl.load(row, mask=mask, other=0.0).to(tl.float32)
         if HAS_PE:
             pe_row = pe + head * stride_ph + r * D + column
             acc += tl.load(pe_row, mask=column < D, other=0.0).to(tl.float32)[None, :]
@@ -184,13 +185,13 @@ def linear_forward(
     STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
     for step in range(BLOCK * STEPS):
-        token = step // STEPS
+        token = tl.cast(step // STEPS, tl.int64)
         column = (step % STEPS) * BLOCK_K
         inside = inner < D - column
         x_mask = valid[:, None] & inside[None, :] if D % BLOCK_K else valid[:, None]
         x_tile = tl.load(x_rows + (token * stride_xt + column), mask=x_mask, other=0.0)
         w_tile = tl.load(
-            w_rows + tl.cast(token * D + column, tl.int64) * N,
+            w_rows + (token * D + column) * N,
             mask=inside[:, None] & (out < N)[None, :], other=0.0,
         )  # fmt: skip
         acc = dot(x_tile, w_tile, acc, UPCAST, PRECISION)
@@ -278,7 +279,7 @@ def linear_backward_w(
         y_sum: float32 [Hkv, N], grad_y summed over batch and blocks; what pe's share needs.
     """
     D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    token = tl.program_id(0) // D_TILES
+    token = (tl.program_id(0) // D_TILES).to(tl.int64)
     column = (tl.program_id(0) % D_TILES) * BLOCK_D + tl.arange(0, BLOCK_D)
     out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight = tl.program_id(2).to(tl.int64)

@@ -417,5 +417,6 @@ def reduce_splits(partial, total, elements, SPLITS: tl.constexpr, BLOCK_E: tl.co
     valid = element < elements
     acc = tl.zeros([BLOCK_E], tl.float32)
     for split in tl.static_range(SPLITS):
-        acc += tl.load(partial + split * elements + element, mask=valid, other=0.0)
+        at = split * tl.cast(elements, tl.int64) + element
+        acc += tl.load(partial + at, mask=valid, other=0.0)
     tl.store(total + element, acc.to(total.dtype.element_ty), mask=valid)

@@ -131,7 +131,7 @@ def _release(version: str) -> tuple[int, int]:
 def triton_interpreter() -> Iterator[None]:
     """Environment in which `@triton.jit` makes interpreted kernels (CPU tensors, no GPU needed).
 
-    They run under the rules of `interpreted_grid`.
+    They run under the rules of `interpreted_watch`.
 
     Raises:
         ToolchainError: this interpreter cannot run them, see `interpreter_hindrance`.

@@ -49,7 +49,59 @@ with triton_interpreter():
     def reads_the_other(x, out, size, off):
         first = tl.program_id(0) * 4
         tl.store(out + first, 1.0)
+        tl.debug_barrier()
         tl.store(out + first + 1, tl.load(out + (first + off) % size))
+
+    @triton.jit
+    def reads_back(x, out, size, off):
+        """What it stored itself, with no barrier between where `off` is 1."""
+        at = tl.program_id(0) * 4 + tl.arange(0, 4)
+        tl.store(out + at, tl.load(x + at))
+        if off == 0:
+            tl.debug_barrier()
+        value = tl.load(out + at)
+        tl.store(out + at, 2 * value)  # each lane where it has loaded
+
+    @triton.jit
+    def turns(x, out, size, off):
+        """Each lane stores what its right neighbour had: with no barrier, where `off` is 1."""
+        lane = tl.arange(0, 4)
+        mine = out + tl.program_id(0) * 4
+        tl.store(mine + lane, tl.load(x + tl.program_id(0) * 4 + lane))
+        tl.debug_barrier()
+        value = tl.load(mine + (lane + 1) % 4)
+        if off == 0:
+            tl.debug_barrier()
+        tl.store(mine + lane, value)
+
+    @triton.jit
+    def takes_first(x, out, size, off):
+        """All lanes load the first one's element, whose lane stores into it."""
+        lane = tl.arange(0, 4)
+        mine = out + tl.program_id(0) * 4
+        tl.store(mine + lane, tl.load(x + tl.program_id(0) * 4 + lane))
+        tl.debug_barrier()
+        value = tl.load(mine + lane * 0)
+        if off == 0:
+            tl.debug_barrier()
+        tl.store(mine + lane, value + 1, mask=lane == 0)
+
+    @triton.jit
+    def hints(x, out, size, off):
+        """A hint to the compiler that holds where `off` is 0."""
+        first = tl.multiple_of(tl.program_id(0) * 4 + off, 4)
+        at = (first + tl.arange(0, 4)) % size
+        tl.store(out + at, tl.load(x + at))
+
+    @triton.jit
+    def leaves_out(x, out, size, SAID: tl.constexpr):
+        """The last of four lanes is masked out of the load."""
+        lane = tl.arange(0, 4)
+        if SAID:
+            value = tl.load(x + lane, mask=lane < 3, other=0)
+        else:
+            value = tl.load(x + lane, mask=lane < 3)
+        tl.store(out + lane, value)
 
     @triton.jit
     def lanes_meet(x, out, size, off):
@@ -67,15 +119,23 @@ with triton_interpreter():
         tl.store(out + far, tl.load(x + far, mask=inside, other=0.0), mask=inside)
 
     @triton.jit
-    def last_adds_up(out, counter, size, MEET: tl.constexpr):
+    def last_adds_up(
+        out, counter, size, MEET: tl.constexpr, BEFORE: tl.constexpr = True,
+        BEHIND: tl.constexpr = True, SEM: tl.constexpr = "acq_rel", SCOPE: tl.constexpr = "gpu",
+        CACHE: tl.constexpr = ".cg",
+    ):  # fmt: skip
         """Every program stores its number plus one; the last to arrive stores their sum."""
         me = tl.program_id(0)
         tl.store(out + me, (me + 1).to(tl.float32))
         arrived = me
+        if BEFORE:
+            tl.debug_barrier()
         if MEET:
-            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            arrived = tl.atomic_add(counter, 1, sem=SEM, scope=SCOPE)
+        if BEHIND:
+            tl.debug_barrier()
         if arrived == size - 1:
-            parts = tl.load(out + tl.arange(0, 4))
+            parts = tl.load(out + tl.arange(0, 4), cache_modifier=CACHE)
             tl.store(out + size, tl.sum(parts, 0))
 
     @triton.jit
@@ -83,8 +143,10 @@ with triton_interpreter():
         """As `last_adds_up`, but program 1 never comes to the atomic."""
         me = tl.program_id(0)
         tl.store(out + me, (me + 1).to(tl.float32))
+        tl.debug_barrier()
         if me != 1:
             arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
             if arrived == size - 2:
-                parts = tl.load(out + tl.arange(0, 4))
+                parts = tl.load(out + tl.arange(0, 4), cache_modifier=".cg")
                 tl.store(out + size, tl.sum(parts, 0))

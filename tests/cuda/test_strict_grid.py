@@ -50,6 +50,10 @@ FAULTS = [
     ("overlaps", 1, r"stores element 4 of 'out' .*, which program \([01], 0, 0\) stored: a race"),
     ("reads_the_other", 4, r"loads element [04] of 'out' .*, which program \([01], 0, 0\) stored"),
     ("lanes_meet", 2, r"lanes of one store bring different values to element [04] of 'out'"),
+    ("reads_back", 1, r"loads element [04] of 'out' .*, which it stored with no barrier between"),
+    ("turns", 1, r"stores element [04] of 'out' .*, which another lane loaded with no barrier"),
+    ("takes_first", 1, r"stores element [04] of 'out' .*, which another lane loaded with no bar"),
+    ("hints", 2, r"says that [26] is a multiple of 4"),
 ]  # fmt: skip
 
 
@@ -89,6 +93,34 @@ def test_the_last_program_may_read_what_the_others_stored_before_an_atomic():
         KERNELS.last_adds_up[(4,)](out, counter.zero_(), 4, False)
     with program_order("ascending"), pytest.raises(KernelFault, match="a race"):
         KERNELS.one_stays_away[(4,)](out, counter.zero_(), 4)  # excused are those who came
+
+
+@pytest.mark.parametrize(
+    ("left_out", "said"),
+    [
+        ({"BEFORE": False}, "which program .* stored: a race"),
+        ({"BEHIND": False}, "which program .* stored: a race"),
+        ({"SEM": "relaxed"}, "which program .* stored: a race"),
+        ({"SEM": "acquire"}, "which program .* stored: a race"),
+        ({"SCOPE": "cta"}, "which program .* stored: a race"),
+        ({"CACHE": ""}, r"loads what other programs stored to 'out' .* through L1"),
+    ],
+    ids=str,
+)
+def test_an_atomic_orders_what_barriers_and_its_scope_let_it(left_out, said):
+    out, counter = torch.zeros(5), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(KernelFault, match=said):
+        KERNELS.last_adds_up[(4,)](out, counter, 4, True, **left_out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32])
+def test_what_a_mask_leaves_out_is_anything_unless_it_is_said(dtype):
+    x, out = torch.ones(4, dtype=dtype), torch.zeros(4, dtype=dtype)
+    KERNELS.leaves_out[(1,)](x, out, 4, True)
+    assert out.tolist() == [1, 1, 1, 0]
+    KERNELS.leaves_out[(1,)](x, out, 4, False)
+    assert out[:3].tolist() == [1, 1, 1]
+    assert out[3].isnan() if dtype.is_floating_point else out[3] == 0x55555555
 
 
 def test_a_view_is_its_elements_not_its_storage():
@@ -174,7 +206,8 @@ def test_triton_still_has_what_the_rules_stand_on():
     """The methods that are stood in for; a new Triton that renames one must not go unnoticed."""
     from triton.runtime import interpreter
 
-    for name in ("set_grid_idx", "create_masked_load", "create_masked_store", "create_atomic_rmw"):
+    for name in ("set_grid_idx", "create_masked_load", "create_masked_store", "create_atomic_rmw",
+                 "create_barrier"):  # fmt: skip
         assert callable(getattr(interpreter.InterpreterBuilder, name)), triton.__version__
     for name in ("_patch_lang", "_implicit_cvt", "_get_np_dtype"):
         assert callable(getattr(interpreter, name)), triton.__version__

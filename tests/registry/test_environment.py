@@ -1,0 +1,93 @@
+"""What a measurement says of where it was made, and which toolchains can run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nsa_neuron import environment, toolchain
+
+
+def test_the_processor_is_named_by_its_model(monkeypatch) -> None:
+    said = "processor\t: 0\nmodel\t\t: 143\nmodel name\t: Fast CPU: v2\nmodel name\t: other\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: said)
+    assert environment.cpu_model() == "Fast CPU: v2"
+    monkeypatch.setattr(Path, "read_text", lambda self: "Hardware: none\n")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert environment.cpu_model() == platform.machine()
+
+    def unreadable(self: Path) -> str:
+        raise OSError
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert environment.cpu_model() == platform.machine()
+
+
+def test_versions_leave_out_what_is_missing_and_nothing_else(monkeypatch) -> None:
+    def version(name: str) -> str:
+        if name in ("triton", "nki"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return f"{name} 1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    kept = ("torch", "numpy", "ml_dtypes", "nsa-neuron")
+    assert environment.versions() == {name: f"{name} 1" for name in kept}
+
+
+def test_the_revision_says_whether_files_were_changed(monkeypatch, tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "nsa_neuron"
+    package.mkdir()
+    (package / "environment.py").write_text("one")
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    assert environment.revision() == "", "an installed package"
+    git("init", "-q")
+    assert environment.revision() == "", "nothing was committed"
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "HEAD")[:12]
+    (tmp_path / "untracked").write_text("is no change")
+    assert environment.revision() == head
+    (package / "environment.py").write_text("two")
+    assert environment.revision() == f"{head}+changes"
+
+
+@pytest.mark.parametrize(
+    ("numpy", "triton", "runs"),
+    [
+        ("2.3.5", "3.6.0", True), ("2.4.0", "3.6.0", False), ("2.4.0", "3.7.0", True),
+        ("2.10.1", "3.6.0", False), ("1.26.4", "3.5.1", True), ("2.4.0", "3.10.0", True),
+        ("3.0.0", "3.6.1", False), ("3.0.0", "4.0.0", True), ("2.4.0rc1", "3.6.0", False),
+    ],
+)  # fmt: skip
+def test_which_interpreters_can_loop(monkeypatch, numpy: str, triton: str, runs: bool) -> None:
+    """Triton 3.7 squeezes what numpy 2.4 no longer converts."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("numpy.__version__", numpy)
+    monkeypatch.setattr("triton.__version__", triton)
+    said = toolchain.interpreter_hindrance()
+    assert (said == "") is runs
+    assert runs or (numpy in said and triton in said)
+
+
+def test_interpreting_ends_with_its_block(monkeypatch) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.runtime import interpreter
+
+    from nsa_neuron.interpreted_grid import StrictFunction
+
+    if toolchain.interpreter_hindrance():
+        pytest.skip("this interpreter cannot loop")
+    before = interpreter.InterpretedFunction, triton.knobs.runtime.interpret
+    with pytest.raises(ZeroDivisionError), toolchain.triton_interpreter():
+        assert interpreter.InterpretedFunction is StrictFunction
+        assert triton.knobs.runtime.interpret
+        raise ZeroDivisionError
+    assert (interpreter.InterpretedFunction, triton.knobs.runtime.interpret) == before

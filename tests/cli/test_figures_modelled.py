@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from nsa_neuron.backends import neuron
-from nsa_neuron.backends.neuron import plans
+from nsa_neuron.backends.neuron import plans, whole
 from nsa_neuron.bench import decoding, looped, trainium
 from nsa_neuron.bench.record import Modelled
+from nsa_neuron.ops import get
 from nsa_neuron.simulator.cost.parameters import load
 
 
@@ -155,3 +156,57 @@ def test_loops_are_summed_by_their_turns() -> None:
         looped.Call("attention", 4096, 4, (64, 64), lnc=2), launch, table
     )
     assert halved == pytest.approx(both / 2)
+
+
+@pytest.mark.parametrize("stage", [*trainium.STAGES, trainium.ONE_KERNEL, trainium.ATTENTION])
+def test_a_stage_s_queries_are_the_last_before_its_position(stage: trainium.Stage) -> None:
+    """And its keys all before it, of one kv head for each core of a launch."""
+    problem = trainium.Problem(4096, (64, 4), (192, 128), 0.05, cores=2)
+    spec = get(stage.op)
+    values = {**spec.defaults, **stage.make(problem, 1024, 96)}
+    bound = spec.bind({name: values[name] for name in spec.names})
+    own = 48 if stage.op == trainium.WHOLE else 96
+    wanted = {"S": own, "T": 1024, "Nc": 63, "Dk": 192, "Dv": 128, "n": 16, "m": 64, "w": 512}
+    wanted |= {"Hkv": 1, "Hq": 16, "B": 1, "D": 192, "l": 32, "d": 16}
+    if stage.op == trainium.WHOLE:
+        wanted |= {"Hq": 32, "Hkv": 2}
+    if stage.op == "compress":
+        wanted |= {"T": 96, "Hkv": 1}
+    found = {symbol: bound[symbol] for symbol in wanted if symbol in bound.sizes}
+    assert found == {symbol: wanted[symbol] for symbol in found} and len(found) >= 4
+    assert bound.dtype == torch.bfloat16
+    spec.check_values(bound, values)
+
+
+@pytest.mark.parametrize("op", ["attention", "selected_attention", "gated_sum"])
+def test_a_backward_stage_gets_what_its_forward_gives(op: str) -> None:
+    stage = next(s for s in (*trainium.STAGES, trainium.ATTENTION) if s.op == op)
+    problem = trainium.Problem(4096, (64, 4), (192, 128), 0.05, backward=True)
+    spec, backward = get(op), get(f"{op}_backward")
+    made = {**spec.defaults, **stage.make(problem, 256, 32)}
+    made = {**dict.fromkeys(backward.names), **made, **trainium._saved(stage, made)}
+    bound = backward.bind({name: made[name] for name in backward.names})
+    assert bound.shapes["grad_o"] == (1, 32, 16, 128)
+    assert op == "gated_sum" or (made["lse"] == 30).all()
+
+
+@pytest.mark.parametrize(
+    ("problem", "op", "has"),
+    [
+        ({}, "select_blocks", True), ({"backward": True}, "select_blocks", False),
+        ({"backward": True}, "attention", True), ({"backward": True}, trainium.WHOLE, False),
+        ({}, trainium.WHOLE, True), ({"tokens": whole.LOOPED_BLOCKS * 64}, trainium.WHOLE, True),
+        ({"tokens": whole.LOOPED_BLOCKS * 64 + 1}, trainium.WHOLE, False),
+        ({"tokens": whole.LOOPED_BLOCKS * 64 + 1}, "attention", True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_stages_are_modelled_that_there_are(problem, op: str, has: bool) -> None:
+    given = {"tokens": 4096, "heads": (64, 4), "dims": (192, 128), "replaced": 0.05, **problem}
+    assert trainium.Problem(**given).has(op) is has
+
+
+@pytest.mark.parametrize(("cores", "lnc", "heads"), [(1, 1, 4), (2, 2, 4), (8, 2, 1)])
+def test_a_chip_is_launches_of_two_cores_for_each_kv_head(cores, lnc, heads) -> None:
+    problem = trainium.Problem(4096, (64, 4), (192, 128), 0.05, cores=cores)
+    assert (problem.group, problem.lnc, problem.kv_heads) == (16, lnc, heads)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_neuron.cli import FAILED, UNUSABLE, explain, main, ops, plan, shared, values
+from nsa_neuron.cli import FAILED, UNUSABLE, coverage, explain, main, ops, plan, shared, values
+from nsa_neuron.conformance.targets import find_targets
 from nsa_neuron.distributed.plan.model import Problem
 from nsa_neuron.ops import get
+from nsa_neuron.registry import Supported, Unsupported, requesting
 from nsa_neuron.spec import MAX_INT
 
 # ---- values
@@ -206,3 +208,26 @@ def test_a_verdict_keeps_rule_reason_and_plan(monkeypatch) -> None:
     }
     assert rows["cuda:sim"]["rule"] == "dtype" and "float64" in rows["cuda:sim"]["reason"]
     assert not rows["cuda:sim"]["supported"] and rows["reference"]["supported"]
+
+
+def test_backends_are_listed_with_what_hinders_them_and_who_is_asked_for(capsys) -> None:
+    places = find_targets()
+    with requesting("reference:eager"):
+        assert main(["backends"]) == 0
+    lines = capsys.readouterr().out.split("kernels\n")[0].splitlines()
+    rows = {line.split()[0]: line for line in lines if ":" in line.split(" ")[0]}
+    assert set(rows) == {str(place.target) for place in places}
+    for place in places:
+        row = rows[str(place.target)]
+        assert (place.hindrance or "  available  ") in row and f"  {place.device}" in row
+        asked = "by NSA_BACKEND=reference:eager" in row
+        assert asked == (str(place.target) == "reference:eager")
+
+
+def test_a_target_s_cell_is_its_verdict_or_the_rule_that_refuses() -> None:
+    yes, no = Supported(), Unsupported("dtype", "none of them")
+    for forward, backward, said in (
+        (yes, yes, "fwd, bwd"), (yes, no, "fwd"), (yes, None, "fwd"), (no, yes, "no: dtype"),
+        (Unsupported("kernel", "none"), None, "no kernel"),
+    ):  # fmt: skip
+        assert coverage.Covered("attention", forward, backward).text() == said

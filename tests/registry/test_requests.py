@@ -185,3 +185,25 @@ def test_each_mode_of_a_backend_has_a_pinned_op_of_its_own() -> None:
     assert len({str(op) for op in ops}) == 3
     assert [pinned("gated_sum", target) for target in targets] == ops, "made once"
     assert str(ops[0]) == "nsa_lowered.gated_sum__cpu_torch.default"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        (None, None, ""), ("", None, ""), ("reference", None, ""), ("cpu:torch", None, ""),
+        ("tpu", UnknownBackend, "NSA_BACKEND is 'tpu': no backend or target 'tpu'"),
+        ("cpu:fast", UnknownBackend, "NSA_BACKEND is 'cpu:fast': backend 'cpu' has no mode"),
+        ("trn2:hw", BackendUnavailable, "NSA_BACKEND is 'trn2:hw': neuron:hw cannot run here"),
+    ],
+)  # fmt: skip
+def test_the_environment_s_backend_is_checked(monkeypatch, name, error, said: str) -> None:
+    if name is None:
+        monkeypatch.delenv("NSA_BACKEND", raising=False)
+    else:
+        monkeypatch.setenv("NSA_BACKEND", name)
+    if error is None:
+        registry.check_environment()
+        return
+    with pytest.raises(error) as caught:
+        registry.check_environment()
+    assert str(caught.value).startswith(said)

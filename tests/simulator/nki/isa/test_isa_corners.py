@@ -18,7 +18,6 @@ from isa_helpers import (
     simulated,
 )
 
-from nsa_neuron import simulator
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
 
@@ -507,22 +506,6 @@ def test_tf32_ties_go_to_even(value):
     want = np.round(value * 1024) / 1024  # NumPy rounds halves to even, too
     got = simulated(body, np.full((1, 4), value, np.float32))
     np.testing.assert_array_equal(got, np.full((1, 4), want, np.float32))
-
-
-@pytest.mark.parametrize("precise", [True, False])
-def test_without_precision_narrow_tiles_keep_fp32_and_tf32_too(precise):
-    x = np.full((1, 4), 1 + 2.0**-20, np.float32)
-
-    def kernel(a):
-        tile, out = nl.load(a), hbm(1, 4)
-        narrow = nl.ndarray((1, 4), nl.tfloat32)
-        nisa.tensor_copy(narrow, tile)
-        nisa.tensor_copy(tile, narrow)
-        nisa.dma_copy(out, tile)
-        return out
-
-    got = simulator.simulate(kernel, precise=precise)(x)
-    np.testing.assert_array_equal(got, np.ones((1, 4)) if precise else x)
 
 
 def test_a_group_in_another_partition_range_of_a_bank_is_another_group():

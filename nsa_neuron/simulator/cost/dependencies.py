@@ -92,7 +92,7 @@ class Tracker:
                 try:
                     region = used[allocation][access.place]
                 except KeyError:
-                    if not allocation.written:
+                    if not allocation.written and allocation.address is None:
                         continue  # an input nobody writes
                     region = self._first_use(access, me, lane, deps)
                 if region.writer >= 0:
@@ -132,7 +132,9 @@ class Tracker:
         allocation = access.allocation
         patterns = self.used.get(allocation)
         if patterns is None:
-            return []  # an input nobody writes
+            if allocation.address is None:
+                return []  # an input nobody writes
+            patterns = self.used[allocation] = self._patterns(access)
         region = patterns[access.place]
         deps = [r.writer for r in (region, *region.near) if r.writer >= 0]
         if allocation.last_use == me:

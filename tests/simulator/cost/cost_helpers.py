@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 P = cost.load()
 
 
-def record(body: Callable[..., Any], *args: Any, lnc: int = 1, data: bool = False) -> Run:
+def record(
+    body: Callable[..., Any], *args: Any, lnc: int = 1, data: bool = False, relax: str = ""
+) -> Run:
     """The record of a body that need not return anything."""
 
     def kernel(*inputs: Any) -> Any:
@@ -30,8 +32,8 @@ def record(body: Callable[..., Any], *args: Any, lnc: int = 1, data: bool = Fals
         return result
 
     jitted = simulator.Kernel(kernel, lnc)
-    relax = {"output-unwritten"}
-    simulated = simulator.simulate(jitted, data=data, relax=relax)
+    rules = {"output-unwritten", *relax.split()}
+    simulated = simulator.simulate(jitted, data=data, relax=rules)
     simulated(*args)
     assert simulated.run is not None
     return simulated.run

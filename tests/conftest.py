@@ -35,6 +35,7 @@ def pytest_collection_finish() -> None:
     """Takes modules and tests from the collector, which would walk through them again and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)  # records of instructions live long and hold no cycles
     gc.enable()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -15,13 +16,15 @@ if TYPE_CHECKING:
 
 PRELOAD = [
     "nsa_neuron.distributed", "nsa_neuron.distributed.training", "nsa_neuron.backends.cpu",
-    "torch.distributed.checkpoint", "torch.optim", "fsspec", "pytest",
+    "torch.distributed.checkpoint._fsspec_filesystem", "torch.profiler", "torch.optim", "pytest",
 ]  # fmt: skip
 """Imported once, before ranks fork: what checks need, and what their files do."""
 
 
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     """One rank: joins the group, then runs what it is sent until it is sent None."""
+    gc.freeze()  # what was imported before the fork is neither walked through nor copied
+    gc.set_threshold(100_000, 50, 100)
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world))
     import torch
     import torch.distributed as dist

@@ -23,7 +23,7 @@ CONFIG = NsaConfig(
     window=12,
 )  # fmt: skip
 KINDS = ("nsa", "window", "nsa", "full")
-HOW = How(steps=3, batch=4, length=64, rate=1e-2, save_every=2, microbatches=2)
+HOW = How(steps=3, batch=4, length=64, rate=1e-2, microbatches=2)  # saved at its end
 TASK = Text(corpus_of(text=[bytes(range(256)) * 4] * 3))
 
 
@@ -45,7 +45,7 @@ def expected(tmp_path_factory):
     store = tmp_path_factory.mktemp("one")
     dist.init_process_group("gloo", init_method=f"file://{store}/s", rank=0, world_size=1)
     try:
-        yield run(store / "run", (1, 1, 1, 1)), store / "run"
+        yield run(store / "run", (1, 1, 1, 1), {"save_every": 2}), store / "run"
     finally:
         dist.destroy_process_group()
 

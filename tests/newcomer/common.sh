@@ -50,7 +50,8 @@ torch() {
   if [ "${NEWCOMER:-}" = full ]; then
     pip install --quiet --constraint "$ROOT/constraints.txt" torch
   else
-    "$PYTHON" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+    "$PYTHON" -c 'import pathlib; from importlib.util import find_spec
+print(pathlib.Path(find_spec("torch").origin).parents[1])' \
       >"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
   fi
 }

@@ -263,9 +263,10 @@ def score(
                     partial_o, partial_ml, item * PLACES, CMP_SPLITS, heads, GP, G, DV, V0, V1
                 )
                 tl.debug_barrier()
-                alive = tl.where(lse2 == float("-inf"), 0.0, 1.0)
+                # A part that saw nothing counts nothing by its maximum, -inf.
+                total = tl.full([GP], 1.0, tl.float32)
                 store_partial(
-                    partial_o, partial_ml, item * PLACES, acc0, acc1, lse2, alive, heads, G,
+                    partial_o, partial_ml, item * PLACES, acc0, acc1, lse2, total, heads, G,
                     DV, V0, V1,
                 )  # fmt: skip
                 tl.debug_barrier()

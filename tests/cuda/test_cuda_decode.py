@@ -103,6 +103,17 @@ CASES = [
     ([150, 70], 1, 1, 3, 16, 16, launch.Geometry(6, 2, 6, 7, 1, 2, 64, 0.2), {"SLOTS": 16}),
     ([64, 30], 3, 1, 20, 16, 32, SMALL, {"PROGRAMS": 64}),
     ([120, 5], 2, 2, 2, 80, 48, SMALL, {"PROGRAMS": 1}),
+    # Nothing forced; the last compressed block reaches into a selection block of the next tile.
+    (
+        [76, 79, 77, 78, 75],
+        1,
+        2,
+        1,
+        16,
+        16,
+        launch.Geometry(16, 4, 16, 4, 0, 0, 5, 1.0),
+        {"KEYS": 16},
+    ),
     ([131], 1, 1, 16, 192, 128, launch.Geometry(32, 16, 64, 4, 1, 2, 40, 192**-0.5), {}),
 ]
 

@@ -11,6 +11,7 @@ from tiny import model
 
 from nsa_neuron import conformance, demo, planted
 from nsa_neuron.conformance import text as matrix_text
+from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.show import Look
 from nsa_neuron.show.record import Passage, View
 
@@ -145,8 +146,16 @@ def test_planting_without_looking_needs_no_nsa_layer() -> None:
     again = planted.plant(net, demo.document()[:300], facts=2, looking=False)
     other = planted.plant(net, demo.document()[:300], facts=2, seed=1, looking=False)
     assert found.text == again.text != other.text and len(found.text) == 300
-    for answer in found.answers:  # before what the one window of 12 can hand on
-        assert answer.place + 2 <= 300 - 4 - 12 and answer.asked >= 296
+
+
+def test_facts_lie_before_what_the_windows_of_all_layers_hand_on() -> None:
+    """Two questions of 2 bytes, 3 layers of a window of 12, and 5 bytes for two facts."""
+    net, text = model(("window",) * 3, torch.float32), demo.document()
+    for seed in range(5):
+        found = planted.plant(net, text[: 4 + 36 + 5], facts=2, seed=seed, looking=False)
+        assert all(a.place + 2 <= 5 and a.asked in (41, 43) for a in found.answers)
+    with pytest.raises(InvalidArgument, match="at least 45"):
+        planted.plant(net, text[:44], facts=2, looking=False)
 
 
 def test_only_picks_by_importance_that_hold_the_fact_count_as_seen() -> None:

@@ -11,11 +11,11 @@ import torch
 from tiny import config, model
 
 from nsa_neuron.errors import InvalidArgument
-from nsa_neuron.nn.checkpoint import load_checkpoint
+from nsa_neuron.nn.checkpoint import RECALL, SHIPPED, load_checkpoint
 from nsa_neuron.training import Batch, MultiQueryRecall, Text, TrainConfig, evaluate, loop, train
 from nsa_neuron.training.corpus import _piece, corpus_of
 from nsa_neuron.training.optimizers import optimizers_of
-from nsa_neuron.training.presets import kinds_of
+from nsa_neuron.training.presets import CONFIGS, SCHEDULES, kinds_of
 from nsa_neuron.training.tasks import without_capitals
 
 CORPUS = corpus_of(
@@ -288,3 +288,26 @@ def test_kinds_that_are_none_or_too_many(names):
     with pytest.raises(InvalidArgument, match="one or 2 of nsa, full, window"):
         kinds_of(names, 2)
     assert kinds_of("window", 3) == ("window",) * 3
+
+
+def stages(path):
+    """How the runs went that a shipped model comes from, the last one first, and its config."""
+    net, notes = load_checkpoint(path)
+    found = []
+    while "growth" in notes.get("how", {}):  # older runs had other options
+        growth = tuple(tuple(pair) for pair in notes["how"]["growth"])
+        found.append(TrainConfig(**{**notes["how"], "growth": growth}))
+        notes = notes.get("begun_with", {})
+    return net.config, found
+
+
+def test_presets_are_what_the_shipped_models_were_trained_by():
+    """A preset that changed would be told as the way to models that came another way."""
+    config_, found = stages(RECALL)
+    assert config_ == CONFIGS["recall"]
+    assert found[2:] == [SCHEDULES["needle"], SCHEDULES["mqar"]]
+    config_, found = stages(SHIPPED)
+    assert config_ == dataclasses.replace(CONFIGS["small"], kv_heads=1)
+    assert found[3] == dataclasses.replace(SCHEDULES["prose"], seed=5, save_every=25)
+    tiny = dataclasses.replace(CONFIGS["small"], dim=32, heads=2, kv_heads=1, dk=16, dv=16)
+    assert tiny == CONFIGS["tiny"]

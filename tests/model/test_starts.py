@@ -11,6 +11,7 @@ from tiny import MIXED, bytes_of, config, model
 
 from nsa_neuron.errors import InvalidArgument
 from nsa_neuron.nn import NativeSparseAttention, next_token_loss
+from nsa_neuron.nn.attention import _normed
 from nsa_neuron.nn.layers import Embedding, Linear
 from nsa_neuron.nn.phi import Phi
 from nsa_neuron.nn.rotary import block_positions, rotate
@@ -110,6 +111,13 @@ def test_autocast_trains_layers_with_norms_and_biases():
     loss.backward()
     torch.testing.assert_close(loss, plain, rtol=2e-2, atol=0)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_a_norm_that_gives_float32_gives_back_what_it_took():
+    """As norms do under autocast on some devices, where values stay in half precision."""
+    x = torch.randn(1, 2, 3, 8).bfloat16()
+    assert _normed(x, lambda y: 2 * y.float()).dtype == torch.bfloat16
+    assert torch.equal(_normed(x, lambda y: 2 * y.float()), 2 * x) and _normed(x, None) is x
 
 
 def test_the_loss_of_half_precision_is_not_rounded():

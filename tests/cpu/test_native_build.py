@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -65,12 +66,22 @@ def test_without_a_compiler_everything_runs_on_torch_and_says_why(fresh, monkeyp
 
 def test_a_compiler_that_fails_is_asked_once_and_quoted(fresh, tmp_path, monkeypatch, caplog):
     broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\necho 'error: no such luck' >&2\nexit 1\n")
+    asked = tmp_path / "asked"
+    broken.write_text(
+        f"#!/bin/sh\necho once >> {asked}\necho 'note: so far' >&2\n"
+        "echo 'error: no such luck' >&2\nexit 1\n"
+    )
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     q = torch.randn(1, 5, 2, 8)
     assert nsa.attention(q, q, q)[0].isfinite().all()
-    assert "no such luck" in caplog.text
+    times = asked.read_text()
+    REGISTRY.forget()
+    assert nsa.sliding_window_attention(q, q, q, window=2)[0].isfinite().all()
+    with pytest.raises(BackendUnavailable, match="no such luck"):
+        build.library()
+    assert asked.read_text() == times
+    assert "error: no such luck" in caplog.text and "note" not in caplog.text
     assert "no such luck" in REGISTRY.get("cpu").modes()["native"]
     assert not list((tmp_path / "cache").glob("*.so")) and not list(
         (tmp_path / "cache").glob("build*")
@@ -128,6 +139,75 @@ def test_processes_that_start_together_compile_once(fresh, tmp_path):
     assert (tmp_path / "links").read_text().splitlines() == ["link"]
 
 
+def test_the_cache_is_where_the_environment_says(fresh, tmp_path, monkeypatch):
+    assert build.cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("NSA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert build.cache_folder() == tmp_path / "xdg" / "nsa_neuron"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(build.Path, "home", lambda: tmp_path)
+    assert build.cache_folder() == tmp_path / ".cache" / "nsa_neuron"
+
+
+def test_the_compiler_is_the_one_that_the_environment_names(fresh, tmp_path, monkeypatch):
+    own = copying_compiler(tmp_path, fresh)
+    monkeypatch.setenv("CXX", own)
+    assert build.compiler() == own
+    build.compiler.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(build, "COMPILERS", ("nor-this", own))
+    assert build.compiler() == own
+
+
+def test_a_library_changes_its_name_with_everything_in_its_sources(fresh, tmp_path, monkeypatch):
+    """One of other sources, flags or another machine must not be taken for this one."""
+    sources = tmp_path / "src"
+    shutil.copytree(build.SOURCES, sources)
+    names = [build.library_name()]
+
+    def named():
+        build.library_name.cache_clear()
+        names.append(build.library_name())
+
+    monkeypatch.setattr(build, "SOURCES", sources)
+    named()
+    assert names[0] == names[1]  # wherever they lie
+    for name in ("half.h", "runtime.cpp"):
+        (sources / name).write_text((sources / name).read_text() + " ")
+        named()
+    (sources / "half.h").rename(sources / "quarter.h")
+    named()
+    monkeypatch.setattr(build, "FLAGS", build.FLAGS[:-1])
+    named()
+    monkeypatch.setattr(build.platform, "machine", lambda: "amd64")
+    named()
+    monkeypatch.setattr(build, "_flags", lambda: ("-march=native",))
+    named()
+    assert len(set(names[1:])) == len(names) - 1
+
+
+def test_a_file_that_is_no_library_is_named(fresh, tmp_path):
+    """Whole by its digest, but of no use."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    library = folder / build.library_name()
+    library.write_text("no library")
+    build._digest_file(library).write_text(build._digest(library))
+    with pytest.raises(BackendUnavailable, match=f"{library.name} cannot be loaded.*delete it"):
+        extension.load()
+
+
+def test_a_library_with_another_record_of_a_call_is_refused(fresh, monkeypatch):
+    class Shorter(ctypes.Structure):
+        _fields_ = extension.Call._fields_[:-1]
+
+    monkeypatch.delenv("NSA_CACHE")
+    monkeypatch.setattr(build, "library", lambda: fresh)
+    monkeypatch.setattr(extension, "Call", Shorter)
+    with pytest.raises(BackendUnavailable, match="record of a call differs"):
+        extension.load()
+
+
 def test_a_library_is_named_by_all_that_it_depends_on(fresh, monkeypatch):
     name = build.library_name()
     monkeypatch.setattr(torch, "__version__", "9.9")
@@ -145,8 +225,9 @@ def test_a_library_is_named_by_all_that_it_depends_on(fresh, monkeypatch):
         (build.sys, "platform", "darwin", "not darwin on"),
         (build, "instruction_set", lambda: "DEFAULT", "neither AVX2 nor AVX-512"),
         (build, "_torch_header", lambda: "", "brgemm"),
+        (torch.backends.openmp, "is_available", lambda: False, "without OpenMP"),
     ],
-    ids=["arm", "mac", "old cpu", "unknown torch"],
+    ids=["arm", "mac", "old cpu", "unknown torch", "no threads"],
 )
 def test_a_machine_that_cannot_run_them_is_refused_by_name(monkeypatch, what, name, value, said):
     monkeypatch.setattr(what, name, value)

@@ -173,7 +173,7 @@ def _second_layer_backward(
     dy: Tensor, weights: Weights, hidden: Tensor, sums: list[Tensor | None]
 ) -> Tensor:
     """Gradient of the hidden layer, before gelu; adds those of w2 and b2."""
-    assert weights.w2 is not None
+    assert weights.w2 is not None and sums[2] is not None
     _add_weight(sums[2], F.gelu(hidden), dy)
     _add_bias(sums[3], dy)
     return (dy @ weights.w2.transpose(-1, -2)).mul_(gelu_slope(hidden))
@@ -203,10 +203,8 @@ def _first_layer_backward(
     return shifted @ weights.wide.transpose(-1, -2)
 
 
-def _add_weight(total: Tensor | None, x: Tensor, dy: Tensor) -> None:
+def _add_weight(total: Tensor, x: Tensor, dy: Tensor) -> None:
     """Adds x^T @ dy, `[B, Hkv, N, E]` and `[B, Hkv, N, F]`, per head or for all heads."""
-    if total is None:
-        return
     if total.dim() == 3:
         total += (x.transpose(-1, -2) @ dy).sum(0)
     else:

@@ -84,7 +84,8 @@ def test_second_chunks_and_parts(op, sizes, scalars):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dims", [(7, 9), (17, 24)])
 def test_a_few_queries_read_any_number_of_16_bit_channels(dtype, dims):
-    values = arguments("attention", {"S": 2, "T": 11, "Dk": dims[0], "Dv": dims[1]}, dtype)
+    sizes = {"S": 2, "T": 11, "Hq": 4, "Hkv": 2, "Dk": dims[0], "Dv": dims[1]}
+    values = arguments("attention", sizes, dtype)
     check("attention", values)
 
 
@@ -128,10 +129,10 @@ def test_nothing_behind_the_keys_is_read(op, scalars, queries):
 
 
 def far(x: Tensor, axis: int) -> Tensor:
-    """x with more than 2**31 elements from the first to the last on an axis, in memory that is not
-    there until it is touched."""
+    """x with 3 * 2**30 elements from the first to the last on an axis, in memory that is not there
+    until it is touched."""
     strides = list(x.contiguous().stride())
-    strides[axis] = -(-(2**31 + 64) // (x.shape[axis] - 1))
+    strides[axis] = -(-(2**31 + 2**30) // (x.shape[axis] - 1))
     count = sum((n - 1) * step for n, step in zip(x.shape, strides, strict=True)) + 1
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     place = mmap.mmap(-1, 4 * count, flags=flags)
@@ -150,7 +151,8 @@ def far(x: Tensor, axis: int) -> Tensor:
     ],
 )
 def test_offsets_beyond_32_bits(op, queries, scalars, axis):
-    sizes = {"B": 2, "S": queries, "T": 2000 if axis == 1 else 12, "Hq": 2, "Hkv": 2}
+    of_axis = {"B": 1, "T": 6000} if axis == 1 else {"B": 2, "T": 12}
+    sizes = {"S": queries, "Hq": 2, "Hkv": 2, "Dk": 1, "Dv": 1} | of_axis
     values = arguments(op, sizes, **scalars)
     wanted = results(op, values)
     for name in ("k", "v") if axis == 1 else ("q", "k", "v"):

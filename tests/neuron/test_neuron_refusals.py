@@ -186,3 +186,13 @@ def test_a_vendors_package_that_cannot_be_imported_is_quoted(tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, hardware.VENDOR_PACKAGE, raising=False)
     assert "libnrt.so is missing" in hardware.hindrance()
+
+
+@pytest.mark.parametrize("op", ["sliding_window_attention", "sliding_window_attention_backward"])
+def test_programs_of_windows_are_counted_by_their_keys(op):
+    """A window of all keys is attention; one of 512 of 8192 meets 5 tiles of keys, not 33."""
+    sizes = {"S": 8192, "Hq": 16, "T": 8192}
+    causal = limits.range_instructions(a_call(op.replace("sliding_window_", ""), **sizes))
+    counts = [limits.range_instructions(a_call(op, w=w, **sizes)) for w in (512, 4096, 8192)]
+    assert counts[2] == causal and counts[0] < counts[1] < causal
+    assert 2 < causal / counts[0] < 7

@@ -107,6 +107,7 @@ def test_packed(window, group):
         (120, 0, 16, (192, 128), 0, torch.bfloat16),
         (70, 3, 16, (32, 16), 0, torch.float16),
         (600, 130, 1, (16, 16), 300, torch.float32),  # edges on both sides, and none
+        (70, 833, 16, (16, 16), 700, torch.float32),  # and both sizes between them
     ],
 )
 def test_hardware_loops(queries, past, group, dims, window, dtype):

@@ -85,3 +85,20 @@ def test_sums_that_meet_16_bit_weights_keep_more_bits(dtype):
     # x gives -256 and 256; pe adds the sums.
     assert dw.tolist() == [[3.0, 0.0], [3.0, 0.0]]
     assert dpe.tolist() == [[3.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [(torch.float32, 2e-7), (torch.float16, 6e-4), (torch.bfloat16, 5e-3)],
+    ids=str,
+)
+def test_probabilities_have_the_bits_of_their_dtype(dtype, most):
+    """A window of two keys with logits x and 0 and values 1 and 0: o = 1 / (1 + exp(-x))."""
+    odd = torch.arange(64).remainder(2).float()
+    x = torch.arange(64) / 16 - 2.0
+    q, k = (torch.nn.functional.pad(each[:, None], (0, 15)) for each in (x, odd))
+    q, k, v = (each.view(1, 64, 1, -1).to(dtype) for each in (q, k, odd[:, None]))
+    o, lse = nsa.sliding_window_attention(q, k, v, window=2, scale=1.0)
+    exact = x.double()[1:]
+    assert (o[0, 1:, 0, 0] - torch.sigmoid(exact)).abs().max() < most
+    assert (lse[0, 1:, 0] - torch.nn.functional.softplus(exact)).abs().max() < 3e-6

@@ -102,7 +102,7 @@ def alone(group: int = 16, tokens: int = 65_536, window: int = 512, chosen: int 
 
 def test_which_calls_one_kernel_for_one_head_takes():
     """Whatever does not fit partitions or banks goes to the kernel with heads on partitions."""
-    assert alone() is not None and alone(1) is not None
+    assert all(alone(tokens=n) is not None for n in (64, 4096, 65_536)) and alone(1) is not None
     # Rows of 8 tokens of a block lie on two groups of lanes: 512 logits, what a bank holds.
     assert alone(64) is not None and alone(65) is None
     assert alone(tokens=262_144) is not None and alone(tokens=524_288) is None  # 128 keys a lane

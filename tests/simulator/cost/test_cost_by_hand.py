@@ -228,6 +228,17 @@ def test_a_bank_of_addressed_tensors_is_the_same_for_all_of_them():
     assert timeline(across).issue[1] == pytest.approx(1084 / VECTOR)
 
 
+def test_banks_of_two_cores_are_apart():
+    def body():
+        bank = nl.ndarray((128, 512), nl.float32, buffer=nl.psum, address=(0, 0))
+        if nl.program_id(0) == 0:
+            nisa.tensor_copy(tile(), bank, engine=nisa.engine.vector)
+        else:
+            nisa.activation(tile(), nl.copy, bank)
+
+    assert list(timeline(body, lnc=2).issue) == [0, 0]
+
+
 # DMA: 2 ns per descriptor, 4 per run in HBM, 32 bytes per ns and engine, 100 to complete.
 ROUND = {
     "dma_trigger": 50.0, "dma_start": 800.0, "dma_start_hwdge": 1000.0, "dma_completion": 100.0,

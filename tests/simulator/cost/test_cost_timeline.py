@@ -10,6 +10,7 @@ from cost_helpers import hbm, nisa, nl, psum, sbuf, timeline
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nsa_neuron.simulator.cost import Cause
 from nsa_neuron.simulator.cost.overlap import may_overlap
 from nsa_neuron.simulator.machine.dtypes import resolve
 from nsa_neuron.simulator.memory.allocation import Access, access_at, allocation_of
@@ -99,3 +100,66 @@ def test_blocks_of_a_matrix_are_told_apart_exactly(data):
 
     a, b = block(), block()
     assert may_overlap(a, b) == bool(positions(a) & positions(b))
+
+
+def test_a_lane_s_stalls_are_told_by_cause_the_longest_first():
+    """VectorE waits for ScalarE's result, then for GpSimdE to have written what it overwrites."""
+
+    def body():
+        a, b, c = sbuf((128, 64)), sbuf((128, 64)), sbuf((128, 4096))
+        nisa.activation(a, nl.copy, sbuf((128, 64)))
+        nisa.tensor_copy(sbuf((128, 64)), a, engine=nisa.engine.vector)
+        nisa.tensor_copy(c, sbuf((128, 4096)), engine=nisa.engine.gpsimd)
+        nisa.memset(b, 0.0, engine=nisa.engine.vector)
+        nisa.tensor_copy(b, c[:, :64], engine=nisa.engine.gpsimd)
+        nisa.tensor_tensor(b, a, a, nl.add, engine=nisa.engine.vector)
+
+    t = timeline(body)
+    found = t.stalls("vector")
+    assert list(found) == [Cause.WAW, Cause.RAW]
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    index = t.members("vector")
+    for cause, ns in found.items():
+        assert ns == pytest.approx(t.stall[index][t.cause[index] == cause].sum())
+
+
+def test_members_are_those_of_one_core_in_the_order_they_begin():
+    def body():
+        if nl.program_id(0) == 0:
+            nisa.memset(sbuf((128, 64)), 0.0)
+        nisa.memset(sbuf((128, 64)), 0.0)
+        nisa.dma_copy(hbm((128, 64)), sbuf((128, 64)))
+        nisa.dma_copy(sbuf((128, 4096)), hbm((128, 4096)))
+
+    t = timeline(body, lnc=2)
+    assert t.members("vector", 0).tolist() == [0, 1] and t.members("vector", 1).tolist() == [4]
+    assert t.members("dma", 1).tolist() == [5, 6]
+    assert t.busy("vector", 0) > t.busy("vector", 1) > 0
+    begun = timeline(late_store).members("dma")
+    assert begun.tolist() == [2, 1]
+
+
+def late_store():
+    """A store that waits for a long pass, and a load behind it in the program, not in time."""
+    tile = sbuf((128, 8192))
+    nisa.memset(tile, 0.0)
+    nisa.dma_copy(hbm((128, 8192)), tile)
+    nisa.dma_copy(sbuf((128, 64)), hbm((128, 64)))
+
+
+def test_a_step_that_waited_for_a_lane_or_a_bank_begins_when_that_was_free():
+    """Not when its result was there: a pipeline goes on after its engine took the next."""
+
+    def turns():
+        for _ in range(2):
+            nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)), engine=nisa.engine.vector)
+
+    def bank():
+        one = psum((128, 512))
+        nisa.tensor_copy(sbuf((128, 512)), one, engine=nisa.engine.vector)
+        nisa.activation(sbuf((128, 512)), nl.copy, one)
+
+    for body, cause in ((turns, Cause.LANE), (bank, Cause.BANK)):
+        first, second = timeline(body).critical_path()
+        assert (first.index, second.index, second.cause) == (0, 1, cause)
+        assert second.since == pytest.approx(572 / 0.96) == first.until

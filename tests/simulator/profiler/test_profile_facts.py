@@ -98,6 +98,15 @@ def test_lines_of_the_critical_path_count_their_steps(two):
         assert by[row["what"]] == max(by.values())
 
 
+def test_a_line_is_named_by_what_takes_most_of_its_time():
+    def body():
+        tile, made = sbuf((128, 4096)), sbuf((128, 4096))
+        nisa.memset(tile[:, :8], 0.0), nisa.activation(made, nl.copy, tile)
+
+    (row,) = profile_of(body).to_dict()["critical_path"]["lines"]
+    assert (row["what"], row["steps"]) == ("scalar activation", 2)
+
+
 def test_more_lines_than_are_shown_are_summed():
     """25 lines that wait for one another, of which 20 are told."""
     calls = "\n".join("    nisa.activation(tile, nl.exp, tile)" for _ in range(25))

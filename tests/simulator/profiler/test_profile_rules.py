@@ -8,7 +8,15 @@ import pytest
 from profile_helpers import hbm, nisa, nl, profile_of, psum, sbuf, shapes
 
 from nsa_neuron.simulator.cost import load
-from nsa_neuron.simulator.profiler import rules_compute, rules_dma, rules_passes, rules_repeat
+from nsa_neuron.simulator.issue.timing import GpSimd
+from nsa_neuron.simulator.profiler import (
+    rules_compute,
+    rules_dma,
+    rules_passes,
+    rules_repeat,
+    what_if,
+)
+from nsa_neuron.simulator.profiler.sketch import Sketch, as_static
 from nsa_neuron.simulator.profiler.what_if import (
     CAUSE,
     Baseline,
@@ -610,3 +618,100 @@ def test_cores_that_share_a_stack_price_what_changes_by_half_of_it():
     one, two = (Baseline(profile_of(body, *shapes((128, 192)), lnc=n).timeline) for n in (1, 2))
     assert one.parameters.hbm_stack == P.hbm_stack
     assert two.parameters.hbm_stack == P.hbm_stack / 2
+
+
+def test_what_is_gone_stands_where_its_work_is_done_and_costs_nothing():
+    """A pass on VectorE into one on ScalarE into one on GpSimdE."""
+
+    def body():
+        bank, one, two, three = psum((128, 64)), sbuf((128, 64)), sbuf((128, 64)), sbuf((128, 64))
+        nisa.tensor_copy(one, bank, engine=nisa.engine.vector)
+        nisa.activation(two, nl.exp, one)
+        nisa.tensor_copy(three, two, engine=nisa.engine.gpsimd)
+        nisa.dma_copy(hbm((128, 64)), three)
+
+    base = Baseline(profile_of(body).timeline)
+    sketch = Sketch(base.t, base.flow, P, base.program.machine)
+    sketch.drop(0, 1)
+    sketch.drop(1, 2)
+    sketch.drop(3)
+    costs = sketch.costs()
+    assert sketch.lanes(costs) == {0: "gpsimd", 1: "gpsimd", 3: "dma-store"}
+    for k in (0, 1):
+        assert (costs[k].interval, costs[k].latency, costs[k].psum, costs[k].function) == (
+            0.0, 0.0, False, "",
+        )  # fmt: skip
+    assert costs[3].transfer.duration == costs[3].transfer.trigger_time == 0
+    assert base.t.costs[1].function == "exp" and base.t.costs[0].psum
+    assert base.t.costs[3].transfer.duration > 0
+
+
+def test_an_edit_changes_what_it_names_and_leaves_the_run_as_it_was():
+    def body():
+        index = sbuf((1, 1), nl.int32)
+        nisa.memset(index, 0)
+        for _ in range(2):
+            table = sbuf((128, 512))
+            view = table.ap([[512, 128], [1, 64]], scalar_offset=index)
+            nisa.tensor_scalar(sbuf((128, 64)), view, nl.add, nisa.register_alloc(3))
+
+    base = Baseline(profile_of(body).timeline)
+    plan, before = base.t.instructions[1].plan, base.t.costs[1].interval
+    sketch = Sketch(base.t, base.flow, P, base.program.machine)
+    kept = [as_static(a) for a in base.t.instructions[1].reads]
+    sketch.edit(1, reads=kept)
+    sketch.edit(2, reads=[as_static(a) for a in base.t.instructions[2].reads], static=True)
+    costs = sketch.costs()
+    assert before - costs[1].interval == pytest.approx(P.run_time_operand)
+    assert before - costs[2].interval == pytest.approx(2 * P.run_time_operand)
+    assert plan.registers == 1 and base.t.instructions[1].plan is plan
+    sketch.edit(2, engine="gpsimd", formula=GpSimd.ARITHMETIC, accumulator=True)
+    assert sketch[2].engine == "gpsimd" and sketch[2].plan.accumulator
+    assert not base.t.instructions[2].plan.accumulator
+    assert base.t.instructions[2].engine == "vector"
+
+
+def test_a_loop_of_one_core_is_unrolled_on_that_core():
+    """Loop 0 of core 1 only: what core 0 pays for its iterations, it pays all the same."""
+    (found,), base = ask(rules_repeat.run_time_operands, followed(6), *shapes((8, 128, 64)), lnc=2)
+    assert [core for core, _ in sorted(found.change.unrolled)] == [0, 1]
+    (_, loop) = next(iter(found.change.unrolled))
+    cores = base.t.run.cores
+    unrolled = what_if._unrolled(base.t.run, {(1, loop)})
+    assert len(unrolled.cores[0].loops) == len(cores[0].loops) == 6
+    assert unrolled.cores[1].loops == []
+
+
+def test_what_the_kept_half_needs_is_kept():
+    """One scale for all rows: each core goes on to load it."""
+
+    def body(a):
+        out, scale = hbm((4 * 128, 64)), sbuf((128, 1))
+        nisa.dma_copy(scale, a[:, 0:1])
+        for k in range(4):
+            tile = sbuf((128, 64))
+            nisa.dma_copy(tile, a)
+            nisa.tensor_scalar(tile, tile, nl.multiply, scale)
+            nisa.dma_copy(out[k * 128 : (k + 1) * 128], tile)
+
+    (c,), base = ask(rules_repeat.same_work, body, *shapes((128, 64)), lnc=2)
+    again = base._again(c.change)
+    half = len(again.costs) // 2
+    assert again.costs[0].transfer.duration > 0 and again.costs[half].transfer.duration > 0
+    stores = [k for k, i in enumerate(base.t.instructions) if not i.writes[0].allocation.on_chip]
+    assert sum(again.costs[k].transfer.duration > 0 for k in stores) == 4
+
+
+def test_sums_in_psum_are_no_tiles_to_be_narrow():
+    def body(a):
+        out, tile, bank = hbm(a.shape, a.dtype), sbuf(a.shape, a.dtype), psum(a.shape)
+        one, result = sbuf(a.shape), sbuf(a.shape, a.dtype)
+        nisa.dma_copy(tile, a)
+        nisa.tensor_copy(bank, tile, engine=nisa.engine.vector)
+        nisa.tensor_scalar(one, bank, nl.add, 1.0)
+        nisa.tensor_scalar(result, one, nl.multiply, 2.0)
+        nisa.dma_copy(out, result)
+        return out
+
+    base = Baseline(profile_of(body, *shapes((128, 512), dtype="bfloat16")).timeline)
+    assert [a.buffer for a in rules_passes._could_be_narrow(base)] == ["sbuf"]

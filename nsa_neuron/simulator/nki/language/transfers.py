@@ -149,7 +149,7 @@ def shared_identity_matrix(n, dtype=uint8, dst=None):
         return tile
     constant = (*key, "hbm")
     source = core.state.get(constant)
-    if source is None:
+    if source is None or source.memory.allocation.closed:
         source = shared_constant(np.eye(n, dtype=np.float32).astype(kind.numpy))
         source = core.state[constant] = source.view(kind)
     if dst is None:

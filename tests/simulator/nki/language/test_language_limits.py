@@ -1,0 +1,252 @@
+"""`nl` functions where they are easily wrong: large values, unlike dtypes, axes, odd sizes."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from nl_helpers import apply, normal, to_result
+
+from nsa_neuron import simulator
+from nsa_neuron.simulator.nki import collectives as ncc
+from nsa_neuron.simulator.nki import isa as nisa
+from nsa_neuron.simulator.nki import language as nl
+
+BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+E4, E5 = np.dtype(ml_dtypes.float8_e4m3), np.dtype(ml_dtypes.float8_e5m2)
+
+
+@pytest.mark.parametrize("shift", [-3e4, 0.0, 3e4])
+def test_softmax_is_the_same_wherever_its_logits_lie(shift):
+    x = (8 * normal(16, 3, 6)).astype(np.float32)
+    moved = (x + np.float32(shift)).astype(np.float64)
+    wide = np.exp(moved - moved.max(2, keepdims=True))
+    want = wide / wide.sum(2, keepdims=True)
+    got = apply(lambda t: nl.softmax(t, 2), moved.astype(np.float32))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.25])
+def test_rms_norm_of_small_rows_is_bounded_by_epsilon(epsilon):
+    x, w = 1e-3 * normal(8, 32), normal(8, 32, seed=1)
+    wide = x.astype(np.float64)
+    want = wide / np.sqrt((wide**2).mean(1, keepdims=True) + epsilon) * w
+    got = apply(lambda x, w: nl.rms_norm(x, w, 1, 32, epsilon), x, w)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "given", "want"),
+    [
+        ((np.float32, BF16), None, np.float32), ((BF16, np.float32), None, BF16),
+        ((np.float32, BF16), nl.float16, F16),
+    ],
+)  # fmt: skip
+def test_where_has_the_dtype_of_its_first_tile_or_the_one_given(dtypes, given, want):
+    c = (normal(8, 6) > 0).astype(np.float32)
+    x, y = normal(8, 6, seed=1).astype(dtypes[0]), normal(8, 6, seed=2).astype(dtypes[1])
+    got = apply(lambda c, x, y: nl.where(c, x, y, given), c, x, y)
+    assert got.dtype == want
+    wide = np.where(c, x.astype(np.float32), y.astype(np.float32))
+    np.testing.assert_allclose(got.astype(np.float32), wide.astype(want).astype(np.float32))
+
+
+def test_where_of_integers_takes_a_number_as_one():
+    c, x = (normal(8, 6) > 0).astype(np.int32), np.arange(48, dtype=np.int32).reshape(8, 6)
+    np.testing.assert_array_equal(apply(lambda c, x: nl.where(c, x, 7), c, x), np.where(c, x, 7))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "want"),
+    [
+        (E4, E5, BF16), (E4, E4, E4), (BF16, F16, np.float32), (BF16, E4, BF16),
+        (E5, np.float32, np.float32), (np.int32, BF16, BF16), (np.int8, np.int32, np.int32),
+        (np.int32, np.uint8, np.int32), (np.int16, np.uint16, np.int16),
+    ],
+)  # fmt: skip
+def test_the_dtype_of_two_tiles(one, other, want):
+    a, b = np.ones((4, 4), one), np.ones((4, 4), other)
+    assert apply(nl.add, a, b).dtype == want
+
+
+@pytest.mark.parametrize("shapes", [((4, 8), (8, 4)), ((4, 2, 3), (4, 3)), ((4, 1, 3), (2, 2, 3))])
+def test_tiles_of_other_partitions_or_sizes_do_not_pair(shapes):
+    with pytest.raises(simulator.SimulationError) as error:
+        apply(nl.add, *(normal(*shape) for shape in shapes))
+    assert error.value.rule == "shape"
+
+
+def test_tiles_of_as_many_elements_pair_in_order():
+    a, b = normal(4, 6), normal(4, 2, 3, seed=1)
+    got = apply(nl.add, a, b)
+    assert got.shape == (4, 2, 3)
+    np.testing.assert_array_equal(got, a.reshape(4, 2, 3) + b)
+
+
+@pytest.mark.parametrize("axis", [(1, 2), 2])
+def test_means_and_variances_of_several_axes_are_of_all_of_them(axis):
+    x = (normal(8, 4, 50) + 3).astype(BF16)
+    wide = x.astype(np.float64)
+    mean = apply(lambda t: nl.mean(t, axis, nl.float32), x)
+    np.testing.assert_allclose(mean.reshape(-1), wide.mean(axis).reshape(-1), rtol=1e-5)
+    var = apply(lambda t: nl.var(t, axis, nl.float32), x)
+    np.testing.assert_allclose(var.reshape(-1), wide.var(axis).reshape(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("x", [7.0, -7.0])
+def test_a_scalar_on_the_left_stays_on_the_left(x):
+    y = normal(4, 5) + 3
+    np.testing.assert_allclose(apply(lambda t: nl.subtract(x, t), y), x - y, rtol=1e-6)
+    np.testing.assert_array_equal(apply(lambda t: nl.less(x, t), y), x < y)
+
+
+def test_not_of_integers_is_of_their_lowest_bit():
+    x = np.array([[0, 1, 1, 0]], np.int32)
+    np.testing.assert_array_equal(apply(nl.logical_not, x), 1 - x)
+
+
+@pytest.mark.parametrize("size", [1, 100, 2048, 2049, 4100, 128 * 2048, 128 * 2048 + 5])
+def test_hbm_is_filled_to_its_last_element(size):
+    def kernel(x):
+        return nl.full((size,), 3, nl.float32, buffer=nl.shared_hbm)
+
+    got = simulator.simulate(kernel)(np.zeros((1, 1), np.float32))
+    assert got.shape == (size,) and (got == 3).all()
+
+
+@pytest.mark.parametrize("partitions", [33, 64, 100, 128])
+def test_one_row_on_many_partitions(partitions):
+    x = normal(1, 5)
+    got = apply(lambda t: nl.broadcast_to(t, (partitions, 5)), x)
+    np.testing.assert_array_equal(got, np.tile(x, (partitions, 1)))
+
+
+def test_cosine_is_shifted_before_its_argument_is_reduced():
+    x = np.array([[0.0, np.pi / 2, np.pi, 3 * np.pi / 2, 100.0, -100.0]], np.float32)
+    np.testing.assert_allclose(apply(nl.cos, x), np.cos(x.astype(np.float64)), atol=2e-6)
+
+
+@pytest.mark.parametrize("value", [2.0**23 - 0.5, 2.0**23, 2.0**31, -(2.0**31) - 512, 3e38, -3e38])
+def test_large_values_are_whole_already(value):
+    x = np.full((1, 4), value, np.float32)
+    for name in ("floor", "ceil", "trunc"):
+        np.testing.assert_array_equal(apply(getattr(nl, name), x), getattr(np, name)(x))
+
+
+def test_identities_are_shared_by_size_and_dtype():
+    def kernel(x):
+        kinds = [nl.shared_identity_matrix(n, d) for n in (4, 8) for d in (nl.bfloat16, nl.uint8)]
+        again = [nl.shared_identity_matrix(n, d) for n in (4, 8) for d in (nl.bfloat16, nl.uint8)]
+        assert all(a is b for a, b in zip(kinds, again, strict=True))
+        assert [(t.shape[0], str(t.dtype)) for t in kinds] == [
+            (4, "bfloat16"), (4, "uint8"), (8, "bfloat16"), (8, "uint8"),
+        ]  # fmt: skip
+        return to_result(nl.copy(kinds[2], nl.float32))
+
+    np.testing.assert_array_equal(simulator.simulate(kernel)(normal(1, 1)), np.eye(8))
+
+
+def test_an_identity_of_a_loop_that_has_ended_is_made_anew():
+    def kernel(x):
+        out = nl.ndarray((4, 4), nl.float32, buffer=nl.shared_hbm)
+
+        def body(i):
+            nl.shared_identity_matrix(4, nl.float32)
+
+        nl.fori_loop(0, 2, body)
+        nisa.dma_copy(out, nl.shared_identity_matrix(4, nl.float32))
+        return out
+
+    np.testing.assert_array_equal(simulator.simulate(kernel)(normal(1, 1)), np.eye(4))
+
+
+def test_integers_for_enums_break_a_rule_every_time():
+    def kernel(x):
+        tile = nl.load(x)
+        for _ in range(2):
+            nisa.tensor_copy(tile, tile, engine=5)
+        return to_result(tile)
+
+    run = simulator.simulate(kernel, relax={"enum"})
+    run(normal(4, 4))
+    assert len([e for e in run.run.cores[0].relaxed if e.rule == "enum"]) == 2
+    with pytest.raises(simulator.SimulationError) as error:
+        simulator.simulate(kernel)(normal(4, 4))
+    assert error.value.rule == "enum"
+
+
+def ranked(call, ranks=2, shape=(4, 6)):
+    """`call(src, dst)` on tensors of HBM of each rank, filled with its number."""
+
+    def kernel(x):
+        src, dst = (nl.ndarray(shape, x.dtype, buffer=nl.shared_hbm) for _ in range(2))
+        nisa.dma_copy(src, x)
+        nisa.dma_copy(dst, x)
+        call(src, dst)
+        return dst
+
+    data = [np.full(shape, r, np.float32) for r in range(ranks)]
+    return simulator.simulate(kernel, ranks=ranks)(simulator.PerRank(data))
+
+
+ALL = ncc.ReplicaGroup([[0, 1]])
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_up_to_four_channels(count):
+    def call(src, dst):
+        ncc.collective_permute_implicit(
+            [[src]] * count, [[dst]] * count, ALL, list(range(count))
+        )  # fmt: skip
+
+    if count == 5:
+        with pytest.raises(simulator.SimulationError, match="at most 4 channels"):
+            ranked(call)
+        return
+    zero, one = ranked(call)
+    assert (zero == 1).all() and (one == 0).all()
+
+
+@pytest.mark.parametrize("pairs", [[(0, 1), (0, 0)], [(0, 1), (1, 1)], [(0, 2)], [(-1, 0)]])
+def test_each_rank_is_source_and_target_once(pairs):
+    with pytest.raises(simulator.SimulationError, match="source of at most one pair"):
+        ranked(lambda src, dst: ncc.collective_permute([src], [dst], pairs))
+
+
+def test_several_tensors_are_gathered_in_hbm_only():
+    def kernel(x):
+        tiles = [nl.load(x) for _ in range(4)]
+        ncc.all_reduce(tiles[:2], tiles[2:], ALL, nl.add)
+        return x
+
+    with pytest.raises(simulator.SimulationError, match="several tensors only in HBM"):
+        simulator.simulate(kernel, ranks=2)(np.ones((4, 6), np.float32))
+    both = ranked(lambda src, dst: ncc.all_reduce([src, src], [dst, dst], ALL, nl.add))
+    assert all((x == 1).all() for x in both)
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_after_so_many_steps_the_data_of_that_predecessor_is_here(steps):
+    group, found = ncc.ReplicaGroup([[2, 0, 1]]), {}
+
+    def kernel(x):
+        rank = ncc.collective_permute_implicit_current_processing_rank_id(steps, group)
+        found[ncc.rank_id().value] = rank.value
+        return x
+
+    simulator.simulate(kernel, ranks=3)(np.ones((2, 2), np.float32))
+    order = [2, 0, 1]
+    assert found == {r: order[(order.index(r) - steps) % 3] for r in range(3)}
+
+
+def test_ranks_do_not_see_each_other_s_arguments():
+    def kernel(x):
+        tile = nl.load(x)
+        nisa.tensor_scalar(tile, tile, nl.add, 1.0)
+        nl.store(x, tile)
+        return x
+
+    shared = np.zeros((2, 2), np.float32)
+    for got in simulator.simulate(kernel, ranks=3)(shared):
+        assert (got == 1).all()
+    assert not shared.any()

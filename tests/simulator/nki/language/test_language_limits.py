@@ -250,3 +250,39 @@ def test_ranks_do_not_see_each_other_s_arguments():
     for got in simulator.simulate(kernel, ranks=3)(shared):
         assert (got == 1).all()
     assert not shared.any()
+
+
+def test_ranks_that_order_their_group_otherwise_do_not_meet():
+    def kernel(x, order):
+        out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
+        ncc.all_gather([x], [out], ncc.ReplicaGroup([list(order)]), 0)
+        return out
+
+    run = simulator.simulate(kernel, ranks=2)
+    with pytest.raises(simulator.SimulationError):
+        run(np.ones((2, 2), np.float32), simulator.PerRank([(0, 1), (1, 0)]))
+
+    def reduced(x, order):
+        out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
+        ncc.all_reduce([x], [out], ncc.ReplicaGroup([list(order)]), nl.add)
+        return out
+
+    run = simulator.simulate(reduced, ranks=2)
+    with pytest.raises(simulator.DeadlockError):
+        run(np.ones((2, 2), np.float32), simulator.PerRank([(0, 1), (1, 0)]))
+    same = run(np.ones((2, 2), np.float32), simulator.PerRank([(1, 0), (1, 0)]))
+    assert all((x == 2).all() for x in same)
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_without_precision_nothing_is_rounded_as_it_is_stored(precise):
+    """Seen through a view of the same bits: tf32 keeps 10 of the 23 bits of a mantissa."""
+    x = np.full((1, 4), 1 + 2.0**-20, np.float32)
+
+    def kernel(a):
+        narrow, wide = nl.ndarray((1, 4), nl.tfloat32), nl.load(a)
+        nisa.tensor_copy(narrow, wide)
+        return to_result(narrow.view(nl.float32))
+
+    got = simulator.simulate(kernel, precise=precise)(x)
+    np.testing.assert_array_equal(got, np.ones((1, 4)) if precise else x)

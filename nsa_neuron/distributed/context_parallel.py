@@ -81,7 +81,7 @@ class RankAttention:
             *(given[name] for name in names), *weights, given["cu_seqlens"],
             c.phi, g["block"], g["stride"], g["select_block"], g["num_selected"],
             g["num_initial"], g["num_local"], g["window"], None,
-            0.0 if c.rope == "before" else float(c.rope_base),
+            0.0 if c.rope == "before" else layer.rope_base,
             *self.names, self.fetch,
         )  # fmt: skip
 

@@ -63,6 +63,7 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.config = config
         self.sets = sets
+        self._rope_base = repr(config.rope_base)
         bias = config.qkv_bias
         self.q = Linear(config.dim, config.heads * config.dk, bias=bias)
         self.kv = Linear(config.dim, sets * config.kv_heads * (config.dk + config.dv), bias=bias)
@@ -79,6 +80,15 @@ class AttentionLayer(nn.Module):
         # Before any parameter is loaded: they are the children's.
         check_rows(self, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    @property
+    def rope_base(self) -> float:
+        """`config.rope_base`; 0: no rotary encoding.
+
+        Kept as text, a constant: a float attribute is an input to torch.compile(dynamic=True),
+        which finds it in use, throws its compiled graph away and compiles again.
+        """
+        return float(self._rope_base)
 
     @property
     def own_config(self) -> NsaConfig:
@@ -106,7 +116,7 @@ class AttentionLayer(nn.Module):
         both = both.unflatten(-1, (-1, self.sets, c.dk + c.dv))
         k, v = both.split((c.dk, c.dv), -1)
         k = _normed(k, self.k_norm)
-        turn = turn_of(positions, c.dk, c.rope_base, q.dtype)
+        turn = turn_of(positions, c.dk, self.rope_base, q.dtype)
         return turned(q, turn), list(k.unbind(3)), list(v.unbind(3)), turn
 
     def positions_of(self, x: Tensor, cu_seqlens: Tensor | None, step: LayerStep | None) -> Tensor:
@@ -246,12 +256,12 @@ class NativeSparseAttention(AttentionLayer):
         """
         c = self.config
         k_cmp, v_cmp = self.phi_k(k, cu_seqlens), self.phi_v(v, cu_seqlens)
-        if c.rope == "before" or c.rope_base == 0:
+        if c.rope == "before" or self.rope_base == 0:
             return k_cmp, v_cmp
         if ends is None:
             # Counted from what compress gives, whose size torch.export must not look into.
             ends = block_positions(k_cmp.shape[1], c.block, c.stride, cu_seqlens, k.device)
-        return rotate(k_cmp, ends, c.rope_base), v_cmp
+        return rotate(k_cmp, ends, self.rope_base), v_cmp
 
     def _finish(self, o: Tensor) -> Tensor:
         y: Tensor = self.out(o.flatten(-2))

@@ -35,6 +35,7 @@ class Embedding(nn.Embedding):
     def __init__(self, count: int, dim: int, *, std: float = INIT_STD) -> None:
         self.std = std
         super().__init__(count, dim)
+        self.norm_type = 2  # not 2.0: see `AttentionLayer.rope_base`; without max_norm it is unused
 
     def reset_parameters(self) -> None:
         """Starts again."""

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from tiny import GEOMETRY, MIXED, SIZES, bytes_of, config, model
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from nsa_neuron.errors import InvalidArgument, InvalidType, StateMismatch
@@ -265,11 +266,13 @@ def test_deepcopy_and_functional_call():
 def test_compiled_training_equals_eager_in_one_graph():
     torch._dynamo.reset()
     net = model(("nsa", "full"), torch.float32)
-    fast = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
+    once = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(net, backend=once, fullgraph=True, dynamic=True)
     for tokens in (bytes_of(2, 40), bytes_of(2, 57)):
         want = torch.autograd.grad(next_token_loss(net(tokens), tokens), net.head.weight)[0]
         got = torch.autograd.grad(next_token_loss(fast(tokens), tokens), net.head.weight)[0]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert once.frame_count == 1  # no float attribute was an input, and specialized again
 
 
 def test_a_state_dict_loads_whole_or_not_at_all():

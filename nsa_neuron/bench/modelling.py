@@ -109,7 +109,10 @@ def _run(simulated: Simulated) -> Run:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """CPU seconds, which other work on the machine disturbs less than wall time."""
+    """CPU seconds, which other work on the machine disturbs less than wall time.
+
+    Never 0: under a limit of CPU time (`ulimit -t`) the clock goes by the scheduler's ticks.
+    """
     start = time.process_time()
     call()
-    return time.process_time() - start
+    return max(time.process_time() - start, 1e-9)

@@ -272,7 +272,9 @@ def _ratio(dense: Record | None, ours: Record | None, clock: str) -> str:
         return "-"
     if clock == "median":
         return f"{dense.median / ours.median:.2f}"
-    return f"{dense.facts[clock] / ours.facts[clock]:.2f}"
+    # Under a limit of CPU time (`ulimit -t`) its clock goes by ticks: a short step takes none.
+    cpu = ours.facts[clock]
+    return f"{dense.facts[clock] / cpu:.2f}" if cpu else "-"
 
 
 def _decode_table(records: Sequence[Record], rate: float) -> str:

@@ -424,3 +424,13 @@ def test_a_profile_costs_its_timelines_beside_the_run(monkeypatch) -> None:
     run = SimpleNamespace(instructions=range(12))
     monkeypatch.setattr(modelling, "simulate", lambda kernel: Launch(lambda: None, run))
     assert modelling.overhead("k", None, (), 2).median == pytest.approx(1.4)
+
+
+def test_a_clock_that_goes_by_ticks_ends_no_measurement(clock: Clock, tables) -> None:
+    """As under `ulimit -t`: a short step takes no CPU time at all."""
+    assert 0 < modelling._seconds(clock.spend("step", 1, 0)) < 1e-6
+    facts = {"tokens": 64, "pass": native.FORWARD, "load": 0.25, "cpu_ms": 0.0}
+    facts |= {"Hq": 2, "Hkv": 1, "Dk": 16, "dtype": "float32", "threads": 1}
+    native._table(native.FORWARD, [ms("sdpa", 12, **facts), ms("cpu:native", 4, **facts)])
+    assert tables[0][0]["by CPU time, cpu:native"] == "-"
+    assert tables[0][0]["SDPA / cpu:native"] == "3.00"

@@ -715,3 +715,12 @@ def test_sums_in_psum_are_no_tiles_to_be_narrow():
 
     base = Baseline(profile_of(body, *shapes((128, 512), dtype="bfloat16")).timeline)
     assert [a.buffer for a in rules_passes._could_be_narrow(base)] == ["sbuf"]
+
+
+def test_functions_whose_tables_are_loaded_are_told_by_name():
+    def body():
+        for function in (nl.silu, nl.sqrt, nl.exp, nl.log, nl.mish, nl.erf, nl.silu):
+            nisa.activation(sbuf((128, 64)), function, sbuf((128, 64)))
+
+    (c,), _ = ask(rules_compute.table_loads, body)
+    assert "7 table loads for erf, exp, log, mish, silu, sqrt; do all of one" in c.message

@@ -286,3 +286,168 @@ def test_without_precision_nothing_is_rounded_as_it_is_stored(precise):
 
     got = simulator.simulate(kernel, precise=precise)(x)
     np.testing.assert_array_equal(got, np.ones((1, 4)) if precise else x)
+
+
+def test_steps_of_a_grid_count_elements_from_one_chosen_cell_to_the_next():
+    def kernel(x):
+        grid = nl.tiles(x, tile_shape=(32, 16))
+        assert grid.shape == (4, 4) and grid.index_step_elements == (32, 16)
+        assert grid[::2].index_step_elements == (64, 16)
+        assert grid[1, ::3].index_step_elements == (48,)
+        assert grid[1:3].is_data_representable and not grid[::2].is_data_representable
+        assert nl.tiles(x, tile_shape=(48, 20))[2, 3].element_shape == (32, 4)
+        return x
+
+    simulator.simulate(kernel)(np.zeros((128, 64), np.float32))
+
+
+@pytest.mark.parametrize(("dtype", "rule"), [(nl.int64, ""), (nl.int32, "dtype-match")])
+@pytest.mark.parametrize("to", [True, False])
+def test_64_bits_are_copied_not_converted(dtype, rule, to):
+    def kernel(x):
+        wide = nl.ndarray((4, 4), nl.int64, buffer=nl.shared_hbm)
+        other = nl.ndarray((4, 4), dtype, buffer=nl.shared_hbm)
+        nisa.dma_copy(wide, x)
+        if to:
+            nisa.dma_copy(other, wide)
+            return other
+        nisa.dma_copy(other, nl.full((4, 4), 3, nl.int32) if dtype is nl.int32 else x)
+        nisa.dma_copy(wide, other)
+        return wide
+
+    run, x = simulator.simulate(kernel), np.full((4, 4), 2**40, np.int64)
+    if not rule:
+        np.testing.assert_array_equal(run(x), x)
+        return
+    with pytest.raises(simulator.SimulationError) as error:
+        run(x)
+    assert error.value.rule == rule
+
+
+def table_of(kind=nl.uint32, shape=(3, 2)):
+    return nl.full(shape, 0, kind, buffer=nl.shared_hbm)
+
+
+@pytest.mark.parametrize(
+    ("call", "rule", "said"),
+    [
+        (lambda x, y: ncc.all_reduce([x], [y], [[0, 1]], nl.add), "collective", "a ReplicaGroup"),
+        (lambda x, y: ncc.all_reduce([x, 3], [y, y], ALL, nl.add), "collective", "of tensors"),
+        (lambda x, y: ncc.all_reduce([x], [y, y], ALL, nl.add), "collective", "hold 1 tensors"),
+        (lambda x, y: ncc.all_reduce([], [], ALL, nl.add), "collective", "of tensors"),
+        (lambda x, y: ncc.all_reduce([x], [y.view(nl.int32)], ALL, nl.add), "collective",
+         "another dtype"),
+        (lambda x, y: ncc.all_gather([nl.zeros((2, 2, 2), nl.float32)],
+                                     [nl.zeros((4, 2, 2), nl.float32)], ALL, 0),
+         "collective", "2-D in SBUF"),
+        (lambda x, y: ncc.collective_permute_implicit([x], [y], ALL), "collective", "of tensors"),
+        (lambda x, y: ncc.collective_permute_implicit(x, [[y]], ALL), "collective",
+         "one list per channel"),
+        (lambda x, y: ncc.collective_permute_implicit([[x], [x]], [[y]], ALL), "collective",
+         "one list per channel"),
+        (lambda x, y: ncc.reduce_scatter([x], [y], ALL, 1, nl.add), "collective", "be that dim"),
+        (lambda x, y: ncc.all_to_all_v([x], [y], ALL, table_of(), has_rdispls=True),
+         "generation", "has_rdispls"),
+        (lambda x, y: ncc.all_to_all_v([x], [y], ALL, table_of(shape=(4, 2))), "collective",
+         "wrong shape or dtype"),
+        (lambda x, y: ncc.all_to_all_v([x], [y], ALL, table_of(nl.int32)), "collective",
+         "wrong shape or dtype"),
+        (lambda x, y: ncc.all_to_all_v([x], [y], ALL, table_of(), priority=1), "generation", "v4"),
+    ],
+)  # fmt: skip
+def test_what_a_collective_does_not_take(call, rule, said):
+    with pytest.raises(simulator.SimulationError) as error:
+        ranked(call)
+    assert error.value.rule == rule
+    assert said in f"{error.value.operand}: {error.value.message}"
+
+
+@pytest.mark.parametrize(
+    ("count", "start", "rule"),
+    [(12, 0, ""), (13, 0, "oob"), (12, 12, ""), (12, 13, "oob"), (0, 24, ""), (0, 25, "oob")],
+)
+def test_chunks_fit_their_slot_and_their_source(count, start, rule):
+    """Of 24 elements each of two ranks has a slot of 12; starts are those of the sender."""
+
+    def kernel(x, meta):
+        src, dst = (nl.ndarray((24,), x.dtype, buffer=nl.shared_hbm) for _ in range(2))
+        table = nl.ndarray(meta.shape, meta.dtype, buffer=nl.shared_hbm)
+        for to, of in ((src, x), (dst, x), (table, meta)):
+            nisa.dma_copy(to, of)
+        ncc.all_to_all_v([src], [dst], ALL, table)
+        return dst
+
+    x = np.arange(24, dtype=np.float32)
+    meta = np.array([[count] * 2, [start] * 2, [0] * 2], np.uint32)
+    run = simulator.simulate(kernel, ranks=2)
+    if rule:
+        with pytest.raises(simulator.SimulationError) as error:
+            run(x, meta)
+        assert error.value.rule == rule
+        return
+    for got in run(x, meta):
+        want = x.copy()
+        for slot in (0, 12):
+            want[slot : slot + count] = x[start : start + count]
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("call", "rule"),
+    [
+        (lambda t: nl.transpose(nl.zeros((4, 2, 2), nl.float32)), "shape"),
+        (lambda t: nl.gather_flattened(t, nl.zeros((4, 4), nl.uint32), axis=1), "value"),
+        (lambda t: nl.softmax(t, 0), "axis"),
+        (lambda t: nl.add(1.0, 2.0), "usage"),
+        (lambda t: nl.floor(3.0), "usage"),
+        (lambda t: nl.store(t, 3.0), "usage"),
+        (lambda t: nl.shared_constant([1, 2]), "usage"),
+        (lambda t: nl.ndarray((4, 4), nl.float32, buffer="sbuf"), "usage"),
+        (lambda t: nl.load(t), "usage"),
+        (lambda t: nl.broadcast_to(t, (4, 4, 4)), "shape"),
+        (lambda t: nl.tiles(t, tile_shape=(4, 4))[0, 1], "grid"),
+        (lambda t: nl.tiles(t, tile_shape=(4, 4))[0, 0, 0], "grid"),
+        (lambda t: nl.tiles(3, tile_shape=(4, 4)), "usage"),
+        (lambda t: nl.tiles(t, tile_shape=(4,)), "grid"),
+        (lambda t: nl.tiles(t, tile_shape=[4, 4]), "usage"),
+        (lambda t: nl.tiles(t, tile_shape=(4, 0)), "grid"),
+    ],
+)
+def test_what_a_function_does_not_take(call, rule):
+    with pytest.raises(simulator.SimulationError) as error:
+        apply(lambda t: call(t) or t, normal(4, 4))
+    assert error.value.rule == rule
+
+
+@pytest.mark.parametrize("name", ["dropout", "gather", "transpose", "load_transpose2d", "sin"])
+def test_a_dtype_that_is_asked_for_is_that_of_the_result(name):
+    x = normal(16, 16)
+    calls = {
+        "dropout": lambda t: nl.dropout(t, 0.0, nl.bfloat16),
+        "gather": lambda t: nl.gather_flattened(t, nl.zeros((16, 4), nl.int32), dtype=nl.bfloat16),
+        "transpose": lambda t: nl.transpose(t, nl.bfloat16),
+        "sin": lambda t: nl.sin(t, nl.bfloat16),
+    }
+    if name == "load_transpose2d":
+        run = simulator.simulate(lambda x: to_result(nl.load_transpose2d(x, nl.bfloat16)))
+        got = run(x)
+    else:
+        got = apply(calls[name], x)
+    want = {
+        "dropout": x, "gather": np.repeat(x[:, :1], 4, 1), "transpose": x.T,
+        "load_transpose2d": x.T, "sin": np.sin(x),
+    }[name]  # fmt: skip
+    assert got.dtype == BF16
+    np.testing.assert_allclose(got.astype(np.float32), want, rtol=2**-8, atol=1e-6)
+
+
+def test_uniform_numbers_in_hbm_are_those_of_a_tile():
+    def kernel(x):
+        nl.random_seed(nl.full((1, 1), 5, nl.int32))
+        tile = nl.rand((8, 16), nl.float32)
+        nl.random_seed(nl.full((1, 1), 5, nl.int32))
+        return to_result(tile), nl.rand((8, 16), nl.float32, buffer=nl.shared_hbm)
+
+    tile, far = simulator.simulate(kernel)(normal(1, 1))
+    np.testing.assert_array_equal(tile, far)
+    assert 0 <= tile.min() and tile.max() < 1 and np.unique(tile).size == tile.size

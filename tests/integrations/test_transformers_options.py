@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from nsa_neuron.errors import InvalidArgument  # noqa: E402
 from nsa_neuron.integrations.transformers import NsaForCausalLM, NsaLmConfig, convert  # noqa: E402
 from nsa_neuron.integrations.transformers import attention as hf_attention  # noqa: E402
 from nsa_neuron.integrations.transformers import cache as hf_cache  # noqa: E402
+
+convert_module = importlib.import_module("nsa_neuron.integrations.transformers.convert")
+
 from nsa_neuron.integrations.transformers.attention import (  # noqa: E402
     attention_mask,
     edges_of,
@@ -358,3 +363,14 @@ def test_what_was_loaded_is_not_started_again(tmp_path):
     again = NsaForCausalLM.from_pretrained(tmp_path)
     assert all(bool((p == 0.7).all()) for p in again.parameters())
     assert BODY["vocab_size"] == again.vocab_size and sized(again).config.nsa_num_selected == 4
+
+
+def test_a_config_that_says_nothing_of_its_encoding_has_the_usual_one():
+    """Nor of its layers' types, nor of a head's size."""
+    values = {name: getattr(llama().config, name) for name in convert_module._SAME}
+    for missing in ({}, {"rope_parameters": None, "layer_types": None, "head_dim": None}):
+        made = convert_module._config(SimpleNamespace(**values, **missing), {"num_selected": 5})
+        assert (made.rope_theta, made.head_dim, made.phi) == (10_000.0, 32 // 4, "linear")
+        assert made.num_selected == 5 and made.rms_norm_eps == values["rms_norm_eps"]
+    with pytest.raises(InvalidArgument, match="with rope_type 'yarn'; it must be with 'default'"):
+        convert_module._config(SimpleNamespace(**values, rope_parameters={"rope_type": "yarn"}), {})

@@ -230,3 +230,16 @@ def test_what_does_not_fit_comes_last_and_then_by_memory():
         assert keys == sorted(keys) and all(e.fits == (memory > 0) for e in found)
     made = plan.Estimate(Parallelism(), seconds={"a": 1.0, "b": 4.0, "c": 2.0})
     assert made.total == 7.0 and made.bound == "b"
+
+
+def test_bytes_of_a_mesh_of_every_axis():
+    """Half of the tokens, layers, heads and parameters, and four sequences, for each device."""
+    found = plan.estimate(SMALL, Parallelism(2, 2, 2, 2), FREE).sent
+    states = 2048 * 64 * 2
+    assert found["pp"] == 2 * states * 4
+    assert found["tp"] == (states * (11 * 2 + 4 / 2) + 6 * 2048 * 4 / 2) / 2 * 4
+    local, ends = SMALL.parameters / 4, 2 * 200 * 64 / 4
+    assert found["dp"] == (2 * (2 * local - ends) + 4 * local) * 3 / 4
+    # Before the second rank lie 127 blocks, which leave 16 tokens; a window needs 511 of them.
+    rows = (16 + 511) + 127 + 2048
+    assert found["cp"] == 4 * rows * (1 * 24 * 2) * 2 * 4

@@ -14,8 +14,11 @@ from functools import cache
 from tempfile import TemporaryDirectory
 
 SERVER = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
+gc.disable()
 import torch
+gc.freeze()  # children walk through what they make only, and copy no page of what they do not
+gc.enable()
 
 assert "nsa_neuron" not in sys.modules
 for line in sys.stdin:

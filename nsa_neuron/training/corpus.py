@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,17 +94,25 @@ def prose_corpus() -> Corpus:
 def docstrings(source: bytes) -> list[str]:
     """A Python file's docstrings without their indent, but for those of a few words."""
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    nodes = [node for node in _statements(ast.parse(source)) if isinstance(node, kinds)]
     return [text for node in nodes if len(text := ast.get_docstring(node) or "") >= LEAST_DOCSTRING]
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """In the order of `ast.walk`, without expressions, which are most of a tree."""
+    blocks = "body", "handlers", "orelse", "finalbody", "cases"
+    level: list[ast.AST] = [tree]
+    while level:
+        yield from level
+        level = [c for node in level for name in blocks for c in getattr(node, name, ())]
+
+
 def _sources() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not SKIPPED.intersection(path.relative_to(root).parts)
-    ]
+    found: list[Path] = []
+    for folder, inner, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        inner[:] = [name for name in inner if name not in SKIPPED]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def help_topics() -> list[bytes]:

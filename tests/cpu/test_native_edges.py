@@ -89,11 +89,12 @@ def test_a_few_queries_read_any_number_of_16_bit_channels(dtype, dims):
     check("attention", values)
 
 
-def test_a_block_that_all_read_is_summed_in_parts_of_its_own_head():
-    """1,030 readers of block 0 in each of four lanes, and of nothing else."""
-    sizes = {"B": 2, "S": 1030, "T": 1030, "Hq": 2, "Hkv": 2, "Dk": 2, "Dv": 2}
+@pytest.mark.parametrize(("batch", "heads"), [(2, 1), (1, 2)])
+def test_a_block_that_all_read_is_summed_in_parts_of_its_own_head(batch, heads):
+    """1,030 readers of block 0 in each of two lanes, and of nothing else."""
+    sizes = {"B": batch, "S": 1030, "T": 1030, "Hq": heads, "Hkv": heads, "Dk": 2, "Dv": 2}
     values = arguments("selected_attention_backward", sizes, select_block=16)
-    ids = torch.zeros(2, 1030, 2, 1, dtype=torch.int32)
+    ids = torch.zeros(batch, 1030, heads, 1, dtype=torch.int32)
     forward = {name: values[name] for name in ("q", "k", "v", "scale", "select_block")}
     o, lse = get("selected_attention").reference(**forward, block_indices=ids)
     values |= {"block_indices": ids, "o": o, "lse": lse}

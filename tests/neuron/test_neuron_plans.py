@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_neuron.backends.neuron import plans
-from nsa_neuron.backends.neuron.launch import decode, select_blocks
+from nsa_neuron.backends.neuron.launch import decode, groups, ranges, select_blocks
 from nsa_neuron.backends.neuron.launch.decode import single
 from nsa_neuron.backends.neuron.launch.selected_attention import sizes
 
@@ -129,3 +129,37 @@ def test_bodies_and_trips_of_selected_attention():
     backward = plans.load("selected_attention")["backward"]
     cut = sizes.choose(backward, 64, 16, (192, 128), 16, 2, backward=True)
     assert cut.body == 4 and 40 <= cut.blocks <= 48
+
+
+@pytest.mark.parametrize("window", [1, 129, 300, 700, 2000])
+@pytest.mark.parametrize("past", [0, 37, 833])
+def test_chunks_of_hardware_loops_cover_what_is_seen_once(window, past):
+    """Of each pair of groups, by brute force: every key that a query sees is in one chunk, chunks
+    without masks hold what all queries see, and no more keys have masks than must."""
+    queries, small, large = 100, 128, 512
+    keys = queries + past
+    seen = ranges.causal(queries, keys, window, None, None, torch.device("cpu"))
+    of_call = groups.Groups.of(seen, 16, {"tiles": 1, "large": large, "small": small})
+    bounds = of_call.bounds.long().view(-1, 2 * of_call.queries, 2)
+    assert of_call.queries == 32 and of_call.trips[::2].equal(of_call.trips[1::2])
+    for pair, trips in zip(bounds, of_call.trips[::2].tolist(), strict=True):
+        lo, hi = pair.unbind(-1)
+        first, all_from, split, big_from, big_to, after, all_to, last = trips
+        masked = [*range(first, all_from), *range(all_to, last)]
+        plain = [*range(all_from, split), *range(after, all_to)]
+        chunks = [(j * small, small) for j in (*masked, *plain)]
+        chunks += [(j * large, large) for j in range(big_from, big_to)]
+        found = sorted(key for start, size in chunks for key in range(start, start + size))
+        assert found == sorted(set(found))
+        assert found[0] <= int(lo.min()) and found[-1] >= int(hi.max()) - 1
+        assert found == list(range(found[0], found[-1] + 1))
+        assert found[0] > int(lo.min()) - small and found[-1] < int(hi.max()) + small
+        every = [
+            j for j in range(-(-keys // small))
+            if int(lo.max()) <= j * small and (j + 1) * small <= int(hi.min())
+        ]  # fmt: skip
+        unmasked = {start // small + i for start, size in chunks[len(masked) :]
+                    for i in range(size // small)}  # fmt: skip
+        assert unmasked == set(every)
+        whole = [j for j in range(keys // large) if {j * 4 + i for i in range(4)} <= set(every)]
+        assert list(range(big_from, big_to)) == whole

@@ -85,6 +85,17 @@ def test_any_shape(queries, past, group, dims, select_block, slots, dtype):
     check(problem, random_ids(queries, keys, 1, slots, select_block, seed=past), select_block, 6)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_halves_of_unequal_trips(late):
+    """Unions of more than 32 blocks, hence of two trips, in one half of the tiles only."""
+    problem = oracle.Problem.random(1, 150, 300, 1, 4, 16, 16)
+    ids = random_ids(150, 300, 1, 6, 4)
+    few = slice(0, 96) if late else slice(64, 150)
+    ids[:, few] = -1
+    ids[:, few, :, 0] = 0
+    check(problem, ids, 4, 32)
+
+
 def test_large_logits_and_odd_scale():
     problem = oracle.Problem.random(1, 20, 30, 1, 2, 64, 16, torch.float16, scale=1.7, spread=40.0)
     ids = random_ids(20, 30, 1, 3, 8)

@@ -102,3 +102,16 @@ def test_probabilities_have_the_bits_of_their_dtype(dtype, most):
     exact = x.double()[1:]
     assert (o[0, 1:, 0, 0] - torch.sigmoid(exact)).abs().max() < most
     assert (lse[0, 1:, 0] - torch.nn.functional.softplus(exact)).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_statistics_reach_selection_with_all_their_bits(dtype):
+    """Block 2 is one head's, block 4 the other's, whose lse is less by 2e-5: one place is free."""
+    q = torch.eye(2).view(1, 1, 2, 2)
+    k = torch.zeros(1, 24, 1, 2)
+    k[0, 4:6, 0, 0] = k[0, 8:10, 0, 1] = 8.0
+    ids = nsa.select_blocks(
+        q.to(dtype), k.to(dtype), torch.tensor([[[8.00012, 8.0001]]]), kv_len=96, block=4, stride=4,
+        select_block=8, num_selected=4, scale=1.0,
+    )  # fmt: skip
+    assert ids.flatten().tolist() == [0, 4, 10, 11]

@@ -60,3 +60,29 @@ def test_sections_of_keys_older_than_every_window():
     """Two sections of 256 keys that no query sees have gradients of zero."""
     problem = oracle.Problem.random(1, 3, 1100, 2, 2, 16, 16)
     ranges.check(problem, window=20)
+
+
+def test_keys_at_the_edge_of_a_section_count_for_the_block_behind_it(monkeypatch):
+    """Key 511, which ends four tiles of 128 keys, has half of its tokens in block 127, half in 128;
+    sections of four tiles instead of twelve. Most of the importance is that key's."""
+    kernels = run.package()
+    compressed_branch = kernels.load("nsa_attention.compressed")
+    for name in ("SECTION", "TOGETHER"):
+        monkeypatch.setattr(compressed_branch, name, 4)
+    monkeypatch.setattr(kernels.load("nsa_attention.work"), "PIECES_OF_SECTION", 1)
+    values = problem(33, 8700, (2, 1), num_selected=5)
+    values["k_cmp"][0, 511] = 4.0 * values["q"].float().mean((0, 1, 2)).to(torch.bfloat16)
+    values["gates"].zero_()
+    values["gates"][..., 1] = 1.0
+    values["k_slc"].zero_()
+    values["v_slc"][:] = (torch.arange(8700) // 64 == 128)[None, :, None, None]
+    (o,) = judged.call("nsa_attention", values)
+    torch.testing.assert_close(
+        o.float(), torch.full_like(o, 64.0).float() / seen(values), rtol=0.02, atol=0
+    )
+
+
+def seen(values) -> torch.Tensor:
+    """Tokens of the five blocks of each query, [1, S, 1, 1]: four whole ones and its own."""
+    t = torch.arange(8700 - 33, 8700)
+    return (4 * 64 + t % 64 + 1)[None, :, None, None].float()

@@ -281,6 +281,21 @@ def test_what_is_not_wgmma_says_why():
         assert (wanted == "wgmma") == (reason == ""), job
 
 
+def test_what_cuobjdump_does_not_say_is_told():
+    usage = " Function f:\n  REG:128 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:564"
+    assert [compile_check._field(name, usage) for name in ("REG", "STACK", "LOCAL")] == [
+        "128", "16", "8",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no 'REGISTERS:'"):
+        compile_check._field("REGISTERS", usage)
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(32, "mma"), (64, "wgmma")])
+def test_one_token_of_fewer_rows_than_wgmma_has_needs_none(rows, wanted):
+    constants = {"QUERIES": 1, "BLOCK_M": rows, "PRECISION": "ieee"}
+    assert entry("selected_attention", "forward").products("float16", constants)[0] == wanted
+
+
 @pytest.mark.slow
 def test_several_processes_give_the_same_rows():
     todo = compile_check.jobs([entry("gated_sum", "forward")])

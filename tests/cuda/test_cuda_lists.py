@@ -14,6 +14,7 @@ from interpreted import examples
 from poisoned import poison  # noqa: F401
 from selected_oracle import kernels, plan
 
+from nsa_neuron.backends.cuda.launch.common import next_power_of_two
 from nsa_neuron.backends.cuda.launch.selected_attention import lists
 from nsa_neuron.backends.cuda.launch.selected_attention.call import Call
 
@@ -56,11 +57,14 @@ def check(call: Call, lengths: list[tuple[int, int]], *cuts: lists.Cut) -> lists
     batch, tokens, kv_heads, _ = call.block_indices.shape
     pairs = [[r, token, h, slot] for (r, h, _), chosen in want.items() for token, slot in chosen]
     assert sorted(pairs) == found.used.nonzero().tolist()
+    width = next_power_of_two(call.block_indices.shape[3])
+    step = max(1, *(call.plan[name]["PAIRS"] // width for name in ("count_pairs", "place_pairs")))
     for cut, items in zip(cuts, found.cuts, strict=True):
         covered = torch.zeros(batch * tokens, dtype=torch.int64)
         for p in items.passes:
             covered[p.first_token : p.first_token + p.tokens] += 1
             assert p.rows == 1 or p.tokens == p.rows * tokens
+            assert p.tokens <= max(cut.tokens, step), "partial results would need more memory"
             for row in range(p.first_token // tokens, p.first_token // tokens + p.rows):
                 low = p.first_token % tokens
                 high = tokens if p.rows > 1 else low + p.tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,10 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
 
+from nsa_neuron import interpreted_operators
 from nsa_neuron.interpreted_language import INTERPRETED_LANGUAGE
+from nsa_neuron.interpreted_operators import _Operands
+from nsa_neuron.interpreted_shortcuts import _without_idle_checks
 
 DTYPES = (
     tl.int1, tl.int8, tl.uint8, tl.int32, tl.uint32, tl.int64, tl.float16, tl.bfloat16, tl.float32,
@@ -159,3 +163,24 @@ def test_the_language_is_as_shipped_afterwards():
     with INTERPRETED_LANGUAGE:
         assert members() != before
     assert members() == before
+
+
+@pytest.mark.parametrize(
+    ("debug", "asked", "checked"),
+    [(False, True, False), (True, True, True), (True, False, False), (False, False, False)],
+)
+def test_overflows_are_looked_for_where_somebody_is_told(debug, asked, checked):
+    options = replace(interpreter.interpreter_builder.options, debug=debug, sanitize_overflow=asked)
+    assert _without_idle_checks(options).sanitize_overflow is checked
+
+
+def test_what_is_remembered_of_numbers_has_a_bound(monkeypatch):
+    monkeypatch.setattr(interpreted_operators, "_MOST_CONSTANTS", 3)
+    operands = _Operands(interpreter.TritonSemantic.binary_op_type_checking_impl)
+    member = operands.member()
+    with INTERPRETED_LANGUAGE:
+        x = tensor(tl.int32, (4,))
+        for number in (*range(9), 2, 2):
+            _, y = member(interpreter.interpreter_semantic, x, number)
+            assert set(y.handle.data.flat) == {number}
+            assert 0 < len(operands.constants) <= 3

@@ -100,14 +100,14 @@ def run_selected(case):
 
 
 def run_compressed(case):
-    blocks = (case.tokens - 32) // 16 + 1
+    blocks = max(0, (case.tokens - 32) // 16 + 1)
     inputs = attention_inputs(case, keys=blocks)
     named = {"kv_len": case.tokens, **GEOMETRY}
     return both_ways(compressed_attention, "compressed_attention", case, inputs, **named)
 
 
 def run_select(case):
-    q, k_cmp, _ = attention_inputs(case, keys=(case.tokens - 32) // 16 + 1)
+    q, k_cmp, _ = attention_inputs(case, keys=max(0, (case.tokens - 32) // 16 + 1))
     lse = tensor(case.batch, case.tokens, case.heads, dtype=torch.float32)
     kernels = Kernels("select_blocks")
     named = {"kv_len": case.tokens, "scale": 0.1, **GEOMETRY, **SELECTION, **lengths(case)}
@@ -359,6 +359,49 @@ def test_what_a_tile_cannot_address_in_32_bits_is_copied(strides, copied):
 )  # fmt: skip
 def test_head_dims_are_cut_where_that_saves_columns(dim, tiles):
     assert common.split_head_dim(dim) == tiles
+
+
+SELECT_PLAN = {"COLUMNS": 64, "KEYS": 64, "SCORES": 2048, "PROGRAMS": 2, "UPCAST": True}
+
+
+@pytest.mark.parametrize(
+    ("group", "ratio", "n", "selectable", "scores", "tiles"),
+    [
+        (16, 4, 16, 1024, 2048, (16, 4, 4, 16, 16, 512)),
+        (3, 3, 5, 10, 2048, (4, 16, 4, 16, 16, 32)),
+        (100, 1, 4, 1, 2048, (128, 1, 1, 64, 64, 128)),
+        (1, 128, 16, 16, 2048, (1, 64, 128, 1, 16, 32)),
+        (1, 4, 30, 99, 512, (1, 64, 4, 16, 32, 64)),
+    ],
+)
+def test_tiles_of_the_selection(group, ratio, n, selectable, scores, tiles):
+    """Counted by hand: a row of scratch holds the winners so far and at least as many scores."""
+    planned = {**SELECT_PLAN, "SCORES": scores}
+    found = select_blocks.tile_constants(planned, group, ratio, n, selectable)
+    names = ("GP", "TOKENS", "RATIO", "BLOCKS", "NP", "SLOTS")
+    assert found == {"G": group, **dict(zip(names, tiles, strict=True)), "UPCAST": True}
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32])
+def test_nothing_is_launched_for_blocks_that_are_not_there(tokens):
+    """A grid of no programs is an error on a GPU."""
+    case = SimpleNamespace(batch=1, tokens=tokens, heads=2, kv=1, sequences=0)
+    blocks = max(0, (tokens - 32) // 16 + 1)
+    for launch in [
+        *both_ways(compressed_attention, "compressed_attention", case,
+                   attention_inputs(case, keys=blocks), kv_len=tokens, **GEOMETRY),
+        *run_compress(case), *run_select(case),
+    ]:  # fmt: skip
+        check_grid(launch)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 100_000])
+def test_a_selection_has_no_more_programs_than_work(tokens):
+    case = SimpleNamespace(batch=1, tokens=tokens, heads=16, kv=1, sequences=0)
+    (launch,) = run_select(case)
+    resident = plan("select_blocks", case)["forward"]["PROGRAMS"]
+    tiles = -(-tokens // launch.arguments["TOKENS"])
+    assert launch.grid == (min(resident, tiles),)
 
 
 @pytest.mark.parametrize(

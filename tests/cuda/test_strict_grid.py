@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import numpy as np
 import racing_kernels as KERNELS
 import torch
 import triton
@@ -20,6 +21,7 @@ from nsa_neuron.conformance import Problem, Status, find_targets, try_problem
 from nsa_neuron.errors import KernelFault
 from nsa_neuron.interpreted_grid import places, program_order
 from nsa_neuron.interpreted_language import INTERPRETED_LANGUAGE
+from nsa_neuron.interpreted_watch import Watch
 from nsa_neuron.ops import get
 
 SIZE = 8
@@ -129,6 +131,30 @@ def test_a_view_is_its_elements_not_its_storage():
         KERNELS.halves[(2,)](x[:SIZE], torch.empty(SIZE), SIZE, 1)
     with pytest.raises(KernelFault, match="before 'x'"):
         KERNELS.loads_before[(2,)](x[SIZE:], torch.empty(SIZE), SIZE, -1)
+
+
+def test_tiles_may_reach_into_several_tensors():
+    """Each address is looked up by itself where no tensor holds all of them."""
+    both = {name: torch.zeros(4, dtype=torch.int16) for name in "ab"}
+    watch = Watch("reaches", both, (1, 1, 1))
+    a, b = (x.data_ptr() for x in both.values())
+    assert watch.inside("loads", np.array([a, b + 6])).name == "a"
+    assert watch.inside("loads", np.array([[b + 6, a]])).name == "b"
+    assert watch.inside("updates", np.array([], np.uint64)).name == "a"
+    for stray, said in ((a - 2, "2 bytes before 'a'"), (b + 8, "0 bytes behind 'b'")):
+        apart = abs(a - b) > 64  # else the neighbour may be the nearer one
+        with pytest.raises(KernelFault, match=f"loads 1 elements .*{said if apart else 'bytes'}"):
+            watch.inside("loads", np.array([a, b, stray]))
+
+
+def test_hooks_of_a_kernel_see_its_arguments():
+    seen = []
+    KERNELS.masked.add_pre_run_hook(lambda x, out, size, off: seen.append((size, off)))
+    try:
+        launch("masked", 5)
+    finally:
+        KERNELS.masked.pre_run_hooks.clear()
+    assert seen == [(SIZE, 5)]
 
 
 def test_without_tensors_nothing_may_be_touched():

@@ -123,6 +123,14 @@ def test_any_shape(batch, queries, past, kv_heads, slots, block, longest, tokens
     check(call, [(queries, keys)], *cuts)
 
 
+def test_no_pass_is_longer_than_the_shortest_that_was_asked_for():
+    """Counted by chunks of 100 tokens, 50 blocks would cost least; a pass has 8 of them."""
+    ids = random_ids(40, 200, 1, 1, 4)
+    few = {"PAIRS": 8}
+    call = call_of(ids, 200, 4, count_pairs=few, place_pairs=few)
+    check(call, [(40, 200)], lists.Cut(4, 8), lists.Cut(3, 40))
+
+
 def test_packed_sequences_with_empty_ones():
     lengths = [(3, 9), (0, 0), (11, 30), (1, 17), (0, 5), (9, 9)]
     cu_q, cu_k, _ = oracle.sequences(*map(list, zip(*lengths, strict=True)))

@@ -100,6 +100,20 @@ def test_ties_take_the_lowest_index_and_underflow_is_not_a_future_block():
         assert row == sorted(want), t
 
 
+@pytest.mark.parametrize("group", [3, 5])
+def test_columns_of_no_head_count_nothing(group):
+    """A group is padded to a power of two; what the padding would load is anything."""
+    gen = torch.Generator().manual_seed(group)
+    q = torch.randn(1, 6, group, 16, generator=gen)
+    k = torch.randn(1, oracle.blocks_of(50, 8, 4), 1, 16, generator=gen)
+    scores, lse = oracle_scores(q[0], k[0], 50, 8, 4, 8, 0.3)
+    ids = launch.forward(
+        KERNELS, plan(COLUMNS=16, KEYS=16, SCORES=128), q, k, lse[None].float(), kv_len=50,
+        block=8, stride=4, select_block=8, num_selected=4, num_initial=1, num_local=1, scale=0.3,
+    )  # fmt: skip
+    check(ids[0], scores, 50, 8, 4, 1, 1)
+
+
 def test_packed_sequences_and_poisoned_tail():
     lengths_k, lengths_q = [3, 70, 1, 40], [3, 11, 1, 40]
     gen = torch.Generator().manual_seed(5)

@@ -43,10 +43,12 @@ def test_what_the_driver_says_is_read(monkeypatch):
     said = SimpleNamespace(
         name="NVIDIA H100", major=9, minor=0, shared_memory_per_block_optin=5, total_memory=7
     )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", {3: said}.__getitem__)
+    other = SimpleNamespace(**{**vars(said), "name": "first"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {0: other, 3: said}.__getitem__)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.gpu() == devices.gpu(3) == Gpu("NVIDIA H100", (9, 0), 5, 7)
+    assert devices.gpu(0).name == "first"
     assert "5 bytes of shared memory" in devices.hindrance()
 
 

@@ -98,6 +98,20 @@ def test_a_folder_that_cannot_be_written_is_replaced_by_one_of_the_process(
     assert extension.load().nsa_call_size() > 0
 
 
+def test_a_read_only_folder_is_replaced_by_one_of_the_process(fresh, tmp_path, monkeypatch):
+    """As root may write everywhere, the folder's refusal is played."""
+    real = build.tempfile.TemporaryFile
+
+    def refusing(*args, dir=None, **options):
+        if dir is not None and tmp_path in dir.parents:
+            raise PermissionError(f"read only: {dir}")
+        return real(*args, dir=dir, **options)
+
+    monkeypatch.setattr(build.tempfile, "TemporaryFile", refusing)
+    monkeypatch.setenv("CXX", copying_compiler(tmp_path, fresh))
+    assert build.library().parent == build._own_folder()
+
+
 def test_a_user_without_a_home_has_a_folder_of_the_process(fresh, tmp_path, monkeypatch):
     def nobody():
         raise RuntimeError("Could not determine home directory.")

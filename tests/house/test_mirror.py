@@ -22,7 +22,6 @@ THROUGH = {
     "command/loading.py": "command/test_simulate.py",
     "command/profile.py": "profiler/test_profile_cli.py",
     "command/testing.py": "command/test_pytest_plugin.py",
-    "cost/dependencies.py": "cost/test_cost_schedule.py",
     "cost/estimate.py": "cost/test_cost_schedule.py",
     "cost/figures.py": "cost/test_cost_validate.py",
     "cost/guesses.py": "cost/test_cost_timing.py",

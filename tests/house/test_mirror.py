@@ -23,7 +23,6 @@ THROUGH = {
     "command/profile.py": "profiler/test_profile_cli.py",
     "command/testing.py": "command/test_pytest_plugin.py",
     "cost/estimate.py": "cost/test_cost_schedule.py",
-    "cost/figures.py": "cost/test_cost_validate.py",
     "cost/guesses.py": "cost/test_cost_timing.py",
     "cost/parameters.py": "cost/test_cost_validate.py",
     "cost/patterns.py": "cost/test_cost_properties.py",

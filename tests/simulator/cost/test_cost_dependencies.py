@@ -474,3 +474,17 @@ def test_activation_tables_hold_what_was_read_from_the_compiler():
     assert list(tables.SETS) == list(TABLES)  # of several, the first
     assert {"copy", "relu", "abs", "sign", "square"} == tables.RESIDENT
     assert tables.holding("tanh") == "exp_and_others" and tables.holding("relu") == ""
+
+
+def test_a_run_time_pattern_with_holes_may_lie_on_any_column():
+    """Every other column from somewhere on: the odd ones are among them."""
+
+    def body():
+        index, table = sbuf((1, 1), nl.int32), sbuf((128, 64))
+        nisa.memset(index, 0, engine=nisa.engine.vector)
+        view = table.ap([[64, 128], [2, 8]], scalar_offset=index)
+        nisa.tensor_copy(view, sbuf((128, 8)), engine=nisa.engine.vector)
+        nisa.activation(sbuf((128, 8)), nl.copy, table[:, 1:17:2])
+
+    t = timeline(body)
+    assert (t.cause[2], t.blocker[2]) == (Cause.RAW, 1)

@@ -624,3 +624,15 @@ def test_dense_rows_show_the_share_of_each_bin():
     axes = drawn(plots._shares, total, 0, [("#000000", (since, since + 0.25))])
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert heights.min() == pytest.approx(0.33 - 0.66 * 0.25)
+
+
+def test_bars_of_a_row_lie_around_it():
+    """Waits behind, work before them and lower, none of it narrower than a pixel."""
+    busy = (np.array([0.0, 500.0]), np.array([100.0, 500.0]))
+    waits = (np.array([200.0]), np.array([300.0]))
+    axes = drawn(plots._bars, 1600.0, 2, [("#000000", busy), ("#ffffff", waits)])
+    wait, work = (np.array([p.vertices for p in c.get_paths()]) for c in axes.collections)
+    assert (work[:, :, 1].min(), work[:, :, 1].max()) == pytest.approx((2 - 0.22, 2 + 0.22))
+    assert (wait[:, :, 1].min(), wait[:, :, 1].max()) == pytest.approx((2 - 0.33, 2 + 0.33))
+    np.testing.assert_allclose([p[:, 0].min() for p in work], [0.0, 0.5])
+    np.testing.assert_allclose([p[:, 0].max() for p in work], [0.1, 0.501])

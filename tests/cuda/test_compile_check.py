@@ -296,6 +296,20 @@ def test_one_token_of_fewer_rows_than_wgmma_has_needs_none(rows, wanted):
     assert entry("selected_attention", "forward").products("float16", constants)[0] == wanted
 
 
+@pytest.mark.parametrize("group", [1, 4, 5, 16, 32, 33, 64])
+def test_kernels_are_compiled_with_a_flag_where_the_plans_let_the_overlap_decide(group):
+    wanted = {"dk": 192, "dv": 128, "dtype": "bfloat16", "group": group}
+    strategy = plans.find("h200", "selected_attention", **wanted)["dispatch"]["strategy"]
+    constants = entry("selected_attention", "sum_chunks").constants(Shape(192, 128, group, {}))
+    assert constants["MEASURED"] is (strategy == "by_overlap")
+
+
+def test_the_gated_sum_is_compiled_with_and_without_deltas():
+    kernels = [e for e in KERNELS if (e.op, e.kernel) == ("gated_sum", "backward")]
+    flags = {e.variant: e.constants(Shape(128, 128, 1, {}))["DELTA"] for e in kernels}
+    assert flags == {"": False, "with deltas": True}
+
+
 @pytest.mark.slow
 def test_several_processes_give_the_same_rows():
     todo = compile_check.jobs([entry("gated_sum", "forward")])

@@ -62,6 +62,16 @@ def test_a_gather_behind_a_load_of_its_iteration(gather):
     assert gpu_ir.waiting_gathers(ir(BEGIN, IDS, ADDRESS, gather, END)) == ["window.py:283"]
 
 
+def test_a_gather_far_behind_a_load_of_its_iteration():
+    """Between the ids and the address lies arithmetic, of which only the last step names them."""
+    far = [
+        "      %wide = arith.extsi %ids : i32 to i64 loc(#loc2)",
+        "      %row = arith.muli %wide, %stride : i64 loc(#loc2)",
+        ADDRESS.replace("%base, %ids", "%base, %row"),
+    ]
+    assert gpu_ir.waiting_gathers(ir(BEGIN, IDS, *far, COPY, END)) == ["window.py:283"]
+
+
 @pytest.mark.parametrize("gather", [COPY, LOAD])
 def test_ids_that_the_last_iteration_loaded(gather):
     ahead = IDS.replace("%ids =", "%next =")

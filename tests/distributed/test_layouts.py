@@ -283,3 +283,23 @@ def test_the_mean_of_shares_is_the_loss_and_half_precision_does_not_round_it():
     ]
     assert parts[0].dtype == torch.float32
     assert float(sum(parts)) / 4 == pytest.approx(want, rel=1e-5)
+
+
+def test_blocks_of_a_sequence_that_begins_within_a_rank(monkeypatch):
+    """The second sequence begins at token 4: rank 1's own blocks are 2 to 5 of it."""
+    messages, edges = Messages(monkeypatch), (0, 4, 16)
+    ids = [[[0]] * 8, [[1, 2], [1, 2], [1, 3], [1, 3], [1, 4], [1, 4], [1, 5], [1, 5]]]
+    made, tensors, _, wanted, ask = chosen(messages, 2, 8, ids, edges)
+    monkeypatch.setattr(spreading, "exchange", ask)
+    none = torch.zeros(0, dtype=torch.int64)
+    messages.sent = {0: [[none]] * 2, 1: [[torch.tensor([1])], [none]]}
+    found = each(messages, 2, lambda r: choose_blocks(None, made[r], 2, tensors[r], force=True))
+    assert wanted == [[[], []], [[1], []]] and found[1].first_own == 2 and found[1].ahead == 2
+    local = found[1].local_ids(tensors[1])[0, :, 0].tolist()
+    assert local == [[0, i] for i in (1, 1, 2, 2, 3, 3, 4, 4)]
+    monkeypatch.setattr(spreading, "exchange", messages.exchange)
+    x = torch.arange(16.0).view(1, 16, 1, 1)
+    own = [x[:, :8], x[:, 8:]]
+    pending = each(messages, 2, lambda r: found[r].fetch([own[r]], "blocks"))
+    rows = found[1].assemble(pending[1], [own[1]])[0].flatten().tolist()
+    assert rows == [6, 7, *range(8, 16)]

@@ -231,3 +231,20 @@ def test_a_target_s_cell_is_its_verdict_or_the_rule_that_refuses() -> None:
         (Unsupported("kernel", "none"), None, "no kernel"),
     ):  # fmt: skip
         assert coverage.Covered("attention", forward, backward).text() == said
+
+
+def test_the_readme_s_table_tells_what_has_not_run_from_what_has_no_path(monkeypatch) -> None:
+    """On hardware; elsewhere a cell says what it has."""
+    yes, no = Supported(), Unsupported("kernel", "none")
+    column = [
+        coverage.Covered(spec.name, no if spec.name == "decode" else yes, None)
+        for spec in coverage.public()
+    ]
+    monkeypatch.setattr(coverage, "find_targets", lambda order: [])
+    monkeypatch.setattr(
+        coverage, "covered", lambda places: dict.fromkeys(("x:sim", "x:hw"), column)
+    )
+    rows = [line.split(" | ") for line in coverage.markdown().splitlines()[2:]]
+    cells = {op.strip("|` "): [cell.strip("| ") for cell in rest] for op, *rest in rows}
+    assert cells.pop("decode") == ["no kernel", "no path yet"]
+    assert set(map(tuple, cells.values())) == {("fwd", "not run")}

@@ -434,3 +434,15 @@ def test_a_clock_that_goes_by_ticks_ends_no_measurement(clock: Clock, tables) ->
     native._table(native.FORWARD, [ms("sdpa", 12, **facts), ms("cpu:native", 4, **facts)])
     assert tables[0][0]["by CPU time, cpu:native"] == "-"
     assert tables[0][0]["SDPA / cpu:native"] == "3.00"
+
+
+def test_stages_are_in_ms_and_their_rate_in_operations_of_a_second(monkeypatch) -> None:
+    run = {"window": (0.004, 0.003), native_stages.WHOLE: (0.010, 0.020)}
+    monkeypatch.setattr(native_stages, "_run", lambda problem, values: run)
+    monkeypatch.setattr(native_stages, "replaced", lambda values: 0.25)
+    monkeypatch.setattr(native_stages, "products", lambda values: {"window": 8e6})
+    monkeypatch.setattr(native, "nsa_on", lambda mode: lambda problem, values: None)
+    near, whole = native_stages._stages(PROBLEM, native_stages.RANDOM)
+    assert (near.median, near.facts["cpu_ms"], near.facts["gflops"]) == (4.0, 3.0, 2.0)
+    assert (whole.median, whole.facts["cpu_ms"], whole.facts["replaced"]) == (10.0, 20.0, 0.25)
+    assert "gflops" not in whole.facts and near.unit == "ms"

@@ -111,7 +111,7 @@ def test_statistics_reach_selection_with_all_their_bits(dtype):
     k = torch.zeros(1, 24, 1, 2)
     k[0, 4:6, 0, 0] = k[0, 8:10, 0, 1] = 8.0
     ids = nsa.select_blocks(
-        q.to(dtype), k.to(dtype), torch.tensor([[[8.03137, 8.03135]]]), kv_len=96, block=4, stride=4,
-        select_block=8, num_selected=4, scale=1.0,
+        q.to(dtype), k.to(dtype), torch.tensor([[[8.03137, 8.03135]]]), kv_len=96, block=4,
+        stride=4, select_block=8, num_selected=4, scale=1.0,
     )  # fmt: skip
     assert ids.flatten().tolist() == [0, 4, 10, 11]

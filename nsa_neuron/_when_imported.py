@@ -2,7 +2,9 @@
 
 `torch.ops.nsa` must exist whether a program imports torch or nsa_neuron first, and nsa_neuron must
 not import torch for people who use the simulator only. So when torch is not there yet, a finder in
-`sys.meta_path` waits for it, removes itself, and imports our registration behind it.
+`sys.meta_path` waits for it, removes itself, and imports our registration behind it: at once, or
+where a module of ours is what imports torch, when that one is complete. Registration imports most
+of our modules, and would find it half made.
 """
 
 from __future__ import annotations
@@ -10,8 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,33 +21,57 @@ if TYPE_CHECKING:
 
 
 def when_imported(trigger: str, follower: str) -> None:
-    """Imports `follower` as soon as `trigger` has been imported; nothing if that never happens."""
+    """Imports `follower` as soon as `trigger` has been imported; nothing if that never happens.
+
+    Modules of the follower's package that are being imported then are completed first.
+    """
     sys.meta_path.insert(0, _Waiting(trigger, follower))
 
 
 class _Waiting(MetaPathFinder):
+    """Looks on as the trigger and the follower's package are imported.
+
+    Attributes:
+        begun: how many of these imports have begun and not ended.
+        arrived: whether the trigger is there.
+    """
+
     def __init__(self, trigger: str, follower: str) -> None:
-        self.trigger = trigger
-        self.follower = follower
+        self.trigger, self.follower = trigger, follower
+        self.siblings = follower.rpartition(".")[0] + "."
+        self.begun, self.arrived = 0, False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != self.trigger:
+        if name != self.trigger and not name.startswith(self.siblings):
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self.follower)
-        return spec
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find = getattr(finder, "find_spec", None)  # missing in finders of before Python 3.4
+            spec = find(name, path, target) if find else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Watched(spec.loader, self)
+                return spec
+        return None
+
+    def ended(self, name: str) -> None:
+        """An import that had begun is complete."""
+        self.arrived = self.arrived or name == self.trigger
+        if self.arrived and not self.begun and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            importlib.import_module(self.follower)
 
 
-class _Then(Loader):
-    """The trigger's own loader, with the follower's import behind it."""
+class _Watched(Loader):
+    """A module's own loader, which tells when it begins and ends."""
 
-    def __init__(self, loader: Loader, follower: str) -> None:
-        self.loader = loader
-        self.follower = follower
+    def __init__(self, loader: Loader, waiting: _Waiting) -> None:
+        self.loader, self.waiting = loader, waiting
+
+    def __getattr__(self, name: str) -> Any:
+        """Code, source and files, for those who ask before the module is imported (`python -m`)."""
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -55,5 +80,9 @@ class _Then(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        importlib.import_module(self.follower)
+        self.waiting.begun += 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.waiting.begun -= 1
+        self.waiting.ended(module.__name__)

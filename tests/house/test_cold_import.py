@@ -58,6 +58,8 @@ ORDERS = {
     "nsa_neuron first": "import nsa_neuron, torch",
     "torch inside another import": "import nsa_neuron\nimport torch.nn.functional, torch",
     "a submodule first": "import nsa_neuron.registry, torch, nsa_neuron",
+    "a submodule that others need": "import nsa_neuron.cases, nsa_neuron, torch",
+    "the ops": "from nsa_neuron.ops import get\nget('attention')\nimport nsa_neuron, torch",
     "from import": "from nsa_neuron import attention\nimport torch, nsa_neuron",
 }
 
@@ -66,6 +68,18 @@ ORDERS = {
 def test_ops_are_registered_in_every_import_order(order: str) -> None:
     names, shape = python(ORDERS[order] + CALL, order == "torch first")
     assert names == ["nsa.attention.default", "attention"] and shape == [1, 4, 2, 4]
+
+
+def test_what_is_found_before_torch_is_there_has_its_code_and_source() -> None:
+    """As `python -m` and editors ask."""
+    code = (
+        "import json, importlib.util, nsa_neuron\n"
+        "loader = importlib.util.find_spec('nsa_neuron.errors').loader\n"
+        "told = [loader.get_code('nsa_neuron.errors').co_name, 'NsaError' in\n"
+        "        loader.get_source('nsa_neuron.errors'), loader.is_package('nsa_neuron.errors')]\n"
+        "print(json.dumps(told))"
+    )
+    assert python(code) == ["<module>", True, False]
 
 
 NEEDED = {

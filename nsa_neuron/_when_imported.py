@@ -48,7 +48,7 @@ class _Waiting(MetaPathFinder):
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             find = getattr(finder, "find_spec", None)  # missing in finders of before Python 3.4
-            spec = find(name, path, target) if find else None
+            spec: ModuleSpec | None = find(name, path, target) if find else None
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _Watched(spec.loader, self)

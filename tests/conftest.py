@@ -5,12 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import random
-from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, settings
-
-if TYPE_CHECKING:
-    import pytest
 
 settings.register_profile(
     "nsa",
@@ -47,6 +44,21 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: one that began last would keep the other workers waiting."""
+    """Files with slow tests first: one that began last would keep the other workers waiting.
+
+    Raises:
+        UsageError: a test's name is another one in the next process, so that workers disagree.
+    """
+    for item in items:
+        if " at 0x" in item.name or _named_by_a_set(item):
+            raise pytest.UsageError(f"{item.nodeid}: named by the order of a set, or by an address")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _named_by_a_set(item: pytest.Item) -> bool:
+    params = getattr(item, "callspec", None)
+    return params is not None and any(
+        isinstance(value, (set, frozenset)) and len(value) > 1 and str(value) in item.name
+        for value in params.params.values()
+    )

@@ -227,8 +227,8 @@ def test_a_backend_that_cannot_be_imported_says_so_and_ends_nothing(monkeypatch)
 
 @pytest.mark.parametrize(
     ("there", "hindrance", "device"),
-    [({"xla"}, "", "xla"), ({"neuron", "xla"}, "", "neuron"), (set(), "", "neuron"),
-     ({"xla"}, "no device", "neuron")],
+    [(["xla"], "", "xla"), (["neuron", "xla"], "", "neuron"), ([], "", "neuron"),
+     (["xla"], "no device", "neuron")],
     ids=str,
 )  # fmt: skip
 def test_tensors_lie_on_the_first_device_that_is_there(

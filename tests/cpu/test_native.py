@@ -125,6 +125,25 @@ def test_no_value_makes_ids_illegal_or_ends_the_process(value, s):
     assert int(used.max()) <= 69 // 16 and int(ids.min()) >= -1
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_overlap_in_memory_are_read_as_they_are(queries, dtype):
+    """One key for all tokens, keys that share all channels but one, and views of every second."""
+    values = inputs("attention", dtype, S=queries)
+    k, v = values["k"], values["v"]
+    line = torch.randn(2, 70 + 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    views = {
+        "one for all": (k[:, :1].expand_as(k), v[:, :1].expand_as(v)),
+        "shifted": (line.as_strided((1, 70, 2, 16), (0, 1, 86, 1)), v),
+        "every second": (torch.cat([k, k], 1)[:, ::2], torch.cat([v, v], 3)[..., ::2]),
+    }
+    for name, (keys, channels) in views.items():
+        given_ = values | {"k": keys, "v": channels}
+        whole = values | {"k": keys.contiguous(), "v": channels.contiguous()}
+        for got, want in zip(call("attention", given_), call("attention", whole), strict=True):
+            assert torch.equal(got, want), name
+
+
 def test_a_call_in_a_thread_pool_runs_alone_and_right():
     """A parallel region of torch's own around a call: OpenMP must not be entered twice."""
     values = inputs("nsa_attention", S=120, T=120)

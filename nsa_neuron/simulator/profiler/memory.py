@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +66,6 @@ def _covered(
         size = -(-a.pitch_bytes // granule) * granule
         ranges[a] = (a.address[1], a.address[1] + size)
     covers = [Coverage(ranges.values()) for _ in range(QUARTERS)]
-    users: Counter[tuple[int, int, int]] = Counter()
     changes = []
     order = [(first, 1, k) for k, (first, _, _) in enumerate(placed)]
     order += [(last, 0, k) for k, (_, last, _) in enumerate(placed)]
@@ -75,11 +73,9 @@ def _covered(
         a = placed[k][2]
         first, last = ranges[a]
         for quarter in quarters_of(a, machine):
-            users[quarter, first, last] += 1 if start else -1
-            if users[quarter, first, last] == start:
-                before = covers[quarter].covered
-                covers[quarter].change(first, last, 1 if start else -1)
-                changes.append((time, (covers[quarter].covered - before) / QUARTERS))
+            before = covers[quarter].covered
+            covers[quarter].change(first, last, 1 if start else -1)
+            changes.append((time, (covers[quarter].covered - before) / QUARTERS))
     return changes
 
 

@@ -158,6 +158,21 @@ def test_a_transfer_holds_its_tile_until_its_end_an_engine_until_its_next_instru
     assert list(steps) == [3072, 2048, 0]
 
 
+def test_a_tile_is_held_until_its_last_user_ends_not_the_last_that_was_issued():
+    """A transfer of 1 MB is longer than the copy of a column that is issued behind it."""
+
+    def body():
+        tile, column = sbuf((128, 2048)), sbuf((128, 1))
+        nisa.memset(tile, 0.0)
+        nisa.dma_copy(hbm((128, 2048)), tile)
+        nisa.tensor_copy(column, tile[:, :1], engine=nisa.engine.vector)
+
+    t, found = used(body)
+    assert t.free[2] < t.end[1]
+    at, steps = found["sbuf"]
+    assert at.max() == t.end[1] and list(steps) == [8192, 8196, 8192, 0]
+
+
 def test_a_register_s_load_holds_nothing():
     def body():
         held, tile = sbuf((1, 1), nl.int32), sbuf((128, 512))

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import nsa_neuron as nsa
+from nsa_neuron.backends.neuron import plans
 from nsa_neuron.backends.neuron.launch.decode import single
+from nsa_neuron.records import recording
 from nsa_neuron.registry import use_backend
 
 pytestmark = pytest.mark.sim
@@ -54,6 +56,29 @@ def test_decode_reads_blocks_of_no_importance(most, monkeypatch):
         stride=4, select_block=8, num_selected=6, num_initial=1, num_local=2, window=8, scale=1.0,
     )  # fmt: skip
     assert (o[0, 0] > 0).nonzero()[:, 1].tolist() == [0, 1, 2, 3, 9, 10] * 2
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_the_whole_op_reads_blocks_of_no_importance(looped, monkeypatch):
+    """The same in one kernel, unrolled and in hardware loops: 960 tokens are 15 blocks."""
+    if looped:
+        always = {"most_unrolled": -1, "least_ranked": 0}
+        monkeypatch.setitem(plans.load("nsa_attention"), "looped", always)
+    tokens, queries = 960, 40
+    q = torch.ones(1, queries, 2, 16)
+    k_cmp, empty = torch.zeros(1, 59, 1, 16), torch.zeros(1, tokens, 1, 16)
+    k_cmp[0, 0] = 16.0
+    v_slc = torch.nn.functional.one_hot(torch.arange(tokens) // 64, 16).view(1, tokens, 1, 16)
+    gates = torch.tensor([0.0, 1.0, 0.0]).expand(1, queries, 2, 3)
+    values = (q, k_cmp, torch.zeros_like(k_cmp), empty, v_slc, empty, empty, gates)
+    with recording() as runs:
+        o = nsa.nsa_attention(
+            *(x.bfloat16() for x in values), block=32, stride=16, select_block=64, num_selected=6,
+            num_initial=1, num_local=2, window=64, scale=1.0,
+        )  # fmt: skip
+    assert [run.kernel for run in runs] == ["forward_looped" if looped else "forward"]
+    taken = [row.nonzero().flatten().tolist() for row in o[0].flatten(0, 1) > 0]
+    assert taken == [[0, 1, 2, 3, t // 64 - 1, t // 64] for t in range(920, 960) for _ in "gg"]
 
 
 @pytest.mark.parametrize("large", [0, 1])

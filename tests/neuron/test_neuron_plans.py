@@ -11,6 +11,7 @@ from nsa_neuron.backends.neuron import plans
 from nsa_neuron.backends.neuron.launch import decode, groups, ranges, select_blocks
 from nsa_neuron.backends.neuron.launch.decode import single
 from nsa_neuron.backends.neuron.launch.selected_attention import sizes
+from nsa_neuron.backends.neuron.run import package
 
 pytestmark = pytest.mark.sim
 
@@ -163,3 +164,35 @@ def test_chunks_of_hardware_loops_cover_what_is_seen_once(window, past):
         assert unmasked == set(every)
         whole = [j for j in range(keys // large) if {j * 4 + i for i in range(4)} <= set(every)]
         assert list(range(big_from, big_to)) == whole
+
+
+@pytest.mark.parametrize("window", [1, 129, 300, 700, 2000])
+@pytest.mark.parametrize("past", [0, 37, 833])
+def test_sections_of_hardware_loops_meet_what_sees_them_once(window, past):
+    """Of each pair of sections of keys, by brute force: the pairs of groups that see some key, and
+    among them, without masks, exactly those whose queries all see all of them."""
+    queries, width = 700, 2 * groups.SECTION
+    keys = queries + past
+    seen = ranges.causal(queries, keys, window, None, None, torch.device("cpu"))
+    of_call = groups.Groups.of(seen, 16, {"tiles": 1, "large": 512, "small": 128})
+    pairs = of_call.bounds.long().view(-1, 2 * of_call.queries, 2).tolist()
+    sections = of_call.sections(keys)
+    assert sections[::2].equal(sections[1::2])
+    for j, (first, all_from, all_to, last) in enumerate(sections[::2].tolist()):
+        start, end = j * width, (j + 1) * width
+        some = [
+            p for p, rows in enumerate(pairs) if any(lo < end and hi > start for lo, hi in rows)
+        ]
+        every = [
+            p for p, rows in enumerate(pairs) if all(lo <= start and hi >= end for lo, hi in rows)
+        ]
+        assert list(range(first, last)) == some
+        assert list(range(all_from, all_to)) == every
+
+
+@pytest.mark.parametrize(
+    ("stride", "blocks"), [(16, 128), (64, 128), (65, 126), (128, 64), (256, 32), (8192, 1)]
+)
+def test_tiles_of_blocks_have_at_most_64_tiles_of_tokens(stride, blocks):
+    tile = package().load("compress.mean").block_tile
+    assert tile(1000, stride, stride) == blocks and tile(1, stride, stride) == 1

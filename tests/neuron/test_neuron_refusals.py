@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+import nsa_neuron as nsa
+from nsa_neuron import simulator
 from nsa_neuron.backends import neuron
 from nsa_neuron.backends.neuron import hardware, limits, whole
 from nsa_neuron.errors import NsaError
 from nsa_neuron.ops import get
-from nsa_neuron.registry import Unsupported
+from nsa_neuron.registry import Unsupported, use_backend
 
 if TYPE_CHECKING:
     from nsa_neuron.spec import Bound
@@ -196,3 +198,11 @@ def test_programs_of_windows_are_counted_by_their_keys(op):
     counts = [limits.range_instructions(a_call(op, w=w, **sizes)) for w in (512, 4096, 8192)]
     assert counts[2] == causal and counts[0] < counts[1] < causal
     assert 2 < causal / counts[0] < 7
+
+
+def test_what_the_simulator_would_only_warn_of_is_refused(monkeypatch):
+    """Such a program may not run on a device: here one that is longer than compilers take."""
+    branches = [torch.ones(1, 1, 1, 4)] * 3
+    monkeypatch.setattr("nsa_neuron.simulator.run.cores.PROGRAM", 1)
+    with use_backend("neuron:sim"), pytest.raises(simulator.SimulationError, match="doubtful"):
+        nsa.gated_sum(*branches, torch.ones(1, 1, 1, 3))

@@ -193,6 +193,32 @@ def test_decorators(decorator, rules):
     assert rules_of(f"{HEAD}{decorator}\ndef kernel(x):\n    pass\n") == rules
 
 
+LOOP = "for i in nl.dynamic_range(4):\n    "
+LOOPS = [
+    ("nl.fori_loop(0, 4, helper, step=0)", {"loop-step"}),
+    ("nl.fori_loop(0, 4, helper, 0)", {"loop-step"}),
+    ("nl.fori_loop(0, 4, helper, 2)", set()),
+    ("nl.fori_loop(0, 4, helper, step=x.shape[0])", set()),
+    ("nl.fori_loop(-1, 4, helper)", set()),
+    ("for i in nl.dynamic_range(0, 4, 0):\n    pass", {"loop-step", "deprecated-loop"}),
+    ("for i in nl.dynamic_range(0, 4, 1):\n    pass", {"deprecated-loop"}),
+    # A name that was a tensor before the loop, or is none, may be used after it.
+    (LOOP + "t = nl.ndarray((8, 8), nl.float32)\nnisa.memset(t, 0)", {"deprecated-loop"}),
+    (LOOP + "r = nisa.register_alloc(0)\nnisa.register_move(r, 1)", {"deprecated-loop"}),
+    (LOOP + "n = max(3, 4)\nhelper(n)", {"deprecated-loop"}),
+    (LOOP + "u = nl.ndarray((8, 8), nl.float32)\nu = nl.ndarray((8, 8), nl.float32)\n"
+     "nisa.memset(u, 0)", {"deprecated-loop"}),
+    (LOOP + "u = nl.load(x)\nnisa.memset(u, 0)", {"deprecated-loop", "loop-scope"}),
+    ("def body(i):\n    return None\nnl.fori_loop(0, 4, body_fun=body)", {"loop-return"}),
+    ("def body(i):\n    return\nnl.fori_loop(0, 4, body_fun=body)", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "rules"), LOOPS)
+def test_loops(body, rules):
+    assert rules_of(kernel_of(body)) == rules
+
+
 def test_every_rule_is_tested():
     assert BODIES.keys() | FILES.keys() == lint.RULES.keys()
     for rule in lint.RULES.values():

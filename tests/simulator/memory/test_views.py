@@ -266,3 +266,18 @@ def test_slices_are_looked_up_by_what_was_asked_for_not_by_what_equals_it() -> N
     bytes_ = tensor.view("uint8")
     assert bytes_[0:8, 1:2, 0:1].access().place is not tensor[0:8, 1:2, 0:1].access().place
     assert bytes_[0:8, 1:2, 0:1].dtype == "uint8"
+
+
+@pytest.mark.parametrize("buffer", ["sbuf", "psum", "shared_hbm"])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 2, 6), (4, 2, 3, 2)])
+def test_dense_views_are_those_whose_free_elements_follow_each_other(buffer, shape):
+    whole = numbered(make_core(), shape, buffer)
+    on_chip = int(whole.on_chip)
+    for d, size in enumerate(shape):
+        for by in (1, 2) if d or not on_chip else (1,):
+            for end in {1, size - 1, size}:
+                view = whole.slice(d, 0, end, by)
+                rows = as_strided(view, whole.array())
+                each = [r.ravel() for r in rows] if on_chip else [rows.ravel()]
+                dense = all((np.diff(e) == 1).all() for e in each)
+                assert view.is_contiguous() == dense, (d, by, end)

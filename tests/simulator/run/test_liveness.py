@@ -16,7 +16,7 @@ from nsa_neuron.simulator.memory.layout import Form
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
 from nsa_neuron.simulator.run import liveness, overlap
-from nsa_neuron.simulator.run.coverage import Coverage
+from nsa_neuron.simulator.run.coverage import Coverage, quarters, quarters_of
 
 WIDTHS = {32: 1, 64: 2, 96: 4, 128: 4}
 
@@ -90,6 +90,18 @@ def test_coverage_counts_each_byte_once(spans):
     for k, span in enumerate(spans):
         cover.change(*span, -1)
         assert cover.covered == len(set().union(*(range(*s) for s in spans[k + 1 :])))
+
+
+def test_quarters_of_the_partitions():
+    found = {n: quarters(tile(n, 4, 0, 1), TRN2) for n in (1, 32, 33, 64, 65, 96, 97, 128)}
+    assert found == {1: 1, 32: 1, 33: 2, 64: 2, 65: 4, 96: 4, 97: 4, 128: 4}
+    for first, partitions, there in [
+        (0, 1, [0]), (0, 32, [0]), (0, 33, [0, 1]), (32, 32, [1]), (64, 64, [2, 3]), (96, 5, [3]),
+        (0, 128, [0, 1, 2, 3]), (32, 33, [1, 2]),
+    ]:  # fmt: skip
+        assert [*quarters_of(tile(partitions, 4, 0, 1, (first, 8)), TRN2)] == there
+    bank = allocation_of(Form("psum", (1, 4), uint8, (96, 0)), 0, 0, "", 0, None, "scratch")
+    assert quarters(bank, TRN2) == 4 and [*quarters_of(bank, TRN2)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("partitions", [64, 32])

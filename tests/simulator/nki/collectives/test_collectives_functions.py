@@ -215,6 +215,33 @@ def test_a_rank_that_stays_away_is_a_deadlock_with_its_line():
     )
 
 
+@pytest.mark.parametrize(
+    ("ranks", "lnc", "rule", "waits", "ended"),
+    [
+        (1, 2, "lnc-deadlock", "core 0", "core 1"),
+        (2, 1, "collective-deadlock", "rank 0", "rank 1"),
+        (2, 2, "collective-deadlock", "rank 0 core 0", "rank 1 core 1"),
+    ],
+)
+def test_a_deadlock_names_who_waits_and_who_has_ended(ranks, lnc, rule, waits, ended):
+    def kernel(x, first):
+        if first and nl.program_id(0) == 0:
+            if ranks == 1:
+                nisa.core_barrier(x, (0, 1))
+            else:
+                ncc.all_reduce([x], [x], ncc.ReplicaGroup([[0, 1]]), nl.add)
+        nl.store(x[0:1], nl.load(x[0:1])) if nl.program_id(0) else None
+        return x
+
+    first = PerRank([True, False]) if ranks == 2 else True
+    run = simulator.simulate(simulator.Kernel(kernel, lnc), ranks=ranks)
+    with pytest.raises(DeadlockError) as error:
+        run(np.ones((2, 2), np.float32), first)
+    assert error.value.rule == rule
+    assert error.value.message.startswith(f"{waits} waits in ")
+    assert error.value.message.endswith(f"{ended} has ended")
+
+
 def test_an_error_on_one_rank_ends_the_run():
     def kernel(x, fail):
         if fail:

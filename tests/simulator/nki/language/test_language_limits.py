@@ -419,6 +419,42 @@ def test_what_a_function_does_not_take(call, rule):
     assert error.value.rule == rule
 
 
+TILES = [
+    ("store", "value", lambda h, t: nl.store(h, h)),
+    ("transpose", "x", lambda h, t: nl.transpose(h)),
+    ("matmul", "x", lambda h, t: nl.matmul(h, t, transpose_x=True)),
+    ("matmul", "y", lambda h, t: nl.matmul(t, h, transpose_x=True)),
+    ("gather_flattened", "data", lambda h, t: nl.gather_flattened(h, t)),
+    ("gather_flattened", "indices", lambda h, t: nl.gather_flattened(t, h)),
+    ("sum", "x", lambda h, t: nl.sum(h, 1)),
+    ("mean", "x", lambda h, t: nl.mean(h, 1)),
+    ("var", "x", lambda h, t: nl.var(h, 1)),
+    ("softmax", "x", lambda h, t: nl.softmax(h, 1)),
+    ("rms_norm", "w", lambda h, t: nl.rms_norm(t, h, 1, 4)),
+    ("where", "condition", lambda h, t: nl.where(h, t, t)),
+    ("broadcast_to", "x", lambda h, t: nl.broadcast_to(h, (4, 4))),
+    ("dropout", "x", lambda h, t: nl.dropout(h, 0.5)),
+    ("add", "x", lambda h, t: nl.add(h, t)),
+    ("add", "y", lambda h, t: nl.add(t, h)),
+    ("add", "y", lambda h, t: nl.add(1.0, h)),
+    ("exp", "x", lambda h, t: nl.exp(h)),
+    ("rsqrt", "x", lambda h, t: nl.rsqrt(h)),
+    ("floor", "x", lambda h, t: nl.floor(h)),
+    ("divide", "y", lambda h, t: nl.divide(t, h)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "operand", "call"), TILES, ids=[f"{name}-{k}" for k, (name, *_) in enumerate(TILES)]
+)
+def test_a_tensor_in_hbm_is_no_tile(name, operand, call):
+    run = simulator.simulate(lambda h: call(h, nl.load(h)), relax=("doubtful",))
+    with pytest.raises(simulator.SimulationError) as error:
+        run(normal(4, 4))
+    said = (error.value.rule, error.value.instruction, error.value.operand)
+    assert said == ("usage", f"nl.{name}", operand)
+
+
 @pytest.mark.parametrize("name", ["dropout", "gather", "transpose", "load_transpose2d", "sin"])
 def test_a_dtype_that_is_asked_for_is_that_of_the_result(name):
     x = normal(16, 16)

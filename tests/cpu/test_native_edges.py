@@ -101,6 +101,20 @@ def test_a_block_that_all_read_is_summed_in_parts_of_its_own_head(batch, heads):
     check("selected_attention_backward", values)
 
 
+@pytest.mark.parametrize("op", ["sliding_window_attention", "sliding_window_attention_backward"])
+def test_windows_of_sequences_whose_first_keys_nobody_sees(op):
+    """Each begins with whole tiles of 64 keys, other ones than its neighbours, that none reads."""
+    values = arguments(op, {"S": 45, "T": 600, "Hq": 2, "Hkv": 2}, window=7)
+    queries, keys = [0, 9, 29, 45], [0, 70, 350, 600]
+    cu = {f"cu_seqlens_{x}": torch.tensor(at, dtype=torch.int32)
+          for x, at in (("q", queries), ("k", keys))}  # fmt: skip
+    if op.endswith("backward"):
+        forward = {name: values[name] for name in ("q", "k", "v", "window", "scale")}
+        o, lse = get("sliding_window_attention").reference(**forward, **cu)
+        values |= {"o": o, "lse": lse}
+    check(op, values | cu)
+
+
 OF_KEYS = [
     ("attention", {}), ("attention_backward", {}),
     ("sliding_window_attention", {"window": 7}),

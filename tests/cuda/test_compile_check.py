@@ -137,6 +137,20 @@ def test_a_row_is_compiled_at_its_widest(monkeypatch):
     } <= set(found)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("bounds", "group"),
+    [({"max_g": 1}, 1), ({"max_g": 3}, 1), ({"min_g": 5, "max_g": 7}, 5), ({"min_g": 33}, 33)],
+)
+def test_a_row_for_unusual_groups_is_compiled(bounds, group, monkeypatch):
+    """A row without a least or a largest group takes all of them."""
+    rows = [{**bounds, "constants": {"a": 1}}, {"constants": {"a": 2}}]
+    monkeypatch.setattr(plans, "load", lambda device, op: {"forward": rows})
+    forward = entry("gated_sum", "forward")
+    forward = replace(forward, min_group=1, max_group=1024)
+    found = [p for p in plan_points.points(forward, "h200") if p.row("h200", forward) == 0]
+    assert Point(256, 256, "bfloat16", group) in found
+
+
 def test_every_kernel_is_compiled_for_every_dtype():
     for e in KERNELS:
         found = {point.dtype for point in plan_points.points(e, "h200")}

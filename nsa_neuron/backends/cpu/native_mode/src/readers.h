@@ -13,6 +13,10 @@ class Readers {
     int64_t sequence, b, h, block;
     const int64_t* queries;  // rows of the query axis, counted within the sequence
     int64_t count, slot;
+
+    bool of_the_block_of(const Item& other) const {
+      return sequence == other.sequence && b == other.b && h == other.h && block == other.block;
+    }
   };
   std::vector<Item> items;  // of one block next to each other
   int64_t slots = 0;

@@ -224,24 +224,21 @@ void block_pass(const Call& call) {
     auto work = std::make_shared<BlockWork>(call, columns, slots.get());
     return [&items, work](int64_t task) { work->run(items[task]); };
   });
-  // The sums of a block that was cut, in the order of its readers.
-  std::vector<int64_t> firsts;
+  // The sums of a block that was cut, in the order of its readers: items [first, second) are its.
+  std::vector<std::pair<size_t, size_t>> runs;
   for (size_t i = 0; i < readers.items.size(); i++) {
     const Readers::Item& item = readers.items[i];
-    const bool goes_on = i > 0 && readers.items[i - 1].slot >= 0 && readers.items[i - 1].block == item.block &&
-                         readers.items[i - 1].sequence == item.sequence && readers.items[i - 1].b == item.b &&
-                         readers.items[i - 1].h == item.h;
-    if (item.slot >= 0 && !goes_on) firsts.push_back(i);
+    if (item.slot < 0) continue;
+    if (i > 0 && readers.items[i - 1].of_the_block_of(item))
+      runs.back().second = i + 1;
+    else
+      runs.push_back({i, i + 1});
   }
-  parallel(firsts.size(), [&] {
+  parallel(runs.size(), [&] {
     return [&](int64_t task) {
-      const Readers::Item& first = readers.items[firsts[task]];
-      for (size_t i = firsts[task]; i < readers.items.size(); i++) {
+      for (size_t i = runs[task].first; i < runs[task].second; i++) {
         const Readers::Item& item = readers.items[i];
-        if (item.slot < 0 || item.block != first.block || item.sequence != first.sequence || item.b != first.b ||
-            item.h != first.h)
-          break;
-        BlockWork::write(call, item, slots.get() + item.slot * BlockWork::slot_size(call), &item != &first);
+        BlockWork::write(call, item, slots.get() + item.slot * BlockWork::slot_size(call), i > runs[task].first);
       }
     };
   });

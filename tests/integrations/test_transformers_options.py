@@ -374,3 +374,25 @@ def test_a_config_that_says_nothing_of_its_encoding_has_the_usual_one():
         assert made.num_selected == 5 and made.rms_norm_eps == values["rms_norm_eps"]
     with pytest.raises(InvalidArgument, match="with rope_type 'yarn'; it must be with 'default'"):
         convert_module._config(SimpleNamespace(**values, rope_parameters={"rope_type": "yarn"}), {})
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"num_hidden_layers": 4}, "num_hidden_layers"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers"),
+        # Matrices of the same shapes, of other heads.
+        (
+            {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+            "num_attention_heads",
+        ),
+        ({"num_key_value_heads": 1}, "num_key_value_heads"), ({"head_dim": 16}, "head_dim"),
+        ({"vocab_size": 7}, "vocab_size"), ({"hidden_size": 64}, "hidden_size"),
+        ({"intermediate_size": 8}, "intermediate_size"), ({"value_head_dim": 6}, "value_head_dim"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_model_is_not_converted_to_another_size(options, argument):
+    with pytest.raises(InvalidArgument, match="the model's") as caught:
+        convert(llama(), **GEOMETRY, **options)
+    assert caught.value.argument == argument

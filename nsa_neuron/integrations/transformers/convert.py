@@ -17,6 +17,10 @@ _SAME = (
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range",
     "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
 )  # fmt: skip
+_SHAPES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "value_head_dim",
+)  # fmt: skip
 GATE_BIAS = 4.0  # sigmoid(4) = 0.982, sigmoid(-4) = 0.018
 
 
@@ -37,10 +41,15 @@ def convert(model: nn.Module, **options: Any) -> NsaForCausalLM:
 
     Raises:
         InvalidArgument: a model with parameters that NSA's layers do not have, another rotary
-            encoding than the plain one, or layers with sliding windows.
+            encoding than the plain one, or layers with sliding windows; options for another size
+            than the model's, whose weights would not fit.
     """
     old: Any = model
     config = _config(old.config, {**_extras(old), **options})
+    same = _config(old.config, {})
+    for name in _SHAPES:
+        if getattr(config, name) != (size := getattr(same, name)):
+            raise InvalidArgument("convert", name, getattr(config, name), f"{size}, the model's")
     made = NsaForCausalLM(config).to(next(model.parameters()).dtype)
     state = {name: value for name, value in model.state_dict().items() if ".self_attn." not in name}
     known = set(made.state_dict())

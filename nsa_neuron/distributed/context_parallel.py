@@ -205,7 +205,7 @@ class _SpreadCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, mesh: DeviceMesh) -> Tensor:
         with torch.enable_grad(), loss_parallel():
             leaf = logits.detach().requires_grad_()
-            spread = DTensor.from_local(leaf, mesh, [Shard(1)], run_check=False)
+            spread = DTensor.from_local(leaf, mesh, [Shard(1)])
             summed: Any = F.cross_entropy(spread, targets, reduction="sum")
             total = summed.to_local()
             if ctx.needs_input_grad[0]:

@@ -102,7 +102,7 @@ class LayerStep:
     @property
     def block_ends(self) -> Tensor:
         """The token's position, if it completes a block."""
-        return self.positions[-1:] if self._completes else self.positions[:0]
+        return self.positions if self._completes else self.positions[:0]
 
     @property
     def _completes(self) -> bool:

@@ -175,7 +175,7 @@ def _own_kv_head(layer: AttentionLayer, mesh: DeviceMesh) -> None:
 
     def project(x: Tensor) -> Tensor:
         known = isinstance(x, DTensor)
-        seen = x if known else DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+        seen = x if known else DTensor.from_local(x, mesh, [Replicate()])
         own = slice(head * rows, (head + 1) * rows)
         bias = None if layer.kv.bias is None else local(layer.kv.bias)[own]
         return F.linear(local(seen), local(layer.kv.weight)[own], bias)
@@ -231,23 +231,23 @@ def _sum_gradients(module: nn.Module) -> None:
 def _heads(phi: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
     """Heads of local keys or values are those of one tensor; offsets are everywhere the same."""
     x, *rest = inputs
-    placed = DTensor.from_local(x, mesh, [Shard(2)], run_check=False)
+    placed = DTensor.from_local(x, mesh, [Shard(2)])
     edges = [r if r is None else DTensor.from_local(r, mesh, [Replicate()]) for r in rest]
     return placed, *edges
 
 
 def _gather_tokens(mesh: DeviceMesh, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """All tokens, as a DTensor, so that the gradients of its uses are summed before they travel."""
-    own = DTensor.from_local(inputs[0], mesh, [Shard(1)], run_check=False)
+    own = DTensor.from_local(inputs[0], mesh, [Shard(1)])
     return (own.redistribute(placements=[Replicate()]), *inputs[1:])
 
 
 def _tokens(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-    return (DTensor.from_local(inputs[0], mesh, [Shard(1)], run_check=False), *inputs[1:])
+    return (DTensor.from_local(inputs[0], mesh, [Shard(1)]), *inputs[1:])
 
 
 def _replicas(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-    return (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:])
+    return (DTensor.from_local(inputs[0], mesh, [Replicate()]), *inputs[1:])
 
 
 def _to_local(module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Tensor:

@@ -150,7 +150,7 @@ def test_the_log_and_the_notes_count_bytes_and_steps(tmp_path):
     run(tmp_path / "a", how, report=lambda step, loss: told.append((step, loss)), until=3)
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").open()]
     assert [row["step"] for row in rows] == [0, 1, 2] == [step for step, _ in told]
-    assert [row["loss"] for row in rows] == pytest.approx([loss for _, loss in told], abs=1e-5)
+    assert [row["loss"] for row in rows] == [round(loss, 5) for _, loss in told]
     assert [row["bytes"] for row in rows] == [4 * 24, 4 * 24, 2 * 48]
     assert all(row["cpu_seconds"] >= 0 for row in rows)
     _, notes = load_checkpoint(tmp_path / "a" / "model.safetensors")

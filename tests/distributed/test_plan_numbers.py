@@ -16,7 +16,7 @@ SMALL = plan.Problem(
     dv=8,
 )  # fmt: skip
 FREE = Machine(
-    name="free", device="d", flops=math.inf, memory=math.inf, hbm=math.inf, matmul=1.0, units=1,
+    name="free", device="d", flops=math.inf, memory=math.inf, matmul=1.0, units=1,
     links=(Link(2**30, math.inf, 0.0, ""),),
     forward=dict.fromkeys(plan.STAGES, 0.0), backward=dict.fromkeys(plan.STAGES, 0.0), sources=(),
 )  # fmt: skip
@@ -36,6 +36,29 @@ def test_links_reach_as_far_as_they_say():
     assert set(MACHINES) == {"trn2", "h200"} and all(MACHINES[n].name == n for n in MACHINES)
     for machine in MACHINES.values():
         assert set(machine.forward) == set(plan.STAGES) and machine.backward.keys() <= set(plan.STAGES)  # fmt: skip # noqa: E501
+
+
+def test_machines_are_as_published_and_noted():
+    """Peak in dense bfloat16, memory, messages; stage times of 64K tokens in milliseconds."""
+    assert (TRN2.flops, TRN2.memory, TRN2.units) == (668.75e12, 103_079_215_104, 8)
+    assert (H200.flops, H200.memory, H200.units) == (989e12, 141e9, 1)
+    assert TRN2.matmul == H200.matmul == 0.8
+    assert [link.latency for link in TRN2.links] == [3e-6, 5e-6, 20e-6]
+    assert [link.latency for link in H200.links] == [3e-6, 20e-6]
+    assert [TRN2.forward[s] for s in plan.STAGES] == [1.3, 105, 116, 713, 66, 18.1]
+    assert [H200.forward[s] for s in plan.STAGES] == [0.05, 10, 5.5, 17, 3.5, 1.05]
+    assert [H200.backward.get(s) for s in plan.STAGES] == [None, 36, None, 38.5, 11, 3.5]
+    assert TRN2.backward == {}
+    sizes = {"S": 65536, "T": 65536, "Hq": 64, "Hkv": 4, "Dk": 192, "Dv": 128}
+    paper = plan.Problem(65536)
+    assert sizes == plan.REFERENCE
+    assert (paper.heads, paper.kv_heads, paper.dk, paper.dv) == (64, 4, 192, 128)
+    blocks = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16}
+    assert {**blocks, "num_initial": 1, "num_local": 2, "window": 512} == plan.GEOMETRY
+    # 8.6 thousand million parameters, 7.5 of them in the blocks.
+    assert (paper.batch, paper.layers, paper.dim) == (1, 32, 4096)
+    assert (paper.hidden, paper.vocabulary) == (11008, 128_256)
+    assert paper.parameters == 8_592_031_744
 
 
 def test_parameters_are_those_of_every_matrix():

@@ -37,7 +37,7 @@ class Machine:
         name: of the target.
         device: what counts as one.
         flops: dense bfloat16 operations per second.
-        memory: bytes. hbm: bytes per second.
+        memory: bytes.
         matmul: share of `flops` that large products reach.
         units: parts of a device that run kernels side by side, each as fast as the stage times say.
         links: from the nearest domain to the farthest.
@@ -49,7 +49,6 @@ class Machine:
     device: str
     flops: float
     memory: float
-    hbm: float
     matmul: float
     units: int
     links: tuple[Link, ...]
@@ -70,7 +69,6 @@ TRN2 = Machine(
     device="Trainium2 chip (8 NeuronCores)",
     flops=10.7e15 / 16,
     memory=96 * 2**30,
-    hbm=46.4e12 / 16,
     matmul=0.8,
     units=8,
     links=(
@@ -98,7 +96,6 @@ H200 = Machine(
     device="H200 GPU",
     flops=989e12,
     memory=141e9,
-    hbm=4.8e12,
     matmul=0.8,
     units=1,
     links=(

@@ -27,7 +27,11 @@ KERNELS = {
 
 
 def held(text):
-    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))
+    """The data of a page: JSON without a space too many, and no end of a script in it."""
+    data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1)
+    found = json.loads(data)
+    assert data == json.dumps(found, separators=(",", ":")).replace("</", "<\\/")
+    return found
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "many"])

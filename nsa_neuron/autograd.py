@@ -177,7 +177,7 @@ def _refusing_function(spec: OpSpec) -> type[SingleLevelFunction]:
     )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
+        """Nothing is kept for a derivative that there is not."""
 
     def refuse(ctx: Any, *grads: Tensor | None) -> Any:
         raise UnsupportedTransform(f"{spec.name} cannot be differentiated: {why}")

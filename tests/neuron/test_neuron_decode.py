@@ -74,8 +74,10 @@ def test_one_head_of_a_core_is_as_right_as_several(
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("forced", [(3, 2), (0, 4), (4, 1)])
-def test_all_forced_blocks_are_chosen_and_no_other(forced: tuple[int, int], kv_heads: int) -> None:
-    """As many as are chosen at all, so that no score matters; of two heads, and of one."""
+def test_all_forced_blocks_are_chosen_and_no_other(
+    forced: tuple[int, int], kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are chosen at all, so that no score matters; by both kernels."""
     case = next(case for case in SPEC.cases if case.name == "custom_scale")
     initial, local = forced
     scalars = {**case.scalars, "num_initial": initial, "num_local": local}
@@ -83,6 +85,8 @@ def test_all_forced_blocks_are_chosen_and_no_other(forced: tuple[int, int], kv_h
     sizes = {**case.sizes, "Hq": 2 * kv_heads, "Hkv": kv_heads}
     options = {"tokens": (150,), "pages": (16, 1, 16)}  # rows of whole blocks
     values = SPEC.arguments(replace(case, sizes=sizes, options=options, scalars=scalars), F32)
+    close(values, launched(values))
+    monkeypatch.setattr(single, "HEADS", 0)
     close(values, launched(values))
 
 

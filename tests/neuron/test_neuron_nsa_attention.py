@@ -91,6 +91,13 @@ def test_tiles_with_few_jobs_wait_for_their_pages(tokens, window):
     judged.within_budget("nsa_attention", values, judged.call("nsa_attention", values))
 
 
+def test_a_window_s_ring_takes_new_keys_in_the_place_of_old_ones():
+    """Four places of 128 keys; each half of the queries passes more on its way."""
+    values = problem(1280, 1280, (1, 1), (16, 16), window=40, num_selected=4)
+    values["gates"][..., :2] = 0.0  # only the window's part
+    judged.within_budget("nsa_attention", values, judged.call("nsa_attention", values))
+
+
 def test_the_blocks_are_those_of_float32_scores():
     """Values that count the tokens of each block show which blocks a query took."""
     tokens = 3300

@@ -23,7 +23,7 @@ from nsa_neuron.distributed.parallelism import Parallelism, parallelize
 from nsa_neuron.distributed.pipeline import Stage, stage_indices
 from nsa_neuron.distributed.tensor_parallel import check_heads
 from nsa_neuron.distributed.training import How, train
-from nsa_neuron.errors import InvalidArgument, StateMismatch
+from nsa_neuron.errors import InvalidArgument, NsaError, StateMismatch
 from nsa_neuron.nn import ByteLanguageModel, NsaConfig
 from nsa_neuron.training.corpus import corpus_of
 from nsa_neuron.training.tasks import Text
@@ -72,6 +72,39 @@ def test_a_run_that_lost_steps_takes_them_again_and_logs_each_once(alone, tmp_pa
         assert row["context bytes sent"] == 0
     other, _ = run(tmp_path / "other", seed=1)
     assert other[0] != whole[0]
+
+
+def test_one_rank_trains_as_a_plain_loop(alone, tmp_path):
+    """Seeds, targets, mean, clipping and optimizer, written out: other meshes are compared with
+    this one only."""
+    got, _ = run(tmp_path, seed=3, clip=0.05, rate=0.02, length=16)
+    torch.manual_seed(3)
+    net, want = ByteLanguageModel(CONFIG, ("window",)), []
+    adam = torch.optim.AdamW(net.parameters(), lr=0.02, betas=(0.9, 0.95))
+    for step in range(5):
+        gen = torch.Generator().manual_seed(3_000_009 + step)
+        tokens = TASK.batch(2, 16, gen).tokens
+        odds = net(tokens)[:, :-1].log_softmax(-1)
+        loss = -odds.gather(-1, tokens[:, 1:, None]).mean()
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+        adam.step()
+        want.append(loss.item())
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_a_run_that_diverges_ends(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "sharded_loss", lambda logits, *_: logits.sum() * math.inf)
+    with pytest.raises(NsaError, match="lower the learning rate"):
+        run(tmp_path)
+    assert steps(tmp_path) == []
+
+
+def test_a_run_s_defaults():
+    assert dataclasses.astuple(How()) == (
+        100, 4, 256, 3e-3, 1.0, 0, 50, "auto", False, "", "1f1b", 4, True
+    )  # fmt: skip
 
 
 class Pair(nn.Module):

@@ -1,10 +1,11 @@
-"""A few steps of training on every kind of mesh: the losses are those of one rank."""
+"""A few steps of training on every kind of mesh: losses and norms are those of one rank."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,20 +29,29 @@ TASK = Text(corpus_of(text=[bytes(range(256)) * 4] * 3))
 
 
 def run(folder, shape, changes=None, sizes=None, kinds=KINDS):
-    how = dataclasses.replace(HOW, **(changes or {}))
-    return train(
-        dataclasses.replace(CONFIG, **(sizes or {})),
-        kinds,
-        TASK,
-        Parallelism(*shape),
-        how,
-        Path(folder),
-    )
+    """Loss and norm of the whole gradient of each step. (Losses alone tell no wrong norm: AdamW
+    does not mind gradients that are all too small by one factor.)"""
+    norms, clip = [], torch.nn.utils.clip_grads_with_norm_
+
+    def clipped(parameters, most, norm):
+        norms.append(float(norm))
+        clip(parameters, most, norm)
+
+    with patch("torch.nn.utils.clip_grads_with_norm_", clipped):
+        losses = train(
+            dataclasses.replace(CONFIG, **(sizes or {})),
+            kinds,
+            TASK,
+            Parallelism(*shape),
+            dataclasses.replace(HOW, **(changes or {})),
+            Path(folder),
+        )
+    return list(zip(losses, norms, strict=True))
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """Losses of one rank, in this process."""
+    """Losses and norms of one rank, in this process."""
     store = tmp_path_factory.mktemp("one")
     dist.init_process_group("gloo", init_method=f"file://{store}/s", rank=0, world_size=1)
     try:
@@ -51,9 +61,9 @@ def expected(tmp_path_factory):
 
 
 def near(got, want, tolerance=2e-5):
-    for losses in got:
+    for steps_ in got:
         torch.testing.assert_close(
-            torch.tensor(losses), torch.tensor(want), rtol=tolerance, atol=tolerance
+            torch.tensor(steps_), torch.tensor(want), rtol=tolerance, atol=tolerance
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -179,3 +180,32 @@ def test_bytes_of_a_cache_count_each_store_once() -> None:
     layer.own = layer
     cache = type("Cache", (), {"layers": [layer, layer]})()
     assert model_bench._bytes_of(cache) == 40 + 24
+
+
+def test_layers_and_models_have_the_sizes_that_are_told() -> None:
+    """16 heads of 64 for one kv head, width 256 (or 1024, their product), two layers."""
+    narrow = NsaConfig(dim=256, heads=16, kv_heads=1, dk=64, dv=64)
+    wide = dataclasses.replace(narrow, dim=16 * 64)
+    assert layer_bench.SHAPES == ((narrow, 2048), (wide, 2048), (narrow, 8192))
+    assert narrow == model_bench.CONFIG and model_bench.LAYERS == 2
+    assert model_bench.BODY == {
+        "vocab_size": 256, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2,
+        "num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [layer_bench, model_bench], ids=["layer", "model"])
+def test_progress_is_full_when_everything_was_measured(module, monkeypatch) -> None:
+    told = []
+
+    @contextlib.contextmanager
+    def progress(name, total):
+        told.append((name, total))
+        yield told.append
+
+    monkeypatch.setattr(module, "progress", progress)
+    for name in ("overhead", "training", "decoding"):
+        monkeypatch.setattr(module, name, lambda *_: [], raising=False)
+    module.measure([(CONFIG, 96), (CONFIG, 8)] if module is layer_bench else [64, 32769])
+    (_, total), *steps = told
+    assert len(steps) == total and len(set(steps)) == total

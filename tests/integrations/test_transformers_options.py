@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from torch import nn  # noqa: E402
 
+from nsa_neuron import model_bench  # noqa: E402
 from nsa_neuron.errors import InvalidArgument  # noqa: E402
 from nsa_neuron.integrations.transformers import NsaForCausalLM, NsaLmConfig, convert  # noqa: E402
 from nsa_neuron.integrations.transformers import attention as hf_attention  # noqa: E402
@@ -396,3 +397,31 @@ def test_a_model_is_not_converted_to_another_size(options, argument):
     with pytest.raises(InvalidArgument, match="the model's") as caught:
         convert(llama(), **GEOMETRY, **options)
     assert caught.value.argument == argument
+
+
+def test_decoding_goes_on_behind_caches_of_equal_tokens(monkeypatch):
+    got = {}
+    monkeypatch.setattr(
+        model_bench,
+        "in_turns",
+        lambda bench, steps, rounds, facts, held: got.update(
+            steps=steps, held=held, about=(bench, rounds, facts)
+        ),
+    )
+    filled, caches = [], []
+    fill, size = model_bench._fill, model_bench._bytes_of
+    monkeypatch.setattr(model_bench, "_fill", lambda *a: filled.append(a[1:]) or fill(*a))
+    monkeypatch.setattr(model_bench, "_bytes_of", lambda c: caches.append(c) or size(c))
+    model_bench.decoding(100)
+    assert got["about"] == ("model", 16, {"tokens": 100, "layers": 2})
+    assert filled == [(model_bench.CONFIG, 100)] * 2
+    row = 4 * (64 + 64)  # bytes of a token's key and value
+    assert got["held"]["decode full"] == 2 * 100 * row
+    # Three branches' rows and 5 blocks, in whole pages, with room for more.
+    assert 3 * 100 * row < got["held"]["decode nsa"] / 2 < 20 * 256 * row
+    for step in got["steps"].values():
+        made = [step().logits for _ in range(2)]
+        assert made[0].shape == (1, 1, 256) and all(x.isfinite().all() for x in made)
+    assert [cache.get_seq_length() for cache in caches] == [102, 102]
+    keys = caches[1].layers[0].keys[:, :, :100]
+    assert keys.std() > 0.9 and keys.shape == (1, 1, 100, 64)

@@ -151,6 +151,16 @@ def test_a_row_for_unusual_groups_is_compiled(bounds, group, monkeypatch):
     assert Point(256, 256, "bfloat16", group) in found
 
 
+@pytest.mark.parametrize(
+    ("op", "kernel"), [("compressed_attention", "backward_dkv"), ("compress", "column_sum")]
+)
+def test_parts_are_added_up_by_kernels_for_as_many_as_the_plans_have(op, kernel):
+    planned = {row["constants"]["SPLITS"] for row in plans.load("h200", op)[kernel]}
+    shape = Shape(192, 128, 16, {})
+    adders = [e for e in KERNELS if (e.op, e.kernel) == (op, "reduce_splits")]
+    assert {e.constants(shape)["SPLITS"] for e in adders} == planned
+
+
 def test_every_kernel_is_compiled_for_every_dtype():
     for e in KERNELS:
         found = {point.dtype for point in plan_points.points(e, "h200")}

@@ -296,6 +296,25 @@ def test_what_the_plans_leave_to_the_overlap():
     assert decided(16, select_block=16)[0] == by_query, "short blocks are cheap to read again"
 
 
+@pytest.mark.parametrize(
+    ("group", "tokens", "strategy"),
+    [
+        (16, 999, dispatch.BY_BLOCK),  # 4 tokens of a tile of 4 would have to share
+        (17, 250, dispatch.BY_OVERLAP),  # 1,000 pairs of a token and a slot
+        (17, 249, dispatch.BY_QUERY),
+        (63, 250, dispatch.BY_OVERLAP),
+        (64, 250, dispatch.BY_QUERY),  # one token alone has rows enough
+    ],
+)
+def test_the_edges_of_what_is_left_to_the_overlap(group, tokens, strategy):
+    tiles = plan("by_overlap", 4)
+    tiles["dispatch"] |= {"forward_rows": 64, "min_pairs": 1000}
+    q, k = (torch.empty(1, n, h, 16, device="meta") for n, h in ((tokens, group), (4096, 1)))
+    ids = torch.empty(1, tokens, 1, 4, dtype=torch.int32, device="meta")
+    call = Call(None, tiles, q, k, k, ids, dispatch.PLANNED_BLOCK, 0.1, (None, None))
+    assert dispatch.decide(call, "forward")[0] == strategy
+
+
 @pytest.mark.parametrize(("dk", "dv"), [(192, 128), (128, 128)])
 def test_the_shipped_thresholds_are_the_rooflines(dk, dv):
     """The bytes and rates of `union`: computed, not measured. A tuned plan says "measured"."""

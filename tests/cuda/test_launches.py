@@ -263,6 +263,18 @@ def test_what_is_launched_is_what_is_compiled(op, name):
         check_constants(op, launch, CASES[name])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_widths_of_lists_are_multiples_of_16(name):
+    """Triton compiles a kernel once more for whole numbers that are not."""
+    widths = [
+        launch.arguments[argument]
+        for launch in run_selected(CASES[name])
+        for argument in ("width", "lane_width")
+        if argument in launch.arguments
+    ]
+    assert widths and all(width % 16 == 0 for width in widths)
+
+
 @pytest.mark.parametrize("op", RUN)
 def test_a_million_tokens_fit_the_memory(op):
     """Forward and backward of one op with all inputs, outputs, gradients and workspaces."""

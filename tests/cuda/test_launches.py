@@ -263,6 +263,36 @@ def test_what_is_launched_is_what_is_compiled(op, name):
         check_constants(op, launch, CASES[name])
 
 
+@pytest.mark.parametrize("group", [1, 5, 16, 40])
+def test_what_decode_launches_is_what_is_compiled(group):
+    """But into how many programs a call is cut, which its batch decides."""
+    cut = {"CMP_SPLITS", "WIN_SPLITS", "SLC_SPLITS", "PLACES"}
+    case = SimpleNamespace(heads=group, kv=1)
+    for launch in run_decode(1, 1, group, 64):
+        entry = next(e for e in KERNELS if (e.op, e.kernel) == ("decode", launch.name))
+        compiled = entry.constants(Shape(192, 128, group, plan("decode", case)[launch.name]))
+        for param in launch.function.params:
+            if param.is_constexpr and param.name not in cut:
+                assert launch.arguments[param.name] == compiled[param.name], param.name
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept", "blocks", "slots", "warps", "stages"),
+    [
+        (4, 16, 16, 512, 4, 3),
+        (4, 256, 16, 512, 4, 3),
+        (1, 512, 64, 1024, 4, 3),  # winners so far, and as many that may take their places
+        (64, 16, 1, 512, 4, 3),  # a block fills a tile of 64 keys
+        (128, 16, 1, 512, 8, 1),
+    ],
+)
+def test_tiles_of_the_scores_of_decode(ratio, kept, blocks, slots, warps, stages):
+    planned = {"KEYS": 64, "PROGRAMS": 528, "SLOTS": 512, "num_warps": 4, "num_stages": 3}
+    assert decode.score_constants(planned, ratio, kept) == {
+        "BLOCKS": blocks, "RATIO": ratio, "SLOTS": slots, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_widths_of_lists_are_multiples_of_16(name):
     """Triton compiles a kernel once more for whole numbers that are not."""

@@ -52,7 +52,8 @@ def split_blocks(q, keys_t, values_of, lists, per_pass=16, mask=None):
         values_of: [n, 64, 128].
         lists: [items, blocks of each], int32.
         per_pass: blocks that are fetched and used together.
-        mask: [items, 2, keys of each], added to the scores of either half of the queries.
+        mask: [items, 2, keys of each]; both rows are added to the scores of all queries. The
+            public kernel adds one row to either half of them, which takes as long.
     """
     rows = keys_t.shape[2]
 
@@ -89,8 +90,8 @@ def _attend(q, lists, access, shapes, rows, sub_tiles, per_pass, mask):
     out = nl.ndarray((items * sub_tiles * P, P), q.dtype, buffer=nl.shared_hbm)
     ones = nl.ndarray((2, P), q.dtype)
     bounds = [nl.ndarray((P, 1), nl.float32) for _ in range(2)]
-    for tile in (ones, *bounds):
-        nisa.memset(tile, 1.0)
+    for tile, value in ((ones, 1.0), (bounds[0], 0.0), (bounds[1], float(width))):
+        nisa.memset(tile, value)
     held = [[nl.ndarray(s, q.dtype) for s in shapes] for _ in range(BUFFERS)]
     masks = [nl.ndarray((2, width), q.dtype) for _ in range(BUFFERS)] if mask is not None else []
     index = [nl.ndarray((1, listed), nl.int32) for _ in range(BUFFERS)]
@@ -133,7 +134,7 @@ def _attend(q, lists, access, shapes, rows, sub_tiles, per_pass, mask):
             if pending is not None:
                 _finish(*pending, access[2], out, state)
             pending = (score, kv, item, number, sub, passes)
-            if sub == 0 and step and step + BUFFERS - 1 < steps:
+            if sub == 0 and step + BUFFERS - 1 < steps:
                 fetch(step + BUFFERS - 1)
     _finish(*pending, access[2], out, state)
     return out

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
-import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from planted import FAULTS
+from told import held, told
 
 from nsa_neuron.simulator import SimulationError
 from nsa_neuron.simulator.rules.table import RULES
@@ -20,17 +19,6 @@ for _module in MODULES:
 
 # Rules that no kernel can be planted for, and why.
 UNPLANTED: dict[str, str] = {}
-
-
-# What each fault is told: message, value and limit, what to write instead; read by hand.
-SAID = json.loads((Path(__file__).parent / "said.json").read_text())
-
-
-def said(error):
-    """An error's text without places in files and without rows of operands."""
-    lines = str(error).partition("\n  rule ")[0].splitlines()
-    told = [lines[0], *(x for x in lines[1:] if x.startswith(("  got ", "  allowed ", "  write ")))]
-    return [re.sub(r"/\S*/(\w+\.py):\d+", r"\1", line.strip()) for line in told]
 
 
 def everything(run):
@@ -47,7 +35,7 @@ def test_wrong_is_refused_by_its_rule_at_its_line(fault):
         assert error.rule == fault.rule, error
         assert error.source == RULES[fault.rule].source
         assert type(error) is RULES[fault.rule].error
-        assert said(error) == SAID[fault.name]
+        assert told(error) == held(Path(__file__).parent)[fault.name]
         if error.location is not None:
             assert "/rules/" in error.location.filename, error
 

@@ -288,6 +288,51 @@ def test_indices_of_a_sum_are_unique():
     refused("value", body, T, indices([3, 3]))
 
 
+def test_a_scattered_sum_writes_the_rows_it_names_and_no_others():
+    def body(t, at, rows):
+        table, tile = hbm(8, 16), sb(2, 16)
+        nisa.memset(tile, 3.0)
+        nisa.dma_copy(table[3:5], t[0:2])
+        view = rows_of(table, 2, at)
+        nisa.dma_compute(view, [tile, view], nl.add)
+        back = new(rows.stop - rows.start, 16)
+        nisa.dma_copy(back, table[rows])
+        return back
+
+    where = indices([4, 3])
+    x = normal(64, 16)
+    got = simulated(lambda t, at: body(t, at, slice(3, 5)), x, where)
+    np.testing.assert_array_equal(got, x[0:2] + np.float32(3))
+    refused("uninitialized-read", lambda t, at: body(t, at, slice(2, 5)), x, where)
+    refused("uninitialized-read", lambda t, at: body(t, at, slice(3, 6)), x, where)
+    refused("uninitialized-read", lambda t, at: body(t, at, slice(3, 5)), x, indices([4, 5]))
+
+
+@pytest.mark.parametrize("first", [5, 33, 97])
+def test_transfers_begin_at_any_partition_engines_do_not(first):
+    """DMA moves bytes: no quadrants, no half of them."""
+    there = slice(first, first + 16)
+
+    def body(t, at):
+        tile, table = sb(128, 16), hbm(16, 16)
+        nisa.dma_copy(table, t[0:16])
+        nisa.dma_copy(tile[there], table)
+        nisa.dma_compute(tile[there], [tile[there], table], nl.add)
+        turned = sb(128, 16)
+        nisa.dma_transpose(turned[there], tile[there])
+        nisa.dma_copy(tile[there], rows_of(table, 16, at))
+        back, last = new(16, 16), new(16, 16)
+        nisa.dma_copy(back, turned[there])
+        nisa.dma_copy(last, tile[there])
+        return back, last
+
+    x = normal(64, 16)
+    back, last = simulated(body, x, indices(range(15, -1, -1)))
+    np.testing.assert_array_equal(back, 2 * x[0:16].T)
+    np.testing.assert_array_equal(last, x[15::-1])
+    refused("start-partition", lambda t: nisa.tensor_copy(sb(128, 16)[there], t[0:16]), T)
+
+
 def test_a_table_that_begins_inside_its_tensor_ends_with_it():
     """Rows 2 to 7 of 8 are six rows; a count of its own makes them fewer."""
 

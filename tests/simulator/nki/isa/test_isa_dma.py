@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from isa_helpers import BF16, F16, FLOATS, close, f32, in_psum, integers, normal, refused, sb
+from told import tells
 
 from nsa_neuron import simulator
 from nsa_neuron.simulator import UninitializedReadError
@@ -350,8 +351,8 @@ REFUSALS = [
 @pytest.mark.parametrize(
     ("rule", "body"), REFUSALS, ids=[f"{i}-{r[0]}" for i, r in enumerate(REFUSALS)]
 )
-def test_refusals(rule, body):
-    refused(rule, body, T)
+def test_refusals(rule, body, request):
+    tells(refused(rule, body, T), request)
 
 
 def test_a_transpose_at_a_run_time_offset_can_be_skipped():

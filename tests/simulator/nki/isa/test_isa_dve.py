@@ -24,6 +24,7 @@ from isa_helpers import (
     sb,
     simulated,
 )
+from told import tells
 
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
@@ -418,8 +419,8 @@ def _stt(dst, data, operand0, operand1):
 @pytest.mark.parametrize(
     ("rule", "body"), REFUSALS, ids=[f"{i}-{r[0]}" for i, r in enumerate(REFUSALS)]
 )
-def test_refusals(rule, body):
-    refused(rule, body, T)
+def test_refusals(rule, body, request):
+    tells(refused(rule, body, T), request)
 
 
 @pytest.mark.parametrize("shift", [-1, 0, 3])

@@ -25,6 +25,7 @@ from isa_helpers import (
     sb,
     simulated,
 )
+from told import tells
 
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
@@ -309,8 +310,8 @@ def _narrow():
 @pytest.mark.parametrize(
     ("rule", "body"), REFUSALS, ids=[f"{i}-{r[0]}" for i, r in enumerate(REFUSALS)]
 )
-def test_refusals(rule, body):
-    refused(rule, body, T)
+def test_refusals(rule, body, request):
+    tells(refused(rule, body, T), request)
 
 
 def test_integers_load_as_fp32():

@@ -22,6 +22,7 @@ from isa_helpers import (
     sb,
     simulated,
 )
+from told import tells
 
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
@@ -228,5 +229,5 @@ def _scan(dst, a, b, start):
 @pytest.mark.parametrize(
     ("rule", "body"), REFUSALS, ids=[f"{i}-{r[0]}" for i, r in enumerate(REFUSALS)]
 )
-def test_refusals(rule, body):
-    refused(rule, body, T)
+def test_refusals(rule, body, request):
+    tells(refused(rule, body, T), request)

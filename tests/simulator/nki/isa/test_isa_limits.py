@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from isa_helpers import in_psum, new, ps, refused, sb, simulated
+from told import tells
 
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
@@ -309,13 +310,13 @@ LIMITS = [
 @pytest.mark.parametrize(
     ("rule", "inside", "outside"), LIMITS, ids=[f"{i}-{r[0]}" for i, r in enumerate(LIMITS)]
 )
-def test_one_step_inside_runs_and_one_outside_breaks_the_rule(rule, inside, outside):
+def test_one_step_inside_runs_and_one_outside_breaks_the_rule(rule, inside, outside, request):
     def body(t):
         inside(t)
         return t
 
     np.testing.assert_array_equal(simulated(body, T), T)
-    refused(rule, outside, T)
+    tells(refused(rule, outside, T), request)
 
 
 @pytest.mark.parametrize(("dtype", "widest"), [(nl.float32, 256), (BF, 256), (U8, 256)])

@@ -19,6 +19,7 @@ from nsa_neuron.nn.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
+from nsa_neuron.nn.packing import pack, unpack
 from nsa_neuron.show import look, picture
 from nsa_neuron.training.presets import CONFIGS, LAYERS, SCHEDULES, kinds_of, task_of
 
@@ -143,3 +144,25 @@ def test_presets_can_be_trained():
     for how in SCHEDULES.values():
         assert how.shape_at(how.steps - 1)[1] == 4096 and how.shape_at(0) == (how.batch, how.length)
     assert task_of("mqar").pairs == 8
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ([1, 1, 0, 0], 2), ([0, 0, 1, 1], 2), ([0, 1, 0, 0], 1), ([1, 1, 1, 1], 4),
+        ([0, 0, 0, 0], "empty in some row"), ([1, 0, 1, 1], "padding between tokens"),
+        ([1, 0, 1, 0], "padding between tokens"), ([0, 1, 0, 1], "padding between tokens"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tokens_of_a_padded_row_are_next_to_each_other(row, expected):
+    mask = torch.tensor([[1, 1, 1, 0], row]).bool()
+    x = torch.arange(8.0).view(2, 4)
+    if isinstance(expected, str):
+        with pytest.raises(InvalidArgument, match=expected):
+            pack(x, mask)
+        return
+    packed, edges = pack(x, mask)
+    assert edges.tolist() == [0, 3, 3 + expected] and edges.dtype == torch.int32
+    assert packed[0].tolist() == [0, 1, 2, *(4.0 + i for i in range(4) if row[i])]
+    assert torch.equal(unpack(packed, mask), x * mask)

@@ -77,7 +77,8 @@ def test_a_run_that_lost_steps_takes_them_again_and_logs_each_once(alone, tmp_pa
 def test_one_rank_trains_as_a_plain_loop(alone, tmp_path):
     """Seeds, targets, mean, clipping and optimizer, written out: other meshes are compared with
     this one only."""
-    got, _ = run(tmp_path, seed=3, clip=0.05, rate=0.02, length=16)
+    got, _ = run(tmp_path, seed=3, clip=0.05, rate=0.02, length=16, save_every=3)
+    assert sorted(steps(tmp_path)) == [3, 5]
     torch.manual_seed(3)
     net, want = ByteLanguageModel(CONFIG, ("window",)), []
     adam = torch.optim.AdamW(net.parameters(), lr=0.02, betas=(0.9, 0.95))

@@ -158,7 +158,7 @@ class Making:
 @pytest.mark.filterwarnings("ignore:Old:ImportWarning")
 def test_other_finders_and_loaders_work_behind_it(order: list[str]) -> None:
     making = Making()
-    sys.meta_path[:0] = [Old(), making]  # type: ignore[list-item]
+    sys.meta_path[:0] = [making, Old()]  # type: ignore[list-item]
     when_imported("heavy", "waits.last")
     heavy = importlib.import_module("heavy")
     assert (heavy.made, heavy.ran, heavy.__loader__) == ("here", True, making)

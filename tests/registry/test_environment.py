@@ -51,12 +51,15 @@ def test_the_revision_says_whether_files_were_changed(monkeypatch, tmp_path: Pat
     git("init", "-q")
     assert environment.revision() == "", "nothing was committed"
     git("add", ".")
+    assert environment.revision() == "", "what is staged only has no revision to differ from"
     git("commit", "-qm", "first")
     head = git("rev-parse", "HEAD")[:12]
     (tmp_path / "untracked").write_text("is no change")
     assert environment.revision() == head
     (package / "environment.py").write_text("two")
     assert environment.revision() == f"{head}+changes"
+    (tmp_path / ".git" / "index").write_bytes(b"broken")
+    assert environment.revision() == "", "git cannot tell changes: none is not claimed"
 
 
 @pytest.mark.parametrize(

@@ -145,4 +145,5 @@ def test_the_automatic_choice_asks_hardware_first_and_a_simulator_never() -> Non
         assert order[-1] == "reference:eager"
         assert not any(":sim" in name for name in order)
     assert AUTOMATIC["cuda"][0] == "cuda:hw" and ANYWHERE == ("reference:eager",)
+    assert AUTOMATIC["cpu"] == ("cpu:native", "cpu:torch", "reference:eager"), "best first"
     assert {AUTOMATIC[kind][0] for kind in ("neuron", "xla", "privateuseone")} == {"neuron:hw"}

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import nsa_neuron.library  # noqa: F401  registers torch.ops.nsa
 from nsa_neuron.ops import OPS, get
 
 if TYPE_CHECKING:
@@ -77,3 +79,18 @@ def test_the_reference_returns_what_the_spec_says(spec: OpSpec) -> None:
             for item, x in zip(spec.returns, results, strict=True)
         ]
         assert got == spec.bind(values).returns()
+
+
+@each
+def test_fake_results_are_those_of_the_whole_call(spec: OpSpec) -> None:
+    """What torch.compile sees depends on positional and named arguments alike."""
+    case = next((case for case in spec.cases if case.scalars), spec.cases[0])
+    values = spec.arguments(case, torch.float32)
+    op = getattr(torch.ops.nsa, spec.name).default
+    tensors = [x.to("meta") if isinstance(x := values[a.name], Tensor) else x for a in spec.tensors]
+    scalars = {arg.name: values[arg.name] for arg in spec.scalars}
+    results = op(*tensors, **scalars)
+    results = results if isinstance(results, tuple) else (results,)
+    wanted = [(shape, dtype) for _, shape, dtype in spec.bind(values).returns()]
+    assert [(tuple(x.shape), x.dtype) for x in results] == wanted
+    assert all(x.is_contiguous() and x.device.type == "meta" for x in results)

@@ -143,3 +143,32 @@ def test_on_a_gpu_launches_happen_where_the_tensors_lie(op, mode, monkeypatch):
     assert set(placed) == ({torch.device("cuda:1")} if mode == "hw" else set())
     if mode == "hw":
         assert len(placed) == (1 if op == "attention" else 1 + len(verdict.plan))
+
+
+STRIDED = [
+    *((f"compress{way}", case) for way in ("", "_backward") for case in ("mean", "linear", "mlp")),
+    *((f"{stem}{way}", "one_token") for way in ("", "_backward")
+      for stem in ("attention", "compressed_attention", "gated_sum", "selected_attention",
+                   "sliding_window_attention")),
+    ("select_blocks", "one_token"), ("decode", "one_token"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "name"), STRIDED)
+def test_channels_may_lie_apart(op, name):
+    """Kernels read channels that are adjacent; what is not so is copied, and gives the same."""
+    spec = get(op)
+    values = spec.arguments(next(c for c in spec.cases if c.name == name), torch.float32)
+    apart = dict(values)
+    for key, x in values.items():
+        if isinstance(x, torch.Tensor) and x.numel():
+            apart[key] = x.repeat_interleave(2, -1)[..., ::2]
+            assert x.shape[-1] == 1 or apart[key].stride(-1) == 2
+    outs = []
+    for given in (values, apart):
+        call = spec.bind(given)
+        verdict = cuda.BACKEND.supports(call, "sim")
+        assert isinstance(verdict, Supported)
+        out = cuda.BACKEND.lower(call, verdict.plan)(**given)
+        outs.append(out if isinstance(out, tuple) else (out,))
+    assert all(a.equal(b) for a, b in zip(*outs, strict=True))

@@ -46,9 +46,12 @@ def values_of(op: str) -> dict:
     names = ("batch2_kv2", "mean_kv2_pe_per_head", "two_sequences")
     case = next(case for case in spec.cases if case.name in names)
     if op != "decode":
-        short = {"S": 5, "T": 24, "Dk": 16, "Dv": 16} if "Dv" in case.sizes else {}
+        tokens = 72 if "block" in spec.names else 24  # three compressed blocks
+        short = {"S": 5, "T": tokens, "Dk": 16, "Dv": 16} if "Dv" in case.sizes else {}
         case = replace(case, sizes={**case.sizes, "B": 3, **short})
-    return spec.arguments(case, torch.float16)
+    values = spec.arguments(case, torch.float16)
+    assert all(x.numel() for x in values.values() if isinstance(x, Tensor))
+    return values
 
 
 def long_values_of(op: str, packed: bool) -> dict:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..issue.record import Instruction
     from ..machine.trn2 import Machine
     from ..memory.allocation import Access
+    from ..memory.layout import Layout
     from .parameters import Parameters
 
 COMPUTE = ("tensor", "vector", "scalar", "gpsimd", "sync")
@@ -201,13 +202,19 @@ def _linear(
     return (max(p.minimum_interval, work) + overhead) / clock, (work + latency) / clock
 
 
+def _step(layout: Layout) -> int:
+    """From an element of a partition to the next, in elements; 1 where there is one only."""
+    for k in range(len(layout.shape) - 1, 0, -1):
+        if layout.shape[k] > 1:
+            return layout.strides[k]
+    return 1
+
+
 def _stride_factor(i: Instruction, p: Parameters) -> float:
     """Slow-down of patterns whose innermost step is wide."""
     for a in (*i.writes, *i.reads):
-        layout = a.layout
-        if layout.pitch and len(layout.shape) > 1 and layout.shape[-1] > 1:
-            if abs(layout.strides[-1]) * layout.dtype.itemsize > p.stride_limit:
-                return p.stride_penalty
+        if abs(_step(a.layout)) * a.layout.dtype.itemsize > p.stride_limit:
+            return p.stride_penalty
     return 1.0
 
 
@@ -218,8 +225,7 @@ def _wide_operands(i: Instruction) -> list[Access]:
 
 def _contiguous(a: Access) -> bool:
     """Elements of each partition follow one another."""
-    layout = a.layout
-    return layout.dense and (layout.shape[-1] == 1 or layout.strides[-1] == 1)
+    return a.layout.dense and _step(a.layout) == 1
 
 
 def _narrow(operands: list[Access]) -> bool:

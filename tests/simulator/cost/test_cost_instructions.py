@@ -8,6 +8,7 @@ from cost_helpers import P, hbm, nisa, nl, psum, sbuf, timeline
 from nsa_neuron.simulator.cost import load, tables
 
 PE, VECTOR, SCALAR, GPSIMD = 2.4, 0.96, 1.2, 1.2
+UNITS = {"GHz", "bytes", "cycles", "factor", "multiplies", "ns", "share"}
 
 
 def matmul(n, m=128, dtype=None, **options):
@@ -150,6 +151,41 @@ def test_steps_of_sixteen_bytes_are_the_widest_at_full_rate(dtype, step, n, work
     assert timeline(body).free[0] == pytest.approx((work + 60) / VECTOR)
 
 
+BF = nl.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("view", "work"),
+    [
+        (lambda: sbuf((128, 512, 8))[:, :, 0:1], 2 * 512),  # 32 bytes apart, as with index 0
+        (lambda: sbuf((128, 8, 512))[:, 0:1, :], 512),
+        (lambda: sbuf((128, 512, 2)).permute((0, 2, 1))[:, 1:2, :], 512),  # 8 bytes apart
+        (lambda: sbuf((128, 512), BF), 128),
+        (lambda: sbuf((128, 512), BF).expand_dim(2), 128),
+        (lambda: sbuf((128, 512), BF).reshape((128, 8, 64)), 128),
+        (lambda: sbuf((128, 128, 4), BF).permute((0, 2, 1)), 256),  # all there, out of order
+        (lambda: sbuf((128, 128, 4), BF).permute((0, 2, 1)).expand_dim(3), 256),
+        (lambda: sbuf((128, 256, 4), BF)[:, :, 0:2], 256),  # in order, with gaps
+        (lambda: psum((128, 512), BF), 256),
+    ],
+)
+def test_what_a_copy_reads_decides_its_mode(view, work):
+    def body():
+        read = view()
+        nisa.tensor_copy(sbuf(read.shape, read.dtype), read, engine=nisa.engine.vector)
+
+    assert timeline(body).free[0] == pytest.approx((work + 60) / VECTOR)
+
+
+def test_one_element_is_no_step_however_far_the_next_would_be():
+    def body():
+        nisa.activation(sbuf((128, 1)), nl.copy, sbuf((128, 512))[:, 0:512:512])
+        nisa.activation(sbuf((128, 1)), nl.copy, sbuf((128, 1)))
+
+    first, second = timeline(body).costs
+    assert (first.interval, first.latency) == (second.interval, second.latency)
+
+
 def test_a_broadcast_operand_gets_no_fast_mode():
     def body():
         column = sbuf((128, 1), nl.bfloat16).broadcast(1, 512)
@@ -220,6 +256,7 @@ def test_every_constant_has_a_source_a_unit_and_an_ordered_band():
         low, central, high = constant["low, central, high"]
         assert min(low, high) <= central <= max(low, high), name
         assert constant["unit"] and constant["source"], name
+        assert constant["unit"].split()[0] in UNITS, name
 
 
 def test_dma_never_reaches_a_compute_lane():

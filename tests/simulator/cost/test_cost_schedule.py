@@ -256,6 +256,19 @@ def test_depends_on():
     assert t.issue[1] == pytest.approx(t.end[0] + SEMAPHORE)
 
 
+@pytest.mark.parametrize("before", [1, 7, 8, 20])
+def test_depends_on_one_of_many(before):
+    def body():
+        for _ in range(before):
+            nisa.tensor_copy(sbuf((128, 64)), sbuf((128, 64)))
+        last = nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))
+        nisa.activation(sbuf((128, 512)), nl.copy, sbuf((128, 512))).depends_on(last)
+
+    t = timeline(body)
+    assert (t.cause[before + 1], t.blocker[before + 1]) == (Cause.EDGE, before)
+    assert t.issue[before + 1] == pytest.approx(t.end[before] + SEMAPHORE)
+
+
 def test_an_edge_against_lane_order_is_refused():
     def body():
         first = nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)))

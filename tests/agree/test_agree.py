@@ -137,6 +137,8 @@ def test_a_crash_is_reported_and_ends_its_phase_only() -> None:
     assert not run.ok and not [c for c in run.calls if c.phase == "backward"]
     said = "layers.1: call 6, nsa_attention_forward is wrong: it raised RuntimeError: out of regis"
     assert said in run.first
+    call = run.bad_calls[0]
+    assert (call.result, call.error, call.budget, call.parts) == ("", 0.0, 0.0, ())
 
 
 def test_results_that_break_the_contract_are_found_where_they_are() -> None:
@@ -176,6 +178,7 @@ def test_functions_are_tried_as_well() -> None:
         found = agree(Subject("attend", attend, (q, k)), ["acme"])
     run = found.runs[0]
     assert run.bad_calls[0].module == "" and run.parted[0].name == ""
+    assert all(point.visit == 0 for point in run.points), "it is called once"
     assert {p.name for p in run.points if p.phase == "backward"} == {"input 0", "input 1"}
     assert "(model)" in run.first and "nothing was decoded" in found.notes[0]
 

@@ -568,3 +568,14 @@ def test_a_group_in_another_partition_range_of_a_bank_is_another_group():
 
     _, run = record(lambda t: body(t, 64), T)
     assert not [w for w in run.cores[0].warnings if "another group" in w]
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_a_selection_is_from_as_many_elements_as_it_writes(width):
+    def body(t, n):
+        tile = new(64, 8)
+        nisa.affine_select(tile, [[1, 8]], 1, t[:, 0:n], -1.0, nl.greater_equal)
+        return tile
+
+    simulated(lambda t: body(t, 8), T)
+    refused("element-count", lambda t: body(t, width), T)

@@ -158,6 +158,19 @@ def test_export_with_a_dynamic_length() -> None:
         torch.testing.assert_close(exported.module()(x), model(x))
 
 
+def test_an_exported_graph_serves_sequences_without_a_compressed_block() -> None:
+    class Compress(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nsa.compress(x, **GEOMETRY) * 2
+
+    tokens = {"x": {1: torch.export.Dim("tokens", min=1, max=1024)}}
+    exported = torch.export.export(Compress(), (torch.randn(1, 16, 1, 8),), dynamic_shapes=tokens)
+    for length, blocks in ((3, 0), (4, 1), (5, 1), (6, 2), (40, 19)):
+        x = torch.randn(1, length, 1, 8)
+        torch.testing.assert_close(exported.module()(x), nsa.compress(x, **GEOMETRY) * 2)
+        assert exported.module()(x).shape == (1, blocks, 1, 8)
+
+
 def test_export_survives_saving(tmp_path: Any) -> None:
     model, x = Model(), torch.randn(1, 16, 8)
     path = tmp_path / "model.pt2"

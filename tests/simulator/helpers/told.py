@@ -20,7 +20,7 @@ def told(error: Exception) -> list[str]:
 
 @cache
 def held(folder: Path) -> dict[str, list[str]]:
-    """What the refusals of a folder of tests tell, from its `said.json`; read by hand once."""
+    """What the refusals of a folder of tests tell, from its `said.json`."""
     found: dict[str, list[str]] = json.loads((folder / "said.json").read_text())
     return found
 

@@ -125,6 +125,23 @@ def test_no_value_makes_ids_illegal_or_ends_the_process(value, s):
     assert int(used.max()) <= 69 // 16 and int(ids.min()) >= -1
 
 
+@pytest.mark.parametrize("queries", [1, 3, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_of_equal_blocks_the_first_are_chosen(queries, dtype):
+    """Queries of 0 weigh all keys alike, so every block but the first and the last ones ties."""
+    values = inputs("select_blocks", dtype, S=queries, T=160)
+    values |= {"q": values["q"] * 0, "kv_len": 160, "num_initial": 1, "num_local": 2}
+    t = torch.arange(160 - queries, 160)
+    keys = ((t - 8) // 4 + 1).clamp(min=0)  # compressed keys that a query sees
+    values["lse"] = keys.float().log()[None, :, None].expand(1, -1, 4).contiguous()
+    (ids,) = call("select_blocks", values)
+    for token, row in zip(t.tolist(), ids[0].tolist(), strict=True):
+        own = token // 16
+        expected = sorted({0, 1, 2, max(own - 1, 0), own} & set(range(own + 1)))
+        if own >= 4:
+            assert row == [expected] * 2, token
+
+
 @pytest.mark.parametrize("queries", [1, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_that_overlap_in_memory_are_read_as_they_are(queries, dtype):

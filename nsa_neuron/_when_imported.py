@@ -46,7 +46,8 @@ class _Waiting(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != self.trigger and not name.startswith(self.siblings):
             return None
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+        finders = list(sys.meta_path)  # another thread may take this one out
+        for finder in finders[finders.index(self) + 1 :] if self in finders else ():
             find = getattr(finder, "find_spec", None)  # missing in finders of before Python 3.4
             spec: ModuleSpec | None = find(name, path, target) if find else None
             if spec is not None:

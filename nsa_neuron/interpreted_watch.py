@@ -28,7 +28,7 @@ import triton.language as tl
 from nsa_neuron.errors import KernelFault
 
 NOBODY = -1
-_PAST_L1 = ("CG", "CV")
+_PAST_L1 = ("CG", "CV", "cg", "cv")  # Triton's enumeration, or its words from 3.9 on
 _WHOLE_GPU = ("GPU", "SYSTEM")
 _NAN_BITS, _WILD_BITS = 0xFF, 0x55
 
@@ -96,7 +96,7 @@ class Watch:
 
         def load(ptrs: Any, mask: Any, other: Any, cache: Any, *rest: Any) -> Any:
             mask = _as_bool(mask)
-            self.check_load(ptrs.data, mask.data, cache.name in _PAST_L1)
+            self.check_load(ptrs.data, mask.data, getattr(cache, "name", cache) in _PAST_L1)
             found = plain.create_masked_load(builder, ptrs, mask, other, cache, *rest)
             if other is None:
                 _spoil(found, mask.data)
@@ -123,9 +123,13 @@ class Watch:
                 self.check_multiple(x, values)
             return hint(x, values)
 
+        def cache_policy(modifier: str, eviction: str) -> str:
+            """From Triton 3.9 on loads bring this, which the interpreter itself throws away."""
+            return modifier
+
         methods = {
             "create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic,
-            "create_barrier": barrier,
+            "create_barrier": barrier, "get_cache_policy": cache_policy,
         }  # fmt: skip
         vars(builder).update(methods)
         tl.multiple_of = multiple_of

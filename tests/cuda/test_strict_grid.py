@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -15,6 +15,7 @@ import racing_kernels as KERNELS
 import torch
 import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime.errors import InterpreterError
 
 from nsa_neuron.conformance import Problem, Status, find_targets, try_problem
@@ -113,6 +114,28 @@ def test_an_atomic_orders_what_barriers_and_its_scope_let_it(left_out, said):
     out, counter = torch.zeros(5), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(KernelFault, match=said):
         KERNELS.last_adds_up[(4,)](out, counter, 4, True, **left_out)
+
+
+@pytest.mark.parametrize(
+    ("cache", "sound"), [(".cg", True), (".cv", True), (".ca", False), ("", False)]
+)
+@pytest.mark.parametrize("words", [False, True], ids=["enumeration", "words"])
+def test_a_load_says_that_it_goes_past_l1_by_an_enumeration_or_by_words(
+    cache, sound, words, monkeypatch
+):
+    """From Triton 3.9 on a load asks the builder for its policy; the pinned Triton is made to."""
+
+    def policy(semantic, modifier):
+        return semantic.builder.get_cache_policy(
+            modifier.removeprefix(".") or "none", "evict_normal"
+        )
+
+    if words:
+        monkeypatch.setattr(TritonSemantic, "_str_to_load_cache_modifier", policy)
+    out, counter = torch.zeros(5), torch.zeros(1, dtype=torch.int32)
+    with nullcontext() if sound else pytest.raises(KernelFault, match="through L1"):
+        KERNELS.last_adds_up[(4,)](out, counter, 4, True, CACHE=cache)
+        assert out[4] == 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32])

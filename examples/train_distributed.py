@@ -76,10 +76,10 @@ def main() -> int:
     join("nccl" if cuda else "gloo", args.timeout)
     names = ("steps", "batch", "length", "rate", "seed", "save_every", "fetch", "replay", "dtype",
              "schedule", "microbatches", "sequence")  # fmt: skip
-    how = How(**{name: getattr(args, name) for name in names})
-    kinds = kinds_of(args.attention, args.layers or LAYERS[args.preset])
-    mesh = Parallelism(**{axis: getattr(args, axis) for axis in AXES})
     try:
+        how = How(**{name: getattr(args, name) for name in names})
+        kinds = kinds_of(args.attention, args.layers or LAYERS[args.preset])
+        mesh = Parallelism(**{axis: getattr(args, axis) for axis in AXES})
         train(
             CONFIGS[args.preset], kinds, task_of("text"), mesh, how, args.folder,
             "cuda" if cuda else "cpu",

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from nsa_neuron.distributed.context_parallel import context_parallel
 from nsa_neuron.distributed.tensor_parallel import tensor_parallel
 from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.fields import check_rules, check_types
 from nsa_neuron.nn.model import Block, run_block
 from nsa_neuron.torch_private import flatten_mesh
 
@@ -44,9 +45,8 @@ class Parallelism:
     tp: int = 1
 
     def __post_init__(self) -> None:
-        for name in AXES:
-            if getattr(self, name) < 1:
-                raise InvalidArgument("Parallelism", name, getattr(self, name), "at least 1")
+        check_types(self)
+        check_rules(self, ((name, getattr(self, name) >= 1, "at least 1") for name in AXES))
 
     @property
     def ranks(self) -> int:

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nsa_neuron.distributed.checkpoint import load, save
+from nsa_neuron.distributed.context import FETCHES
 from nsa_neuron.distributed.context_parallel import shard, sharded_loss
 from nsa_neuron.distributed.exchange import counting
 from nsa_neuron.distributed.parallelism import AXES, Parallelism, parallelize
-from nsa_neuron.distributed.pipeline import Stage, pipeline, stage_indices
+from nsa_neuron.distributed.pipeline import SCHEDULES, Stage, pipeline, stage_indices
 from nsa_neuron.errors import InvalidArgument, NsaError
+from nsa_neuron.fields import check_rules, check_types
 from nsa_neuron.nn.model import ByteLanguageModel
+from nsa_neuron.training.loop import generator_of, run_rules
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from nsa_neuron.training.tasks import Task
 
 LOG = "log.jsonl"
+DTYPES = ("", "float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class How:
         dtype: that parameters are cast to for computing, by name; "": their own.
         schedule: of a pipeline. microbatches: of a pipeline's step.
         sequence: tensor parallelism spreads the states between layers by tokens.
+
+    Raises:
+        InvalidArgument, InvalidType: a value that no run could use.
     """
 
     steps: int = 100
@@ -66,6 +73,17 @@ class How:
     schedule: str = "1f1b"
     microbatches: int = 4
     sequence: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        rules = (
+            *run_rules(self),
+            ("fetch", self.fetch in FETCHES, f"one of {', '.join(FETCHES)}"),
+            ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES[1:])}, or empty"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("microbatches", self.microbatches >= 1, "at least 1"),
+        )
+        check_rules(self, rules)
 
 
 def train(
@@ -103,8 +121,7 @@ def train(
         _cut_log(folder / LOG, start)
     losses = []
     for step in range(start, how.steps):
-        generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
-        tokens = task.batch(how.batch, how.length, generator).tokens
+        tokens = task.batch(how.batch, how.length, generator_of(how.seed, step)).tokens
         began = time.perf_counter()
         with counting() as sent:
             loss = run.step(tokens.to(device))

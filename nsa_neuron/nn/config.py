@@ -8,17 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nsa_neuron.errors import InvalidArgument, InvalidType
+from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.fields import check_rules, check_types
 from nsa_neuron.ops.compress import METHODS
 from nsa_neuron.spec import MAX_INT
 
 ROPE_PLACEMENTS = ("before", "after")
-_KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-}
 _LEAST = {"num_initial": 0}  # every other integer is at least 1
 
 
@@ -69,8 +64,8 @@ class NsaConfig:
     max_positions: int = 2**20
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            self._check_type(f.name, str(f.type))
+        check_types(self)
+        self._check_sizes()
         forced = self.num_initial + self.num_local
         finite = math.isfinite(self.rope_base) and self.rope_base >= 0
         norm = math.isfinite(self.qk_norm) and self.qk_norm >= 0
@@ -93,19 +88,13 @@ class NsaConfig:
             ("phi", self.phi in METHODS, f"one of {', '.join(METHODS)}"),
             ("rope", self.rope in ROPE_PLACEMENTS, f"one of {', '.join(ROPE_PLACEMENTS)}"),
         )
-        for name, holds, expected in rules:
-            if not holds:
-                raise InvalidArgument("NsaConfig", name, repr(getattr(self, name)), expected)
+        check_rules(self, rules)
 
-    def _check_type(self, name: str, annotation: str) -> None:
-        value = getattr(self, name)
-        kinds = _KINDS[annotation]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and annotation != "bool"):
-            found = f"{value!r} ({type(value).__name__})"
-            raise InvalidType("NsaConfig", name, found, f"of type {annotation}")
-        least = _LEAST.get(name, 1)
-        if isinstance(value, int) and annotation == "int" and not least <= value <= MAX_INT:
-            raise InvalidArgument("NsaConfig", name, value, f"from {least} to {MAX_INT}")
+    def _check_sizes(self) -> None:
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), _LEAST.get(f.name, 1)
+            if f.type == "int" and not least <= value <= MAX_INT:
+                raise InvalidArgument("NsaConfig", f.name, value, f"from {least} to {MAX_INT}")
 
     @property
     def selection(self) -> dict[str, Any]:

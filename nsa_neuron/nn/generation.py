@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.errors import InvalidArgument, InvalidType
+from nsa_neuron.fields import SEEDS, check_rules, check_types
 
 if TYPE_CHECKING:
     from nsa_neuron.nn.cache import KvCache
@@ -33,28 +34,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_types(self)
         rules = (
             ("temperature", 0 <= self.temperature < float("inf"), "finite and at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit number"),
+            ("seed", self.seed in SEEDS, "a 64-bit number"),
         )
-        for name, holds, expected in rules:
-            if not holds:
-                raise InvalidArgument("Sampling", name, getattr(self, name), expected)
-
-    def _check_types(self) -> None:
-        for name, kinds in (
-            ("temperature", (int, float)),
-            ("top_k", int),
-            ("top_p", (int, float)),
-            ("seed", int),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                expected = "an int" if kinds is int else "a number"
-                raise InvalidType("Sampling", name, f"{value!r} ({type(value).__name__})", expected)
+        check_rules(self, rules)
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """A token for each row of `[B, V]`: `[B]` int64."""

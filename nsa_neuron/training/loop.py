@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_neuron.errors import InvalidArgument, NsaError, StateMismatch
+from nsa_neuron.errors import NsaError, StateMismatch
+from nsa_neuron.fields import SEEDS, check_rules, check_types
 from nsa_neuron.nn.checkpoint import load_checkpoint, read_tensors, save_checkpoint, write_tensors
 from nsa_neuron.nn.model import ByteLanguageModel
 from nsa_neuron.training.optimizers import optimizers_of
@@ -63,22 +64,16 @@ class TrainConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length", "warm_up", "save_every"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument("TrainConfig", name, getattr(self, name), "at least 1")
-        if self.length < 2:  # a byte and the next, which it is asked for
-            raise InvalidArgument("TrainConfig", "length", self.length, "at least 2")
-        if not -(2**63) <= self.seed < 2**63:
-            raise InvalidArgument("TrainConfig", "seed", self.seed, "a 64-bit number")
-        for name in ("rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InvalidArgument("TrainConfig", name, getattr(self, name), "finite, above 0")
-        if not 0 <= self.muon < math.inf:
-            raise InvalidArgument("TrainConfig", "muon", self.muon, "finite, at least 0")
-        shares, lengths = [share for share, _ in self.growth], [length for _, length in self.growth]
-        if shares != sorted(shares) or min([*shares, 0]) < 0 or min([*lengths, 1]) < 1:
-            expected = "shares from 0 on, rising, each with a length of at least 1"
-            raise InvalidArgument("TrainConfig", "growth", self.growth, expected)
+        check_types(self)
+        expected = "shares from 0 on, rising, each with a length of at least 1"
+        rules = (
+            *run_rules(self),
+            ("warm_up", self.warm_up >= 1, "at least 1"),
+            ("muon", 0 <= self.muon < math.inf, "finite, at least 0"),
+            ("decay", 0 <= self.decay < math.inf, "finite, at least 0"),
+            ("growth", _is_growth(self.growth), expected),
+        )
+        check_rules(self, rules)
 
     def share_at(self, step: int) -> float:
         """What part of the largest learning rates a step has, counted from 0."""
@@ -92,6 +87,33 @@ class TrainConfig:
         for share, longer in self.growth:
             length = max(length, longer) if step >= self.steps * share else length
         return max(1, self.batch * self.length // length), length
+
+
+def run_rules(how: Any) -> tuple[tuple[str, bool, str], ...]:
+    """Rules of what every training run has, on one rank or several, for `check_rules`.
+
+    Args:
+        how: a `TrainConfig`, or what has these fields of it.
+    """
+    return (
+        *((name, getattr(how, name) >= 1, "at least 1") for name in ("steps", "batch")),
+        ("length", how.length >= 2, "at least 2: a byte and the next, which is asked for"),
+        ("save_every", how.save_every >= 1, "at least 1"),
+        ("seed", how.seed in SEEDS, "a 64-bit number"),
+        *(
+            (name, 0 < getattr(how, name) < math.inf, "finite, above 0")
+            for name in ("rate", "clip")
+        ),
+    )
+
+
+def _is_growth(growth: Any) -> bool:
+    try:
+        shares, lengths = [share for share, _ in growth], [length for _, length in growth]
+        whole = all(isinstance(length, int) and length >= 1 for length in lengths)
+        return whole and shares == sorted(shares) and min([*shares, 0]) >= 0
+    except (TypeError, ValueError):  # no pairs, or no numbers
+        return False
 
 
 Report = Callable[[int, float], None]
@@ -152,6 +174,11 @@ def train(
     return model.eval()
 
 
+def generator_of(seed: int, step: int) -> torch.Generator:
+    """The random numbers of a step's batch; steps and neighbouring seeds have different ones."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**64)
+
+
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy in nats of the bytes that count."""
     targets = batch.tokens[:, 1:]
@@ -188,7 +215,7 @@ def _step(
     for optimizer, rate in zip(optimizers, (how.rate, how.muon), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate * how.share_at(step)
-    generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
+    generator = generator_of(how.seed, step)
     batch = task.batch(*how.shape_at(step), generator)
     loss = loss_of(model(batch.tokens), batch)
     if not loss.isfinite():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.fields import check_rules, check_types
 
 if TYPE_CHECKING:
     from nsa_neuron.training.corpus import Corpus
@@ -74,6 +75,11 @@ class MultiQueryRecall:
     rounds: int = 2
     near: int = 0
     corpus: Corpus | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        rules = (("rounds", self.rounds >= 1, "at least 1"), ("near", self.near >= 0, "at least 0"))
+        check_rules(self, rules)
 
     def batch(self, batch: int, length: int, generator: torch.Generator) -> Batch:
         if self.corpus is None:

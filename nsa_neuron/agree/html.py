@@ -73,7 +73,7 @@ def _run(run: Run) -> str:
     first = f"<p>First parts at {escape(run.first)}</p>" if run.first else ""
     calls = [
         [
-            str(call.number), call.phase, module_name(call.module), call.op, call.status,
+            str(call.number), call.phase, escape(module_name(call.module)), call.op, call.status,
             _bar(call.error, call.budget, call.status == "right"),
             escape(call.detail), escape(call.inputs),
         ]
@@ -82,7 +82,7 @@ def _run(run: Run) -> str:
     points = [
         [
             point.phase, ("gradient of " if point.phase == BACKWARD else "")
-            + module_name(point.name), "within" if point.ok else "beyond",
+            + escape(module_name(point.name)), "within" if point.ok else "beyond",
             _bar(point.error, point.budget, point.ok), escape(point.detail),
         ]
         for point in run.points

@@ -8,6 +8,8 @@ writes them again, and a person reads what changed.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,21 @@ def test_a_report_as_text() -> None:
     assert shown_as_text() == (FOLDER / "report.txt").read_text(encoding="utf-8")
 
 
+def test_rows_of_a_report_are_coloured_by_their_status(monkeypatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    def colours(shown: str) -> list[str]:
+        """Of the lines of a table's body."""
+        lines = shown[shown.index("---") :].splitlines()[1:]
+        found = [re.match("\x1b\\[([0-9;]+)m", line) for line in lines]
+        return [x[1] if x else "" for x in found]
+
+    assert colours(text.matrix(report()))[:2] == ["1;31", ""], "an op that fails somewhere"
+    good, bad, warn, dim = "32", "1;31", "33", "90"
+    assert colours(text.cell_table(report())) == [good, bad, warn, dim, good]
+
+
 def test_a_report_as_a_page() -> None:
     assert shown_as_html() == (FOLDER / "report.html").read_text(encoding="utf-8")
 
@@ -106,7 +123,7 @@ def test_texts_of_little_are_empty() -> None:
 def test_data_of_a_report_is_whole(here) -> None:
     data = report().to_dict()
     assert data["schema"] == 1 and data["ok"] is False and data["environment"] == here
-    assert data["when"][10] == "T" and data["when"].endswith("+00:00")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", data["when"])
     assert data["targets"] == [
         {"target": "a:x", "device": "cpu", "hindrance": ""},
         {"target": "b:y", "device": "cpu", "hindrance": ""},

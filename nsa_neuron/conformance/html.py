@@ -115,7 +115,7 @@ def _setting() -> str:
 
 def _badge(cell: Cell, text: str) -> str:
     kind = "partial" if cell.partial else KINDS[cell.status]
-    title = escape(f"{cell.status.value}: {cell.summary}", quote=True)
+    title = escape(f"{cell.status.value}: {cell.summary}")
     return f'<span class="cell {kind}" title="{title}">{text}</span>'
 
 

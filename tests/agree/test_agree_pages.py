@@ -10,7 +10,7 @@ import pytest
 from nsa_neuron import environment
 from nsa_neuron.agree import Agreement, Call, Point, Run, Token
 from nsa_neuron.agree.html import page
-from nsa_neuron.agree.text import POLICY, SHOWN, to_text
+from nsa_neuron.agree.text import POLICY, to_text
 
 RIGHT = Call(1, "forward", "", "attention", "right", "o", 1.0, 4.0, inputs="B=1 on cpu")
 WRONG = Call(
@@ -154,16 +154,16 @@ def test_each_pair_of_targets_stands_once_in_the_order_of_the_runs() -> None:
     ]  # fmt: skip
 
 
-def test_of_many_only_the_first_are_shown_of_each_kind() -> None:
-    calls = [replace(REFUSED, number=i) for i in range(SHOWN + 1)]
-    points = [replace(BEYOND, name=f"m{i}") for i in range(SHOWN + 2)]
-    tokens = [replace(DIFFERS, row=i) for i in range(SHOWN + 3)]
+def test_of_many_only_the_first_eight_are_shown_of_each_kind() -> None:
+    calls = [replace(REFUSED, number=i) for i in range(9)]
+    points = [replace(BEYOND, name=f"m{i}") for i in range(10)]
+    tokens = [replace(DIFFERS, row=i) for i in range(11)]
     text = to_text(Agreement("x", "y", [Run("cpu:torch", calls, points, tokens)]))
-    for kind, last in (("  decode   call ", f"{SHOWN - 1}  layers.1  decode"),
-                       ("  forward  m", f"m{SHOWN - 1}  5 > <2.5>"),
-                       ("  decode   row ", f"row {SHOWN - 1}, step 5")):  # fmt: skip
+    for kind, last in (("  decode   call ", "7  layers.1  decode"),
+                       ("  forward  m", "m7  5 > <2.5>"),
+                       ("  decode   row ", "row 7, step 5")):  # fmt: skip
         lines = [line for line in text.splitlines() if line.startswith(kind)]
-        assert len(lines) == SHOWN and last in lines[-1]
+        assert len(lines) == 8 and last in lines[-1]
     assert text.endswith("\n  ... and 3 more; --json has all")
 
 

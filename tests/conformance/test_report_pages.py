@@ -138,6 +138,19 @@ def test_data_of_a_report_is_whole(here) -> None:
     assert data["between"] == [vars(APART[1]), vars(APART[2])]
     assert data["rows"] == [{**vars(row), "status": row.status.value} for row in ROWS]
     assert json.loads(report().to_json())["rows"] == data["rows"]
+    assert report().to_json().startswith('{\n "schema": 1,\n')
+
+
+def test_what_was_compared_with_no_budget_shows_no_share() -> None:
+    made = Report(PLACES[:1], [Outcome("attention", "a:x", "float32", "s", S.PASS, error=1.0)])
+    assert made.cells[0].summary == "" and 'class="bar"' not in html.page(made)
+    made = Report(PLACES[:1], [Outcome("attention", "a:x", "float32", "s", S.PASS, budget=1.0)])
+    assert made.cells[0].summary == "" and 'class="bar"' not in html.page(made)
+
+
+def test_reasons_of_refusals_are_sorted() -> None:
+    rows = [Outcome("attention", "a:x", "float32", c, S.UNSUPPORTED, c) for c in "dbeacf"]
+    assert Report(PLACES[:1], rows).to_dict()["cells"][0]["unsupported"] == [*"abcdef"]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf")])

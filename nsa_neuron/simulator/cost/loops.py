@@ -80,8 +80,8 @@ def _first_made(trace: CoreTrace) -> dict[Allocation, Allocation]:
         for new, old in zip(made, start[mark.loop], strict=False):
             if new.form is not old.form:
                 break  # the iterations make different tensors from here on
-            first[new] = first.get(old, old)
-    # An inner loop's first iteration may itself be a later one of an outer loop.
+            first[new] = old
+    # What an inner loop made first may itself have a counterpart in the outer loop's first turn.
     for new, old in first.items():
         while old in first:
             old = first[old]

@@ -21,6 +21,12 @@ from typing import Any
 LEVELS = ("low", "central", "high")
 SETS = ("measured-3p", "documented")
 DEFAULT_SET = "measured-3p"
+# What times are divided by: clocks, rates and shares of them.
+DIVISORS = frozenset({
+    "pe_clock", "vector_clock", "scalar_clock", "gpsimd_clock", "pe_fp32_passes", "pe_fp32_rows",
+    "stride_penalty", "dma_rate", "dma_packet", "dma_transpose", "dma_transpose_sbuf",
+    "dma_transpose_other", "dma_collective", "hbm_stack",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -345,6 +351,10 @@ def load(
             raise ValueError(f"no constant is named {name!r}; there are {', '.join(close)}")
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} = {value!r}: a constant is a finite number, 0 or more")
+        if not value and name in DIVISORS:
+            raise ValueError(
+                f"{name} = {value!r}: a rate is more than 0, as times are divided by it"
+            )
     if set not in SETS:
         raise ValueError(f"no parameter set is named {set!r}; there are {', '.join(SETS)}")
     if level not in LEVELS:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..issue.timing import Scalar, Vector
 from ..nki.isa.act import ActivationParams
+from ..semantics import alu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ _STREAMS = frozenset({
     "tensor_copy", "tensor_scalar", "tensor_tensor", "scalar_tensor_tensor", "activation",
     "activation_reduce", "tensor_reduce", "tensor_scalar_reduce", "reciprocal",
 })  # fmt: skip
+_REDUCES = frozenset({"add", "multiply", "maximum", "minimum"})  # with a tensor_scalar
 _SCALED = frozenset({"multiply", "add", "subtract"})  # what an activation's scale and bias do
 
 Fusion = tuple[str, "Callable[[Sketch, int, int], None]"]  # what to write, and the rewrite
@@ -107,10 +109,20 @@ def _sum(first: Instruction, second: Instruction) -> Fusion | None:
             "in one pass",
             _square_sum,
         )
-    plain = first.opcode == "tensor_scalar" and first.engine == "vector"
-    if plain and first.params.op1 is None and not second.params.negate:
+    plain = _one_operator(first) and first.engine == "vector" and not first.params.reverse0
+    if plain and second.params.op in _REDUCES and not second.params.negate:
         return "nisa.tensor_scalar_reduce does both in one pass", _absorb_sum
     return None
+
+
+def _one_operator(i: Instruction) -> bool:
+    """A tensor_scalar that has room for a second operator beside its own, of arithmetic."""
+    return i.opcode == "tensor_scalar" and i.params.op1 is None and _in_hardware(i.params.op0)
+
+
+def _in_hardware(op: str) -> bool:
+    """Arithmetic that engines have, so that it may stand beside another operator."""
+    return op not in alu.BITVEC and op not in alu.SIMULATION_ONLY
 
 
 def _same(a: Access, b: Access) -> bool:
@@ -140,8 +152,6 @@ def _square_sum(sketch: Sketch, a: int, b: int) -> None:
 
 def _chain(first: Instruction, second: Instruction, position: int) -> Fusion | None:
     """A pass whose result only the next pass reads."""
-    one = first.opcode == "tensor_scalar" and first.engine in ("vector", "scalar")
-    one = one and first.params.op1 is None
     if second.opcode == "tensor_copy" and first.engine != "tensor":
         if first.writes[0].p0 == second.writes[0].p0:
             return "write the result where the copy takes it, in its dtype", _into_copy
@@ -153,14 +163,12 @@ def _chain(first: Instruction, second: Instruction, position: int) -> Fusion | N
         if streams and not (psum and any(r.allocation.buffer == "psum" for r in reads)):
             return "read what is copied instead of the copy; engines convert as they read", _direct
         return None
-    if not one:
+    if not _one_operator(first):
         return None
-    if second.opcode == "tensor_scalar" and second.params.op1 is None and position == 0:
-        if second.engine == "vector":
-            return "one nisa.tensor_scalar with op0 and op1 does both", _into(Vector.ONE_INPUT)
-    if second.opcode == "tensor_tensor" and second.engine == "vector":
-        both = _reads_twice(second, position)
-        if not both:
+    if second.engine == "vector" and _one_operator(second) and position == 0:
+        return "one nisa.tensor_scalar with op0 and op1 does both", _into(Vector.ONE_INPUT)
+    if second.engine == "vector" and second.opcode == "tensor_tensor":
+        if _in_hardware(second.params.op) and not _reads_twice(second, position):
             return "one nisa.scalar_tensor_tensor does both", _into(Vector.TWO_INPUTS)
     bare = second.opcode in ("activation", "activation_reduce") and len(second.reads) == 1
     if bare and first.params.op0 in _SCALED:

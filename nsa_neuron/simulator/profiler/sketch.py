@@ -37,9 +37,6 @@ class Sketch:
         self.edited: dict[int, Instruction] = {}
         self.gone: dict[int, int] = {}
 
-    def __len__(self) -> int:
-        return len(self.t.instructions)
-
     def __getitem__(self, k: int) -> Instruction:
         """An instruction as it would be."""
         return self.edited.get(k) or self.t.instructions[k]

@@ -6,10 +6,14 @@ finds a better one changes it there and here, and reads what `nsa profile --vali
 
 from __future__ import annotations
 
+import ml_dtypes
+import numpy as np
 import pytest
+from cost_helpers import hbm, nisa, nl, psum, record, sbuf
 
+from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import load
-from nsa_neuron.simulator.cost.parameters import CONSTANTS, LEVELS, SETS
+from nsa_neuron.simulator.cost.parameters import CONSTANTS, DIVISORS, LEVELS, SETS
 
 # low (the fastest), central, high
 VALUES = {
@@ -132,3 +136,24 @@ def test_what_the_user_gives_replaces_every_level():
     for wrong in (-1e-9, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="a constant is a finite number, 0 or more"):
             load(given=(("dma_rate", wrong),))
+
+
+def test_what_times_are_divided_by_is_more_than_0_and_all_else_may_be_0():
+    """A transposing load, fp32 products, a wide step, a run-time address: all at no cost at all."""
+
+    def body(x):
+        index, tile, turned = sbuf((1, 1), nl.int32), sbuf((128, 128), nl.bfloat16), sbuf((64, 8))
+        nisa.memset(index, 0)
+        nisa.dma_transpose(tile, x)
+        nisa.nc_matmul(psum((128, 128)), sbuf((128, 128)), sbuf((128, 128)))
+        nisa.activation(turned, nl.exp, sbuf((64, 8, 16))[:, :, 0])
+        table = hbm((4, 64, 8)).select(0, index)
+        nisa.dma_copy(turned, table, dge_mode=nisa.dge_mode.hwdge)
+        nl.fori_loop(0, 9, lambda i: nisa.iota(sbuf((128, 8), nl.int32), [[1, 8]]) and None)
+
+    for name in DIVISORS:
+        with pytest.raises(ValueError, match=f"{name} = 0.0: a rate is more than 0"):
+            load(given=((name, 0.0),))
+    free = dict.fromkeys(CONSTANTS.keys() - DIVISORS, 0.0)
+    run = record(body, np.zeros((128, 128), ml_dtypes.bfloat16))
+    assert 0 < cost.estimate(run, constants=free).central.total < cost.central(run).total

@@ -256,6 +256,54 @@ def test_after_a_whole_write_a_part_s_readers_are_forgotten():
     assert {code >> SHIFT for code in cost.program_of(t.run).deps[3]} == {2}
 
 
+def slow_and_quick(first, second):
+    """Two copies in one queue; the first is of single elements, the second of rows."""
+    nisa.dma_copy(sbuf((32, 64, 8))[:, :, 0], first)
+    nisa.dma_copy(sbuf((128, 64))[64:96], second)
+
+
+def test_a_write_waits_for_every_transfer_that_reads_though_one_queue_has_them():
+    """Other DMA engines carry the later one, so it is over before the one in front of it."""
+
+    def body():
+        source = hbm((32, 64))
+        slow_and_quick(source, source)
+        nisa.dma_copy(source, sbuf((32, 64)))
+
+    t = timeline(body)
+    assert t.end[0] > t.end[1]
+    assert (t.cause[2], t.blocker[2]) == (Cause.WAR, 0)
+    assert t.issue[2] == pytest.approx(t.end[0] + P.dma_semaphore)
+
+
+def test_who_reads_many_transfers_waits_for_the_one_that_ends_last():
+    """Six loads of one tile, so many that the waits are thinned out; the first takes longest."""
+
+    def body():
+        tile = sbuf((128, 512))
+        nisa.dma_copy(tile[0:32], hbm((32, 512, 4))[:, :, 0])
+        for first in range(256, 512, 64):
+            nisa.dma_copy(tile[32:64, first : first + 64], hbm((32, 64)))
+        nisa.dma_copy(tile[64:96], hbm((32, 512)))
+        nisa.activation(sbuf((128, 512)), nl.copy, tile)
+
+    t = timeline(body)
+    assert t.end[0] > t.end[1:6].max()
+    assert (t.cause[6], t.blocker[6]) == (Cause.RAW, 0)
+
+
+def test_a_register_s_load_may_be_the_last_use_of_a_tile_whose_room_is_then_another_s():
+    def body():
+        held = sbuf((128, 50_000), nl.int32)  # 200,000 of 212,984 bytes
+        nisa.memset(held, 1, engine=nisa.engine.gpsimd)
+        nisa.register_load(nisa.register_alloc(), held[0:1, 0:1])
+        nisa.memset(sbuf((128, 50_000)), 0.0, engine=nisa.engine.vector)
+
+    t = timeline(body)
+    k = len(t.instructions) - 1
+    assert (t.cause[k], t.blocker[k]) == (Cause.SPACE, 0)
+
+
 # Hardware loops -----------------------------------------------------------------------------------
 
 

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from cost_helpers import P, hbm, nisa, nl, sbuf, timeline
 
+from nsa_neuron.simulator.cost.dma import contiguous_run
+from nsa_neuron.simulator.machine.dtypes import resolve
+from nsa_neuron.simulator.memory.layout import layout_of
+
 
 def transfer(body):
     t = timeline(body)
@@ -41,6 +45,26 @@ def test_four_partitions_use_one_engine():
     assert len(x.parts) == 1
     assert t.dma_busy[0, 0] == pytest.approx(engine_time(4, 1, 32_768))
     assert t.dma_busy[0, 1:].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "pitch", "run", "apart"),
+    [
+        ((2, 3, 4), (12, 4, 1), 0, 24, 12),
+        ((5, 2, 4), (8, 4, 1), 0, 40, 8),
+        ((5, 2, 4), (16, 8, 1), 0, 4, 4),  # gaps between pieces of 4
+        ((5, 1, 4), (4, 99, 1), 0, 20, 4),  # the step of a single element is none
+        ((3, 1), (1, 7), 0, 3, 1),
+        ((3,), (2,), 0, 1, 1),
+        ((8, 4), (1, 8), 0, 1, 1),  # all there, out of order
+        ((4, 2, 6), (12, 6, 1), 12, 12, 12),  # partitions are never neighbours
+    ],
+)
+def test_what_lies_next_to_each_other_is_one_run(shape, strides, pitch, run, apart):
+    """Of rows that indices choose, at most one."""
+    layout = layout_of(shape, strides, resolve("float32"), pitch)
+    assert contiguous_run(layout) == run
+    assert contiguous_run(layout, rows_apart=True) == apart
 
 
 @pytest.mark.parametrize(("start", "engine"), [(0, 0), (32, 4), (96, 12)])

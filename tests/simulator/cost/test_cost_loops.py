@@ -72,6 +72,25 @@ def test_the_inner_loop_of_a_later_iteration_uses_the_same_tensors():
     assert nested.total == pytest.approx(flat.total)
 
 
+def test_an_inner_loop_that_goes_on_for_longer_uses_the_same_tensors():
+    """Two iterations at first, then four: the last two have no counterpart in the first turn."""
+
+    def body(nested):
+        def inner(i):
+            tile = sbuf((128, 4096))
+            nisa.memset(tile, 0.0, engine=nisa.engine.gpsimd)
+            nisa.activation(sbuf((128, 4096)), nl.exp, tile)
+
+        turns = iter((2, 4))
+        if nested:
+            nl.fori_loop(0, 2, lambda j: nl.fori_loop(0, next(turns), inner))
+        else:
+            nl.fori_loop(0, 6, inner)
+
+    nested, flat = (of(record(lambda n=n: body(n)), loop_iteration=0.0) for n in (True, False))
+    assert nested.total == pytest.approx(flat.total)
+
+
 def test_unrolled_bodies_have_tiles_of_their_own():
     def body(unrolled):
         def step(i):

@@ -237,6 +237,17 @@ PAIRS = {
     "scale, then a negated maximum": (scaled(), summed(nl.maximum, negate=True), NONE),
     "two operators, then a sum": (scaled(**TWICE), summed(), NONE),
     "on ScalarE, then a sum": (scaled(engine=nisa.engine.scalar), summed(), NONE),
+    "scale, then a product of all": (scaled(), summed(nl.multiply), ONE),
+    "scale backwards, then a sum": (scaled(nl.subtract, reverse0=True), summed(), NONE),
+    "divide, then a sum": (scaled(nl.divide), summed(), NONE),
+    "divide, then add": (scaled(nl.divide), again(), NONE),
+    "add, then divide": (
+        scaled(), lambda m, y, out, c: nisa.tensor_scalar(out, m, nl.divide, 3.0), NONE,
+    ),
+    "scale, then divide by a tile": (
+        scaled(), lambda m, y, out, c: nisa.tensor_tensor(out, m, y, nl.divide), NONE,
+    ),
+    "divide, then a copy": (scaled(nl.divide), copied, ONE),
     "scale, then sums of halves": (
         scaled(),
         lambda m, y, out, c: nisa.tensor_reduce(
@@ -275,6 +286,30 @@ def test_pairs_that_one_instruction_does(name):
 def pairs(body):
     run = profile_of(body).run
     return [(a, b) for a, b, _ in fusions(run.instructions, Flow(run))]
+
+
+@pytest.mark.parametrize(
+    ("op", "other", "fits"),
+    [
+        (nl.add, nl.add, True),
+        (nl.bitwise_and, nl.add, False),
+        (nl.add, nl.bitwise_and, False),
+        (nl.bitwise_and, nl.bitwise_and, False),
+    ],
+)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_operators_on_bits_and_arithmetic_are_in_no_instruction_together(op, other, fits, tiles):
+    """Two of bits could be, of a tile and two scalars; we leave them alone."""
+
+    def body():
+        x, y, made, out = (sbuf((128, 64), nl.uint32) for _ in range(4))
+        nisa.tensor_scalar(made, x, op, 3, engine=nisa.engine.vector)
+        if tiles:
+            nisa.tensor_tensor(out, made, y, other, engine=nisa.engine.vector)
+        else:
+            nisa.tensor_scalar(out, made, other, 1, engine=nisa.engine.vector)
+
+    assert bool(pairs(body)) is fits
 
 
 @pytest.mark.parametrize(("width", "fits"), [(32, True), (31, False)])

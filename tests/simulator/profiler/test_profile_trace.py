@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from profile_helpers import example, matmuls, pipeline, profile_of, shapes
+from profile_helpers import example, hbm, matmuls, nisa, pipeline, profile_of, sbuf, shapes
 from profile_helpers import two_cores as copies
 from trace_processor import opened
 
@@ -93,6 +93,36 @@ def test_arrows_go_from_the_blocker_to_the_blocked(found):
     }
     assert arrows and arrows <= expected
     assert len(arrows) >= 0.9 * len(expected)  # a DMA's first byte may come after the blocked began
+
+
+def test_a_slice_tells_the_name_that_the_kernel_gave_and_only_that():
+    def body():
+        nisa.memset(sbuf((128, 64)), 0.0, name="clear")
+        nisa.memset(sbuf((128, 64)), 0.0)
+
+    named, other = (e["args"] for e in by_phase(profile_of(body))["X"] if e["name"] != "active")
+    assert named["name"] == "clear" and "name" not in other
+
+
+def test_a_wait_whose_end_is_shown_before_its_reason_has_no_arrow():
+    """Two transfers on one DMA engine: the second is triggered, and its bytes wait for the first's.
+
+    What is triggered after it, on another engine, flows before it.
+    """
+
+    def body():
+        nisa.dma_copy(sbuf((8, 16384)), hbm((8, 16384)))
+        nisa.dma_copy(hbm((8, 64)), sbuf((8, 64)))
+        nisa.dma_copy(sbuf((128, 64))[64:72], sbuf((128, 64))[64:72])
+
+    found = profile_of(body)
+    t = found.timeline
+    assert t.blocker.tolist() == [-1, 0, 1] and t.begin[2] < t.begin[1]
+    starts, ends = (by_phase(found)[ph] for ph in "sf")
+    assert [(s["ts"], f["ts"]) for s, f in zip(starts, ends, strict=True)] == [
+        (round(t.begin[0]) / 1e3, round(t.begin[1]) / 1e3)
+    ]
+    assert starts[0]["name"] == "trigger behind"
 
 
 def test_file_says_that_it_is_modelled(found, tmp_path):

@@ -37,7 +37,8 @@ def exact(q_t, k_t, v):
         (
             kernels.attention,
             kernels.attention_numpy,
-            (normal(128, 512), normal(128, 512), normal(512, 128)),
+            # Two chunks of keys, so that the running maximum moves.
+            (normal(128, 1024), normal(128, 1024), normal(1024, 128)),
             0.02,
         ),
         (

@@ -193,6 +193,79 @@ def test_decorators(decorator, rules):
     assert rules_of(f"{HEAD}{decorator}\ndef kernel(x):\n    pass\n") == rules
 
 
+SUBSET = [  # other lines that break a rule of `BODIES`, and their edges
+    ("helper(**flag)", {"star-arguments"}),
+    ("def inner(*a):\n    pass", set()),  # one that is made and not called
+    ("if x is 1 or 2 is flag:\n    pass", {"identity"}),
+    ("if None is not flag:\n    pass", {"identity-none"}),
+    ("if 0 < flag is None:\n    pass", {"identity-none"}),
+    ("d = {(1, 2): x}", {"dict-key"}),
+    ("d = {**flag, 'a': x}", set()),
+    ("d = {True: x}", {"dict-key"}),
+    ("d = {flag: x}", set()),
+    ("s = b'a'", {"value-kind"}),
+    ("s = 1j", {"value-kind"}),
+    ("n = 4294967295", set()),
+    ("n = 4294967296", {"int-range"}),
+    ("n = 1e30", set()),
+    ("y = yield from flag", {"coroutine"}),
+    ("raise KeyError(1)", {"handler"}),
+    ("with flag:\n    pass", {"context-manager"}),
+    ("with nl.no_reorder(), flag:\n    pass", {"context-manager"}),
+    ("s = {i: i for i in flag}", {"comprehension"}),
+    ("s = {i for i in flag}", {"comprehension"}),
+    ("helper(i for i in flag)", {"comprehension"}),
+    ("def inner():\n    nonlocal t", {"scope-statement"}),
+    ("match flag:\n    case 1:\n        pass", {"statement"}),
+    ("class C:\n    pass", {"statement"}),
+    ("n = (m := 3)", {"statement"}),
+    ("from math import sqrt", {"local-import"}),
+    ("n = list(zip(flag, flag))", {"builtin"}),
+    ("n = abs(flag) + len(flag)", {"builtin"}),
+    ("n = math.sqrt(2.0)", set()),
+    ("n = np.random.rand(3)", {"impure"}),
+    ("r = nisa.register_alloc(0)\nn = range(r)", {"register"}),
+    ("r = nisa.register_alloc(0)\nn = int(r)", {"register"}),
+    ("r = nisa.register_alloc(0)\nn = -r", {"register"}),
+    ("n = int(flag)", set()),
+    ("nisa.dma_copy(dst=x, src=nl.ndarray((8, 8), nl.float32, buffer=nl.psum))", set()),
+    ("u = nl.ndarray((8, 8), nl.float32, buffer=nl.psum)\nnisa.dma_copy(src=u, dst=x)",
+     {"psum-dma"}),
+    ("u = nl.ndarray((8, 8), nl.float32, buffer=nl.psum)\nnisa.dma_copy(u[0:4], x)",
+     {"psum-dma"}),
+    ("u = nl.ndarray((8, 8), nl.int32)\nnisa.memset(value=0.5, dst=u)", {"float-memset"}),
+    ("nisa.memset(t, 1.0)", set()),
+    ("for i in nl.dynamic_range(4):\n    nisa.register_move(i, 3)",
+     {"register", "deprecated-loop"}),
+    ("nl.fori_loop(0, 4, flag)", set()),
+    ("nisa.tensor_copy(t, *flag)", {"star-arguments"}),
+    ("nisa.reciprocal(t, t, t, t, t)", {"signature"}),
+    ("return nisa.reciprocal(t)", {"missing-dst"}),
+    ("helper(nisa.reciprocal(t))", {"missing-dst"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "rules"), SUBSET)
+def test_other_lines_outside_the_subset(body, rules):
+    assert rules_of(kernel_of(body)) == rules
+
+
+@pytest.mark.parametrize(
+    ("head", "rules"),
+    [
+        ("def kernel(x, *rest):", {"star-arguments"}),
+        ("def kernel(x, **rest):", {"star-arguments"}),
+        ("def kernel(x, *, a, b=[1]):", {"keyword-only", "list-argument"}),
+        ("async def kernel(x):", {"coroutine"}),
+        ("def kernel(x, a=(1,), b={}):", set()),
+    ],
+)
+def test_signatures(head, rules):
+    found = lint.lint_source(f"{HEAD}@nki.jit\n{head}\n    pass\n", nki="0.6")
+    assert {f.rule for f in found} == rules
+    assert all(f.line == 11 for f in found)
+
+
 LOOP = "for i in nl.dynamic_range(4):\n    "
 LOOPS = [
     ("nl.fori_loop(0, 4, helper, step=0)", {"loop-step"}),

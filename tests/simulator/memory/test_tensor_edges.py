@@ -227,7 +227,10 @@ def test_masks_of_elements_and_of_their_bytes():
     assert written.touches(tensor[:, 1:2].access()) and not written.covers(tensor[:, 1:2].access())
     chosen = np.array([[False, True, False, True], [True, False, False, False]])
     written.add_mask(tensor.access(), chosen)
-    assert written.mask(tensor.access()).tolist() == [[True, True, False, True], [True] + [False] * 3]
+    assert written.mask(tensor.access()).tolist() == [
+        [True, True, False, True],
+        [True] + [False] * 3,
+    ]
     written.add_mask(tensor.access(), np.ones((2, 4), bool))
     assert written.mask(tensor.access()).all() and written.covers(tensor.access())
     written.remove(tensor[0:1, 2:4].access())
@@ -290,7 +293,7 @@ def test_fields_by_position_then_keyword_in_the_order_of_the_classes():
     }  # fmt: skip
     assert vars(Settings(1, "z", 3)) == {"tiles": 1, "name": "z", "depth": 3}
     assert not hasattr(Settings(), "tiles") and Settings().depth == 2
-    with pytest.raises(TypeError, match="unexpected field 'wide'; fields: .*'tiles'"):
+    with pytest.raises(TypeError, match=r"unexpected field 'wide'; fields: .*'tiles'"):
         Settings(wide=1)
     with pytest.raises(TypeError, match="unexpected 4 positional arguments"):
         Settings(1, 2, 3, 4)

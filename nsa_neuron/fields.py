@@ -1,4 +1,4 @@
-"""Fields of dataclasses that people fill in: a bad value is refused by the field's name."""
+"""What people fill in: a bad field of a dataclass, or number, is refused by its name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from nsa_neuron.errors import InvalidArgument, InvalidType
+from nsa_neuron.spec import MAX_INT
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -15,6 +16,27 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
 }
 SEEDS = range(-(2**63), 2**63)  # numbers that torch's generators take
+
+
+def check_int(op: str, name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Makes sure that an argument is a whole number within limits.
+
+    Args:
+        op: what it is an argument of.
+        name: its name.
+        value: it.
+        least, most: the limits; default: as many as 32 bits count.
+
+    Raises:
+        InvalidType: it is no int, or a bool.
+        InvalidArgument: it is below or above.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidType(op, name, f"{value!r} ({type(value).__name__})", "an int")
+    if not least <= value <= (MAX_INT if most is None else most):
+        at_all = f"at least {least}" if value < least else f"at most {MAX_INT}"
+        expected = at_all if most is None else f"from {least} to {most}"
+        raise InvalidArgument(op, name, value, expected)
 
 
 def check_types(values: Any) -> None:

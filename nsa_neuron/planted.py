@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nsa_neuron.errors import InvalidArgument, InvalidType
+from nsa_neuron.fields import SEEDS, check_int
 from nsa_neuron.show import Look, look
 from nsa_neuron.training import MultiQueryRecall
 from nsa_neuron.training.tasks import without_capitals
@@ -92,6 +94,12 @@ def plant(
     Raises:
         InvalidArgument: the document is too short for the facts.
     """
+    if not isinstance(document, (bytes, bytearray)):
+        raise InvalidType("plant", "document", f"of type {type(document).__name__}", "bytes")
+    if not document:
+        raise InvalidArgument("plant", "document", "empty", "at least one byte")
+    check_int("plant", "facts", facts, 1)
+    check_int("plant", "seed", seed, SEEDS[0], SEEDS[-1])
     plain = torch.frombuffer(bytearray(document), dtype=torch.uint8).long()[None]
     near = len(model.kinds) * model.config.window
     task = MultiQueryRecall(facts, rounds=1, near=near)

@@ -161,6 +161,7 @@ class Registry:
 
     def unregister(self, name: str) -> None:
         """Removes a backend and every choice made so far."""
+        self.names()  # an entry point's, too: found later, it would be there again
         self._sources.pop(name, None)
         self._loaded.pop(name, None)
         self.generation += 1

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nsa_neuron import functional as nsa
 from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.fields import check_int
 from nsa_neuron.nn.attention import NativeSparseAttention
 from nsa_neuron.ops.common import compressed_blocks, default_scale, selection_blocks
 from nsa_neuron.ops.select_blocks import overlap_sum
@@ -70,8 +71,10 @@ def capture(model: nn.Module, queries: Sequence[int]) -> Iterator[list[CapturedL
         InvalidArgument: no NSA layer, or no position; and in the forward pass: a position behind
             the sequence, packed sequences, or a later step of a cache.
     """
-    if not queries or min(queries) < 0:
-        raise InvalidArgument("capture", "queries", list(queries), "one or more positions")
+    if not isinstance(queries, Sequence) or not queries:
+        raise InvalidArgument("capture", "queries", repr(queries), "one or more positions")
+    for query in queries:
+        check_int("capture", "queries", query, 0)
     layers = [
         (name, layer)
         for name, layer in model.named_modules()

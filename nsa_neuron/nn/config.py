@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.errors import InvalidArgument, InvalidType
 from nsa_neuron.fields import check_rules, check_types
 from nsa_neuron.ops.compress import METHODS
 from nsa_neuron.spec import MAX_INT
@@ -127,6 +127,8 @@ class NsaConfig:
         Raises:
             InvalidArgument, InvalidType: an unknown or missing name, or a bad value.
         """
+        if not isinstance(values, Mapping):
+            raise InvalidType("NsaConfig", "values", type(values).__name__, "a mapping of names")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

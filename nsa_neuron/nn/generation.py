@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.errors import InvalidArgument, InvalidType
-from nsa_neuron.fields import SEEDS, check_rules, check_types
+from nsa_neuron.fields import SEEDS, check_int, check_rules, check_types
 
 if TYPE_CHECKING:
     from nsa_neuron.nn.cache import KvCache
@@ -106,16 +106,20 @@ def stream(
     chunk: int = 4096,
 ) -> Iterator[Tensor]:
     """`generate`, giving each step's new bytes `[B]` as they come."""
-    texts = [prompts] if isinstance(prompts, str) else prompts
+    several = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    texts = prompts if several else [prompts]
     other = [type(x).__name__ for x in texts if not isinstance(x, (bytes, bytearray))]
     if other:
         expected = "a list of bytes, one for each text"
         raise InvalidType("generate", "prompts", f"of type {other[0]}", expected)
     if not prompts or not all(prompts):
         raise InvalidArgument("generate", "prompts", "empty", "one or more texts, none empty")
-    if count < 1 or chunk < 1:
-        name, value = ("count", count) if count < 1 else ("chunk", chunk)
-        raise InvalidArgument("generate", name, value, "at least 1")
+    check_int("generate", "count", count, 1)
+    check_int("generate", "chunk", chunk, 1)
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise InvalidType("generate", "sampling", type(sampling).__name__, "a Sampling")
+    if cache is not None and not hasattr(cache, "step"):  # `distributed` has caches of its own
+        raise InvalidType("generate", "cache", type(cache).__name__, "a cache of the model")
     longest = max(map(len, prompts))
     if cache is None:
         cache = model.new_cache(len(prompts), longest + count)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_neuron.errors import InvalidArgument, InvalidType
+from nsa_neuron.fields import check_int
 from nsa_neuron.nn.attention import AttentionLayer, attention_layer
 from nsa_neuron.nn.cache import ContiguousCache, KvCache, LayerStep, PagedCache, Step
+from nsa_neuron.nn.config import NsaConfig
 from nsa_neuron.nn.layers import INIT_STD, Embedding, Linear, reset, residual_std
 from nsa_neuron.nn.packing import pack, unpack
 from nsa_neuron.nn.state import CheckedModule
-
-if TYPE_CHECKING:
-    from nsa_neuron.nn.config import NsaConfig
 
 
 class Block(nn.Module):
@@ -67,11 +66,16 @@ class ByteLanguageModel(CheckedModule):
 
     def __init__(self, config: NsaConfig, layers: int | Sequence[str]) -> None:
         super().__init__()
+        if not isinstance(config, NsaConfig):
+            found = type(config).__name__
+            raise InvalidType("ByteLanguageModel", "config", found, "an NsaConfig")
         self.config = config
         self.run_block: Callable[..., Tensor] = run_block
-        if isinstance(layers, (bool, float, str)):
+        if isinstance(layers, (bool, str)) or not isinstance(layers, (int, Sequence)):
             expected = "a number of layers, or the kind of each"
             raise InvalidType("ByteLanguageModel", "layers", repr(layers), expected)
+        if isinstance(layers, int):
+            check_int("ByteLanguageModel", "layers", layers, 1)
         self.kinds = ("nsa",) * layers if isinstance(layers, int) else tuple(layers)
         if not self.kinds:
             raise InvalidArgument("ByteLanguageModel", "layers", repr(layers), "at least one")
@@ -109,8 +113,11 @@ class ByteLanguageModel(CheckedModule):
         Raises:
             InvalidArgument, InvalidType: arguments that do not fit.
         """
-        if last is not None and last < 1:
-            raise InvalidArgument("forward", "last", last, "at least 1")
+        if last is not None:
+            check_int("forward", "last", last, 1)
+        for name, given in (("mask", mask), ("cu_seqlens", cu_seqlens)):
+            if given is not None and not isinstance(given, Tensor):
+                raise InvalidType("forward", name, f"a {type(given).__name__}", "a torch.Tensor")
         if mask is not None:
             if step is not None or cu_seqlens is not None:
                 other = "step" if step is not None else "cu_seqlens"

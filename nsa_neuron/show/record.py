@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.errors import InvalidArgument, InvalidType
+from nsa_neuron.fields import check_int
 from nsa_neuron.nn import ByteLanguageModel, capture
 
 if TYPE_CHECKING:
@@ -89,12 +90,17 @@ def look(model: ByteLanguageModel, text: bytes, queries: Sequence[int]) -> Look:
     Raises:
         InvalidArgument: an empty text, no query, or one outside of the text.
     """
+    if not isinstance(text, (bytes, bytearray)):
+        raise InvalidType("look", "text", f"of type {type(text).__name__}", "bytes")
     if not text:
         raise InvalidArgument("look", "text", "empty", "at least one byte")
+    if not isinstance(queries, Sequence):
+        raise InvalidType("look", "queries", repr(queries), "a sequence of positions")
+    for query in queries:
+        check_int("look", "queries", query, -len(text), len(text) - 1)
     places = tuple(dict.fromkeys(at + len(text) if at < 0 else at for at in queries))
-    if not places or min(places) < 0 or max(places) >= len(text):
-        expected = f"one or more, from {-len(text)} to {len(text) - 1}"
-        raise InvalidArgument("look", "queries", list(queries), expected)
+    if not places:
+        raise InvalidArgument("look", "queries", "empty", "one or more positions")
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()[None]
     with capture(model, places) as layers:
         model(tokens, last=1)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_neuron.errors import NsaError, StateMismatch
-from nsa_neuron.fields import SEEDS, check_rules, check_types
+from nsa_neuron.errors import InvalidType, NsaError, StateMismatch
+from nsa_neuron.fields import SEEDS, check_int, check_rules, check_types
 from nsa_neuron.nn.checkpoint import load_checkpoint, read_tensors, save_checkpoint, write_tensors
 from nsa_neuron.nn.model import ByteLanguageModel
 from nsa_neuron.training.optimizers import optimizers_of
@@ -144,6 +144,10 @@ def train(
         StateMismatch: the folder holds a run of another model or schedule, or the checkpoint to
             begin with is of another model.
     """
+    if not isinstance(how, TrainConfig):
+        raise InvalidType("train", "how", type(how).__name__, "a TrainConfig")
+    if until is not None:
+        check_int("train", "until", until, 0)
     folder = Path(folder)
     torch.manual_seed(how.seed)
     model = ByteLanguageModel(config, kinds).train()
@@ -192,6 +196,9 @@ def evaluate(
     model: ByteLanguageModel, task: Task, batch: int, length: int, seed: int = 10_000
 ) -> dict[str, float]:
     """Loss in nats per counted byte, and how many of them are the likeliest one (accuracy)."""
+    for name, value, least in (("batch", batch, 1), ("length", length, 2)):
+        check_int("evaluate", name, value, least)
+    check_int("evaluate", "seed", seed, SEEDS[0], SEEDS[-1])
     given = task.held_out(batch, length, torch.Generator().manual_seed(seed))
     losses, right, total = 0.0, 0, 0
     for i in range(batch):

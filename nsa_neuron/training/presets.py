@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.errors import InvalidArgument, InvalidType
+from nsa_neuron.fields import check_int
 from nsa_neuron.nn.attention import KINDS
 from nsa_neuron.nn.config import NsaConfig
 from nsa_neuron.training.corpus import prose_corpus, python_corpus
@@ -53,7 +54,13 @@ TASKS = tuple(SCHEDULES)
 
 
 def task_of(name: str) -> Task:
-    """A task by name: `text`, `prose`, `mqar`, or `needle`, which is mqar in real text."""
+    """A task by name: `text`, `prose`, `mqar`, or `needle`, which is mqar in real text.
+
+    Raises:
+        InvalidArgument: there is none of that name.
+    """
+    if name not in TASKS:
+        raise InvalidArgument("train", "task", repr(name), f"one of {', '.join(TASKS)}")
     if name == "mqar":
         return MultiQueryRecall()
     if name == "prose":
@@ -68,6 +75,9 @@ def kinds_of(attention: str, layers: int) -> tuple[str, ...]:
     Raises:
         InvalidArgument: an unknown kind, or another number of them.
     """
+    if not isinstance(attention, str):
+        raise InvalidType("train", "attention", type(attention).__name__, "text")
+    check_int("train", "layers", layers, 1)
     names = attention.split(",")
     kinds = tuple(names * layers if len(names) == 1 else names)
     if len(kinds) != layers or not set(kinds) <= set(KINDS):

@@ -1,4 +1,4 @@
-"""What people fill in is refused by the field's name: types first, then ranges."""
+"""What people fill in is refused by its name: types first, then ranges; before any work."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import dataclasses
 import math
 
 import pytest
+import torch
+from tiny import model
 
 from nsa_neuron.distributed.parallelism import Parallelism
 from nsa_neuron.distributed.training import How
 from nsa_neuron.errors import InvalidArgument, InvalidType
 from nsa_neuron.fields import SEEDS
-from nsa_neuron.nn import NsaConfig
-from nsa_neuron.nn.generation import Sampling
-from nsa_neuron.training import MultiQueryRecall, TrainConfig
+from nsa_neuron.nn import ByteLanguageModel, NsaConfig, capture
+from nsa_neuron.nn.generation import Sampling, generate
+from nsa_neuron.planted import plant
+from nsa_neuron.show import look
+from nsa_neuron.training import MultiQueryRecall, Text, TrainConfig, evaluate, train
+from nsa_neuron.training.corpus import corpus_of
 from nsa_neuron.training.loop import generator_of
+from nsa_neuron.training.presets import kinds_of, task_of
 
 CONFIG = NsaConfig(dim=16, heads=4, kv_heads=2, dk=8, dv=6)
 FILLED = [How(), TrainConfig(), Parallelism(), Sampling(), MultiQueryRecall(), CONFIG]
@@ -108,3 +114,119 @@ def test_every_seed_gives_batches():
     for seed in (SEEDS[0], SEEDS[-1], 2**45, -1):
         assert generator_of(seed, 7).initial_seed() == (seed * 1_000_003 + 7) % 2**64
     assert generator_of(3, 7).initial_seed() == 3_000_016
+
+
+# ---- arguments of functions
+
+TOKENS = torch.zeros(1, 9, dtype=torch.int64)
+NO_INTS = (None, "3", 1.5, True, [1], math.nan)
+
+
+def net():
+    return model(("nsa", "window"), torch.float32)
+
+
+def captured(net, query):
+    with capture(net, [query]):
+        net(TOKENS)
+
+
+def stepped(net, *counts):
+    with net.new_cache(2, 20).step(*counts):
+        pass
+
+
+def resized(net, **changes):
+    cache = net.new_cache(2, 20, paged=True)
+    cache.resize(**{"order": [0, 1], "capacity": 20, **changes})
+
+
+TEXT = Text(corpus_of(text=[bytes(range(256)) * 4] * 3))
+# By the argument's name: what takes it, values that it must refuse beside NO_INTS, and those of
+# NO_INTS that it takes.
+INTS = [
+    ("count", lambda net, x: generate(net, [b"ab"], x), (0, -1), ()),
+    ("chunk", lambda net, x: generate(net, [b"ab"], 1, chunk=x), (0, -1), ()),
+    ("batch", lambda net, x: net.new_cache(x, 20), (0,), ()),
+    ("capacity", lambda net, x: net.new_cache(1, x), (0,), ()),
+    ("batch", lambda net, x: net.new_cache(x, 20, paged=True), (0,), ()),
+    ("capacity", lambda net, x: net.new_cache(1, x, paged=True), (0,), ()),
+    ("pages", lambda net, x: net.new_cache(1, 20, paged=True, pages=x), (0,), (None,)),
+    ("slack", lambda net, x: net.new_cache(1, 20, paged=True, slack=x), (-1,), (None,)),
+    ("longest_step", lambda n, x: n.new_cache(1, 20, paged=True, longest_step=x), (0,), (None,)),
+    ("tokens", stepped, (0, -1), ()),
+    ("source", lambda net, x: net.new_cache(2, 20).fork(x, 0), (-1, 2), ()),
+    ("target", lambda net, x: net.new_cache(2, 20).fork(0, x), (-1, 2), ()),
+    ("order", lambda net, x: resized(net, order=[0, x]), (-1, 2), ()),
+    ("capacity", lambda net, x: resized(net, capacity=x), (0, 2**20 + 1), ()),
+    ("longest_step", lambda net, x: resized(net, longest_step=x), (0,), (None,)),
+    ("queries", captured, (-1,), ()),
+    ("queries", lambda net, x: look(net, b"abc", [x]), (-4, 3), ()),
+    ("facts", lambda net, x: plant(net, bytes(99), facts=x), (0, -1), ()),
+    ("seed", lambda net, x: plant(net, bytes(99), seed=x), (2**63, -(2**63) - 1), ()),
+    ("last", lambda net, x: net(TOKENS, last=x), (0, -1), (None,)),
+    ("until", lambda net, x: train(*RUN_OF, until=x), (-1,), (None,)),
+    ("batch", lambda net, x: evaluate(net, TEXT, x, 8), (0, -1), ()),
+    ("length", lambda net, x: evaluate(net, TEXT, 1, x), (1, -1), ()),
+    ("seed", lambda net, x: evaluate(net, TEXT, 1, 8, x), (2**63, -(2**63) - 1), ()),
+    ("layers", lambda net, x: kinds_of("nsa", x), (0, -1), ()),
+]
+RUN_OF = (CONFIG, ("window",), TEXT, TrainConfig(steps=1), "nowhere")
+
+
+@pytest.mark.parametrize(("name", "call", "outside", "taken"), INTS)
+def test_an_argument_that_is_no_int_within_its_limits_is_named(name, call, outside, taken):
+    made = net()
+    for wrong, error in (
+        *((value, InvalidType) for value in NO_INTS if value not in taken),
+        *((value, InvalidArgument) for value in (*outside, 2**70)),
+    ):
+        with pytest.raises(error) as caught:
+            call(made, wrong)
+        assert caught.value.argument == name and str(caught.value.found).startswith(repr(wrong))
+
+
+OTHERS = [
+    ("prompts", lambda net: generate(net, None, 1)),
+    ("sampling", lambda net: generate(net, [b"a"], 1, sampling=0.5)),
+    ("cache", lambda net: generate(net, [b"a"], 1, cache=3)),
+    ("mask", lambda net: net(TOKENS, mask=[[True] * 9])),
+    ("cu_seqlens", lambda net: net(TOKENS, cu_seqlens=[0, 9])),
+    ("text", lambda net: look(net, "abc", [0])),
+    ("queries", lambda net: look(net, b"abc", 0)),
+    ("document", lambda net: plant(net, "abc")),
+    ("document", lambda net: plant(net, 300)),
+    ("layers", lambda net: ByteLanguageModel(CONFIG, None)),
+    ("layers", lambda net: ByteLanguageModel(CONFIG, True)),
+    ("config", lambda net: ByteLanguageModel(CONFIG.to_dict(), 1)),
+    ("values", lambda net: NsaConfig.from_dict(None)),
+    ("how", lambda net: train(*RUN_OF[:3], {"steps": 1}, "nowhere")),
+    ("attention", lambda net: kinds_of(("nsa",), 1)),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), OTHERS)
+def test_an_argument_of_another_type_is_named(name, call):
+    with pytest.raises(InvalidType) as caught:
+        call(net())
+    assert caught.value.argument == name
+
+
+EMPTY = [
+    ("queries", lambda net: look(net, b"abc", [])),
+    ("document", lambda net: plant(net, b"")),
+    ("order", lambda net: resized(net, order=[])),
+    ("layers", lambda net: ByteLanguageModel(CONFIG, -1)),
+    ("layers", lambda net: ByteLanguageModel(CONFIG, [])),
+    ("task", lambda net: task_of("txet")),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), EMPTY)
+def test_an_empty_or_unknown_value_is_named(name, call):
+    with pytest.raises(InvalidArgument) as caught:
+        call(net())
+    assert caught.value.argument == name
+    for empty in ([], 0, None):
+        with pytest.raises(InvalidArgument, match="'queries'"), capture(net(), empty):
+            pass

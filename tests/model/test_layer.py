@@ -358,7 +358,7 @@ def test_a_state_dict_with_rows_by_set_is_refused_and_can_be_turned():
         (lambda net: attention_of(net)(torch.zeros(1, 5, 8)), InvalidArgument, "dim = 16"),
         (lambda net: next_token_loss(net(bytes_of(1, 1)), bytes_of(1, 1)), InvalidArgument, "2"),
         (lambda net: ByteLanguageModel(net.config, ["none"]), InvalidArgument, "nsa, full, window"),
-        (lambda net: ByteLanguageModel(net.config, 0), InvalidArgument, "at least one"),
+        (lambda net: ByteLanguageModel(net.config, 0), InvalidArgument, "at least 1"),
         (lambda net: ByteLanguageModel(net.config, 1.5), InvalidType, "a number of layers"),
         (lambda net: net.new_cache(1, 21), InvalidArgument, "max_positions = 20"),
     ],

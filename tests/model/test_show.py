@@ -139,9 +139,9 @@ def test_look_says_why_blocks_were_picked():
     assert view.picked[-1].last == 199
 
 
-@pytest.mark.parametrize("queries", [[], [200], [-201]])
+@pytest.mark.parametrize("queries", [[], [200], [-201], [0, 200]], ids=str)
 def test_bad_queries(queries):
-    with pytest.raises(InvalidArgument, match="from -200 to 199"):
+    with pytest.raises(InvalidArgument, match="from -200 to 199" if queries else "one or more"):
         look(NET, TEXT, queries)
 
 

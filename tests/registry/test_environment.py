@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import nsa_neuron
 from nsa_neuron import environment, toolchain
+
+
+def test_a_description_says_each_thing_of_this_machine(monkeypatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.2349, 5.0, 9.0))
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "release", lambda: "6.1")
+    monkeypatch.setattr(platform, "machine", lambda: "arm")
+    monkeypatch.setattr(environment, "revision", lambda: "abc")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    found = environment.describe()
+    assert json.loads(json.dumps(found)) == found == {
+        "cpu": environment.cpu_model(), "cores": 96, "threads": "7", "load": 1.23,
+        "accelerator": environment.accelerator(), "system": "Linux 6.1 arm",
+        "python": platform.python_version(), "versions": environment.versions(), "revision": "abc",
+    }  # fmt: skip
+    assert found["versions"]["nsa-neuron"] == nsa_neuron.__version__  # type: ignore[index]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delattr(os, "getloadavg")  # as on Windows
+    found = environment.describe()
+    assert (found["threads"], found["load"]) == ("default", None)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_accelerator_is_named_where_there_is_one(monkeypatch, there: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    assert environment.accelerator() == ("H200" if there else "")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert environment.accelerator() == "", "the simulator's reports need no torch"
 
 
 def test_the_processor_is_named_by_its_model(monkeypatch) -> None:

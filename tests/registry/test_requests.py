@@ -88,6 +88,9 @@ def test_an_entry_point_takes_no_built_in_s_place(monkeypatch) -> None:
     own = Registry()
     assert own.names() == (*BUILT_IN, "acme")
     assert own.get("cpu") is REGISTRY.get("cpu")
+    for registry_of in (own, Registry()):  # which looked for entry points, and which did not yet
+        registry_of.unregister("acme")
+        assert registry_of.names() == tuple(BUILT_IN)
 
 
 def test_a_backend_comes_before_a_machine_of_its_name() -> None:

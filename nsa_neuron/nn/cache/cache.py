@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.errors import CacheExhausted, InvalidArgument, InvalidType
+from nsa_neuron.fields import check_int
 from nsa_neuron.nn.cache.pages import Books, Ints, PageTable
 from nsa_neuron.nn.cache.plan import plan_step
 from nsa_neuron.nn.cache.step import LayerStep, Pools, Step
@@ -57,8 +58,7 @@ class KvCache:
         longest_step: int | None = None,
     ) -> None:
         for name, value in (("batch", batch), ("capacity", capacity), ("pages", pages)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidArgument(type(self).__name__, name, repr(value), "an int, at least 1")
+            check_int(type(self).__name__, name, value, 1)
         if capacity > config.max_positions:
             expected = f"at most max_positions = {config.max_positions}"
             raise InvalidArgument(type(self).__name__, "capacity", capacity, expected)
@@ -171,8 +171,7 @@ class KvCache:
             InvalidArgument: no such sequences, or the target is not empty.
         """
         for name, b in (("source", source), ("target", target)):
-            if not 0 <= b < self.batch:
-                raise InvalidArgument("fork", name, b, f"from 0 to {self.batch - 1}")
+            check_int("fork", name, b, 0, self.batch - 1)
         if self.books.lengths[target]:
             raise InvalidArgument("fork", "target", f"{self.lengths[target]} tokens long", "empty")
         order = np.arange(self.batch)
@@ -201,8 +200,7 @@ class KvCache:
         return self.books.copy()
 
     def _counts(self, tokens: int, counts: Sequence[int] | None) -> Ints:
-        if tokens < 1:
-            raise InvalidArgument("cache step", "tokens", tokens, "at least 1")
+        check_int("cache step", "tokens", tokens, 1)
         given = self._per_sequence(
             "cache step", "counts", [tokens] * self.batch if counts is None else counts
         )

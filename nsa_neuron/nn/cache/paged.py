@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa_neuron.errors import InvalidArgument
+from nsa_neuron.fields import check_int
 from nsa_neuron.nn.cache.cache import SPARE, KvCache, page_tokens
 
 if TYPE_CHECKING:
@@ -42,12 +43,13 @@ class PagedCache(KvCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        if slack is not None and (isinstance(slack, bool) or slack < 0):
-            raise InvalidArgument("PagedCache", "slack", slack, "None or at least 0")
-        if longest_step is not None and (isinstance(longest_step, bool) or longest_step < 1):
-            expected = "None or at least 1"
-            raise InvalidArgument("PagedCache", "longest_step", longest_step, expected)
-        full = max(1, batch) * -(-max(1, capacity) // page_tokens(config))
+        for name, value, least in (
+            ("batch", batch, 1), ("capacity", capacity, 1), ("slack", slack, 0),
+            ("longest_step", longest_step, 1),
+        ):  # fmt: skip
+            if value is not None or name in ("batch", "capacity"):
+                check_int("PagedCache", name, value, least)
+        full = batch * -(-capacity // page_tokens(config))
         pages = full if pages is None else pages
         super().__init__(config, kinds, batch, capacity, dtype, device, pages, slack, longest_step)
 
@@ -64,9 +66,13 @@ class PagedCache(KvCache):
             InvalidArgument: no such sequence, or longer ones than the new capacity; nothing has
                 changed.
         """
-        if not order or min(order) < 0 or max(order) >= self.batch:
-            expected = f"one or more, within 0 .. {self.batch - 1}"
-            raise InvalidArgument("resize", "order", list(order), expected)
+        if not order:
+            raise InvalidArgument("resize", "order", list(order), "one or more sequences")
+        for sequence in order:
+            check_int("resize", "order", sequence, 0, self.batch - 1)
+        check_int("resize", "capacity", capacity, 1, self.config.max_positions)
+        if longest_step is not None:
+            check_int("resize", "longest_step", longest_step, 1)
         books, wanted = self._books_to_change("resize"), np.asarray(order, dtype=np.int64)
         books.lengths = books.lengths[wanted]
         if (books.lengths > capacity).any():

@@ -98,6 +98,8 @@ def test_other_inputs_than_captured_ones_are_refused(captured):
         ((q[:, :1], k, v, gates), r"inputs\[0\]' is float32 \[1, 1, 2, 16\].*\[1, 24, 2, 16\]"),
         ((q, k.half(), v, gates), r"inputs\[1\]' is float16"),
         ((q, k, v, gates.detach()), r"inputs\[3\].*requires_grad, as captured"),
+        ((q, k, v.to("meta"), gates), r"inputs\[2\]' is .* on meta.* on cpu, requires_grad"),
+        ((q, k, v, gates, q), "5 tensors; it must be 4, as captured"),
     ):
         with pytest.raises(InvalidArgument, match=said):
             run(*changed)
@@ -108,6 +110,8 @@ def test_what_cannot_be_captured_is_refused_by_name(captured, monkeypatch):
         graphs.graphed(step)
     with pytest.raises(InvalidType, match=r"samples\[1\]' is int"):
         graphs.graphed(step, torch.ones(1), 2)
+    monkeypatch.setenv("NSA_CHECK_VALUES", "0")
+    assert torch.equal(graphs.graphed(torch.neg, torch.ones(2))(torch.zeros(2)), -torch.zeros(2))
     monkeypatch.setenv("NSA_CHECK_VALUES", "1")
     with pytest.raises(InvalidArgument, match="wait for the device"):
         graphs.graphed(step, *inputs(0))

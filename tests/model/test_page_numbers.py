@@ -187,7 +187,10 @@ def test_a_picture_shows_every_view_of_every_query(tmp_path, monkeypatch) -> Non
     seen = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda f, *a, **k: seen.append((f, a, k)))
     picture(LOOK, tmp_path / "p", "a title")
-    ((made, (path,), _),) = seen
+    ((made, (path,), saved),) = seen
+    assert saved == {"dpi": 110, "format": "png"}
+    rows = 2 * (0.7 + 2 * 0.28)  # of two queries, each with two views
+    assert made.get_size_inches().tolist() == pytest.approx([11, 1.2 + rows])
     assert path == tmp_path / "p" and made.get_suptitle() == "a title" and len(made.axes) == 2
     for panel_, title, roots in zip(
         made.axes, ("byte 38", "byte 9"), ([0.25, 1.0, 0.5, 0.05, 0.125], [0.5**0.5, 1.0]),
@@ -199,7 +202,10 @@ def test_a_picture_shows_every_view_of_every_query(tmp_path, monkeypatch) -> Non
         assert names == ["layer 0, head 0", "layer 3, head 1"]
         (image,) = panel_.images
         assert image.get_clim() == (0, 1) and image.get_cmap().name == "Greys"
+        assert image.get_interpolation() == "nearest" and panel_.get_aspect() == "auto"
         assert [pytest.approx(roots)] * 2 == image.get_array().tolist()
         blocks = [0, 1, 2, 4] if len(roots) == 5 else [0, 1]
         for row, marks in enumerate(panel_.collections):
             assert marks.get_offsets().tolist() == [[b, row] for b in blocks]
+            assert marks.get_sizes().tolist() == [60] and marks.get_edgecolor()[0, 2] > 0.8  # blue
+        assert row == 1

@@ -132,6 +132,12 @@ def test_four_free_dims_that_do_not_merge(dims: int, rule: str) -> None:
     assert broken(copy_of, (8, *[3] * dims), index) == rule
 
 
+def test_free_dims_of_one_element_do_not_count() -> None:
+    two, one = slice(0, 3, 2), slice(0, 1)
+    assert broken(copy_of, (8, *[3] * 7), (slice(None), two, one, two, one, two, one, two)) == ""
+    assert broken(copy_of, (8, *[3] * 5), (slice(None), *[two] * 5)) == "free-dims"
+
+
 def test_free_dims_that_merge_count_once() -> None:
     assert broken(copy_of, (8, 2, 2, 2, 2, 2, 2), (slice(None),)) == ""
 

@@ -179,6 +179,16 @@ def test_a_module_of_that_name_comes_back(tmp_path, monkeypatch):
     assert sys.modules["told"] is before
 
 
+def test_references_by_name():
+    module = SimpleNamespace(__file__="f.py", b=plain, a=refusal, number=3)
+    assert check.find_reference(module, "b") is plain
+    for name in ("c", "number", ""):
+        said = f"--check: no function {name!r} in f.py; there are: a, b"
+        assert refusal(check.find_reference, module, name) == said
+    none = SimpleNamespace(__file__="f.py")
+    assert refusal(check.find_reference, none, "a").endswith("there are: none")
+
+
 def test_references_see_what_they_name_in_float64():
     values = {"a": np.ones(2, np.float32), "b": np.ones(2, ml_dtypes.bfloat16),
               "c": np.ones(2, np.int32), "d": "text"}  # fmt: skip

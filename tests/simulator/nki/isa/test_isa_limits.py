@@ -319,6 +319,15 @@ def test_one_step_inside_runs_and_one_outside_breaks_the_rule(rule, inside, outs
     tells(refused(rule, outside, T), request)
 
 
+@pytest.mark.parametrize("rows_", [16, 32, 112, 128])
+def test_index_rows_of_a_gathering_transpose_come_by_sixteen(rows_):
+    """More of them than are used, so that nothing else refuses one row more or less."""
+    simulated(lambda t: (gathered(rows_, used=16), t)[1], T)
+    for wrong in {rows_ - 8, rows_ + 1} - set(range(16)) - set(range(129, 200)):
+        error = refused("shape", lambda t, w=wrong: gathered(w, used=16), T)
+        assert error.operand == "index" and error.value == wrong
+
+
 @pytest.mark.parametrize(("dtype", "widest"), [(nl.float32, 256), (BF, 256), (U8, 256)])
 def test_a_message_of_gpsimd_holds_256_elements_of_a_partition(dtype, widest):
     """1024 bytes of 32 bits, 512 of 16, 256 of 8."""

@@ -18,6 +18,7 @@ from nsa_neuron.agree.judge import _compare, _without_nan, _worst_place
 from nsa_neuron.agree.record import Recorder, watched
 from nsa_neuron.agree.subject import imported, mapped, tensors
 from nsa_neuron.errors import NsaError
+from nsa_neuron.numerics import Diff
 from nsa_neuron.ops import get
 from nsa_neuron.registry import REGISTRY
 
@@ -518,3 +519,46 @@ def test_calls_say_in_which_phase_they_were_made() -> None:
         ("decode", "attention"),
     ]  # fmt: skip
     assert one.ok and one.decoded == 2 and [p.name for p in one.points] == ["", "weight"]
+
+
+def test_what_returned_nothing_is_nothing_wrong() -> None:
+    found = point("forward", "m", 1, [], [], [], 3)
+    assert (found.ok, found.error, found.budget, found.detail) == (True, 0.0, 0.0, "")
+
+
+@pytest.mark.parametrize(("errors", "worst"), [((2.0, 3.0), "o"), ((1.0, 6.0), "lse")])
+def test_the_result_of_a_call_nearest_its_own_budget_is_reported(
+    monkeypatch, errors: tuple[float, float], worst: str
+) -> None:
+    """Of budgets 4 and 8."""
+    spec = get("attention")
+    for name, error, budget in zip(("o", "lse"), errors, (4.0, 8.0), strict=True):
+        diff = Diff(True, error, budget, "")
+        monkeypatch.setitem(spec.compare, name, lambda *given, diff=diff: diff)
+    values = spec.arguments(next(c for c in spec.cases if c.name == "one_token"), torch.float32)
+    found = _compare(spec, values, spec.reference(**values), spec.reference)
+    index = ("o", "lse").index(worst)
+    assert (found.ok, found.result, found.error) == (True, worst, errors[index])
+
+
+def test_gradients_are_of_one_direction_whatever_a_target_draws() -> None:
+    def model(x: Tensor) -> Tensor:
+        if "judged" in (nsa_neuron.registry.requested() or ""):
+            torch.randn(7)
+        return x * x
+
+    (one,) = run(model, torch.randn(5)).runs
+    assert one.ok and [p.name for p in one.points if p.phase == "backward"] == ["input 0"]
+
+
+def test_a_token_that_a_target_chose_is_not_taken_for_the_wanted_one() -> None:
+    def model(tokens: Tensor) -> Tensor:
+        judged = "judged" in (nsa_neuron.registry.requested() or "")
+        logits = torch.zeros(1, tokens.shape[1], 8)
+        logits[..., 5 if judged and tokens.shape[1] > 3 else 2] = 1.0
+        return logits
+
+    (one,) = run(model, torch.zeros(1, 3, dtype=torch.int64), decode=3).runs
+    (token,) = one.tokens
+    assert (token.row, token.step, token.wanted, token.got) == (0, 1, 2, 5) and not one.ok
+    assert one.decoded == 3 and token.margin == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import sys
@@ -503,6 +504,46 @@ def test_kernels_compile_on_the_cores_that_this_process_may_use(monkeypatch) -> 
 )  # fmt: skip
 def test_a_shape_is_heads_head_dim_and_dtype(text: str, sizes: Any) -> None:
     assert bench_command._shape(text) == sizes
+
+
+@pytest.mark.parametrize(
+    ("part", "lengths"),
+    [
+        ("native", [4096, 8192, 16384]), ("stages", [4096, 16384]),
+        ("memory", [4096, 8192, 16384, 65536]), ("peers", [4096]),
+        ("attention", [2048, 8192, 16384]),
+        ("model", [2048, 8192, 32768]),
+    ],
+)  # fmt: skip
+def test_parts_are_measured_at_lengths_of_their_own_unless_others_are_given(
+    monkeypatch, part: str, lengths: list[int]
+) -> None:
+    name = bench_command.NATIVE_PARTS.get(part, (part, []))[0]
+    module = importlib.import_module(
+        "nsa_neuron.model_bench" if part == "model" else f"nsa_neuron.bench.{name}"
+    )
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "measure", lambda *a, **k: asked.append((a, k)) or [])
+    monkeypatch.setattr(module, "to_text", lambda records: "text")
+    # Without gradients is an option of one part.
+    for more in ([], ["--tokens", "7"], ["--forward"]):
+        assert main(["bench", "--target", "cpu", "--part", part, *more]) == 0
+    shape = ((16, 1), 128, "float32") if part in bench_command.NATIVE_PARTS else ()
+    forward = {"gradients": False} if part == "native" else {}
+    assert asked == [((lengths, *shape), {}), (([7], *shape), {}), ((lengths, *shape), forward)]
+
+
+def test_a_layer_and_the_simulator_are_measured_as_they_are(monkeypatch, capsys) -> None:
+    for words, name in (
+        (["--target", "cpu", "--part", "layer"], "nsa_neuron.layer_bench"),
+        (["--simulator"], "nsa_neuron.bench.simulator"),
+    ):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "measure", lambda: [])
+        monkeypatch.setattr(module, "to_text", lambda records, name=name: f"text of {name}")
+        assert main(["bench", *words]) == 0
+        head, text = capsys.readouterr().out.strip().split("\n\n")
+        assert head.startswith("measured on") and text == f"text of {name}"
 
 
 @pytest.mark.parametrize("text", ["192", "192/128/1", "0/8", "8/0", "a/8", "8/", "-8/8"])

@@ -86,6 +86,11 @@ def test_a_command_exists_where_its_module_is_found(module: str, there: bool) ->
     assert cli.exists(module) is there
 
 
+def test_the_simulator_s_commands_and_bench_do_without_torch() -> None:
+    without = {command.name for command in cli.COMMANDS if not command.torch}
+    assert without == {"bench", "simulate", "profile", "lint"}
+
+
 @pytest.mark.parametrize(("command", "needs"), [("ops", True), ("bench", False)])
 def test_commands_that_need_torch_say_that_it_is_missing(monkeypatch, capsys, command, needs):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)

@@ -210,12 +210,17 @@ def _step(layout: Layout) -> int:
     return 1
 
 
+def wide_step(i: Instruction, p: Parameters) -> bool:
+    """Whether the innermost step of an operand is so wide that it slows the engine down."""
+    return any(
+        abs(_step(a.layout)) * a.layout.dtype.itemsize > p.stride_limit
+        for a in (*i.writes, *i.reads)
+    )
+
+
 def _stride_factor(i: Instruction, p: Parameters) -> float:
     """Slow-down of patterns whose innermost step is wide."""
-    for a in (*i.writes, *i.reads):
-        if abs(_step(a.layout)) * a.layout.dtype.itemsize > p.stride_limit:
-            return p.stride_penalty
-    return 1.0
+    return p.stride_penalty if wide_step(i, p) else 1.0
 
 
 def _wide_operands(i: Instruction) -> list[Access]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from ..cost.instructions import cost_of
+from ..cost.instructions import cost_of, wide_step
 from .candidates import FEW, Candidate, Rule, spell
 from .lines import short
 from .what_if import Baseline, Change, changed, with_times
@@ -150,7 +150,11 @@ def wide_strides(base: Baseline) -> Iterator[Candidate]:
     """Innermost steps over 16 bytes halve the bandwidth of SBUF and PSUM."""
     t, p = base.t, base.t.parameters
     for indices in base.by_line.values():
-        found = [k for k in indices if _strided(base, k)]
+        found = [
+            k
+            for k in indices
+            if t.costs[k].engine in ("vector", "scalar") and wide_step(t.instructions[k], p)
+        ]
         if not found:
             continue
         costs = changed(t, found, lambda c: _unstrided(c, p))
@@ -161,19 +165,6 @@ def wide_strides(base: Baseline) -> Iterator[Candidate]:
             Change(costs=costs),
             sum(t.costs[k].interval - costs[k].interval for k in found),
         )
-
-
-def _strided(base: Baseline, k: int) -> bool:
-    i = base.t.instructions[k]
-    if base.t.costs[k].engine not in ("vector", "scalar"):
-        return False
-    return any(
-        a.layout.pitch
-        and len(a.layout.shape) > 1
-        and a.layout.shape[-1] > 1
-        and abs(a.layout.strides[-1]) * a.layout.dtype.itemsize > base.t.parameters.stride_limit
-        for a in (*i.writes, *i.reads)
-    )
 
 
 def _unstrided(c: Cost, p: Parameters) -> Cost:

@@ -183,7 +183,7 @@ def single_buffer(base: Baseline) -> Iterator[Candidate]:
         if any(code & CAUSE in kinds for k in on_chip for code in base.program.deps[k]):
             refills.append(on_chip)
     every = sorted(k for line in refills for k in line)
-    waits = [k for k in every if t.cause[k] in kinds and t.stall[k] > 0]
+    waits = [k for k in every if t.cause[k] in kinds]
     if waits:
         places = [short(base.lines.key(t.instructions[line[0]])) for line in refills]
         yield Candidate(

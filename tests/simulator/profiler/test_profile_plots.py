@@ -12,8 +12,9 @@ from profile_helpers import example, hbm, matmuls, pipeline, profile_of, shapes
 from profile_helpers import two_cores as copies
 
 from nsa_neuron.simulator.cost import Cause
+from nsa_neuron.simulator.machine.trn2 import TRN2
 from nsa_neuron.simulator.profiler import plots
-from nsa_neuron.simulator.profiler.memory import _steps, envelope
+from nsa_neuron.simulator.profiler.memory import _steps, envelope, usage
 from nsa_neuron.simulator.profiler.roofline import Roofline
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -42,11 +43,23 @@ def test_picture_shows_every_lane_and_says_modelled(make, tmp_path, monkeypatch)
     assert width > 1200 and height > 700
     (figure,) = drawn
     assert "modelled" in figure.get_suptitle() and "not measured" in figure.get_suptitle()
+    low, central, high = (x / 1e3 for x in (found.time.low, found.time.central, found.time.high))
+    assert (
+        f"on trn2: {central:.1f} µs modelled ({low:.1f} to {high:.1f}), " in figure.get_suptitle()
+    )
+    end = central or 1e-3
     titles = {a.get_title(loc="left"): a for a in figure.axes}
     for number, core in enumerate(found.to_dict()["cores"]):
         axes = titles[f"Core {number}: engines and DMA queues"]
         assert [label.get_text() for label in axes.get_yticklabels()] == list(core["engines"])
-        assert f"Core {number}: memory in use per partition" in titles
+        below = titles[f"Core {number}: memory in use per partition"]
+        # Times stand below the last axes; all have the same, and end a little after it.
+        assert axes.get_xlim() == below.get_xlim() == (0, end * 1.07)
+        assert not any(label.get_visible() for label in axes.get_xticklabels())
+        assert below.get_xlabel() == ("µs, modelled" if below is figure.axes[-1] else "")
+    below.set_xlim(1, 2)
+    assert all(a.get_xlim() == (1, 2) for title, a in titles.items() if "Core" in title)
+    assert all(not a.spines[side].get_visible() for a in figure.axes for side in ("top", "right"))
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 20)), min_size=1, max_size=60))
@@ -203,6 +216,88 @@ def test_lanes_are_drawn_in_microseconds_with_their_waits():
     legend = [x.get_text() for x in axes.get_legend().get_texts()]
     assert legend == ["waits for data", "waits for a buffer"]
     assert axes.get_title(loc="left") == "Core 1: engines and DMA queues"
+
+
+class Path:
+    """Lines of a critical path as a report has them; the last takes less than half a percent."""
+
+    lines = (
+        ("/some/where/k.py", 12, "nisa.dma_copy(tile, a)", "dma-load dma_copy", 6.0, 0.6),
+        ("/some/where/k.py", 7, "x" * 44, "tensor nc_matmul", 3.96, 0.396),
+        ("other.py", 3, "y" * 45, "vector tensor_copy", 0.05, 0.005),
+        ("other.py", 4, "z", "scalar activation", 0.04, 0.0049),
+    )
+
+    def __init__(self, *more):
+        names = ("file", "line", "text", "what", "time_us", "share")
+        rows = [*self.lines[:3], *more, self.lines[3]]
+        self.found = {"lines": [dict(zip(names, row, strict=True)) for row in rows]}
+
+
+def test_lines_of_the_critical_path_are_bars_the_longest_on_top(monkeypatch):
+    monkeypatch.setattr(plots, "critical_path", lambda t, lines: Path().found)
+    axes = Figure().subplots()
+    plots._draw_lines(axes, None)
+    bars = [(b.get_width(), matplotlib.colors.to_hex(b.get_facecolor())) for b in axes.patches]
+    assert bars == [(0.05, "#0072b2"), (3.96, "#d55e00"), (6.0, "#e69f00")]
+    assert [round(b.get_y() + b.get_height() / 2, 9) for b in axes.patches] == [0, 1, 2]
+    said = [(x.get_text(), round(x.xy[0], 9), x.xy[1]) for x in axes.texts]
+    assert said == [(" 0.1 µs, 0%", 0.05, 0), (" 4.0 µs, 40%", 3.96, 1), (" 6.0 µs, 60%", 6.0, 2)]
+    assert [x.get_text() for x in axes.get_yticklabels()] == [
+        "other.py:3\n" + "y" * 43 + "…", "k.py:7\n" + "x" * 44, "k.py:12\nnisa.dma_copy(tile, a)",
+    ]  # fmt: skip
+    assert axes.get_xlim() == (0, 7.5) and axes.get_xlabel() == "µs, modelled"
+    assert axes.get_title(loc="left") == "Critical path by source line"
+
+
+def test_seven_lines_of_the_critical_path_are_drawn(monkeypatch):
+    more = [("k.py", k, "w", "gpsimd iota", 0.05, 0.005) for k in range(9)]
+    monkeypatch.setattr(plots, "critical_path", lambda t, lines: Path(*more).found)
+    axes = Figure().subplots()
+    plots._draw_lines(axes, None)
+    assert len(axes.patches) == 7 and len(axes.texts) == 7
+
+
+def test_memory_is_drawn_as_filled_steps_with_its_peak():
+    t = profile_of(pipeline, *shapes((128, 2048))).timeline
+    axes = Figure().subplots()
+    plots._draw_memory(axes, t, 0)
+    for line, area, color, (buffer, limit) in zip(
+        axes.lines, axes.collections, ("#56b4e9", "#d55e00"),
+        (("sbuf", 212_984), ("psum", 16_384)), strict=True,
+    ):  # fmt: skip
+        at, used = usage(t, 0, TRN2)[buffer]
+        at, share = np.append(at, t.total) / 1e3, np.append(used, used[-1]) / limit
+        np.testing.assert_allclose(line.get_xydata(), np.stack([at, share], axis=1))
+        assert line.get_drawstyle() == "steps-post"
+        assert matplotlib.colors.to_hex(line.get_color()) == color
+        assert matplotlib.colors.to_hex(area.get_facecolor()[0]) == color
+        assert area.get_alpha() < 0.5 and area.get_paths()[0].vertices[:, 1].max() == share.max()
+        top = f"{used.max() / 1024:.0f} of {limit / 1024:.0f} KiB"
+        assert line.get_label() == f"{buffer.upper()}, peak {top}"
+    assert axes.get_ylim() == (0, 1.05)
+    assert [x.get_text() for x in axes.get_yticklabels()] == ["0", "50 %", "100 %"]
+    assert len(axes.get_legend().get_texts()) == 2
+
+
+def test_only_lanes_of_many_bars_are_drawn_as_shares_and_the_title_says_so():
+    class Dense(Lane):
+        """Lane "vector" has more intervals than are drawn one by one; "tensor" has one."""
+
+        begin = start = issue = np.arange(0.0, 2000.0, 4.0)
+        end, stall = begin + 1.0, np.zeros(500)
+
+        def members(self, name, core):
+            return np.arange(500) if name == "vector" else np.array([0])
+
+    axes = Figure().subplots()
+    plots._draw_engines(axes, Dense(), 1, ["vector", "tensor"])
+    dense, single = axes.collections
+    assert np.ptp(dense.get_paths()[0].vertices[:, 0]) == pytest.approx(2.0)  # of all the time
+    assert np.ptp(single.get_paths()[0].vertices[:, 0]) == pytest.approx(2.0 / 1600)  # a pixel
+    title = axes.get_title(loc="left")
+    assert title.endswith("DMA queues (dense rows: height is share of time)")
+    assert axes.get_legend() is None
 
 
 def test_a_bar_is_a_pixel_wide_at_least_and_a_wait_as_long_as_it_is():

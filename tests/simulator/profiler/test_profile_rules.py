@@ -86,8 +86,10 @@ def test_half_of_the_dma_engines_are_few(rows, engines):
 
 @pytest.mark.parametrize(
     ("count", "width", "together"),
-    [(3, 64, 0), (4, 64, 2), (16, 16, 8), (8, 127, 2), (8, 128, 0), (5, 4, 5)],
-)
+    [
+        (3, 64, 0), (4, 64, 2), (16, 16, 8), (8, 127, 2), (8, 128, 0), (5, 4, 5), (6, 26, 4),
+    ],
+)  # fmt: skip
 def test_four_transfers_below_64_kib_are_many_small_ones(count, width, together):
     (body, a) = loads(count, width)
     found, base = ask(rules_dma.small_transfers, body, a)
@@ -261,6 +263,33 @@ def test_the_whole_wait_for_a_bank_is_promised():
     assert base.gain(c.change) > 0
 
 
+def test_a_conflict_is_told_at_the_line_that_waits_longest():
+    """ScalarE waits in two lines: for a short copy, and in the later one for a long one."""
+
+    def body():
+        small, large = psum((128, 64)), psum((128, 512))
+        nisa.tensor_copy(sbuf((128, 64)), small, engine=nisa.engine.vector)
+        nisa.activation(sbuf((128, 64)), nl.copy, small)
+        nisa.tensor_copy(sbuf((128, 512)), large, engine=nisa.engine.vector)
+        nisa.activation(sbuf((128, 512)), nl.copy, large)
+
+    (c,), base = ask(rules_compute.psum_banks, body)
+    assert c.indices == [3, 1]
+    assert base.t.notes[3]["psum-bank"] > base.t.notes[1]["psum-bank"] > 0
+    places = [base.lines.short(base.t.instructions[k]) for k in (0, 2)]
+    assert f"here and at {', '.join(sorted(places))}; give them" in c.message
+
+
+def test_a_conflict_within_one_line_says_so():
+    def body():
+        bank = psum((128, 512))
+        for engine in (nisa.engine.vector, nisa.engine.scalar):
+            nisa.tensor_copy(sbuf((128, 512)), bank, engine=engine)
+
+    (c,), _ = ask(rules_compute.psum_banks, body)
+    assert "here and at the same line; give them" in c.message
+
+
 def products(count, columns, dtype=nl.bfloat16):
     def body():
         st, mv = sbuf((128, 128), dtype), sbuf((128, 512), dtype)
@@ -311,6 +340,25 @@ def strided(step, engine="vector", width=256, dtype=nl.float32):
 def test_sixteen_bytes_are_no_wide_stride(step, dtype):
     assert ask(rules_compute.wide_strides, strided(step, dtype=dtype))[0] == []
     assert len(ask(rules_compute.wide_strides, strided(step + 1, dtype=dtype))[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("view", "told"),
+    [
+        (lambda: sbuf((128, 256, 8))[:, :, 0:1], True),  # the last dim has no step
+        (lambda: sbuf((128, 2, 64))[:, :, 0], True),
+        (lambda: sbuf((128, 1, 64))[:, :, 0], False),
+        (lambda: sbuf((128, 8, 64))[:, :, 0:4], False),  # pieces far apart, dense in themselves
+    ],
+)
+def test_a_wide_stride_is_what_the_cost_model_takes_for_one(view, told):
+    def body():
+        source = view()
+        nisa.tensor_copy(sbuf(source.shape), source, engine=nisa.engine.vector)
+        nisa.tensor_copy(sbuf(source.shape), source, engine=nisa.engine.gpsimd)  # costs no more
+
+    found, _ = ask(rules_compute.wide_strides, body)
+    assert [c.indices for c in found] == ([[0]] if told else [])
 
 
 @pytest.mark.parametrize(("engine", "clock"), [("vector", 0.96), ("scalar", 1.2)])

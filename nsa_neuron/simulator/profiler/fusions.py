@@ -55,14 +55,13 @@ def fusions(instructions: list[Instruction], flow: Flow) -> Iterator[tuple[int, 
     sides = _Sides()
     for b, second in enumerate(instructions):
         for position, a in enumerate(flow.sources[b]):
-            if a < 0 or a in sides.gone or b in sides.gone:
+            if a < 0 or a in sides.gone:
                 continue
             first = instructions[a]
-            same_size = second.reads[position].layout.size == first.writes[0].layout.size
-            if not _wide(first) or not same_size:
+            if not _wide(first):
                 continue
             found = _sum(first, second)
-            if found and sides.untouched(b) and a not in sides.writes:
+            if found and a not in sides.writes:
                 if a not in sides.reads or first.opcode == "activation":
                     sides.writes.add(a)
                     sides.gone.add(b)
@@ -73,10 +72,9 @@ def fusions(instructions: list[Instruction], flow: Flow) -> Iterator[tuple[int, 
             if found is None:
                 continue
             if found[1] is _into_copy:
-                if sides.untouched(b) and a not in sides.writes:
-                    sides.writes.add(a)
-                    sides.gone.add(b)
-                    yield a, b, found
+                sides.writes.add(a)
+                sides.gone.add(b)
+                yield a, b, found
             elif sides.untouched(a) and b not in sides.reads:
                 sides.gone.add(a)
                 sides.reads.add(b)

@@ -71,7 +71,7 @@ def _behind(base: Baseline, ends: Iterable[int]) -> set[int]:
 
 def _packets(base: Baseline, k: int) -> float:
     transfer = base.t.costs[k].transfer
-    return max((time for _, time in transfer.parts), default=0.0) if transfer else 0.0
+    return max(time for _, time in transfer.parts) if transfer else 0.0
 
 
 def _drop(sketch: Sketch, gone: Iterable[int]) -> None:

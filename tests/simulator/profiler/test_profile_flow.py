@@ -256,6 +256,7 @@ PAIRS = {
         NONE,
     ),
     "anything, then a copy": (exponent, copied, ONE),
+    "a function that sums, then a copy": (summing_exponent, copied, NONE),
     "a copy, then anything": (
         lambda x, y, made: nisa.tensor_copy(made, x, engine=nisa.engine.vector), activated(), ONE,
     ),
@@ -363,3 +364,54 @@ def test_a_pass_takes_part_in_one_pair_a_function_in_two():
         nisa.tensor_reduce(d[:, 0:1], nl.add, c, axis=1)
 
     assert pairs(function) == [(0, 1), (1, 2)]
+
+
+def test_what_took_in_the_pass_before_it_has_no_room_for_a_sum_but_a_function_does():
+    def body():
+        a, b, c, d = (sbuf((128, 64)) for _ in range(4))
+        nisa.tensor_scalar(b, a, nl.multiply, 2.0)
+        nisa.tensor_scalar(c, b, nl.add, 1.0)
+        nisa.tensor_reduce(d[:, 0:1], nl.add, c, axis=1)
+
+    assert pairs(body) == [(0, 1)]
+
+
+def test_one_of_two_sums_of_a_tile_is_taken_in():
+    def body():
+        a, b, c = sbuf((128, 64)), sbuf((128, 64)), sbuf((128, 2))
+        nisa.activation(b, nl.exp, a)
+        nisa.tensor_reduce(c[:, 0:1], nl.add, b, axis=1)
+        nisa.tensor_reduce(c[:, 1:2], nl.add, b, axis=1)
+
+    assert pairs(body) == [(0, 1)]
+
+
+def test_one_of_two_passes_that_an_instruction_reads_is_taken_in():
+    def body():
+        a, b, c, d, e = (sbuf((128, 64)) for _ in range(5))
+        nisa.tensor_scalar(c, a, nl.multiply, 2.0)
+        nisa.tensor_scalar(d, b, nl.multiply, 3.0)
+        nisa.tensor_tensor(e, c, d, nl.add)
+
+    assert pairs(body) == [(0, 2)]
+
+
+def test_a_copy_that_is_written_away_is_in_no_second_pair():
+
+    def body():
+        a, b, c, d = (sbuf((128, 64)) for _ in range(4))
+        nisa.tensor_scalar(b, a, nl.multiply, 2.0)
+        nisa.tensor_copy(c, b, engine=nisa.engine.vector)
+        nisa.tensor_copy(d, c, engine=nisa.engine.vector)
+
+    assert pairs(body) == [(0, 1)]
+
+
+def test_a_tile_that_is_read_in_part_as_well_stays():
+    def body():
+        a, b, c, d = (sbuf((128, 64)) for _ in range(4))
+        nisa.tensor_scalar(b, a, nl.multiply, 2.0)
+        nisa.tensor_scalar(c, b, nl.add, 1.0)
+        nisa.tensor_copy(d[:, :32], b[:, :32], engine=nisa.engine.gpsimd)
+
+    assert pairs(body) == []

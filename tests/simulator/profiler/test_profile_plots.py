@@ -49,6 +49,7 @@ def test_picture_shows_every_lane_and_says_modelled(make, tmp_path, monkeypatch)
     )
     end = central or 1e-3
     titles = {a.get_title(loc="left"): a for a in figure.axes}
+    assert {"Roofline", "Critical path by source line"} < set(titles)
     for number, core in enumerate(found.to_dict()["cores"]):
         axes = titles[f"Core {number}: engines and DMA queues"]
         assert [label.get_text() for label in axes.get_yticklabels()] == list(core["engines"])

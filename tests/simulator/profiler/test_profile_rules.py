@@ -556,6 +556,28 @@ def test_half_of_what_a_core_stores_must_be_the_other_s_too(rows, own, told):
         assert c.bound > 0
 
 
+@pytest.mark.parametrize(("width", "transfers"), [(64, False), (16384, True)])
+def test_same_work_is_worth_the_engines_time_or_half_of_the_transfers(width, transfers):
+    """Two stores of 12 partitions, each after a pass: each core is spared one, and its pass.
+
+    Eight partitions are on one DMA engine, four on another.
+    """
+
+    def body():
+        out = hbm((2, 12, width))
+        for k in range(2):
+            tile = sbuf((12, width))
+            nisa.activation(tile, nl.copy, sbuf((12, width)))
+            nisa.dma_copy(out[k], tile)
+
+    (c,), base = ask(rules_repeat.same_work, body, lnc=2)
+    pass_, store = base.t.costs[:2]
+    (_, slow), (_, quick) = store.transfer.parts
+    own = pass_.interval + store.interval
+    assert slow > quick and (slow > own) is transfers
+    assert c.bound == pytest.approx(slow if transfers else own)
+
+
 def followed(trips, body_of=None, lnc=1):
     def body(a):
         def step(i):

@@ -11,15 +11,18 @@ from nsa_neuron.simulator.command import loading
 from nsa_neuron.simulator.memory.tensor import NkiTensor
 from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
+from nsa_neuron.simulator.profiler.what_if import Baseline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from nsa_neuron.simulator import Profile
+    from nsa_neuron.simulator.profiler.candidates import Candidate
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "profiling" / "linear_gelu.py"
 STEPS = ("one_buffer", "fresh_buffers", "loaded_once", "wide_tiles", "in_order_of_use")
+HARDWARE = nisa.dge_mode.hwdge
 EXAMPLE_ARGUMENTS = ("x_t=randn:1024x512:bf16", "w=randn:1024x2048:bf16")
 
 
@@ -44,6 +47,15 @@ def profile_of(body: Callable[..., Any], *args: Any, lnc: int = 1, **options: An
 
     options = {"relax": {"output-unwritten"}, **options}
     return simulator.profile(simulator.Kernel(kernel, lnc), **options)(*args)
+
+
+def ask(
+    rule: Callable[[Baseline], Iterator[Candidate]], body: Callable[..., Any], *args: Any,
+    lnc: int = 1, **options: Any,
+) -> tuple[list[Candidate], Baseline]:  # fmt: skip
+    """The candidates of a rule, and the timeline that it looked at."""
+    base = Baseline(profile_of(body, *args, lnc=lnc, **options).timeline)
+    return list(rule(base)), base
 
 
 def example(step: str, m: int = 512, n: int = 2048, k: int = 1024) -> Profile:

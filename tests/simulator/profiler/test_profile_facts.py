@@ -10,11 +10,9 @@ import pytest
 from profile_helpers import hbm, matmuls, nisa, nl, pipeline, profile_of, psum, sbuf, shapes
 
 from nsa_neuron import simulator
-from nsa_neuron.simulator import cost
 from nsa_neuron.simulator.cost import Cause, trips
 from nsa_neuron.simulator.machine.trn2 import TRN2
-from nsa_neuron.simulator.profiler import diff, memory, plots, report, text, trace
-from nsa_neuron.simulator.profiler.needed import needed_bytes
+from nsa_neuron.simulator.profiler import memory, plots, report, text, trace
 from nsa_neuron.simulator.profiler.page import data
 from nsa_neuron.simulator.profiler.roofline import roofline_of
 
@@ -127,181 +125,6 @@ def test_a_launch_adds_what_traces_show():
     assert facts["launch_us"] == {"low": 9.0, "central": 15.0, "high": 17.0}
 
 
-# Memory ----------------------------------------------------------------------------------------
-
-
-def used(body, lnc=1, core=0, **options):
-    t = profile_of(body, lnc=lnc, **options).timeline
-    return t, memory.usage(t, core, TRN2)
-
-
-def test_a_tile_of_32_partitions_takes_a_quarter_of_its_bytes():
-    def body():
-        nisa.memset(sbuf((32, 512)), 0.0)
-        nisa.memset(psum((64, 16)), 0.0)  # a bank is one of all partitions
-
-    t, found = used(body)
-    assert found["sbuf"][1].max() == 2048 / 4 and found["psum"][1].max() == 2048
-    at, steps = found["sbuf"]
-    assert list(steps) == [512, 0] and list(at) == [0.0, t.free[0]]
-
-
-def test_a_transfer_holds_its_tile_until_its_end_an_engine_until_its_next_instruction():
-    def body():
-        one, other = sbuf((128, 512)), sbuf((128, 256))
-        nisa.dma_copy(one, hbm((128, 512)))
-        nisa.memset(other, 0.0)
-
-    t, found = used(body)
-    at, steps = found["sbuf"]
-    assert list(at) == sorted({0.0, t.end[0], t.free[1]})
-    assert list(steps) == [3072, 2048, 0]
-
-
-def test_a_tile_is_held_until_its_last_user_ends_not_the_last_that_was_issued():
-    """A transfer of 1 MB is longer than the copy of a column that is issued behind it."""
-
-    def body():
-        tile, column = sbuf((128, 2048)), sbuf((128, 1))
-        nisa.memset(tile, 0.0)
-        nisa.dma_copy(hbm((128, 2048)), tile)
-        nisa.tensor_copy(column, tile[:, :1], engine=nisa.engine.vector)
-
-    t, found = used(body)
-    assert t.free[2] < t.end[1]
-    at, steps = found["sbuf"]
-    assert at.max() == t.end[1] and list(steps) == [8192, 8196, 8192, 0]
-
-
-def test_a_register_s_load_holds_nothing():
-    def body():
-        held, tile = sbuf((1, 1), nl.int32), sbuf((128, 512))
-        nisa.memset(held, 1)
-        nisa.memset(tile, 0.0)
-        nisa.register_load(nisa.register_alloc(), held)
-
-    t, found = used(body)
-    at, _ = found["sbuf"]
-    assert at.max() == pytest.approx(t.free[1])
-
-
-def test_each_core_has_a_memory_of_its_own():
-    def body():
-        if nl.program_id(0) == 0:
-            nisa.memset(sbuf((128, 64)), 0.0)
-        nisa.memset(sbuf((128, 512)), 0.0)
-
-    peaks = [used(body, 2, core)[1]["sbuf"][1].max() for core in (0, 1)]
-    assert peaks == [2048, 2048]
-    t, found = used(body, 2, 1)
-    assert found["sbuf"][0].max() == t.free[2]
-
-
-def test_addressed_tiles_of_psum_count_in_banks_and_each_byte_once():
-    def body():
-        one, two, low = (
-            psum((rows, width), address=(first, byte))
-            for rows, width, first, byte in ((128, 16, 0, 0), (128, 16, 0, 64), (32, 16, 0, 4096))
-        )
-        for tile in (one, two, low):
-            nisa.memset(tile, 0.0, engine=nisa.engine.vector)
-        nisa.tensor_tensor(sbuf((128, 16)), one, sbuf((128, 16)), nl.add)
-        nisa.tensor_tensor(sbuf((128, 16)), two, sbuf((128, 16)), nl.add)
-        nisa.tensor_copy(sbuf((32, 16)), low, engine=nisa.engine.vector)
-
-    _, found = used(body)
-    # The two tiles of bank 0 reach into bank 1 by the 64 bytes that the second is shifted.
-    assert found["psum"][1].max() == 2048 + 64 + 2048
-
-
-@pytest.mark.parametrize("bins", [1, 2, 3, 10])
-def test_an_envelope_never_ends_below_what_is_used(bins):
-    at, steps = np.arange(20.0), np.arange(20) % 7 + 1
-    times, most = memory.envelope(at, steps, 20.0, bins)
-    assert times[0] == 0 and times[-1] == 20
-    for k in range(20):
-        assert most[np.searchsorted(times, k, side="right") - 1] >= steps[k]
-
-
-# HBM -------------------------------------------------------------------------------------------
-
-
-def needed(body, *sizes, dtype="float32"):
-    return needed_bytes(profile_of(body, *shapes(*sizes, dtype=dtype)).run)
-
-
-@pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2), ("uint8", 1)])
-def test_elements_that_patterns_with_holes_touch_count_by_their_size(dtype, item):
-    def body(a):
-        nisa.dma_copy(sbuf((64, 16), a.dtype), a[0:128:2, 0:16])
-        nisa.dma_copy(sbuf((64, 16), a.dtype), a[0:64, 8:24])
-
-    touched = np.zeros((128, 64), bool)
-    touched[0:128:2, 0:16] = touched[0:64, 8:24] = True
-    assert needed(body, (128, 64), dtype=dtype) == touched.sum() * item
-
-
-def test_rows_read_backwards_are_read():
-    def body(a):
-        nisa.dma_copy(sbuf((64, 32)), a.ap([[64, 64], [-1, 32]], offset=31))
-
-    assert needed(body, (128, 64)) <= 64 * 64 * 4 and needed(body, (128, 64)) >= 64 * 32 * 4
-
-
-def test_what_a_kernel_keeps_for_itself_is_not_needed_and_results_that_are_read_count_once():
-    def body(a):
-        kept = nl.ndarray((128, 64), nl.float32, buffer=nl.private_hbm)
-        out, tile = hbm((128, 64)), sbuf((128, 64))
-        nisa.dma_copy(tile, a)
-        nisa.dma_copy(kept, tile)
-        nisa.dma_copy(tile, kept)
-        nisa.dma_copy(out, tile)
-        nisa.dma_copy(tile, out)
-        return out
-
-    assert needed(body, (128, 64)) == 2 * 128 * 64 * 4
-
-
-def test_run_time_rows_need_as_much_as_they_move_and_no_more_than_there_is():
-    def body(times):
-        def kernel(a):
-            index = sbuf((1, 1), nl.int32)
-            nisa.memset(index, 0)
-            for _ in range(times):
-                view = a.select(0, index)
-                nisa.dma_copy(sbuf((128, 64)), view, dge_mode=nisa.dge_mode.hwdge)
-
-        return kernel
-
-    one = 128 * 64 * 4
-    assert needed(body(1), (4, 128, 64)) == one
-    assert needed(body(9), (4, 128, 64)) <= 4 * one
-
-
-def test_spans_that_nest_and_touch_count_once():
-    from nsa_neuron.simulator.profiler.needed import _union
-
-    assert _union([(0, 100), (10, 20), (100, 110), (150, 160), (155, 158)]) == 120
-    assert _union([]) == 0
-
-
-def test_copies_between_tiles_carry_no_bytes_of_hbm():
-    """So they do not lower the roof of the DMA engines; a copy within HBM moves two for one."""
-
-    def body(a):
-        tile = sbuf((128, 512))
-        nisa.dma_copy(tile, a)
-        nisa.dma_copy(sbuf((128, 512)), tile)
-        nisa.dma_copy(sbuf((128, 512)), tile)
-
-    p = cost.load()
-    t = profile_of(body, *shapes((128, 512))).timeline
-    assert roofline_of(t).dma == pytest.approx(16 * p.dma_rate)
-    copy = profile_of(lambda a: nisa.dma_copy(hbm((128, 512)), a), *shapes((128, 512))).timeline
-    assert roofline_of(copy).dma == pytest.approx(2 * 16 * p.dma_rate)
-    assert roofline_of(copy).bound == ("HBM" if p.hbm_stack <= 32 * p.dma_rate else "DMA engines")
-
-
 def test_the_peak_of_two_dtypes_is_that_of_their_mix():
     """A bf16 product and an fp32 one of the same size: five quarters of the time for two."""
 
@@ -317,7 +140,7 @@ def test_the_peak_of_two_dtypes_is_that_of_their_mix():
     assert r.achieved_bandwidth == pytest.approx(r.hbm_bytes / r.total)
 
 
-# Options ---------------------------------------------------------------------------------------
+# Options ------------------------------------------------------------------------------------------
 
 
 def test_what_was_assumed_is_told_at_every_level():
@@ -350,7 +173,7 @@ def test_the_options_of_a_run_reach_it(relax):
         profile_of(body, nki="0.1")
 
 
-# Trace and page --------------------------------------------------------------------------------
+# Trace and page -----------------------------------------------------------------------------------
 
 
 def test_rows_of_two_cores_have_numbers_and_names_of_their_own(two):
@@ -469,7 +292,7 @@ def test_source_is_shown_with_six_lines_around_it(tmp_path):
     assert (found["path"], found["name"]) == (str(file), "kernel.py")
 
 
-# Text and difference ---------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 def test_what_is_computed_or_moved_again_is_told():
@@ -516,51 +339,7 @@ def test_pieces_of_advice_are_numbered_as_they_are_listed():
     assert "2.00 us (25.0%)" in lines[1]
 
 
-def facts_of(scale=1, lanes=("vector",), cores=1, **changes):
-    core = {
-        "tensor": {"utilisation": 0.1 * scale},
-        "memory": {b: {"peak": 100 * scale, "mean": 1} for b in ("sbuf", "psum")},
-        "engines": {n: {"instructions": 10 * scale, "busy_us": 5.0 * scale} for n in lanes},
-    }
-    return {
-        "kernel": "k", "target": "trn2", "params": "measured-3p", "instructions": 7 * scale,
-        "time_us": {"low": 1.0 * scale, "central": 2.0 * scale, "high": 3.0 * scale},
-        "roofline": {"hbm_bytes": 8 * scale, "bandwidth_gb_s": 4.0 * scale,
-                     "share_of_ceiling": 0.25 * scale},
-        "cores": [core] * cores, **changes,
-    }  # fmt: skip
-
-
-def test_every_quantity_of_two_reports_is_compared():
-    found = diff.compare(facts_of(), facts_of(3, ("vector", "scalar")), ("one", "other"))
-    for name, a in {
-        "time us": 2.0, "time us, low": 1.0, "time us, high": 3.0, "instructions": 7,
-        "HBM bytes": 8, "HBM GB/s": 4.0, "share of the roof": 0.25, "PE utilisation": 0.1,
-        "SBUF peak, bytes": 100, "PSUM peak, bytes": 100, "vector instructions": 10,
-        "vector busy us": 5.0,
-    }.items():  # fmt: skip
-        assert found["quantities"][name] == pytest.approx({"a": a, "b": 3 * a, "ratio": 3.0}), name
-    assert found["quantities"]["scalar instructions"] == {"a": 0, "b": 30, "ratio": None}
-    assert found["quantities"]["scalar busy us"] == {"a": 0, "b": 15.0, "ratio": None}
-    assert found["comparable"] and len(found["quantities"]) == 14
-    assert found["a"] == {"name": "one", "kernel": "k", "arguments": [], "time_us": 2.0}
-    shown = diff.render(found)
-    assert "new" in shown and "x 3.000" in shown and "NOT COMPARABLE" not in shown
-
-
-@pytest.mark.parametrize("other", [{"target": "trn3"}, {"params": "documented"}, {"cores": 2}])
-def test_reports_of_other_machines_constants_or_cores_are_not_comparable(other):
-    changed = facts_of(cores=other.pop("cores", 1), **other)
-    assert not diff.compare(facts_of(), changed)["comparable"]
-    assert "NOT COMPARABLE" in diff.render(diff.compare(facts_of(), changed))
-
-
-def test_two_cores_are_compared_one_by_one():
-    names = diff.compare(facts_of(cores=2), facts_of(cores=2))["quantities"]
-    assert {"core 0 PE utilisation", "core 1 PE utilisation", "core 1 vector busy us"} <= set(names)
-
-
-# Words and pictures ----------------------------------------------------------------------------
+# Words and pictures -------------------------------------------------------------------------------
 
 
 def test_every_cause_of_waiting_has_words_and_a_colour():

@@ -19,7 +19,6 @@ THROUGH = {
     "pytest_plugin.py": "command/test_pytest_plugin.py",
     "command/check.py": "command/test_simulate.py",
     "command/lint.py": "lint/test_lint.py",
-    "command/loading.py": "command/test_simulate.py",
     "command/profile.py": "profiler/test_profile_cli.py",
     "command/testing.py": "command/test_pytest_plugin.py",
     "cost/estimate.py": "cost/test_cost_schedule.py",

@@ -168,14 +168,15 @@ def wide_strides(base: Baseline) -> Iterator[Candidate]:
 
 
 def _unstrided(c: Cost, p: Parameters) -> Cost:
-    clock, fixed = (
-        (p.vector_clock, p.vector_latency)
+    clock, fixed, overhead = (
+        (p.vector_clock, p.vector_latency, p.vector_overhead)
         if c.engine == "vector"
-        else (p.scalar_clock, p.scalar_latency)
+        else (p.scalar_clock, p.scalar_latency, p.scalar_overhead)
     )
     work = c.latency - fixed / clock
     less = work * (1 - 1 / p.stride_penalty)
-    return with_times(c, max(c.interval - less, p.minimum_interval / clock), c.latency - less)
+    least = (p.minimum_interval + overhead) / clock
+    return with_times(c, max(c.interval - less, least), c.latency - less)
 
 
 _VECTOR_CAN = frozenset({"tensor_copy", "memset", "tensor_tensor", "tensor_scalar"})

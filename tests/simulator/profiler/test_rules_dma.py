@@ -165,3 +165,25 @@ def test_a_queue_is_blocked_for_those_behind_only():
     assert "queue dma-load" in c.message
     assert ask(rules_dma.blocked_queue, partial(behind, later=False), *a)[0] == []
     assert ask(rules_dma.blocked_queue, partial(behind, first_mode=HARDWARE), *a)[0] == []
+
+
+def test_rows_in_one_run_have_no_runs_to_spare():
+    (body, _) = loads(1, 256)
+    (found,), _ = ask(rules_dma.small_rows, body, *shapes((128, 256)))
+    assert found.bound == pytest.approx(64 * P.dma_descriptor / 16)
+
+
+def test_neighbouring_columns_are_no_reload():
+    (body, a) = loads(3, 64)
+    assert ask(rules_dma.reloads, body, a)[0] == []
+
+
+def test_a_line_does_not_block_itself():
+    def body():
+        tile, kept = sbuf((128, 512)), hbm((128, 512))
+        nisa.memset(tile, 0.0, engine=nisa.engine.gpsimd)
+        nisa.dma_copy(kept, tile)
+        for _ in range(2):
+            nisa.dma_copy(sbuf((128, 512)), kept)
+
+    assert ask(rules_dma.blocked_queue, body)[0] == []

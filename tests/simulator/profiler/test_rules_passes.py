@@ -143,3 +143,65 @@ def test_sums_in_psum_are_no_tiles_to_be_narrow():
 
     base = Baseline(profile_of(body, *shapes((128, 512), dtype="bfloat16")).timeline)
     assert [a.buffer for a in rules_passes._could_be_narrow(base)] == ["sbuf"]
+
+
+def test_the_places_of_four_tiles_that_could_be_narrow_are_named_and_the_rest_counted():
+    def body(a):
+        out, tile, result = hbm(a.shape, a.dtype), sbuf(a.shape, a.dtype), sbuf(a.shape, a.dtype)
+        one, two, three, four, five, six = (sbuf(a.shape) for _ in range(6))
+        nisa.dma_copy(tile, a)
+        nisa.tensor_scalar(one, tile, nl.add, 1.0)
+        nisa.tensor_scalar(two, one, nl.add, 2.0)
+        nisa.tensor_scalar(three, two, nl.add, 3.0)
+        nisa.tensor_scalar(four, three, nl.add, 4.0)
+        nisa.tensor_scalar(five, four, nl.add, 5.0)
+        nisa.tensor_scalar(six, five, nl.add, 6.0)
+        nisa.tensor_copy(result, six)
+        nisa.dma_copy(out, result)
+        return out
+
+    (c,), base = ask(rules_passes.wide_tiles, body, *shapes((128, 512), dtype="bfloat16"))
+    places = [base.lines.short(base.t.instructions[k]) for k in range(1, 5)]
+    assert f"({', '.join(f'{where} [128, 512]' for where in places)} and 2 more)" in c.message
+
+
+@pytest.mark.parametrize("last", [nl.bfloat16, nl.float32])
+def test_one_result_of_16_bits_is_enough(last):
+    """Whichever is stored last."""
+
+    def body(a):
+        halves(" ")(a)
+        kept = sbuf(a.shape, last)
+        nisa.memset(kept, 0.0)
+        nisa.dma_copy(hbm(a.shape, last), kept)
+
+    assert ask(rules_passes.wide_tiles, body, *shapes((128, 512), dtype="bfloat16"))[0]
+
+
+def test_four_moves_are_tried():
+    """Three lines, of each all passes or every second one."""
+
+    def body():
+        for _ in range(4):
+            nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)), engine=nisa.engine.vector)
+        for _ in range(2):
+            nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)), engine=nisa.engine.vector)
+        for _ in range(2):
+            nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)), engine=nisa.engine.vector)
+
+    found, _ = ask(rules_passes.idle_engine, body)
+    assert [len(c.indices) for c in found] == [4, 2, 2, 2]
+
+
+def test_work_of_the_second_core_moves_on_the_second_core():
+    """Core 0 has as much on ScalarE as on VectorE, core 1 nothing on ScalarE."""
+
+    def body():
+        for _ in range(8):
+            nisa.tensor_copy(sbuf((128, 512)), sbuf((128, 512)), engine=nisa.engine.vector)
+        for _ in range(8 if nl.program_id(0) == 0 else 0):
+            nisa.activation(sbuf((128, 512)), nl.copy, sbuf((128, 512)))
+
+    found, base = ask(rules_passes.idle_engine, body, lnc=2)
+    assert [len(c.indices) for c in found] == [4, 8]
+    assert {base.t.lane_core[base.t.lane[k]] for c in found for k in c.indices} == {1}

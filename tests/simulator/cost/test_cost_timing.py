@@ -47,11 +47,20 @@ def test_what_no_engine_has_is_a_guess():
         nl.divide(a, b)
         nisa.tensor_tensor(a, a, b, nl.divide)
         nisa.tensor_scalar(a, a, nl.mod, 3.0)
+        nisa.scalar_tensor_tensor(a, a, nl.divide, 2.0, nl.add, b)
+        nisa.scalar_tensor_tensor(a, a, nl.add, 2.0, nl.divide, b)
+        nisa.tensor_scalar_reduce(a, a, nl.divide, 2.0, nl.add, sbuf((128, 1)))
+        nisa.tensor_scalar_cumulative(a, a, nl.divide, nl.add, 2.0)
+        nisa.tensor_tensor_scan(a, a, b, 0.0, nl.divide, nl.add)
+        nisa.tensor_tensor_scan(a, a, b, 0.0, nl.multiply, nl.divide)
 
     t = of(record(divide))
-    assert [c.guesses for c in t.costs] == [("vector_composed",)] * 3
+    assert [c.guesses for c in t.costs] == [("vector_composed",)] * 9
     least = (512 * P.vector_composed + P.vector_overhead) / P.vector_clock
-    assert t.costs[0].interval == pytest.approx(least)
+    read_out = P.accumulator_read / P.vector_clock
+    assert [c.interval for c in t.costs] == pytest.approx(
+        [least] * 5 + [least + read_out] + [least] * 3
+    )
 
 
 def kernel(table, index):

@@ -12,7 +12,16 @@ from ...rules.session import running, violation
 from ...semantics import alu, elementwise
 from ..binding import Interned, core_of, finish, instruction, load, op_name, result_array, save
 from .constants import engine as engines
-from .shared import arithmetic, engine_for, engine_of, integers, on_chip, one_psum_input, same_tiles
+from .shared import (
+    arithmetic,
+    engine_for,
+    engine_of,
+    integers,
+    on_chip,
+    one_psum_input,
+    same_tiles,
+    warn_simulated,
+)
 
 EngineParams = namedtuple("EngineParams", "engine")
 TensorTensorParams = namedtuple("TensorTensorParams", "op engine")
@@ -141,8 +150,7 @@ def _check_tensor_tensor(c):
 def _run_tensor_tensor(core, how, writes, reads, params):
     (dst,), (a, b), op = writes, reads, params.op
     if how == "fp32" or how == "simulated":
-        if how == "simulated":
-            core.warn(f"{op} has no lowering to hardware: it exists in simulation only")
+        warn_simulated(core, how, op)
         out = result_array(core, dst, a.shape)
         finish(core, dst, elementwise.tensor_tensor(load(a), load(b), op, out), out)
         return

@@ -19,7 +19,17 @@ from ...machine.dtypes import (
 from ...semantics import alu, elementwise, reduction
 from ..binding import core_of, finish, instruction, load, load_scalar, op_name, result_array, save
 from .constants import reduce_cmd as commands
-from .shared import arithmetic, command_of, no_operand, on_chip, one_of, operand, same_tiles
+from .shared import (
+    arithmetic,
+    command_of,
+    no_operand,
+    on_chip,
+    on_vector,
+    one_of,
+    operand,
+    same_tiles,
+    warn_simulated,
+)
 
 TensorScalarReduceParams = namedtuple(
     "TensorScalarReduceParams", "op0 reverse0 reduce_op reduce_cmd reduce_res_negate"
@@ -89,13 +99,14 @@ def _check_reduce(c):
     one_of(c, command, allowed, "value", "reduce_cmd", f"{command} is not supported")
     check_init(c, command, "reduce_init")
     check_result(c)
-    return "vector"
+    return on_vector(c, op0)
 
 
-def _run_reduce(core, payload, writes, reads, params):
+def _run_reduce(core, how, writes, reads, params):
     dst, result = writes
     data, scalar, init = reads
     op0, reverse0, reduce_op, command, negate = params
+    warn_simulated(core, how, op0)
     if reverse0:
         core.warn("tensor_scalar_reduce(reverse0=True) is documented as not supported yet")
     out = result_array(core, dst, data.shape)
@@ -165,12 +176,13 @@ def _check_cumulative(c):
     one_of(c, command, allowed, "value", "reduce_cmd", f"{command} is not supported")
     operand(c, "imm0", float32, optional=op0 in alu.UNARY)
     check_init(c, command, "imm1")
-    return "vector"
+    return on_vector(c, op0)
 
 
-def _run_cumulative(core, payload, writes, reads, params):
+def _run_cumulative(core, how, writes, reads, params):
     (dst,), (src, imm0, imm1) = writes, reads
     op0, op1, command = params
+    warn_simulated(core, how, op0)
     registers = core.accumulators["vector"]
     first, lanes = dst.access().partition, dst.shape[0]
     before = registers.values[first : first + lanes]

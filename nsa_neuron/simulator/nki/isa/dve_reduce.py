@@ -14,9 +14,11 @@ from .shared import (
     gen3,
     integers,
     on_chip,
+    on_vector,
     one_psum_input,
     operand,
     same_tiles,
+    warn_simulated,
 )
 
 ReduceParams = namedtuple("ReduceParams", "op axis negate keepdims")
@@ -96,11 +98,12 @@ def _check_scan(c):
     operand(c, "initial")
     arithmetic(c, op0, "op0", unary=False)
     arithmetic(c, op1, "op1", unary=False)
-    return "vector"
+    return on_vector(c, op0, op1)
 
 
-def _run_scan(core, payload, writes, reads, params):
+def _run_scan(core, how, writes, reads, params):
     (dst,), (data0, data1, initial) = writes, reads
+    warn_simulated(core, how, *params[:2])
     values = reduction.tensor_tensor_scan(load(data0), load(data1), load_scalar(initial), *params)
     save(core, dst, values)
 

@@ -26,9 +26,11 @@ from .shared import (
     gen3,
     integers,
     no_operand,
+    on_vector,
     one_psum_input,
     operand,
     same_tiles,
+    warn_simulated,
 )
 
 TensorScalarParams = namedtuple("TensorScalarParams", "op0 reverse0 op1 reverse1 engine")
@@ -96,8 +98,7 @@ def _run_tensor_scalar(core, how, writes, reads, params):
         values = elementwise.tensor_scalar_bitvec(data.array(), op0, a, reverse0, op1, b, reverse1)
         store_bits(dst.array(), values)
         return
-    if how == "simulated":
-        core.warn(f"{op0}, {op1}: divide, mod and fmod have no lowering to hardware")
+    warn_simulated(core, how, op0, op1)
     out = result_array(core, dst, data.shape)
     values = elementwise.tensor_scalar(
         load(data), op0, load_scalar(a), reverse0, op1, load_scalar(b), reverse1, out
@@ -169,12 +170,13 @@ def _check_scalar_tensor_tensor(c):
     one_psum_input(c, "data", "operand1")
     arithmetic(c, op0, "op0")
     arithmetic(c, op1, "op1", unary=False)
-    return "vector"
+    return on_vector(c, op0, op1)
 
 
-def _run_scalar_tensor_tensor(core, payload, writes, reads, params):
+def _run_scalar_tensor_tensor(core, how, writes, reads, params):
     (dst,), (data, a, b) = writes, reads
     op0, reverse0, op1, reverse1 = params
+    warn_simulated(core, how, op0, op1)
     out = result_array(core, dst, data.shape)
     first = load_scalar(a)
     values = elementwise.scalar_tensor_tensor(

@@ -90,6 +90,20 @@ def arithmetic(c, op, role, *, unary=True, tensor=False):
     gen3(c, op, role)
 
 
+def on_vector(c, *ops):
+    """VectorE, with a guess for its time where no engine has an operator: divide, mod, fmod."""
+    if alu.SIMULATION_ONLY.isdisjoint(ops):
+        return "vector"
+    return c.composed("vector"), "simulated"
+
+
+def warn_simulated(core, how, *ops):
+    """Say of an instruction with such an operator that it runs here only."""
+    if how == "simulated":
+        core.warn(f"{', '.join(filter(None, ops))}: divide, mod and fmod have no lowering to "
+                  "hardware: they exist in simulation only")  # fmt: skip
+
+
 def gen3(c, op, role):
     """Refuse operators of NeuronCore-v4."""
     c.require(

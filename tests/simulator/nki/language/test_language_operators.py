@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from nl_helpers import apply, normal, record
 
 from nsa_neuron.simulator import SimulationError
+from nsa_neuron.simulator.nki import isa as nisa
 from nsa_neuron.simulator.nki import language as nl
 
 FLOAT_BINARY = {
@@ -219,6 +220,33 @@ def test_divide_is_noted_as_simulation_only():
     run = simulator.simulate(kernel)
     run(np.ones((2, 2), np.float32))
     assert "simulation only" in run.run.cores[0].warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "said"),
+    [
+        (lambda x, y: nisa.tensor_tensor(x, x, y, nl.divide), "divide"),
+        (lambda x, y: nisa.tensor_scalar(x, x, nl.add, 2.0, False, nl.mod, 3.0), "add, mod"),
+        (lambda x, y: nisa.scalar_tensor_tensor(x, x, nl.mod, 2.0, nl.add, y), "mod, add"),
+        (lambda x, y: nisa.tensor_scalar_reduce(x, x, nl.divide, 2.0, nl.add), "divide"),
+        (lambda x, y: nisa.tensor_scalar_cumulative(x, x, nl.divide, nl.add, 2.0), "divide"),
+        (lambda x, y: nisa.tensor_tensor_scan(x, x, y, 1.0, nl.add, nl.divide), "add, divide"),
+    ],
+)  # fmt: skip
+def test_every_instruction_says_which_operator_exists_in_simulation_only(instruction, said):
+    from nsa_neuron import simulator
+
+    def kernel(x):
+        out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
+        one, other = nl.load(x), nl.load(x)
+        instruction(one, other)
+        nl.store(out, one)
+        return out
+
+    run = simulator.simulate(kernel)
+    run(np.ones((2, 2), np.float32))
+    (warning,) = run.run.cores[0].warnings
+    assert f": {said}: divide, mod and fmod have no lowering" in f": {warning}"
 
 
 REDUCTIONS = {"sum": np.sum, "max": np.max, "min": np.min, "prod": np.prod, "mean": np.mean}

@@ -50,12 +50,10 @@ def matrix(report: Report) -> str:
     }
     rows, styles = [], []
     for op in ops:
-        cells = [
-            [found[op, target, dtype] for dtype in dtypes[target] if (op, target, dtype) in found]
-            for target in targets
-        ]
-        rows.append([op, *("    ".join(map(glyph, each)) for each in cells)])
-        failed = any(cell.status is Status.FAIL for each in cells for cell in each)
+        cells = [[found.get((op, t, dtype)) for dtype in dtypes[t]] for t in targets]
+        marks = [[glyph(cell) if cell else " " for cell in each] for each in cells]
+        rows.append([op, *("    ".join(each).rstrip() for each in marks)])
+        failed = any(cell and cell.status is Status.FAIL for each in cells for cell in each)
         styles.append("bad" if failed else "")
     heads = [
         f"{target}\n{' '.join(SHORT[dtype] for dtype in dtypes[target])}" for target in targets

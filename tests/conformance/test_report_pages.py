@@ -184,6 +184,21 @@ def test_reports_are_read_back_oldest_first(tmp_path: Path) -> None:
     assert found[1].name == "unknown revision 2026-01-01 00:00"
 
 
+def test_a_glyph_stands_under_its_dtype_where_an_op_lacks_another() -> None:
+    """`b` was not asked in the first dtype of its target."""
+    rows = [
+        Outcome("a", "a:x", "float32", "s", S.PASS), Outcome("a", "a:x", "bfloat16", "s", S.FAIL),
+        Outcome("b", "a:x", "bfloat16", "s", S.GAP, "known"),
+    ]  # fmt: skip
+    lines = text.matrix(Report(PLACES[:1], rows, [])).splitlines()
+    (head,) = (line for line in lines if "fp32 bf16" in line)
+    one, other = (next(line for line in lines if line.split()[:1] == [op]) for op in "ab")
+    at = head.index("fp32")
+    assert one[at:].split() == [text.GLYPHS[S.PASS], text.GLYPHS[S.FAIL]]
+    assert one[at + 5] == text.GLYPHS[S.FAIL] and one[at] == text.GLYPHS[S.PASS]
+    assert other[at:].rstrip() == "     " + text.GLYPHS[S.GAP]
+
+
 if __name__ == "__main__":
     environment.describe, environment.versions = (
         lambda: dict(HERE),

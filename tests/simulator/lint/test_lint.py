@@ -137,6 +137,21 @@ def kernel_of(body):
     return KERNEL.format("".join(f"    {line}\n" for line in lines)) + HELPERS
 
 
+@pytest.mark.parametrize(
+    ("rule", "line", "shown"),
+    [
+        ("lambda", "f = {}", "lambda a: " + " + ".join("a" * 40)),
+        ("comprehension", "f = {}", f"[{' + '.join('i' * 40)} for i in range(3)]"),
+        ("statement", "f = {}", f"(long := ({' + '.join('x' * 40)}))"),
+    ],
+    ids=lambda text: text.split()[0],
+)
+def test_sixty_characters_of_a_line_are_shown(rule, line, shown):
+    found = lint.lint_source(kernel_of(line.format(shown)), nki="0.6")
+    (message,) = [f.message for f in found if f.rule == rule]
+    assert shown[:60] in message and shown[:61] not in message
+
+
 @pytest.mark.parametrize("rule", BODIES)
 def test_bodies(rule):
     wrong, right = BODIES[rule]

@@ -354,6 +354,16 @@ def test_names_are_missed_outside_a_kernel_too(module, name, rule, pattern):
     assert caught.value.location.filename == __file__
 
 
+def test_three_names_are_proposed_at_most():
+    misspelt = "tensor_scala"
+    with pytest.raises(AttributeError) as caught:
+        getattr(nisa, misspelt)
+    assert isinstance(caught.value, SimulationError)
+    proposed = caught.value.hint.split(", ")
+    assert len(proposed) == 3 and proposed[0] == "nki.isa.tensor_scalar"
+    assert all(hasattr(nisa, name.removeprefix("nki.isa.")) for name in proposed)
+
+
 @pytest.mark.parametrize("name", ["static_range", "affine_range", "sequential_range"])
 def test_each_range_is_refused_under_its_own_name(name):
     def kernel(x):

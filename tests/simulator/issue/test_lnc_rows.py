@@ -88,7 +88,8 @@ def halves(x, chosen, me, first, last):
 
 
 def test_views_of_smaller_elements_race_where_they_share_an_element():
-    assert run(halves, first=4, last=8)[2].view(np.uint16)[:9].tolist() == [7] * 3 + [0] + [8] * 4 + [0]
+    pieces = run(halves, first=4, last=8)[2].view(np.uint16)
+    assert pieces[:9].tolist() == [7] * 3 + [0] + [8] * 4 + [0]
     for first in (2, 3):
         refused(halves, first=first, last=6)
 

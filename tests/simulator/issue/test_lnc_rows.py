@@ -80,6 +80,18 @@ def test_rows_of_the_other_core_are_gathered_after_both_have_met(add):
     assert swapped[:, 0].tolist() == [2.0] * 4 + [1.0] * 4
 
 
+@pytest.mark.parametrize("body", [scattered, added])
+def test_rows_that_the_other_core_has_read_are_not_changed_without_meeting(body):
+    def reads_or_changes(x, chosen, me):
+        if me:
+            body(x, chosen, me)
+        else:
+            nl.load(x[0:4])
+
+    run(reads_or_changes)
+    refused(reads_or_changes, MEETING)
+
+
 def halves(x, chosen, me, first, last):
     """Core 0 stores the first three 16-bit pieces of row 2, core 1 those from `first` to `last`."""
     part = slice(first, last) if me else slice(0, 3)

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 
 import nsa_neuron
-from nsa_neuron.cli import (
-    backends,
-    coverage,
-    explain,
-    main,
-    shared,
-)
+from nsa_neuron.cli import backends, coverage, explain, main, shared
 from nsa_neuron.conformance.targets import Place
 from nsa_neuron.registry import Supported, Target, Unsupported, requesting
 

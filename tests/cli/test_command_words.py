@@ -10,14 +10,7 @@ import pytest
 import torch
 
 import nsa_neuron
-from nsa_neuron.cli import (
-    agree,
-    conform,
-    main,
-    plan,
-    shared,
-    values,
-)
+from nsa_neuron.cli import agree, conform, main, plan, shared, values
 from nsa_neuron.cli import bench as bench_command
 from nsa_neuron.errors import NsaError
 

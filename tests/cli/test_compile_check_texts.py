@@ -11,9 +11,7 @@ import pytest
 
 from nsa_neuron import compile_check
 from nsa_neuron.cli import compile_check as compile_command
-from nsa_neuron.cli import (
-    main,
-)
+from nsa_neuron.cli import main
 
 
 def lines(text: str) -> list[str]:

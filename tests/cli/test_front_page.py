@@ -10,10 +10,7 @@ import pytest
 
 import nsa_neuron
 from nsa_neuron import cli
-from nsa_neuron.cli import (
-    agree,
-    main,
-)
+from nsa_neuron.cli import agree, main
 from nsa_neuron.errors import MissingPackage
 
 

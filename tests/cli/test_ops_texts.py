@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 
-from nsa_neuron.cli import (
-    main,
-    ops,
-)
+from nsa_neuron.cli import main, ops
 
 
 def lines(text: str) -> list[str]:

@@ -7,10 +7,7 @@ import json
 from dataclasses import asdict
 
 from nsa_neuron import cli
-from nsa_neuron.cli import (
-    main,
-    plan,
-)
+from nsa_neuron.cli import main, plan
 from nsa_neuron.distributed.parallelism import Parallelism
 from nsa_neuron.distributed.plan.machines import Link, Machine
 from nsa_neuron.distributed.plan.model import ASSUMED, Estimate, Problem

@@ -336,7 +336,8 @@ def test_the_gated_sum_is_compiled_with_and_without_deltas():
 
 @pytest.mark.slow
 def test_several_processes_give_the_same_rows():
-    todo = compile_check.jobs([entry("gated_sum", "forward")])
+    todo = compile_check.jobs([entry("gated_sum", "forward")])[:2]
+    assert len(todo) == 2
     assert list(compile_check.run(todo, 2)) == list(compile_check.run(todo))
 
 

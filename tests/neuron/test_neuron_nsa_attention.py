@@ -59,6 +59,23 @@ def launched(values: dict[str, Any], lnc: int = 1) -> tuple[torch.Tensor, list[A
     return o, list(runs)
 
 
+def judged_in_one_launch(values: dict[str, Any]) -> dict[int, Any]:
+    """What was launched on one core and on two: within the budget, the same bits, the same static
+    program on both cores."""
+    with recording() as runs:
+        judged.judge("nsa_attention", values, torch.bfloat16)
+    assert [run.kernel for run in runs] == [KERNEL] * 3
+    by_cores = {1: runs[0], 2: runs[2]}
+    assert_equal_programs(*by_cores[2].cores)
+    for lnc, run in by_cores.items():
+        assert len(run.cores) == lnc
+        for core in run.cores:
+            assert core.relaxed == []
+            for instruction in core.instructions:
+                assert_static(instruction)
+    return by_cores
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -73,14 +90,7 @@ def launched(values: dict[str, Any], lnc: int = 1) -> tuple[torch.Tensor, list[A
 )
 def test_whole(values):
     """On one core twice and on two: the same bits, within the budget; one launch each."""
-    judged.judge("nsa_attention", values, torch.bfloat16)
-    _, runs = launched(values, 2)
-    assert [run.kernel for run in runs] == [KERNEL]
-    assert_equal_programs(*runs[0].cores)
-    for core in runs[0].cores:
-        assert core.relaxed == []
-        for instruction in core.instructions:
-            assert_static(instruction)
+    judged_in_one_launch(values)
 
 
 @pytest.mark.parametrize("window", [1, 512])
@@ -156,17 +166,9 @@ def outermost(marks: list[Any]) -> list[list[Any]]:
     ids=["sharp", "paper", "short", "before_the_first_block"],
 )
 def test_tiles_that_the_pipeline_cannot_do_are_done_again_on_the_device(values, again):
-    judged.judge("nsa_attention", values, torch.bfloat16)
-    for lnc in (1, 2):
-        _, runs = launched(values, lnc)
-        assert [run.kernel for run in runs] == [KERNEL]
-        assert done_again(runs[0]) == (again if lnc == 1 else again[:1])
-        if lnc == 2:
-            assert_equal_programs(*runs[0].cores)
-        for core in runs[0].cores:
-            assert core.relaxed == []
-            for instruction in core.instructions:
-                assert_static(instruction)
+    runs = judged_in_one_launch(values)
+    assert done_again(runs[1]) == again
+    assert done_again(runs[2]) == again[:1]
 
 
 @pytest.mark.parametrize(
@@ -183,18 +185,10 @@ def test_tiles_that_the_pipeline_cannot_do_are_done_again_on_the_device(values, 
 )
 def test_unions_longer_than_their_lists(values, crowded, again):
     """Their selected branch is done once more, unless a row is unsafe: then everything is."""
-    judged.judge("nsa_attention", values, torch.bfloat16)
-    for lnc in (1, 2):
-        _, (run,) = launched(values, lnc)
+    for lnc, run in judged_in_one_launch(values).items():
         lanes = slice(None) if lnc == 1 else slice(1)
         assert done_again(run, crowded=True) == crowded[lanes]
         assert done_again(run) == again[lanes]
-        if lnc == 2:
-            assert_equal_programs(*run.cores)
-        for core in run.cores:
-            assert core.relaxed == []
-            for instruction in core.instructions:
-                assert_static(instruction)
 
 
 def test_calls_for_which_there_is_no_one_kernel():
@@ -217,10 +211,9 @@ def test_only_tiles_that_need_it_are_done_again():
     cores the other one does as many, so that their programs are equal."""
     values = problem(70, 200, (8, 2))
     values["q"][0, 40, 5] *= 100.0
-    judged.judge("nsa_attention", values, torch.bfloat16)
-    assert done_again(launched(values)[1][0]) == [1]
-    (run,) = launched(values, 2)[1]
-    assert [len(outermost(core.loops)) for core in run.cores] == [1, 1]
+    runs = judged_in_one_launch(values)
+    assert done_again(runs[1]) == [1]
+    assert [len(outermost(core.loops)) for core in runs[2].cores] == [1, 1]
 
 
 def test_how_long_the_program_is():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -24,18 +25,31 @@ FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile"
 
 
 @pytest.fixture(scope="session")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder with the sdist of this tree, made in a copy of it, and the wheel that it gives."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    if worker_id == "master":  # the only process
+        return built(tmp_path_factory.getbasetemp() / "dist")
+    # The folder above the base is all workers': the first one here builds for the others.
+    out = tmp_path_factory.getbasetemp().parent / "dist"
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return out if out.exists() else built(out)
+
+
+def built(out: Path) -> Path:
+    """Builds both; there is no folder `out` unless both are in it."""
+    tree, made = out.with_suffix(".tree"), out.with_suffix(".made")
+    for folder in (tree, made):
+        shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
     for name in (*BUILT_FROM, *BESIDE):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, tree)
-    command = [sys.executable, "-m", "build", "--quiet", "--outdir", str(out), str(tree)]
+    command = [sys.executable, "-m", "build", "--quiet", "--outdir", str(made), str(tree)]
     if int(version("setuptools").split(".")[0]) >= 77:  # what pyproject.toml asks for
         command.append("--no-isolation")  # saves installing it twice
     subprocess.run(command, check=True)
-    return out
+    return made.rename(out)
 
 
 @pytest.fixture(scope="session")

@@ -207,7 +207,7 @@ def decode_steps(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     raw_order = torch.randperm(
         -(-problem.tokens // PAGE), generator=torch.Generator().manual_seed(1)
     )
-    cmp_order = torch.arange(-(-k_cmp.shape[1] // PAGE))
+    cmp_order = torch.arange(max(1, -(-k_cmp.shape[1] // PAGE)))  # a pool has a page at least
     kc, vc = paged(k_cmp, cmp_order), paged(v_cmp, cmp_order)
     kr, vr = paged(k, raw_order), paged(v, raw_order)
     table, cmp_table = raw_order.int()[None], cmp_order.int()[None]
@@ -226,7 +226,7 @@ def decode_steps(problem: Problem) -> dict[str, Callable[[], Tensor]]:
 
 def paged(x: Tensor, order: Tensor) -> Tensor:
     """`[1, T, H, D]` in pages of `PAGE` rows, page i at place order[i] of the pool."""
-    rows = F.pad(x[0], (0, 0, 0, 0, 0, -x.shape[1] % PAGE))
+    rows = F.pad(x[0], (0, 0, 0, 0, 0, len(order) * PAGE - x.shape[1]))
     pages = rows.view(-1, PAGE, *rows.shape[1:])
     return torch.empty_like(pages).index_copy_(0, order, pages)
 

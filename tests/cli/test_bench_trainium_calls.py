@@ -1,0 +1,276 @@
+"""The calls that `nsa bench --target trn2` models: their arguments, splits, loops; nothing runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_neuron.backends import neuron
+from nsa_neuron.backends.neuron import plans, whole
+from nsa_neuron.backends.neuron.launch import reach
+from nsa_neuron.bench import decoding, looped, trainium
+from nsa_neuron.bench.trainium import Problem
+from nsa_neuron.ops import get
+from nsa_neuron.simulator.cost import load
+
+PROBLEM = Problem(4096, (8, 2), (24, 16), 0.05)
+BF16 = torch.bfloat16
+
+
+def shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(x.shape) for n, x in values.items() if isinstance(x, torch.Tensor)}
+
+
+# ---- arguments
+
+
+def test_the_stages_and_how_many_queries_they_run() -> None:
+    told = [(s.op, s.queries, s.per_token, s.steady) for s in trainium.STAGES]
+    assert told == [
+        ("compress", 8192, True, False), ("compressed_attention", 128, False, False),
+        ("select_blocks", 256, False, False), ("selected_attention", 512, False, True),
+        ("sliding_window_attention", 128, False, True), ("gated_sum", 1024, True, False),
+    ]  # fmt: skip
+    for stage, op, queries in (
+        (trainium.ONE_KERNEL, "nsa_attention", 256), (trainium.ATTENTION, "attention", 64)
+    ):  # fmt: skip
+        assert (stage.op, stage.queries) == (op, queries)
+        assert not stage.per_token and not stage.steady
+
+
+def test_arguments_of_every_stage() -> None:
+    """Five queries of four heads, the last one at position 199 of one kv head."""
+    made = {s.op: s.make(PROBLEM, 200, 5) for s in (*trainium.STAGES, trainium.ATTENTION)}
+    keys, few = {"k": (1, 200, 1, 24), "v": (1, 200, 1, 16)}, (200 - 32) // 16 + 1
+    q, out = (1, 5, 4, 24), (1, 5, 4, 16)
+    assert {op: shapes(values) for op, values in made.items()} == {
+        "compress": {
+            "x": (1, 5, 1, 24), "w1": (768, 24), "b1": (24,), "w2": (24, 24), "b2": (24,),
+            "pe": (32, 24),
+        },
+        "compressed_attention": {"q": q, "k_cmp": (1, few, 1, 24), "v_cmp": (1, few, 1, 16)},
+        "select_blocks": {"q": q, "k_cmp": (1, few, 1, 24), "lse": (1, 5, 4)},
+        "selected_attention": {"q": q, **keys, "block_indices": (1, 5, 1, 16)},
+        "sliding_window_attention": {"q": q, **keys},
+        "gated_sum": {"o_cmp": out, "o_slc": out, "o_win": out, "gates": (1, 5, 4, 3)},
+        "attention": {"q": q, **keys},
+    }  # fmt: skip
+    for values in made.values():
+        kinds = {n: x.dtype for n, x in values.items() if isinstance(x, torch.Tensor)}
+        others = {"lse": torch.float32, "block_indices": torch.int32}
+        assert kinds == {n: others.get(n, BF16) for n in kinds}
+    assert made["compress"]["method"] == "mlp"
+    assert made["compressed_attention"]["kv_len"] == made["select_blocks"]["kv_len"] == 200
+    assert made["select_blocks"]["lse"].unique().item() == pytest.approx(2.5257 + 0.5, abs=1e-4)
+    assert made["compress"]["w1"].float().std() == pytest.approx(768**-0.5, rel=0.05)
+    assert made["compress"]["w2"].float().std() == pytest.approx(24**-0.5, rel=0.1)
+    gates = made["gated_sum"]["gates"]
+    assert 0 <= gates.min() and gates.max() <= 1 and gates.float().std() > 0.1
+
+
+def test_selected_blocks_are_those_of_the_last_queries() -> None:
+    ids = trainium._selected(PROBLEM, 3000, 6)["block_indices"][0, :, 0]
+    rows = list(trainium.drifting_blocks(3000, 0.05))
+    assert ids.tolist() == rows[-6:] and ids[-1].max() == 2999 // 64
+    many = trainium._selected(PROBLEM, 3000, 1100)["block_indices"][0, :, 0]
+    assert len(many) == 1100 and many[-1].max() == 2999 // 64
+    again = trainium._selected(replace(PROBLEM, replaced=1.0), 3000, 6)["block_indices"]
+    assert not torch.equal(again[0, :, 0], ids)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_the_whole_has_a_kv_head_for_each_core_of_a_launch(cores: int) -> None:
+    heads = min(cores, 2)
+    values = trainium._whole(replace(PROBLEM, cores=cores), 200, 6)
+    own, few = 6 // heads, (200 - 32) // 16 + 1
+    wanted = {"q": (1, own, 4 * heads, 24), "gates": (1, own, 4 * heads, 3)}
+    for branch, rows in (("cmp", few), ("slc", 200), ("win", 200)):
+        wanted[f"k_{branch}"] = (1, rows, heads, 24)
+        wanted[f"v_{branch}"] = (1, rows, heads, 16)
+    assert shapes(values) == wanted and {x.dtype for x in values.values()} == {BF16}
+
+
+def test_a_backward_pass_is_given_what_the_forward_one_saved() -> None:
+    stage = trainium.STAGES[4]
+    made = {**get(stage.op).defaults, **stage.make(PROBLEM, 200, 5)}
+    saved = trainium._saved(stage, made)
+    assert set(saved) == {"o", "grad_o", "lse"}
+    assert saved["o"] is saved["grad_o"] and saved["o"].shape == (1, 5, 4, 16)
+    assert saved["o"].dtype == BF16
+    assert saved["lse"].shape == (1, 5, 4) and saved["lse"].unique().tolist() == [30.0]
+
+
+# ---- heads, cores, lengths
+
+
+def test_what_a_launch_has_of_the_heads_and_cores() -> None:
+    of = {n: replace(PROBLEM, heads=(64, 4), cores=n) for n in (1, 2, 8)}
+    assert {n: (p.lnc, p.kv_heads) for n, p in of.items()} == {1: (1, 4), 2: (2, 4), 8: (2, 1)}
+    assert PROBLEM.group == 4
+
+
+def test_one_kernel_is_modelled_up_to_the_length_that_it_takes() -> None:
+    most = whole.LOOPED_BLOCKS * 64
+    assert replace(PROBLEM, tokens=most).has("nsa_attention")
+    longer = replace(PROBLEM, tokens=most + 1)
+    assert not longer.has("nsa_attention") and longer.has("select_blocks")
+    assert not replace(longer, backward=True).has("select_blocks")
+    assert not replace(PROBLEM, backward=True).has("nsa_attention")
+
+
+@pytest.mark.parametrize(("more", "loops"), [(0, False), (1, True)])
+@pytest.mark.parametrize(("kv_heads", "heads"), [(1, 1), (4, 2), (5, 3)])
+def test_the_whole_loops_above_the_limit_of_its_plan(
+    monkeypatch, more: int, loops: bool, kv_heads: int, heads: int
+) -> None:
+    asked: list[Any] = []
+    limit = plans.load("nsa_attention")["looped"]["most_unrolled"]
+    monkeypatch.setattr(trainium.fused, "instructions", lambda *a: asked.append(a) or limit + more)
+    problem = replace(PROBLEM, heads=(20, kv_heads))
+    assert trainium._loops(problem, "nsa_attention") is loops
+    assert asked == [(heads, 4096, 4096, 512)]
+
+
+def test_plans_are_of_loops_inside_alone() -> None:
+    selection, every = plans.load("select_blocks"), plans.load("nsa_attention")
+    before = selection["forward"], every["looped"]
+    with trainium._looping(False, 5):
+        assert (selection["forward"], every["looped"]) == before
+    with pytest.raises(ZeroDivisionError), trainium._looping(True, 5):
+        assert selection["forward"] == {**before[0], "unrolled_key_tiles": -1}
+        assert every["looped"] == {"most_unrolled": -1, "least_ranked": 5}
+        raise ZeroDivisionError
+    assert selection["forward"] is before[0] and every["looped"] is before[1]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_call_s_time_is_of_all_its_launches(monkeypatch, backward: bool) -> None:
+    seen: list[Any] = []
+
+    class Lowered:
+        def supports(self, bound: Any, mode: str) -> Any:
+            assert mode == "sim"
+            return trainium.Supported(None)
+
+        def lower(self, bound: Any, plan: Any) -> Any:
+            assert bound.spec.name == "gated_sum" + "_backward" * backward
+            seen.append((os.environ[neuron.LNC], torch.is_grad_enabled()))
+            return lambda **values: seen.append(values["gates"].shape)
+
+    def recording() -> Any:
+        class Runs:
+            def __enter__(self) -> list[str]:
+                return ["one", "two"]
+
+            def __exit__(self, *error: object) -> None:
+                pass
+
+        return Runs()
+
+    bands = {"one": (1.0, 2.0, 4.0), "two": (10.0, 20.0, 40.0)}
+    monkeypatch.setattr(neuron, "BACKEND", Lowered())
+    monkeypatch.setattr(trainium.records, "recording", recording)
+    monkeypatch.setattr(
+        trainium.cost, "estimate",
+        lambda run: SimpleNamespace(
+            band=SimpleNamespace(**dict(zip(("low", "central", "high"), bands[run], strict=True)))
+        ),
+    )  # fmt: skip
+    problem = replace(PROBLEM, cores=2, backward=backward)
+    stage = trainium.STAGES[-1]
+    found = trainium._time.__wrapped__(stage, problem, 200, 5, False)
+    assert found == (11.0, 22.0, 44.0)
+    assert seen == [("2", False), (1, 5, 4, 3)]
+
+
+# ---- decode
+
+
+@pytest.mark.parametrize(
+    ("batch", "sequences", "own", "split"),
+    [
+        (1, 1, 1, "1 of 4 kv heads"), (2, 1, 1, "1 of 4 kv heads"), (3, 1, 2, "2 of 4 kv heads"),
+        (4, 1, 2, "2 of 4 kv heads"), (7, 1, 4, "4 of 4 kv heads"), (8, 1, 4, "1 sequence"),
+        (9, 2, 4, "2 sequences"), (16, 2, 4, "2 sequences"), (17, 3, 4, "3 sequences"),
+    ],
+)  # fmt: skip
+def test_how_a_chip_shares_a_batch(
+    monkeypatch, batch: int, sequences: int, own: int, split: str
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        decoding, "_step", lambda *a: asked.append(a) or ([1e3, 2e3, 4e3], {"DMAs of a core": 5})
+    )
+    nsa, contiguous, dense = decoding._of_batch(2000, batch, (8, 4), (16, 24))
+    assert asked == [(2000, sequences, 2, own, (16, 24), x) for x in (False, True)]
+    assert nsa.facts["of each core"] == contiguous.facts["of each core"] == split
+    moved = batch * 4 * 2 * (16 + 24) * 2000
+    for level in ("low", "central", "high"):
+        ns = moved / (load("measured-3p", level).hbm_stack * 4)
+        assert getattr(dense, level) == pytest.approx(ns / 1e3)
+
+
+# ---- hardware loops
+
+
+CALL = looped.Call("attention", 1000, 4, (8, 8), kv_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("call", "keys", "tiles"),
+    [
+        (CALL, 1000, (1, reach.UNLIMITED, 1, True)),
+        (
+            replace(CALL, op="sliding_window_attention", window=512, backward=True), 1000,
+            (1, 1 - 512, 1, True),
+        ),
+        (replace(CALL, op="compressed_attention"), 61, (-15, reach.UNLIMITED, 16, True)),
+    ],
+)  # fmt: skip
+def test_whether_a_call_loops_is_the_launcher_s_to_say(monkeypatch, call, keys, tiles) -> None:
+    asked: list[Any] = []
+    limit = call.sizes["most_unrolled"]
+    for more in (0, 1):
+        monkeypatch.setattr(
+            looped.groups, "unrolled_instructions", lambda *a, n=limit + more: asked.append(a) or n
+        )
+        assert call.loops() is (more == 1)
+    direction = "backward" if call.backward else "forward"
+    assert asked == [(direction, (1, 1000, call.kv_heads), 4, keys, tiles)] * 2
+
+
+@pytest.mark.parametrize("lnc", [1, 2])
+def test_bodies_are_added_by_their_turns(lnc: int) -> None:
+    """10 ns, and 2, 3 or 5 for each turn of a loop; 1, 2, 3 times as much at the three levels."""
+    asked: list[Any] = []
+
+    def launch(turns: Any) -> Any:
+        asked.append(tuple(turns))
+        own = 10 + sum(a * b for a, b in zip((2, 3, 5), turns, strict=False))
+        return own, 2 * own, 3 * own
+
+    call = looped.Call("attention", 1000, 4, (8, 8), lnc=lnc)
+    turns = torch.tensor([[2, 0, 1], [7, 7, 7], [4, 1, 0], [9, 9, 9]]).double()
+    band, error = looped._sum(call, launch, turns)
+    own = [10 + 2 * a + 3 * b + 5 * c for a, b, c in turns.tolist()]
+    total = sum(own[::lnc])
+    assert band == pytest.approx((total, 2 * total, 3 * total)) and error == pytest.approx(0)
+    assert sorted(asked) == [(1, 1, 1), (1, 1, 3), (1, 3, 1), (2, 2, 2), (3, 1, 1)]
+    asked.clear()
+    looped._sum(call, launch, turns[:, :2])
+    assert sorted(asked) == [(1, 1), (1, 3), (2, 2), (3, 1)]
+
+
+def test_a_sum_s_error_is_that_of_other_turns_at_the_centre() -> None:
+    def launch(turns: Any) -> Any:
+        central = 100.0 if tuple(turns) == (2, 2) else 10.0 * sum(turns)
+        return 1.0, central, 1.0
+
+    call = looped.Call("attention", 1000, 4, (8, 8))
+    _, error = looped._sum(call, launch, torch.ones(3, 2).double())
+    assert error == pytest.approx(1 - 40 / 100)

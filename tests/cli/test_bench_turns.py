@@ -1,0 +1,300 @@
+"""How benchmarks alternate, repeat and divide: with clocks that tell what a test wants."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nsa_neuron.bench import attention, modelling, overhead, simulator, turns
+from nsa_neuron.bench.record import Record
+from nsa_neuron.ops import get
+from nsa_neuron.registry import REGISTRY, requested
+
+# ---- any steps in turns
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_steps_in_turns(monkeypatch, warm: bool) -> None:
+    ran: list[str] = []
+    wall = iter(
+        [10.0, 10.001, 20.0, 20.004, 30.0, 30.002, 40.0, 40.006, 50.0, 50.009, 60.0, 60.005]
+    )
+    cpu = iter([0.0, 0.003, 1.0, 1.001, 2.0, 2.001, 3.0, 3.005, 4.0, 4.007, 5.0, 5.002])
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: next(wall))
+    monkeypatch.setattr(turns.time, "process_time", lambda: next(cpu))
+    monkeypatch.setattr(turns.os, "getloadavg", lambda: (0.126, 5.0, 6.0))
+    steps = {name: lambda name=name: ran.append(name) for name in "ab"}
+    held = {"a": 5, "b": 7} if warm else None
+    one, two = turns.in_turns("bench", steps, 3, {"tokens": 4}, held, warm)
+    assert ran == ["a", "b"] * (3 + warm)
+    for record, name, ms, cpu_ms, size in ((one, "a", 2, 3, 5), (two, "b", 5, 2, 7)):
+        assert (record.bench, record.name, record.unit, record.runs) == ("bench", name, "ms", 3)
+        assert record.median == pytest.approx(ms)
+        assert record.facts == {
+            "tokens": 4, **({"bytes": size} if warm else {}), "cpu_ms": cpu_ms,
+            "threads": torch.get_num_threads(), "load": 0.13,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "spread"), [([7.0], (7, 7)), ([4.0, 1.0], (1.6, 3.4))])
+def test_the_spread_of_few_runs(values: list[float], spread: tuple[float, float]) -> None:
+    record = Record.of("b", "n", "us", values)
+    assert (record.p20, record.p80) == pytest.approx(spread)
+
+
+# ---- the reference beside torch's attention
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rounds"), [(64, 10), (1639, 9), (1638, 10), (4096, 4), (8192, 2), (65_536, 2)]
+)
+def test_short_sequences_are_timed_more_often(monkeypatch, tokens: int, rounds: int) -> None:
+    asked: list[Any] = []
+
+    def times(length: int, count: int) -> Any:
+        asked.append((length, count, str(requested())))
+        return [6.0, 3.0, 10.0], [2.0, 3.0, 4.0]
+
+    monkeypatch.setattr(attention, "_times", times)
+    nsa, sdpa, ratio = attention.measure([tokens])
+    assert [x[:2] for x in asked] == [(tokens, rounds)] and "reference" in asked[0][2]
+    facts = {
+        "tokens": tokens, "B": 1, "Hq": 4, "Hkv": 1, "Dk": 64, "Dv": 64, "dtype": "float32",
+        "threads": torch.get_num_threads(), "pass": "forward + backward",
+    }  # fmt: skip
+    for record, name, unit, median in (
+        (nsa, "reference NSA", "ms", 6), (sdpa, "scaled_dot_product_attention", "ms", 3),
+        (ratio, "ratio", "ratio", 2.5),
+    ):  # fmt: skip
+        assert (record.bench, record.name, record.unit) == ("attention", name, unit)
+        assert record.median == median and record.facts == facts and record.runs == 3
+
+
+def test_both_attentions_are_warmed_up_and_take_turns(monkeypatch) -> None:
+    ran: list[Any] = []
+    clock = iter([0.0, 0.001, 1.0, 1.002, 2.0, 2.003, 3.0, 3.004])
+    monkeypatch.setattr(attention, "tensors", lambda length: (length,))
+    monkeypatch.setattr(attention, "nsa_step", lambda x: ran.append(("nsa", x)))
+    monkeypatch.setattr(attention, "sdpa_step", lambda x: ran.append(("sdpa", x)))
+    monkeypatch.setattr(attention.time, "perf_counter", lambda: next(clock))
+    nsa, sdpa = attention._times(5000, 2)
+    assert ran == [("nsa", 256), ("sdpa", 256), *[("nsa", 5000), ("sdpa", 5000)] * 2]
+    assert nsa == pytest.approx([1, 3]) and sdpa == pytest.approx([2, 4])
+
+
+def test_the_attentions_gradients_are_those_of_float64() -> None:
+    values = attention.tensors(80)
+    q, k, v, gates, grad = (x.detach().double() for x in values)
+    assert q.shape == grad.shape == (1, 80, 4, 64) and k.shape == v.shape == (1, 80, 1, 64)
+    assert gates.shape == (1, 80, 4, 3) and 0 <= gates.min() and 0.9 < gates.max() < 1
+    leaves = [x.requires_grad_() for x in (q, k, v, gates)]
+    for step, count in ((attention.nsa_step, 4), (attention.sdpa_step, 3)):
+        for got, want in zip(step(*values), step(*leaves, grad), strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
+        assert len(step(*values)) == count
+    # Dense attention by hand, of the last query: it sees everything.
+    logits = q[0, -1] @ k[0, :, 0].T / 8
+    p = logits.softmax(-1)
+    rows = grad[0, -1] @ v[0, :, 0].T
+    by_hand = (p * (rows - (p * rows).sum(-1, keepdim=True))) @ k[0, :, 0] / 8
+    torch.testing.assert_close(attention.sdpa_step(*leaves, grad)[0][0, -1], by_hand)
+
+
+# ---- a call beside an empty op
+
+
+def test_modes_of_calls() -> None:
+    three = ("forward", "forward, grad", "forward + backward")
+    assert overhead.modes(get("attention")) == overhead.modes(get("gated_sum")) == three
+    ids = ("forward, new ids", "forward, new ids, checked by the kernel")
+    assert overhead.modes(get("selected_attention")) == three + ids
+    assert overhead.required_ids(get("selected_attention")) == ("block_indices",)
+    assert overhead.required_ids(get("attention")) == ()
+
+
+@pytest.mark.parametrize(
+    ("mode", "calls", "grad"),
+    [
+        ("forward", 1, False), ("forward, grad", 1, True), ("forward + backward", 1, True),
+        ("forward, new ids", 2, False), ("forward, new ids, checked by the kernel", 2, False),
+    ],
+)  # fmt: skip
+def test_whoever_is_timed_first_changes(monkeypatch, mode: str, calls: int, grad: bool) -> None:
+    ran: list[Any] = []
+    spec = get("selected_attention")
+    case = next(case for case in spec.cases if case.name == overhead.CASE)
+    values = spec.arguments(case, torch.float32)
+
+    class Clock:
+        def __init__(self, op: str, args: Any, how: str) -> None:
+            assert how == mode
+            floating = [x for x in args if x.is_floating_point()]
+            assert len(args) == 4 and [x.requires_grad for x in floating] == [grad] * 3
+            self.op = op
+
+        def timeit(self, number: int) -> Any:
+            ran.append((self.op, number))
+            return SimpleNamespace(mean=len(ran) * 1e-6)
+
+    monkeypatch.setattr(overhead, "_timer", Clock)
+    ours, empty = overhead._pair("ours", "empty", spec, values, mode, 3, 50)
+    assert [op for op, _ in ran] == [
+        "ours", "empty", "empty", "ours", "ours", "empty", "empty", "ours"
+    ]  # fmt: skip
+    assert {number for _, number in ran} == {50}
+    assert ours == pytest.approx([x / calls for x in (4, 5, 8)])
+    assert empty == pytest.approx([x / calls for x in (3, 6, 7)])
+
+
+def test_what_a_timed_run_calls() -> None:
+    calls: list[Any] = []
+    ids, x = torch.tensor([1, 2]), torch.ones(2, requires_grad=True)
+
+    def op(*args: torch.Tensor) -> Any:
+        calls.append(args)
+        return args[0] * 2
+
+    overhead._timer(op, [x, ids], "forward").timeit(2)  # which runs twice before it measures
+    assert len(calls) == 4 and all(a is x and b is ids for a, b in calls)
+    calls.clear()
+    overhead._timer(op, [x, ids], "forward, new ids").timeit(2)
+    (_, first), (again, second), *_ = calls
+    assert first is ids and second is not ids and torch.equal(first, second) and again is x
+    assert len(calls) == 8, "neighbours have other ids"
+    calls.clear()
+    grads: list[Any] = []
+    hooked = torch.ones(2, requires_grad=True)
+    hooked.register_hook(grads.append)
+    overhead._timer(op, [hooked, ids], "forward + backward").timeit(3)
+    assert len(calls) == 1 + 5 and [g.tolist() for g in grads] == [[2.0, 2.0]] * 5
+    several = overhead._timer(lambda *a: (op(*a), op(*a)), [hooked, ids], "forward + backward")
+    several.timeit(1)
+    assert len(grads) == 5 + 3
+
+
+def test_every_op_is_called_in_every_way_beside_its_empty_one(monkeypatch) -> None:
+    asked: list[Any] = []
+
+    def pair(ours: Any, empty: Any, spec: Any, values: Any, *rest: Any) -> Any:
+        asked.append((str(ours), str(empty), spec.name, *rest))
+        checks = REGISTRY.get("null")._checks  # type: ignore[attr-defined]
+        assert checks is ("checked" in rest[0])
+        return [6.0, 8.0], [2.0, 4.0]
+
+    monkeypatch.setattr(overhead, "_pair", pair)
+    found = overhead.measure(["selected_attention"], 7, 9)
+    modes = overhead.modes(get("selected_attention"))
+    names = ("nsa.selected_attention.default", "nsa_bench.selected_attention.default")
+    assert asked == [(*names, "selected_attention", mode, 7, 9) for mode in modes]
+    for k, mode in enumerate(modes):
+        mine, empty, ratio = found[3 * k : 3 * k + 3]
+        assert [r.name for r in (mine, empty, ratio)] == ["torch.ops.nsa", "empty op", "ratio"]
+        assert [r.unit for r in (mine, empty, ratio)] == ["us", "us", "ratio"]
+        assert (mine.median, empty.median, ratio.median) == (7, 3, 2.5)
+        for record in (mine, empty, ratio):
+            assert record.bench == "overhead" and record.facts == {
+                "op": "selected_attention", "mode": mode, "calls_per_run": 9,
+                "threads": torch.get_num_threads(),
+            }  # fmt: skip
+
+
+# ---- the simulator beside NumPy
+
+
+class Kernel:
+    """Stands for a simulated kernel that returns what it is told."""
+
+    def __init__(self, result: Any) -> None:
+        self.result, self.calls = result, 0
+        self.run = SimpleNamespace(instructions=[0] * 50, peaks=[{"sbuf": 3, "psum": 2}] * 2)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.result
+
+
+@pytest.mark.parametrize("off", [0.25, 0.2501, float("nan")])
+def test_results_at_their_tolerance_are_compared(monkeypatch, off: float) -> None:
+    kernel = Kernel(np.array([1.0, 2.0 + off]))
+    times = iter([0.001, 0.003, 0.002, 0.008, 0.004, 0.014])
+    monkeypatch.setattr(simulator, "simulate", lambda given: kernel)
+    monkeypatch.setattr(simulator, "_seconds", lambda call, arguments: next(times))
+    case = simulator.Case("x", None, lambda *a: np.array([1.0, 2.0]), ("a",), 0.25)
+    if not off <= 0.25:
+        with pytest.raises(AssertionError, match="x: simulator and NumPy differ by"):
+            simulator._compare(case, 3)
+        return
+    ratio, plain, slow, beyond = simulator._compare(case, 3)
+    facts = {"instructions": 50, "max_abs_difference": 0.25}
+    assert [r.name for r in (ratio, plain, slow, beyond)] == [
+        "x",
+        "x, NumPy",
+        "x, simulated",
+        "x, beyond NumPy per instruction",
+    ]
+    assert [r.unit for r in (ratio, plain, slow, beyond)] == ["ratio", "ms", "ms", "us"]
+    assert [r.median for r in (ratio, plain, slow)] == pytest.approx([3.5, 2, 8])
+    assert beyond.median == pytest.approx(0.006 / 50 * 1e6)
+    assert ratio.facts == beyond.facts == facts and plain.facts == slow.facts == {}
+    assert {r.bench for r in (ratio, plain, slow, beyond)} == {"simulator"}
+
+
+def test_memory_is_the_peak_over_all_tensors(monkeypatch) -> None:
+    kernel = Kernel(np.zeros(100))
+    monkeypatch.setattr(simulator, "simulate", lambda given: kernel)
+    monkeypatch.setattr(simulator.tracemalloc, "get_traced_memory", lambda: (5, 4000))
+    case = simulator.Case("x", None, None, (np.zeros(200), np.zeros(50)), 0.0)
+    found = simulator._memory(case)
+    tensors = 8 * (200 + 50 + 100) + 2 * 128 * 5
+    assert found.facts == {"tensor_bytes": tensors, "peak_bytes": 4000 + 2000}
+    assert found.median == pytest.approx(6000 / tensors)
+    assert (found.name, found.unit) == ("x, memory", "ratio")
+    assert not simulator.tracemalloc.is_tracing()
+
+
+def test_a_call_s_seconds(monkeypatch) -> None:
+    clock, given = iter([5.0, 7.5]), []
+    monkeypatch.setattr(simulator.time, "perf_counter", lambda: next(clock))
+    assert simulator._seconds(lambda *a: given.append(a), ("x", 2)) == 2.5
+    assert given == [("x", 2)]
+
+
+# ---- what modelling costs
+
+
+def test_a_profile_is_a_simulation_and_its_timelines(monkeypatch) -> None:
+    kernel = Kernel(None)
+    times = iter([2.0, 1.0, 4.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(modelling, "simulate", lambda given: kernel)
+    monkeypatch.setattr(modelling, "_seconds", lambda call: (call(), next(times))[1])
+    estimated: list[Any] = []
+    monkeypatch.setattr(modelling.cost, "estimate", estimated.append)
+    found = modelling.overhead("x", None, ("a",), 3)
+    assert found.median == pytest.approx(1.5) and found.facts == {"instructions": 50}
+    assert (found.p20, found.p80) == pytest.approx((1.35, 1.8))
+    assert (found.name, found.unit) == ("x, profiled over simulated", "ratio")
+    assert estimated == [kernel.run] * 3 and kernel.calls == 3
+
+
+def test_rates_are_instructions_over_time(monkeypatch) -> None:
+    kernel = Kernel(None)
+    times = iter([0.5, 0.5, 1.5, 0.25, 0.25, 0.75])
+    monkeypatch.setattr(modelling, "_seconds", lambda call: (call(), next(times))[1])
+    ran: list[str] = []
+    monkeypatch.setattr(modelling.cost, "estimate", lambda run: ran.append("band"))
+    monkeypatch.setattr(modelling.cost, "central", lambda run: ran.append("central"))
+    record, central, band, facts = modelling._rates(kernel, ["shape"], 2)  # type: ignore[arg-type]
+    assert record == pytest.approx([50 / 0.5 / 1e3, 50 / 0.25 / 1e3])
+    assert central == pytest.approx([50 / 1.0 / 1e3, 50 / 0.5 / 1e3])
+    assert band == pytest.approx([50 / 2.0 / 1e3, 50 / 1.0 / 1e3])
+    assert facts == {"instructions": 50} and ran == ["central", "band"] * 2
+
+
+def test_cpu_seconds_are_never_none(monkeypatch) -> None:
+    clock = iter([5.0, 7.5, 3.0, 3.0])
+    monkeypatch.setattr(modelling.time, "process_time", lambda: next(clock))
+    assert modelling._seconds(lambda: None) == 2.5 and modelling._seconds(lambda: None) == 1e-9

@@ -141,29 +141,6 @@ def test_steps_are_timed_in_turns_and_short_ones_more_often(
         assert record.facts == {**problem.facts(), "cpu_ms": 2 * ms, "load": 0.13}
 
 
-def test_rates_are_of_a_product_and_of_reading(monkeypatch) -> None:
-    ran: list[Any] = []
-    times = iter([0.5] * 5 + [0.25] * 5)
-
-    def seconds(step: Any) -> tuple[float, float]:
-        ran.append(step)
-        return next(times), 9.0
-
-    monkeypatch.setattr(native, "seconds", seconds)
-    monkeypatch.setattr(native, "COPY_BYTES", 2**20)
-    monkeypatch.setattr(native, "GEMM_SIZE", 64)
-    product, read = native.rates()
-    threads = {"threads": torch.get_num_threads(), "dtype": "float32"}
-    assert (product.name, product.unit, product.runs) == ("gemm", "GFLOP/s", 5)
-    assert product.median == pytest.approx(2 * 64**3 / 0.5 / 1e9)
-    assert product.facts == {**threads, "size": 64}
-    assert (read.name, read.unit, read.runs) == ("read", "GB/s", 5)
-    assert read.median == pytest.approx(2**20 / 0.25 / 1e9)
-    assert read.facts == {**threads, "bytes": 2**20}
-    # What is timed is a square product, and a pass over as many bytes of ones.
-    assert ran[0]().shape == (64, 64) and ran[5]() == 2**20 / 4
-
-
 def test_seconds_are_of_the_wall_and_of_the_cpu(monkeypatch) -> None:
     wall, cpu = iter([10.0, 13.0]), iter([1.0, 6.0])
     monkeypatch.setattr(native.time, "perf_counter", lambda: next(wall))
@@ -211,48 +188,12 @@ def test_steps_are_the_attentions_that_they_are_named_after(which: str) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [20, 64, 150])
-def test_a_decode_step_is_the_last_token_of_the_whole(tokens: int) -> None:
-    problem = Problem(tokens, (4, 2), 16, torch.float32, "decode")
-    steps = native.decode_steps(problem)
-    assert list(steps) == ["decode", "sdpa decode"]
-    *leaves, _ = (x.double() for x in problem.tensors())
-    with use_backend("reference"):
-        wanted = nsa(*leaves), dense(*leaves)
-    found = steps["decode"](), steps["sdpa decode"]().transpose(1, 2)
-    for got, want in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got.double(), want[:, -1:], rtol=1e-4, atol=1e-5)
-
-
 def test_pages_lie_where_their_table_says() -> None:
     x = torch.arange(130.0).view(1, 130, 1, 1).expand(1, 130, 2, 3)
     pool = native.paged(x, torch.tensor([2, 0, 1]))
     assert pool.shape == (3, 64, 2, 3)
     rows = torch.cat([pool[2], pool[0], pool[1]])
     assert torch.equal(rows[:130], x[0]) and not rows[130:].any()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "rows"),
-    [(20, 0 + 20 + 20), (600, 36 + 600 + 512), (1024, 63 + 1024 + 512), (2000, 124 + 1024 + 512)],
-)
-def test_bytes_of_a_decode_step_are_what_it_reads(monkeypatch, tokens: int, rows: int) -> None:
-    ran: list[str] = []
-    steps = {name: lambda name=name: ran.append(name) for name in ("decode", "sdpa decode")}
-    monkeypatch.setattr(native, "decode_steps", lambda problem: steps)
-    times = iter([(k / 1e3, 3 * k / 1e3) for k in (1, 2, 6, 3, 5, 4)])
-    monkeypatch.setattr(native, "seconds", lambda step: (step(), next(times))[1])
-    monkeypatch.setattr(native.os, "getloadavg", lambda: (0.126, 5.0, 6.0))
-    problem = Problem(tokens, (8, 2), 16, torch.bfloat16, "decode")
-    one, two = native.decode(problem, steps=3)
-    assert ran == ["decode"] * 4 + ["sdpa decode"] * 4, "once before"
-    for record, name, ms in ((one, "decode", 2), (two, "sdpa decode", 4)):
-        assert (record.name, record.unit, record.runs) == (name, "ms", 3)
-        assert record.median == pytest.approx(ms)
-        # Keys and values of two heads, 16 numbers of two bytes each.
-        assert record.facts == {
-            **problem.facts(), "bytes": rows * 2 * 2 * 16 * 2, "cpu_ms": 3 * ms, "load": 0.13
-        }  # fmt: skip
 
 
 def test_decode_steps_are_thirty_each_and_without_gradients(monkeypatch) -> None:

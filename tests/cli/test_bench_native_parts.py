@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import nsa_neuron
 from nsa_neuron.backends.cpu.native_mode.call import EVERYTHING, Call
 from nsa_neuron.bench import native, native_memory, native_peers, native_stages
 from nsa_neuron.bench.native import BACKWARD, FORWARD, Problem
@@ -43,28 +41,12 @@ def test_what_memory_is_measured_of(monkeypatch) -> None:
     ]
 
 
-def test_a_pass_is_measured_by_a_process_that_is_told_everything(monkeypatch) -> None:
-    asked: list[Any] = []
-
-    def run(command: list[str], **options: Any) -> Any:
-        asked.append((command, options))
-        said = {"above": 3 * 2**20, "before": 7, "outputs": 9}
-        return SimpleNamespace(stdout=json.dumps(said))
-
-    monkeypatch.setattr(subprocess, "run", run)
-    problem = Problem(96, (4, 2), 16, torch.bfloat16, BACKWARD)
-    record = native_memory._in_a_process("cpu:torch", problem)
-    words = ["cpu:torch", "forward + backward", "96", "4", "2", "16", "bfloat16"]
-    (command, options), *_ = asked
-    assert command == [sys.executable, "-m", "nsa_neuron.bench.native_memory", *words]
-    assert options["check"] is True
-    assert (record.bench, record.name, record.unit) == ("native memory", "cpu:torch", "MiB")
-    assert record.median == 3 and record.facts == {**problem.facts(), "before": 7, "outputs": 9}
-    # And that process reads these words so.
+def test_a_process_reads_the_words_that_it_is_started_with(monkeypatch, capsys) -> None:
     given: list[Any] = []
     monkeypatch.setattr(native_memory, "peak", lambda *a: given.append(a) or {"above": 1})
-    native_memory.main(words)
-    assert given == [("cpu:torch", problem)]
+    native_memory.main(["cpu:torch", "forward + backward", "96", "4", "2", "16", "bfloat16"])
+    assert given == [("cpu:torch", Problem(96, (4, 2), 16, torch.bfloat16, BACKWARD))]
+    assert json.loads(capsys.readouterr().out) == {"above": 1}
 
 
 def test_passes_of_a_measurement_run_the_steps_of_the_benchmark(monkeypatch) -> None:
@@ -136,14 +118,6 @@ def test_lucidrains_module_is_built_of_the_same_blocks(monkeypatch, tokens: int)
     assert mean(torch.arange(6.0).view(1, 3, 2)).tolist() == [[2.0, 3.0]]
 
 
-@pytest.mark.parametrize(("off", "why"), [(0.0019, ""), (0.0021, "differs from ours by 0.0021")])
-def test_a_peer_that_is_just_near_enough_is_timed(off: float, why: str) -> None:
-    zeros = torch.zeros(1, 4)
-    near = torch.tensor([[0.0, 0.0, -off, 0.0]])
-    assert native_peers._wrong("FlexAttention", lambda: near, zeros) == why
-    assert native_peers._wrong("lucidrains", lambda: near + 5, zeros) == ""
-
-
 def test_what_a_peer_throws_is_its_row() -> None:
     def broken() -> torch.Tensor:
         raise RuntimeError("\n" + "no " * 100 + "\nof a stack")
@@ -200,29 +174,6 @@ def test_peers_are_asked_length_by_length_without_gradients(monkeypatch) -> None
 NATIVE = pytest.mark.skipif("cpu:native" not in native.usable(), reason="no C++ kernels here")
 
 
-@NATIVE
-def test_everybody_computes_the_same_attention(monkeypatch) -> None:
-    """At a length that a window of 512 and 16 blocks of 64 do not hold: masks of heads, too."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(native_peers, "lucidrains", lambda problem: "not here")
-    problem = Problem(1300, (4, 2), 16, torch.float32, FORWARD)
-    with torch.inference_mode():
-        values = problem.tensors()
-        for what, steps in native_peers.attentions(problem, values).items():
-            assert next(iter(steps)) == ("sdpa" if what == "causal" else "cpu:native")
-            results = {name: step() for name, step in steps.items() if not isinstance(step, str)}
-            for got in results.values():
-                torch.testing.assert_close(got, results["cpu:native"], rtol=0, atol=1e-4)
-        causal = nsa_neuron.attention(*values[:3])[0]
-        everything = {
-            what: steps["cpu:native"]()
-            for what, steps in native_peers.attentions(problem, values).items()
-        }
-    torch.testing.assert_close(everything["causal"], causal, rtol=0, atol=1e-5)
-    late = {what: x[:, -1] for what, x in everything.items()}
-    assert not any(torch.allclose(late["causal"], x) for n, x in late.items() if n != "causal")
-
-
 # ---- stages
 
 
@@ -262,17 +213,6 @@ def test_kernels_are_timed_inside_alone(monkeypatch) -> None:
     assert native_stages.extension.run is inner is not original
 
 
-def test_drifting_queries_keep_their_variance() -> None:
-    problem = Problem(600, (8, 2), 16, torch.float32, BACKWARD)
-    random, drifting = (native_stages.inputs(problem, made) for made in ("random", "correlated"))
-    assert all(torch.equal(a, b) for a, b in zip(random[1:], drifting[1:], strict=True))
-    q, fresh = drifting[0].detach(), random[0].detach()
-    assert torch.equal(q[:, 0], fresh[:, 0]) and drifting[0].requires_grad
-    wanted = 0.995 * q[:, 5] + (1 - 0.995**2) ** 0.5 * fresh[:, 6]
-    torch.testing.assert_close(q[:, 6], wanted)
-    assert torch.equal(random[0], problem.tensors()[0])
-
-
 @pytest.mark.parametrize(
     ("tokens", "rounds"), [(32_769, 1), (16_384, 2), (8192, 4), (4096, 5), (64, 5)]
 )
@@ -305,10 +245,10 @@ def test_stages_are_the_median_of_their_runs(monkeypatch, tokens: int, rounds: i
 @pytest.mark.parametrize(
     ("whole", "rest"),
     [
-        ((10.0, 20.0), (5.0, 12.0)), ((4.0, 9.0), (0.0, 1.0)), ((9.0, 4.0), (4.0, 0.0)),
+        ((4.0, 9.0), (0.0, 1.0)), ((9.0, 4.0), (4.0, 0.0)),
     ],
 )  # fmt: skip
-def test_the_rest_is_what_no_kernel_took(monkeypatch, whole: Any, rest: Any) -> None:
+def test_the_rest_is_never_negative(monkeypatch, whole: Any, rest: Any) -> None:
     times = iter([whole, (2.0, 3.0)])
 
     class Kernels:
@@ -323,32 +263,6 @@ def test_the_rest_is_what_no_kernel_took(monkeypatch, whole: Any, rest: Any) -> 
     found = native_stages._run(SMALL, SMALL.tensors())
     assert list(found) == ["window", "selected", "compress", "the rest", "whole"]
     assert found["compress"] == (2.0, 3.0) and found["whole"] == whole and found["the rest"] == rest
-
-
-def test_products_of_stages_are_those_of_the_specs() -> None:
-    """Two products of 2 * 16 operations for every query head and key that it sees."""
-    flops = native_stages.products(SMALL.tensors())
-    each = 2 * 2 * 16 * 4
-    blocks = sum(max(0, (t - 31) // 16 + 1) for t in range(70))
-    seen = {"window": sum(range(1, 71)), "compressed": blocks}
-    for name, count in seen.items():
-        assert flops[name] == pytest.approx(each * count, rel=0.05), name
-    assert flops["compressed + select"] == flops["compressed"]
-    assert flops["selected"] >= flops["window"]
-    for name in ("window", "compressed", "selected"):
-        assert flops[f"{name}, backward"] == 2.5 * flops[name]
-
-
-def test_blocks_that_are_new_at_each_query(monkeypatch) -> None:
-    """Of queries with no place empty: 1 of 4 ids is new, then 2 of 4."""
-    rows = [[[0, 1, -1, -1], [0, 1, 2, 3]], [[0, 1, 2, 3], [0, 1, 2, 3]],
-            [[0, 1, 2, 4], [0, 1, 2, 4]], [[0, 1, 5, 6], [0, 1, 5, 6]]]  # fmt: skip
-    ids = torch.tensor(rows, dtype=torch.int32)[None]
-    monkeypatch.setattr(native_stages, "MODE", "cpu:torch")
-    monkeypatch.setattr(nsa_neuron, "select_blocks", lambda *a, **k: ids)
-    assert native_stages.replaced(SMALL.tensors()) == pytest.approx((0.25 + 0.5) / 2)
-    monkeypatch.setattr(nsa_neuron, "select_blocks", lambda *a, **k: ids[:, :2])
-    assert native_stages.replaced(SMALL.tensors()) == 0.0
 
 
 def test_stages_are_measured_on_both_inputs_of_both_passes(monkeypatch) -> None:

@@ -11,12 +11,10 @@ import pytest
 import torch
 
 from nsa_neuron.backends import neuron
-from nsa_neuron.backends.neuron import plans, whole
+from nsa_neuron.backends.neuron import plans
 from nsa_neuron.backends.neuron.launch import reach
-from nsa_neuron.bench import decoding, looped, trainium
+from nsa_neuron.bench import looped, trainium
 from nsa_neuron.bench.trainium import Problem
-from nsa_neuron.ops import get
-from nsa_neuron.simulator.cost import load
 
 PROBLEM = Problem(4096, (8, 2), (24, 16), 0.05)
 BF16 = torch.bfloat16
@@ -95,32 +93,7 @@ def test_the_whole_has_a_kv_head_for_each_core_of_a_launch(cores: int) -> None:
     assert shapes(values) == wanted and {x.dtype for x in values.values()} == {BF16}
 
 
-def test_a_backward_pass_is_given_what_the_forward_one_saved() -> None:
-    stage = trainium.STAGES[4]
-    made = {**get(stage.op).defaults, **stage.make(PROBLEM, 200, 5)}
-    saved = trainium._saved(stage, made)
-    assert set(saved) == {"o", "grad_o", "lse"}
-    assert saved["o"] is saved["grad_o"] and saved["o"].shape == (1, 5, 4, 16)
-    assert saved["o"].dtype == BF16
-    assert saved["lse"].shape == (1, 5, 4) and saved["lse"].unique().tolist() == [30.0]
-
-
 # ---- heads, cores, lengths
-
-
-def test_what_a_launch_has_of_the_heads_and_cores() -> None:
-    of = {n: replace(PROBLEM, heads=(64, 4), cores=n) for n in (1, 2, 8)}
-    assert {n: (p.lnc, p.kv_heads) for n, p in of.items()} == {1: (1, 4), 2: (2, 4), 8: (2, 1)}
-    assert PROBLEM.group == 4
-
-
-def test_one_kernel_is_modelled_up_to_the_length_that_it_takes() -> None:
-    most = whole.LOOPED_BLOCKS * 64
-    assert replace(PROBLEM, tokens=most).has("nsa_attention")
-    longer = replace(PROBLEM, tokens=most + 1)
-    assert not longer.has("nsa_attention") and longer.has("select_blocks")
-    assert not replace(longer, backward=True).has("select_blocks")
-    assert not replace(PROBLEM, backward=True).has("nsa_attention")
 
 
 @pytest.mark.parametrize(("more", "loops"), [(0, False), (1, True)])
@@ -134,18 +107,6 @@ def test_the_whole_loops_above_the_limit_of_its_plan(
     problem = replace(PROBLEM, heads=(20, kv_heads))
     assert trainium._loops(problem, "nsa_attention") is loops
     assert asked == [(heads, 4096, 4096, 512)]
-
-
-def test_plans_are_of_loops_inside_alone() -> None:
-    selection, every = plans.load("select_blocks"), plans.load("nsa_attention")
-    before = selection["forward"], every["looped"]
-    with trainium._looping(False, 5):
-        assert (selection["forward"], every["looped"]) == before
-    with pytest.raises(ZeroDivisionError), trainium._looping(True, 5):
-        assert selection["forward"] == {**before[0], "unrolled_key_tiles": -1}
-        assert every["looped"] == {"most_unrolled": -1, "least_ranked": 5}
-        raise ZeroDivisionError
-    assert selection["forward"] is before[0] and every["looped"] is before[1]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -188,33 +149,6 @@ def test_a_call_s_time_is_of_all_its_launches(monkeypatch, backward: bool) -> No
     assert seen == [("2", False), (1, 5, 4, 3)]
 
 
-# ---- decode
-
-
-@pytest.mark.parametrize(
-    ("batch", "sequences", "own", "split"),
-    [
-        (1, 1, 1, "1 of 4 kv heads"), (2, 1, 1, "1 of 4 kv heads"), (3, 1, 2, "2 of 4 kv heads"),
-        (4, 1, 2, "2 of 4 kv heads"), (7, 1, 4, "4 of 4 kv heads"), (8, 1, 4, "1 sequence"),
-        (9, 2, 4, "2 sequences"), (16, 2, 4, "2 sequences"), (17, 3, 4, "3 sequences"),
-    ],
-)  # fmt: skip
-def test_how_a_chip_shares_a_batch(
-    monkeypatch, batch: int, sequences: int, own: int, split: str
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(
-        decoding, "_step", lambda *a: asked.append(a) or ([1e3, 2e3, 4e3], {"DMAs of a core": 5})
-    )
-    nsa, contiguous, dense = decoding._of_batch(2000, batch, (8, 4), (16, 24))
-    assert asked == [(2000, sequences, 2, own, (16, 24), x) for x in (False, True)]
-    assert nsa.facts["of each core"] == contiguous.facts["of each core"] == split
-    moved = batch * 4 * 2 * (16 + 24) * 2000
-    for level in ("low", "central", "high"):
-        ns = moved / (load("measured-3p", level).hbm_stack * 4)
-        assert getattr(dense, level) == pytest.approx(ns / 1e3)
-
-
 # ---- hardware loops
 
 
@@ -242,28 +176,6 @@ def test_whether_a_call_loops_is_the_launcher_s_to_say(monkeypatch, call, keys, 
         assert call.loops() is (more == 1)
     direction = "backward" if call.backward else "forward"
     assert asked == [(direction, (1, 1000, call.kv_heads), 4, keys, tiles)] * 2
-
-
-@pytest.mark.parametrize("lnc", [1, 2])
-def test_bodies_are_added_by_their_turns(lnc: int) -> None:
-    """10 ns, and 2, 3 or 5 for each turn of a loop; 1, 2, 3 times as much at the three levels."""
-    asked: list[Any] = []
-
-    def launch(turns: Any) -> Any:
-        asked.append(tuple(turns))
-        own = 10 + sum(a * b for a, b in zip((2, 3, 5), turns, strict=False))
-        return own, 2 * own, 3 * own
-
-    call = looped.Call("attention", 1000, 4, (8, 8), lnc=lnc)
-    turns = torch.tensor([[2, 0, 1], [7, 7, 7], [4, 1, 0], [9, 9, 9]]).double()
-    band, error = looped._sum(call, launch, turns)
-    own = [10 + 2 * a + 3 * b + 5 * c for a, b, c in turns.tolist()]
-    total = sum(own[::lnc])
-    assert band == pytest.approx((total, 2 * total, 3 * total)) and error == pytest.approx(0)
-    assert sorted(asked) == [(1, 1, 1), (1, 1, 3), (1, 3, 1), (2, 2, 2), (3, 1, 1)]
-    asked.clear()
-    looped._sum(call, launch, turns[:, :2])
-    assert sorted(asked) == [(1, 1), (1, 3), (2, 2), (3, 1)]
 
 
 def test_a_sum_s_error_is_that_of_other_turns_at_the_centre() -> None:

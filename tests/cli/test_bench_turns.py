@@ -9,42 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nsa_neuron.bench import attention, modelling, overhead, simulator, turns
-from nsa_neuron.bench.record import Record
+from nsa_neuron.bench import attention, modelling, overhead, simulator
 from nsa_neuron.ops import get
 from nsa_neuron.registry import REGISTRY, requested
-
-# ---- any steps in turns
-
-
-@pytest.mark.parametrize("warm", [True, False])
-def test_steps_in_turns(monkeypatch, warm: bool) -> None:
-    ran: list[str] = []
-    wall = iter(
-        [10.0, 10.001, 20.0, 20.004, 30.0, 30.002, 40.0, 40.006, 50.0, 50.009, 60.0, 60.005]
-    )
-    cpu = iter([0.0, 0.003, 1.0, 1.001, 2.0, 2.001, 3.0, 3.005, 4.0, 4.007, 5.0, 5.002])
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: next(wall))
-    monkeypatch.setattr(turns.time, "process_time", lambda: next(cpu))
-    monkeypatch.setattr(turns.os, "getloadavg", lambda: (0.126, 5.0, 6.0))
-    steps = {name: lambda name=name: ran.append(name) for name in "ab"}
-    held = {"a": 5, "b": 7} if warm else None
-    one, two = turns.in_turns("bench", steps, 3, {"tokens": 4}, held, warm)
-    assert ran == ["a", "b"] * (3 + warm)
-    for record, name, ms, cpu_ms, size in ((one, "a", 2, 3, 5), (two, "b", 5, 2, 7)):
-        assert (record.bench, record.name, record.unit, record.runs) == ("bench", name, "ms", 3)
-        assert record.median == pytest.approx(ms)
-        assert record.facts == {
-            "tokens": 4, **({"bytes": size} if warm else {}), "cpu_ms": cpu_ms,
-            "threads": torch.get_num_threads(), "load": 0.13,
-        }  # fmt: skip
-
-
-@pytest.mark.parametrize(("values", "spread"), [([7.0], (7, 7)), ([4.0, 1.0], (1.6, 3.4))])
-def test_the_spread_of_few_runs(values: list[float], spread: tuple[float, float]) -> None:
-    record = Record.of("b", "n", "us", values)
-    assert (record.p20, record.p80) == pytest.approx(spread)
-
 
 # ---- the reference beside torch's attention
 
@@ -84,24 +51,6 @@ def test_both_attentions_are_warmed_up_and_take_turns(monkeypatch) -> None:
     nsa, sdpa = attention._times(5000, 2)
     assert ran == [("nsa", 256), ("sdpa", 256), *[("nsa", 5000), ("sdpa", 5000)] * 2]
     assert nsa == pytest.approx([1, 3]) and sdpa == pytest.approx([2, 4])
-
-
-def test_the_attentions_gradients_are_those_of_float64() -> None:
-    values = attention.tensors(80)
-    q, k, v, gates, grad = (x.detach().double() for x in values)
-    assert q.shape == grad.shape == (1, 80, 4, 64) and k.shape == v.shape == (1, 80, 1, 64)
-    assert gates.shape == (1, 80, 4, 3) and 0 <= gates.min() and 0.9 < gates.max() < 1
-    leaves = [x.requires_grad_() for x in (q, k, v, gates)]
-    for step, count in ((attention.nsa_step, 4), (attention.sdpa_step, 3)):
-        for got, want in zip(step(*values), step(*leaves, grad), strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
-        assert len(step(*values)) == count
-    # Dense attention by hand, of the last query: it sees everything.
-    logits = q[0, -1] @ k[0, :, 0].T / 8
-    p = logits.softmax(-1)
-    rows = grad[0, -1] @ v[0, :, 0].T
-    by_hand = (p * (rows - (p * rows).sum(-1, keepdim=True))) @ k[0, :, 0] / 8
-    torch.testing.assert_close(attention.sdpa_step(*leaves, grad)[0][0, -1], by_hand)
 
 
 # ---- a call beside an empty op
@@ -243,19 +192,6 @@ def test_results_at_their_tolerance_are_compared(monkeypatch, off: float) -> Non
     assert {r.bench for r in (ratio, plain, slow, beyond)} == {"simulator"}
 
 
-def test_memory_is_the_peak_over_all_tensors(monkeypatch) -> None:
-    kernel = Kernel(np.zeros(100))
-    monkeypatch.setattr(simulator, "simulate", lambda given: kernel)
-    monkeypatch.setattr(simulator.tracemalloc, "get_traced_memory", lambda: (5, 4000))
-    case = simulator.Case("x", None, None, (np.zeros(200), np.zeros(50)), 0.0)
-    found = simulator._memory(case)
-    tensors = 8 * (200 + 50 + 100) + 2 * 128 * 5
-    assert found.facts == {"tensor_bytes": tensors, "peak_bytes": 4000 + 2000}
-    assert found.median == pytest.approx(6000 / tensors)
-    assert (found.name, found.unit) == ("x, memory", "ratio")
-    assert not simulator.tracemalloc.is_tracing()
-
-
 def test_a_call_s_seconds(monkeypatch) -> None:
     clock, given = iter([5.0, 7.5]), []
     monkeypatch.setattr(simulator.time, "perf_counter", lambda: next(clock))
@@ -264,34 +200,6 @@ def test_a_call_s_seconds(monkeypatch) -> None:
 
 
 # ---- what modelling costs
-
-
-def test_a_profile_is_a_simulation_and_its_timelines(monkeypatch) -> None:
-    kernel = Kernel(None)
-    times = iter([2.0, 1.0, 4.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(modelling, "simulate", lambda given: kernel)
-    monkeypatch.setattr(modelling, "_seconds", lambda call: (call(), next(times))[1])
-    estimated: list[Any] = []
-    monkeypatch.setattr(modelling.cost, "estimate", estimated.append)
-    found = modelling.overhead("x", None, ("a",), 3)
-    assert found.median == pytest.approx(1.5) and found.facts == {"instructions": 50}
-    assert (found.p20, found.p80) == pytest.approx((1.35, 1.8))
-    assert (found.name, found.unit) == ("x, profiled over simulated", "ratio")
-    assert estimated == [kernel.run] * 3 and kernel.calls == 3
-
-
-def test_rates_are_instructions_over_time(monkeypatch) -> None:
-    kernel = Kernel(None)
-    times = iter([0.5, 0.5, 1.5, 0.25, 0.25, 0.75])
-    monkeypatch.setattr(modelling, "_seconds", lambda call: (call(), next(times))[1])
-    ran: list[str] = []
-    monkeypatch.setattr(modelling.cost, "estimate", lambda run: ran.append("band"))
-    monkeypatch.setattr(modelling.cost, "central", lambda run: ran.append("central"))
-    record, central, band, facts = modelling._rates(kernel, ["shape"], 2)  # type: ignore[arg-type]
-    assert record == pytest.approx([50 / 0.5 / 1e3, 50 / 0.25 / 1e3])
-    assert central == pytest.approx([50 / 1.0 / 1e3, 50 / 0.5 / 1e3])
-    assert band == pytest.approx([50 / 2.0 / 1e3, 50 / 1.0 / 1e3])
-    assert facts == {"instructions": 50} and ran == ["central", "band"] * 2
 
 
 def test_cpu_seconds_are_never_none(monkeypatch) -> None:

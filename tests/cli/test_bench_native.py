@@ -206,3 +206,17 @@ def test_decode_steps_are_thirty_each_and_without_gradients(monkeypatch) -> None
     monkeypatch.setattr(native, "decode_steps", lambda problem: {"decode": step})
     (record,) = native.decode(Problem(64, (2, 1), 8, torch.float32, "decode"))
     assert record.runs == 30 and seen == [(True, False)] * 31
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(20, (1, 1)), (1040, (1, 17)), (1056, (2, 17))])
+def test_pools_have_the_pages_that_their_rows_need(monkeypatch, tokens: int, pages: Any) -> None:
+    """64 compressed tokens fill a page."""
+    made, paged = [], native.paged
+
+    def counted(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        made.append(len(order))
+        return paged(x, order)
+
+    monkeypatch.setattr(native, "paged", counted)
+    native.decode_steps(Problem(tokens, (2, 1), 8, torch.float32, "decode"))
+    assert made == [pages[0]] * 2 + [pages[1]] * 2

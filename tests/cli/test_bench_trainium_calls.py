@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -186,3 +187,110 @@ def test_a_sum_s_error_is_that_of_other_turns_at_the_centre() -> None:
     call = looped.Call("attention", 1000, 4, (8, 8))
     _, error = looped._sum(call, launch, torch.ones(3, 2).double())
     assert error == pytest.approx(1 - 40 / 100)
+
+
+def test_turns_are_the_chunks_of_keys_that_queries_see(monkeypatch) -> None:
+    """Causal: a pair of groups sees all keys up to its first query, and some up to its last."""
+    turns: list[Any] = []
+    monkeypatch.setattr(looped, "_queries_kernel", lambda call: "queries")
+    monkeypatch.setattr(looped, "_keys_kernel", lambda call: "keys")
+    monkeypatch.setattr(
+        looped, "_sum", lambda call, launch, found: turns.append(found) or ((0.0,) * 3, 0.0)
+    )
+    call = looped.Call("attention", 8192, 4, (8, 8), backward=True)
+    looped.nanoseconds(call)
+    queries, keys = turns
+    large, small = call.sizes["large"], call.sizes["small"]
+    pair = 2 * call.sizes["tiles"] * 512 // 4
+    assert torch.equal(queries[::2], queries[1::2]) and torch.equal(keys[::2], keys[1::2])
+    assert len(queries[::2]) == 8192 // pair and len(keys) == 8192 // 256
+    for k, (many, few, edge) in enumerate(queries[::2].tolist()):
+        seen, first = math.ceil((k + 1) * pair / small), k * pair + 1
+        assert many == first // large and edge == seen - first // small
+        assert many * (large // small) + few + edge == seen
+    for k, (edge, seen) in enumerate(keys[::2].tolist()):
+        begin, end = 512 * k, 512 * (k + 1)
+        assert edge + seen == 8192 // pair - begin // pair
+        assert seen == 8192 // pair - ((end - 2) // pair + 1)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What is launched for two bodies, instead of its time."""
+    monkeypatch.setattr(looped, "_pace", lambda call, launch: launch(2))
+    monkeypatch.setattr(looped, "_shape_only", lambda *given: given)
+
+
+WIDE = 1 << 17  # keys of every run
+
+
+@pytest.mark.parametrize("window", [0, 512])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_launch_of_groups_of_queries(launched, window: int, backward: bool) -> None:
+    """3 turns of the large loop, 2 of the small one, 5 of edges; two groups for each core."""
+    op = "sliding_window_attention" if window else "attention"
+    call = looped.Call(op, 65_536, 4, (24, 16), window, backward, lnc=2)
+    sizes = call.sizes
+    tiles, large, small = (sizes[name] for name in ("tiles", "large", "small"))
+    given, kernel, shapes, answers, constants = looped._queries_kernel(call)((3, 2, 5))
+    whole = 3 * large // small
+    body = [0, 3, whole, whole + 2, whole + 2, whole + 7]
+    assert answers == ([0] * 4 * bool(window) + body) * 2 and given is call
+    s = 2 * 2 * tiles * 512 // 4
+    q, o = ((1, s, 4, 24), "bfloat16"), ((1, s, 4, 16), "bfloat16")
+    k_t, v_t = ((1, 1, 24, WIDE), "bfloat16"), ((1, 1, 16, WIDE), "bfloat16")
+    k, v = ((1, WIDE, 1, 24), "bfloat16"), ((1, WIDE, 1, 16), "bfloat16")
+    bounds, stats = ((s, 2), "float32"), ((1, s, 4, 2), "float32")
+    tables = [((4, 8), "int32"), ((4, 2), "float32")]
+    kernels = looped.run.package().load(op)
+    if backward:
+        assert kernel is kernels.backward_dq
+        assert shapes == [o, q, k_t, v_t, k, stats, bounds, *tables]
+    else:
+        assert kernel is kernels.forward
+        assert shapes == [q, k_t, v, bounds, ((1, 1), "float32"), *tables]
+    assert constants == {
+        "reach": (0, 0, 1, True), "scale": 24**-0.5, "chunk": 2048, "resident": 8192,
+        "looped": (tiles, large, small, not window),
+    }  # fmt: skip
+
+
+def test_a_launch_of_sections_of_keys(launched) -> None:
+    """Chunks of queries that see some of a section, 5, and all of it, 3."""
+    call = looped.Call("attention", 65_536, 4, (24, 16), backward=True, lnc=2)
+    sizes, rows, t = call.sizes, 1 << 16, 2 * 2 * 256
+    _, kernel, shapes, answers, constants = looped._keys_kernel(call)((5, 3))
+    assert kernel is looped.run.package().load("attention").backward_dkv
+    assert answers == [0, 5, 5, 8, 0, 0] * 2
+    assert shapes == [
+        ((1, rows, 4, 16), "bfloat16"), ((1, rows, 4, 24), "bfloat16"),
+        ((1, 1, 24, t), "bfloat16"), ((1, 1, 16, t), "bfloat16"), ((1, rows, 4, 2), "float32"),
+        ((rows, 2), "float32"), ((4, 4), "int32"),
+    ]  # fmt: skip
+    assert constants == {
+        "reach": (0, 0, 1, True), "scale": 24**-0.5,
+        "looped": (sizes["tiles"], sizes["large"], sizes["small"], True),
+    }  # fmt: skip
+
+
+def test_a_run_without_data_takes_the_turns_that_it_is_given(monkeypatch) -> None:
+    asked: list[Any] = []
+
+    def simulate(kernel: Any, *, data: bool, unknown: Any) -> Any:
+        asked.append((kernel, data, unknown.bounds))
+        launch = SimpleNamespace(run="record")
+        return type("Launch", (), {
+            "__call__": lambda self, *shapes, **constants: asked.append(
+                ([(x.shape, str(x.dtype)) for x in shapes], constants)
+            ),
+            "run": launch.run,
+        })()  # fmt: skip
+
+    monkeypatch.setattr(looped.simulator, "simulate", simulate)
+    call = looped.Call("attention", 1000, 4, (8, 8), lnc=2)
+    kernel = {2: "kernel on two cores"}
+    found = looped._shape_only(call, kernel, [((3, 4), "float32")], [7, 8], {"scale": 2.0})
+    assert found == "record"
+    assert asked == [
+        ("kernel on two cores", False, [7, 8]), ([((3, 4), "float32")], {"scale": 2.0})
+    ]  # fmt: skip

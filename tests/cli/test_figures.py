@@ -153,6 +153,9 @@ def test_rates_are_operations_and_bytes_of_a_second(monkeypatch) -> None:
     product, read = native.rates()
     assert product.median == pytest.approx(2 * 8**3 / 1e3) and product.unit == "GFLOP/s"
     assert read.median == pytest.approx(4.096) and read.unit == "GB/s"
+    for found, own in ((product, {"size": 8}), (read, {"bytes": 4096})):
+        assert found.facts == {"threads": torch.get_num_threads(), "dtype": "float32", **own}
+        assert found.runs == 5
 
 
 def test_passes_are_timed_after_a_small_one_with_gradients_only_where_asked(clock: Clock) -> None:

@@ -109,8 +109,13 @@ def test_a_chip_s_cores_share_a_decode_step(monkeypatch, batch, sequences, own, 
     assert dense.low <= dense.central <= dense.high
 
 
-def test_a_core_has_half_of_its_stack(monkeypatch) -> None:
-    """However fast its launch is modelled: two cores read one stack of HBM."""
+@pytest.mark.parametrize(("tokens", "pages"), [(1040, 4), (1056, 5)])
+def test_a_core_has_half_of_its_stack(monkeypatch, tokens: int, pages: int) -> None:
+    """However fast its launch is modelled: two cores read one stack of HBM.
+
+    64 compressed tokens fill four pages of 16, one more needs a fifth.
+    """
+    seen = []
     moved = [SimpleNamespace(transfer=SimpleNamespace(hbm_bytes=10**6))] * 3
     made = SimpleNamespace(
         band=SimpleNamespace(low=1.0, central=1.0, high=9e9), central=SimpleNamespace(costs=moved)
@@ -122,8 +127,15 @@ def test_a_core_has_half_of_its_stack(monkeypatch) -> None:
         yield ["run"]
 
     monkeypatch.setattr(decoding.records, "recording", recording)
-    monkeypatch.setattr(type(neuron.BACKEND), "lower", lambda *a: lambda **values: None)
-    band, told = decoding._step(1024, 1, 2, 1, (32, 32))
+    monkeypatch.setattr(
+        type(neuron.BACKEND), "lower", lambda *a: lambda **values: seen.append(values)
+    )
+    band, told = decoding._step(tokens, 3, 2, 1, (32, 32))
+    (values,) = seen
+    assert values["q"].shape == (3, 1, 2, 32) and values["seqlens"].tolist() == [tokens] * 3
+    for name, count in (("cmp", pages), ("slc", 5), ("win", 5)):
+        table = values[f"{name}_table"]
+        assert table.shape == (3, count) and table.flatten().tolist() == list(range(3 * count))
     stack = load("measured-3p", "central").hbm_stack
     assert band[1] == pytest.approx(3e6 / (stack / 2)) and band[2] == 9e9
     assert told == {"DMAs of a core": 3, "bytes of a core": 3 * 10**6}

@@ -169,7 +169,10 @@ def test_stages_are_the_kernels_of_a_pass_and_add_up_to_it(tmp_path, capsys) -> 
 
 
 def test_a_peak_is_what_a_pass_holds_beyond_its_results(monkeypatch) -> None:
+    made = []
+
     def large(name: str, problem: native.Problem) -> Callable[[], torch.Tensor]:
+        made.append((name, problem.tokens))
         # At 2048 tokens 128 + 64 MiB go and 64 stay: each more than the 32 MiB up to which glibc
         # may take what an earlier test of this process freed, which would not raise its peak.
         numbers = problem.tokens * 2**14
@@ -178,6 +181,7 @@ def test_a_peak_is_what_a_pass_holds_beyond_its_results(monkeypatch) -> None:
     monkeypatch.setattr(native_memory, "_pass", large)
     problem = native.Problem(2048, (2, 1), 16, torch.float32, native.FORWARD)
     found = native_memory.peak("cpu:torch", problem)
+    assert made == [("cpu:torch", 512), ("cpu:torch", 2048)], "after a small one"
     assert found["outputs"] == 2**26 and 190 * 2**20 < found["above"] < 200 * 2**20
 
 

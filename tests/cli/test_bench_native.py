@@ -204,8 +204,9 @@ def test_decode_steps_are_thirty_each_and_without_gradients(monkeypatch) -> None
         return torch.zeros(1)
 
     monkeypatch.setattr(native, "decode_steps", lambda problem: {"decode": step})
+    monkeypatch.setattr(native.os, "getloadavg", lambda: (0.126, 5.0, 6.0))
     (record,) = native.decode(Problem(64, (2, 1), 8, torch.float32, "decode"))
-    assert record.runs == 30 and seen == [(True, False)] * 31
+    assert record.facts["load"] == 0.13 and record.runs == 30 and seen == [(True, False)] * 31
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(20, (1, 1)), (1040, (1, 17)), (1056, (2, 17))])

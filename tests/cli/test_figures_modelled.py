@@ -146,10 +146,13 @@ def test_decode_is_compared_with_dense(tables) -> None:
         "tokens": 64, "Hq": 4, "Hkv": 1, "Dk": 8, "Dv": 8, "batch": 2, "of each core": "all",
     }  # fmt: skip
     rows = [
-        Modelled("b", n, "us", x, x, x, facts) for n, x in (("a", 2.0), ("b", 5.0), ("c", 10.0))
+        Modelled("b", n, "us", x, x, x, {**facts, "batch": batch})
+        for batch, times in ((2, (2.0, 5.0, 10.0)), (4, (3.0, 4.0, 12.0)))
+        for n, x in zip("abc", times, strict=True)
     ]
     assert decoding.to_text(rows).startswith("MODELLED, not measured, not run on hardware")
-    assert (tables[0][0]["dense / NSA"], tables[0][0]["contiguous"]) == ("5.00", "2.00")
+    shown = [(row["batch"], row["dense / NSA"], row["contiguous"]) for row in tables[0]]
+    assert shown == [("2", "5.00", "2.00"), ("4", "4.00", "3.00")]
 
 
 def test_loops_are_summed_by_their_turns() -> None:

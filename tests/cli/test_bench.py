@@ -72,6 +72,8 @@ def test_both_sides_of_the_overhead_return_made_results_of_the_right_shapes(name
 
 def test_both_attentions_give_gradients_of_everything() -> None:
     values = attention.tensors(96)
+    again = attention.tensors(96)
+    assert all(torch.equal(a, b) for a, b in zip(values, again, strict=True)), "each time the same"
     nsa, sdpa = attention.nsa_step(*values), attention.sdpa_step(*values)
     assert [x.shape for x in nsa] == [x.shape for x in values[:4]]
     assert [x.shape for x in sdpa] == [x.shape for x in values[:3]]

@@ -19,11 +19,6 @@ def with_gradients(problem: Problem) -> Problem:
     return Problem(problem.tokens, problem.heads, problem.dim, problem.dtype, BACKWARD)
 
 
-def named(names: list[str]) -> list[str]:
-    """Modes that stand for themselves: none is asked whether it can run here."""
-    return [name for name in names if name.startswith("cpu")]
-
-
 # ---- problems
 
 
@@ -90,9 +85,8 @@ def test_who_is_timed_at_which_length(monkeypatch, tokens: int, names: list[str]
     monkeypatch.setattr(native, "usable", lambda: ["cpu:native", "cpu:torch"])
     monkeypatch.setattr(native, "nsa_on", lambda mode: f"on {mode}")
     found = native._steps(Problem(tokens, (2, 1), 8, torch.float32, FORWARD))
-    own = {name: f"on {name}" for name in named(names)}
-    assert found == ({"sdpa": native.sdpa} if "sdpa" in names else {}) | own
     assert list(found) == names
+    assert found == {n: native.sdpa if n == "sdpa" else f"on {n}" for n in names}
 
 
 def test_modes_that_cannot_run_are_not_timed(monkeypatch) -> None:

@@ -328,9 +328,6 @@ def test_products_of_stages_are_those_of_their_pairs() -> None:
     assert found["window, backward"] == 2.5 * found["window"]
 
 
-# ---- the overhead of a call
-
-
 # ---- the simulator
 
 
